@@ -1,0 +1,150 @@
+"""What the user may say: `additional_config["dwdp"]`, checked once in the front end.
+
+Pure: imports neither vLLM nor torch. Every refusal names the setting, the value and the fix.
+"""
+
+import difflib
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from vllm_dwdp.errors import DwdpConfigError
+
+MODES = ("auto", "direct", "prefetch", "replica")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DwdpConfig:
+    """The options of one DWDP deployment.
+
+    Args:
+        mode: how remote experts reach the kernel. `direct` maps the peers' memory, `prefetch`
+            copies the next layer's experts into a slot, `auto` chooses per step, `replica` keeps
+            every expert on every rank (independent ranks, no sharing).
+        group_size: ranks that share one copy of the experts.
+        experts_per_rank: resident experts of each rank; `None` stores every expert once.
+        direct_max_tokens: `auto` reads in place up to this many scheduled tokens per step;
+            `None` takes the cost model's threshold.
+        slice_bytes: size of one copy slice.
+        rendezvous: where ranks meet: `unix:///folder`, `tcp://host:port`, or an `abstract:` name
+            made by the launcher.
+        rendezvous_secret_file: file whose content authenticates `tcp://` peers.
+        join_timeout_s: how long a starting rank waits for its peers, seconds.
+    """
+
+    mode: str = "auto"
+    group_size: int
+    experts_per_rank: int | None = None
+    direct_max_tokens: int | None = None
+    slice_bytes: int = 2 * 2**20
+    rendezvous: str | None = None
+    rendezvous_secret_file: str | None = None
+    join_timeout_s: float = 600.0
+
+    @classmethod
+    def from_options(cls, options: object, data_parallel_size: int) -> "DwdpConfig":
+        """Check `additional_config["dwdp"]` against the data-parallel size.
+
+        Raises:
+            DwdpConfigError: a key is unknown or a value cannot be used.
+        """
+        if not isinstance(options, Mapping):
+            raise DwdpConfigError(
+                f"additional_config['dwdp'] is {options!r}; it must be a JSON object, "
+                'e.g. \'{"dwdp": {"mode": "prefetch"}}\'.'
+            )
+        known = [field.name for field in fields(cls)]
+        for key in options:
+            if key not in known:
+                raise DwdpConfigError(_unknown_key(str(key), known))
+        config = cls(**{"group_size": data_parallel_size, **options})
+        config._check(data_parallel_size)
+        return config
+
+    @property
+    def shares_experts(self) -> bool:
+        """Whether ranks hold experts for each other at all."""
+        return self.mode != "replica" and self.group_size > 1
+
+    def _check(self, data_parallel_size: int) -> None:
+        if self.mode not in MODES:
+            raise DwdpConfigError(
+                f"dwdp mode={self.mode!r} is unknown; choose one of {', '.join(MODES)}."
+            )
+        self._check_integer("group_size", self.group_size, 1)
+        if data_parallel_size % self.group_size:
+            divisors = [n for n in range(1, data_parallel_size + 1) if not data_parallel_size % n]
+            raise DwdpConfigError(
+                f"dwdp group_size={self.group_size} does not divide --data-parallel-size "
+                f"{data_parallel_size}; choose one of {divisors}, or leave it out."
+            )
+        self._check_integer("slice_bytes", self.slice_bytes, 4096)
+        if self.experts_per_rank is not None:
+            self._check_integer("experts_per_rank", self.experts_per_rank, 1)
+        if self.direct_max_tokens is not None:
+            self._check_integer("direct_max_tokens", self.direct_max_tokens, 0)
+        if not _is_number(self.join_timeout_s) or self.join_timeout_s <= 0:
+            raise DwdpConfigError(
+                f"dwdp join_timeout_s={self.join_timeout_s!r} must be a positive number of seconds."
+            )
+        for name in ("rendezvous", "rendezvous_secret_file"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise DwdpConfigError(f"dwdp {name}={value!r} must be a string.")
+
+    @staticmethod
+    def _check_integer(name: str, value: Any, smallest: int) -> None:
+        if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
+            raise DwdpConfigError(
+                f"dwdp {name}={value!r} must be an integer of at least {smallest}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DwdpLaunch:
+    """The facts from which an engine process finds its place; planted by the front end.
+
+    Args:
+        config: the checked options.
+        data_parallel_size: ranks of the whole deployment.
+        first_rank: global rank of this front end's engine 0 (not 0 when ranks or nodes are
+            started one by one).
+        local_size: engines that this front end starts.
+        endpoint: where the ranks meet.
+        ranks_on_host: ranks that share this host's cores and memory.
+    """
+
+    config: DwdpConfig
+    data_parallel_size: int
+    first_rank: int
+    local_size: int
+    endpoint: str
+    ranks_on_host: int
+
+    def rank(self, engine_index: int) -> int:
+        """Global data-parallel rank of engine `engine_index` of this front end."""
+        return self.first_rank + engine_index
+
+    def group(self, rank: int) -> int:
+        """The group that global rank `rank` belongs to."""
+        return rank // self.config.group_size
+
+    def dwdp_rank(self, rank: int) -> int:
+        """Position of global rank `rank` within its group."""
+        return rank % self.config.group_size
+
+
+def make_abstract_endpoint() -> str:
+    """A meeting place nobody else can guess, with nothing on the file system."""
+    return f"abstract:{secrets.token_hex(16)}"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _unknown_key(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"dwdp option {key!r} is unknown.{hint} Known options: {', '.join(known)}."

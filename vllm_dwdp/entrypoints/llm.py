@@ -1,0 +1,48 @@
+"""Offline inference over several independent ranks, with vLLM's own `LLM` interface."""
+
+from contextlib import ExitStack
+from typing import Any
+
+import vllm
+
+from vllm_dwdp.compat.engine_args import BACKEND, install, offline_data_parallel
+from vllm_dwdp.compat.offline import rank_client
+from vllm_dwdp.errors import DwdpConfigError
+
+
+class LLM(vllm.LLM):
+    """`vllm.LLM` whose requests are served by `data_parallel_size` ranks that share the experts.
+
+    Everything else is vLLM's: `generate`, `chat`, progress bars, outputs in prompt order.
+
+    Args:
+        model: as for `vllm.LLM`.
+        data_parallel_size: ranks, each its own engine process.
+        kwargs: as for `vllm.LLM`; DWDP options go into `additional_config={"dwdp": {...}}`.
+
+    Raises:
+        DwdpConfigError: a setting cannot be used; the message names it and the fix.
+    """
+
+    def __init__(self, model: str, *, data_parallel_size: int = 1, **kwargs: Any) -> None:
+        if not isinstance(data_parallel_size, int) or data_parallel_size < 1:
+            raise DwdpConfigError(
+                f"data_parallel_size={data_parallel_size!r} must be an integer of at least 1."
+            )
+        backend = kwargs.setdefault("distributed_executor_backend", BACKEND)
+        if backend != BACKEND:
+            raise DwdpConfigError(
+                f"distributed_executor_backend={backend!r}: vllm_dwdp.LLM runs on {BACKEND!r}. "
+                "Leave it out, or use vllm.LLM."
+            )
+        install()
+        with ExitStack() as stack:
+            if data_parallel_size > 1:
+                stack.enter_context(offline_data_parallel(data_parallel_size))
+                stack.enter_context(rank_client())
+            super().__init__(model, **kwargs)
+
+    def dwdp_status(self) -> list[dict[str, Any]]:
+        """Each rank's status: mode, resident and remote bytes, bytes fetched, waits, steps."""
+        status: list[dict[str, Any]] = self.collective_rpc("dwdp_status")
+        return status

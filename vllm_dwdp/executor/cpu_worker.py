@@ -1,0 +1,15 @@
+"""The worker of a rank on the host device."""
+
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from vllm_dwdp.compat import cpu
+from vllm_dwdp.executor.worker import DwdpWorker
+
+
+class DwdpCPUWorker(DwdpWorker, CPUWorker):
+    """vLLM's CPU worker as a member of a group."""
+
+    def determine_available_memory(self) -> int:
+        """Bytes for the KV cache, counting shared expert memory once."""
+        with cpu.proportional_memory():
+            return super().determine_available_memory()

@@ -1,0 +1,79 @@
+"""What DWDP adds to a vLLM worker: joining the group while the model loads, and refusing to sleep.
+
+Mixed into the CPU and the GPU worker. Runs in the worker process.
+"""
+
+from typing import Any
+
+import torch
+
+from vllm_dwdp.compat import independent
+from vllm_dwdp.errors import DwdpUnsupportedError
+from vllm_dwdp.executor.identity import make_rendezvous
+from vllm_dwdp.logger import init_logger
+from vllm_dwdp.model_executor.expert_group import ExpertGroup
+
+logger = init_logger(__name__)
+
+
+class DwdpWorker:
+    """Mixin over `vllm.v1.worker.gpu_worker.Worker` and its subclasses."""
+
+    expert_group: ExpertGroup | None = None
+
+    def load_model(self, **kwargs: Any) -> None:
+        """Load the model with this rank's experts only, meet the group, bind all experts."""
+        vllm_config = self.vllm_config  # type: ignore[attr-defined]
+        launch = independent.launch_of(vllm_config)
+        rank = launch.rank(vllm_config.parallel_config.data_parallel_index)
+        if not launch.config.shares_experts:
+            super().load_model(**kwargs)  # type: ignore[misc]
+            logger.info("DWDP rank %d holds all experts itself (replica)", rank)
+            return
+
+        def load() -> torch.nn.Module:
+            super(DwdpWorker, self).load_model(**kwargs)  # type: ignore[misc]
+            return self.model_runner.get_model()  # type: ignore[attr-defined, no-any-return]
+
+        self.expert_group = ExpertGroup.join(
+            launch, rank, load, lambda: make_rendezvous(launch, rank, vllm_config)
+        )
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        """One scheduler step."""
+        if self.expert_group is not None:
+            self.expert_group.begin_step()
+        return super().execute_model(scheduler_output)  # type: ignore[misc]
+
+    def dwdp_status(self) -> dict[str, Any]:
+        """This rank's status, for `collective_rpc("dwdp_status")`."""
+        return {"mode": "replica"} if self.expert_group is None else self.expert_group.status()
+
+    def shutdown(self) -> None:
+        """Stop the worker, then leave the group."""
+        super().shutdown()  # type: ignore[misc]
+        if self.expert_group is not None:
+            group, self.expert_group = self.expert_group, None
+            group.close()
+
+    def _refuse(self, action: str) -> None:
+        raise DwdpUnsupportedError(
+            f"{action} is not supported with --distributed-executor-backend dwdp: this rank's "
+            "experts are mapped by its peers. Restart the ranks instead."
+        )
+
+    def sleep(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: peers read this rank's experts."""
+        self._refuse("sleep mode")
+
+    def wake_up(self, *args: Any, **kwargs: Any) -> None:
+        """Refused, as `sleep`."""
+        self._refuse("sleep mode")
+
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: composite tensors are read-only."""
+        self._refuse("reloading weights")
+
+    def update_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Refused, as `reload_weights`."""
+        self._refuse("updating weights")

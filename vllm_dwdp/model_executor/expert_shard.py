@@ -1,0 +1,158 @@
+"""This rank's experts while a model is loaded: collected layer by layer into one shared shard.
+
+Owns the `HostShard` and the list of layers. Nothing here knows of peers. Worker's main thread.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from vllm_dwdp.compat import moe
+from vllm_dwdp.config import DwdpConfig
+from vllm_dwdp.errors import DwdpUnsupportedError
+from vllm_dwdp.memory import host
+from vllm_dwdp.memory.layout import ModelLayout, WeightLayout
+from vllm_dwdp.memory.tensor import tensor_at
+from vllm_dwdp.model_executor.expert_parameters import per_expert_parameters
+from vllm_dwdp.model_executor.routed_experts import DwdpRoutedExperts, shard_layer_class
+from vllm_dwdp.placement import Placement
+
+
+@dataclass(kw_only=True)
+class ShardedLayer:
+    """One MoE layer of this rank.
+
+    Args:
+        layer: vLLM's layer.
+        placement: of its experts.
+        model_key: tells the layers of a drafter from those of the target model.
+        weights: layout of each per-expert parameter, in the order of the shard.
+        dtypes: of each parameter.
+        shapes: of each parameter, `[num_experts, ...]`.
+        mappings: writable pages of each parameter in our shard.
+    """
+
+    layer: Any
+    placement: Placement
+    model_key: str
+    weights: list[WeightLayout] = field(default_factory=list)
+    dtypes: list[torch.dtype] = field(default_factory=list)
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+    mappings: list[host.Mapping] = field(default_factory=list)
+
+
+class ExpertShard:
+    """Implements `ShardRegistry` over a `HostShard`; `close` releases the memory."""
+
+    def __init__(self, config: DwdpConfig, dwdp_rank: int) -> None:
+        self.config = config
+        self.dwdp_rank = dwdp_rank
+        self.memory = host.HostShard(f"dwdp-shard-{dwdp_rank}")
+        self.layers: list[ShardedLayer] = []
+        self._published: list[ShardedLayer] = []
+
+    def close(self) -> None:
+        """Release the shard; peers that mapped it keep their mappings."""
+        self.memory.close()
+
+    def placement(self, num_experts: int) -> Placement:
+        """Placement of a layer with `num_experts` experts over our group."""
+        per_rank = self.config.experts_per_rank
+        return Placement(
+            num_experts=num_experts,
+            group_size=self.config.group_size,
+            experts_per_rank=None if per_rank is None else min(per_rank, num_experts),
+        )
+
+    def add_layer(self, layer: DwdpRoutedExperts, placement: Placement) -> None:
+        """A layer was built; remember the order, which is the order in which layers run."""
+        self.layers.append(
+            ShardedLayer(layer=layer, placement=placement, model_key=_current_model_key())
+        )
+
+    def publish_layer(self, layer: DwdpRoutedExperts) -> None:
+        """Move the layer's resident experts into the shard and free vLLM's copy of them."""
+        sharded = next(entry for entry in self.layers if entry.layer is layer)
+        for name, tensor in per_expert_parameters(layer):
+            self._publish_parameter(sharded, name, tensor)
+        self._published.append(sharded)
+        host.release_free_heap()
+
+    def _publish_parameter(self, sharded: ShardedLayer, name: str, tensor: torch.Tensor) -> None:
+        weight = WeightLayout(
+            name=name,
+            placement=sharded.placement,
+            expert_bytes=tensor[0].nbytes,
+            page_bytes=host.PAGE_BYTES,
+        )
+        pages = weight.shard_pages(self.dwdp_rank)
+        mapping = self.memory.append(len(pages))
+        address = mapping.address + weight.resident(self.dwdp_rank).start - pages.start
+        resident = tensor_at(address, tensor.dtype, tuple(tensor.shape))
+        resident.copy_(tensor)
+        getattr(sharded.layer, name).data = resident
+        sharded.weights.append(weight)
+        sharded.dtypes.append(tensor.dtype)
+        sharded.shapes.append((sharded.placement.num_experts, *tensor.shape[1:]))
+        sharded.mappings.append(mapping)
+
+    def finish_loading(self, model: torch.nn.Module) -> ModelLayout:
+        """Seal the shard and lay the model out.
+
+        Raises:
+            DwdpUnsupportedError: a routed-experts layer of the model was not replaced.
+        """
+        foreign = moe.find_foreign_layers(model, DwdpRoutedExperts)
+        if foreign or not self.layers:
+            raise DwdpUnsupportedError(
+                f"{type(model).__name__} builds its experts from "
+                f"{', '.join(foreign) or 'no routed-experts layer'}, whose weight loader does not "
+                'follow the expert map, so they cannot be sharded. Use dwdp mode "replica".'
+            )
+        unpublished = [entry.layer.layer_name for entry in self.layers if not entry.weights]
+        if unpublished:
+            raise DwdpUnsupportedError(
+                f"{unpublished[0]}: vLLM never processed this layer's weights after loading, so "
+                'they cannot be shared. Use dwdp mode "replica".'
+            )
+        self.memory.seal()
+        return ModelLayout.plan(
+            [(entry.layer.layer_name, tuple(entry.weights)) for entry in self._published]
+        )
+
+    @property
+    def published(self) -> list[ShardedLayer]:
+        """Layers in the order of the shard (and of `ModelLayout.layers`)."""
+        return self._published
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """While active, vLLM builds sharded layers and reads only their experts from disk."""
+        replacement: Callable[[type], type] = lambda stock: shard_layer_class(stock, self)  # noqa: E731
+        with moe.replaced_layers(replacement), moe.resident_weight_filter(self._before_reading):
+            yield
+
+    def _before_reading(self) -> set[int]:
+        """All layers exist: check that their experts fit, and name those that any layer keeps."""
+        resident_bytes = sum(
+            parameter.nbytes
+            for entry in self.layers
+            for parameter in entry.layer.parameters(recurse=False)
+        )
+        host.check_available(resident_bytes, "this rank's share of the experts")
+        return {
+            expert
+            for entry in self.layers
+            for resident in [entry.placement.resident[self.dwdp_rank]]
+            for expert in range(resident.start, resident.stop)
+        }
+
+
+def _current_model_key() -> str:
+    from vllm.config import get_current_vllm_config
+
+    model_config = get_current_vllm_config().model_config
+    return f"{model_config.model}:{','.join(model_config.architectures or [])}"

@@ -1,0 +1,66 @@
+"""Wait and record around a layer's kernels, in eager code and inside compiled graphs.
+
+Dynamo traces vLLM's CPU layers, so inside a graph the two must be operators; each declares that it
+mutates a tensor that the kernels read or write, which is what keeps the compiler from moving them.
+Rings are addressed by number because operators take no Python objects.
+"""
+
+from typing import Protocol
+
+import torch
+
+
+class Ring(Protocol):
+    """What the operators need of a prefetch pipeline."""
+
+    def wait(self, layer_index: int) -> None:
+        """Return (host) or order the stream (CUDA) once the slot holds the layer."""
+
+    def record(self, layer_index: int) -> None:
+        """The layer's kernels are done or enqueued: its slot may be refilled after them."""
+
+
+_rings: list[Ring] = []
+
+
+def install_rings(rings: list[Ring]) -> None:
+    """Make `rings` the ones that the operators address; an empty list removes them."""
+    _rings[:] = rings
+
+
+def wait_layer(hidden_states: torch.Tensor, ring: int, index: int) -> None:
+    """Hold `hidden_states`, the layer's input, back until the layer's experts are in their slot."""
+    if torch.compiler.is_compiling():
+        torch.ops.vllm_dwdp.wait_layer(hidden_states, ring, index)
+    else:
+        _rings[ring].wait(index)
+
+
+def record_layer(output: torch.Tensor, ring: int, index: int) -> None:
+    """Mark, after `output` was produced, that the layer's slot may be refilled."""
+    if torch.compiler.is_compiling():
+        torch.ops.vllm_dwdp.record_layer(output, ring, index)
+    else:
+        _rings[ring].record(index)
+
+
+def _wait_layer(hidden_states: torch.Tensor, ring: int, index: int) -> None:
+    _rings[ring].wait(index)
+
+
+def _record_layer(output: torch.Tensor, ring: int, index: int) -> None:
+    _rings[ring].record(index)
+
+
+def _fake(tensor: torch.Tensor, ring: int, index: int) -> None:
+    return None
+
+
+_library = torch.library.Library("vllm_dwdp", "DEF")
+for _name, _function, _argument in (
+    ("wait_layer", _wait_layer, "hidden_states"),
+    ("record_layer", _record_layer, "output"),
+):
+    _library.define(f"{_name}(Tensor(a!) {_argument}, int ring, int index) -> ()")
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+    _library._register_fake(_name, _fake)

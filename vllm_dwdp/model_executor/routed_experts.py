@@ -1,0 +1,131 @@
+"""The fused-MoE layer replacement: a routed-experts layer that allocates and loads its shard only.
+
+While a model is loaded, vLLM builds `shard_layer_class(RoutedExperts)` in place of `RoutedExperts`.
+The layer keeps the resident experts, reports its processed weights to the `ShardRegistry` of the
+rank, and is given composite tensors once the group has met. Runs in the worker's main thread.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from vllm_dwdp.compat import moe
+from vllm_dwdp.model_executor import ops
+from vllm_dwdp.placement import Placement
+
+
+class ShardRegistry(Protocol):
+    """Where layers announce themselves while a model is loaded."""
+
+    def placement(self, num_experts: int) -> Placement:
+        """Placement of a layer with that many experts."""
+
+    @property
+    def dwdp_rank(self) -> int:
+        """This rank's position in its group."""
+
+    def add_layer(self, layer: "DwdpRoutedExperts", placement: Placement) -> None:
+        """The layer exists; nothing of it is loaded."""
+
+    def publish_layer(self, layer: "DwdpRoutedExperts") -> None:
+        """The layer's resident experts are in their runtime format."""
+
+
+@dataclass(frozen=True)
+class RingPosition:
+    """Which prefetch ring of this worker a layer belongs to, and its index in it."""
+
+    ring: int
+    index: int
+
+
+class DwdpRoutedExperts:
+    """Mixin over a vLLM routed-experts class; see the module docstring."""
+
+    dwdp_registry: ShardRegistry
+    ring_position: RingPosition | None = None
+
+    def __init__(
+        self,
+        layer_name: str,
+        params_dtype: torch.dtype,
+        moe_config: Any,
+        quant_config: Any,
+        expert_map_manager: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        registry = self.dwdp_registry
+        placement = registry.placement(moe_config.num_experts)
+        resident = placement.resident[registry.dwdp_rank]
+        moe.keep_resident_experts(expert_map_manager, moe_config, resident)
+        super().__init__(  # type: ignore[call-arg]
+            layer_name,
+            params_dtype,
+            moe_config,
+            quant_config,
+            expert_map_manager,
+            *args,
+            **kwargs,
+        )
+        self._publish_after_processing()
+        registry.add_layer(self, placement)
+
+    def _publish_after_processing(self) -> None:
+        """Publish the shard as soon as vLLM has brought this layer into its runtime format.
+
+        Per layer, so that the start never holds more than one layer twice.
+        """
+        method = self.quant_method  # type: ignore[attr-defined]
+        self._process: Any = method.process_weights_after_loading
+
+        def process_and_publish(layer: Any) -> None:
+            self._process(layer)
+            self.dwdp_registry.publish_layer(self)
+
+        method.process_weights_after_loading = process_and_publish
+
+    def bind(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take whole `[num_experts, ...]` tensors and serve all experts from them.
+
+        Args:
+            tensors: by parameter name; the memory behind them must outlive the layer.
+        """
+        for name, tensor in tensors.items():
+            setattr(self, name, torch.nn.Parameter(tensor, requires_grad=False))
+        self.quant_method.process_weights_after_loading = self._process  # type: ignore[attr-defined]
+        moe.make_experts_whole(self, self._process)
+
+    def forward_modular(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's `RoutedExperts.forward_modular`, after the slot holds this layer."""
+        if self.ring_position is None:
+            return super().forward_modular(x, *args, **kwargs)  # type: ignore[misc]
+        ring, index = self.ring_position.ring, self.ring_position.index
+        ops.wait_layer(x, ring, index)
+        output = super().forward_modular(x, *args, **kwargs)  # type: ignore[misc]
+        ops.record_layer(output if isinstance(output, torch.Tensor) else x, ring, index)
+        return output
+
+    def forward_monolithic(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's `RoutedExperts.forward_monolithic`, after the slot holds this layer."""
+        if self.ring_position is None:
+            return super().forward_monolithic(x, *args, **kwargs)  # type: ignore[misc]
+        ring, index = self.ring_position.ring, self.ring_position.index
+        ops.wait_layer(x, ring, index)
+        output = super().forward_monolithic(x, *args, **kwargs)  # type: ignore[misc]
+        ops.record_layer(output if isinstance(output, torch.Tensor) else x, ring, index)
+        return output
+
+
+@functools.cache
+def _replacement_name(stock: type) -> str:
+    return f"Dwdp{stock.__name__}"
+
+
+def shard_layer_class(stock: type, registry: ShardRegistry) -> type:
+    """The class that vLLM builds in place of `stock` while `registry`'s rank loads a model."""
+    return type(
+        _replacement_name(stock), (DwdpRoutedExperts, stock), {"dwdp_registry": registry}
+    )
