@@ -2,16 +2,33 @@
 
 Private names used: `ExpertMapManager._local_num_experts` and `._expert_map`,
 `FusedMoEConfig.num_local_experts`, `RoutedExperts.update_expert_map_info`, the layer registry
-`op_registry_oot`, `weights_already_processed`, `DefaultModelLoader._init_ep_weight_filter`.
+`op_registry_oot`, `weights_already_processed`, `DefaultModelLoader._init_ep_weight_filter` and
+`.get_all_weights`.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from vllm_dwdp.placement import ExpertRange
+
+NamedTensor = tuple[str, torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidentExperts:
+    """What the checkpoint reader must know of this rank.
+
+    Args:
+        ids: experts that at least one layer keeps.
+        split_fused: whether fused tensors must reach the model expert by expert.
+    """
+
+    ids: frozenset[int]
+    split_fused: bool
 
 
 def wrappable_classes() -> tuple[type, ...]:
@@ -81,21 +98,52 @@ def make_experts_whole(layer: Any, process: Callable[[Any], None]) -> None:
 
 
 @contextmanager
-def resident_weight_filter(resident_expert_ids: Callable[[], set[int]]) -> Iterator[None]:
+def resident_weights(resident_experts: Callable[[], ResidentExperts]) -> Iterator[None]:
     """While active, the checkpoint reader skips experts that no layer here keeps.
 
     Args:
-        resident_expert_ids: asked once the layers exist, before the first weight is read.
+        resident_experts: asked once the layers exist, before the first weight is read.
     """
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-    stock = DefaultModelLoader._init_ep_weight_filter
+    stock_filter = DefaultModelLoader._init_ep_weight_filter
+    stock_weights = DefaultModelLoader.get_all_weights
 
     def init_filter(self: Any, model_config: Any) -> None:
-        self.local_expert_ids = resident_expert_ids() or None
+        self.dwdp_resident = resident_experts()
+        self.local_expert_ids = self.dwdp_resident.ids or None
+
+    def get_all_weights(self: Any, *args: Any, **kwargs: Any) -> Iterator[NamedTensor]:
+        weights = stock_weights(self, *args, **kwargs)
+        resident = self.dwdp_resident
+        return _split_fused(weights, resident) if resident.split_fused else weights
 
     DefaultModelLoader._init_ep_weight_filter = init_filter  # type: ignore[method-assign]
+    DefaultModelLoader.get_all_weights = get_all_weights  # type: ignore[method-assign]
     try:
         yield
     finally:
-        DefaultModelLoader._init_ep_weight_filter = stock  # type: ignore[method-assign]
+        DefaultModelLoader._init_ep_weight_filter = stock_filter  # type: ignore[method-assign]
+        DefaultModelLoader.get_all_weights = stock_weights  # type: ignore[method-assign]
+
+
+def loads_fused_tensors_whole(layer: Any) -> bool:
+    """Whether the layer's model copies a fused `[num_experts, ...]` tensor without the expert map.
+
+    gpt-oss does, but it also takes experts one by one, named `experts.<id>.<parameter>`.
+    """
+    from vllm.model_executor.models.gpt_oss import GptOssRoutedExperts
+
+    return isinstance(layer, GptOssRoutedExperts)
+
+
+def _split_fused(weights: Iterator[NamedTensor], resident: ResidentExperts) -> Iterator[NamedTensor]:
+    """Replace each fused expert tensor by its resident experts; the others are never read."""
+    for name, tensor in weights:
+        prefix, separator, parameter = name.partition(".experts.")
+        if not separator or parameter.split(".")[0].isdigit():
+            yield name, tensor
+            continue
+        for expert in sorted(resident.ids):
+            if expert < tensor.shape[0]:
+                yield f"{prefix}.experts.{expert}.{parameter}", tensor[expert]

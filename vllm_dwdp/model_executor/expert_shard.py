@@ -132,10 +132,10 @@ class ExpertShard:
     def loading(self) -> Iterator[None]:
         """While active, vLLM builds sharded layers and reads only their experts from disk."""
         replacement: Callable[[type], type] = lambda stock: shard_layer_class(stock, self)  # noqa: E731
-        with moe.replaced_layers(replacement), moe.resident_weight_filter(self._before_reading):
+        with moe.replaced_layers(replacement), moe.resident_weights(self._before_reading):
             yield
 
-    def _before_reading(self) -> set[int]:
+    def _before_reading(self) -> moe.ResidentExperts:
         """All layers exist: check that their experts fit, and name those that any layer keeps."""
         resident_bytes = sum(
             parameter.nbytes
@@ -143,12 +143,11 @@ class ExpertShard:
             for parameter in entry.layer.parameters(recurse=False)
         )
         host.check_available(resident_bytes, "this rank's share of the experts")
-        return {
-            expert
-            for entry in self.layers
-            for resident in [entry.placement.resident[self.dwdp_rank]]
-            for expert in range(resident.start, resident.stop)
-        }
+        ranges = [entry.placement.resident[self.dwdp_rank] for entry in self.layers]
+        return moe.ResidentExperts(
+            ids=frozenset(expert for span in ranges for expert in range(span.start, span.stop)),
+            split_fused=any(moe.loads_fused_tensors_whole(entry.layer) for entry in self.layers),
+        )
 
 
 def _current_model_key() -> str:

@@ -24,10 +24,11 @@ _CHAT_TEMPLATE = (
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 512,
-    "hidden_size": 128,
+    # 160 and 96 make experts of 15 and 7.5 pages of 4 KiB: they do not end on page boundaries.
+    "hidden_size": 160,
     "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_attention_heads": 5,
+    "num_key_value_heads": 1,
     "head_dim": 32,
     "max_position_embeddings": 2048,
     "bos_token_id": 1,
@@ -41,8 +42,8 @@ _COMMON: dict[str, Any] = {
 def _qwen3_moe(num_experts: int) -> transformers.PretrainedConfig:
     return transformers.Qwen3MoeConfig(
         **_COMMON,
-        intermediate_size=128,
-        moe_intermediate_size=64,
+        intermediate_size=160,
+        moe_intermediate_size=96,
         num_experts=num_experts,
         num_experts_per_tok=2,
         norm_topk_prob=True,
@@ -61,9 +62,9 @@ def _qwen2_moe(num_experts: int) -> transformers.PretrainedConfig:
     common = {key: value for key, value in _COMMON.items() if key != "head_dim"}
     return transformers.Qwen2MoeConfig(
         **common,
-        intermediate_size=128,
-        moe_intermediate_size=64,
-        shared_expert_intermediate_size=128,
+        intermediate_size=160,
+        moe_intermediate_size=96,
+        shared_expert_intermediate_size=160,
         num_experts=num_experts,
         num_experts_per_tok=2,
     )
@@ -71,21 +72,21 @@ def _qwen2_moe(num_experts: int) -> transformers.PretrainedConfig:
 
 def _mixtral(num_experts: int) -> transformers.PretrainedConfig:
     return transformers.MixtralConfig(
-        **_COMMON, intermediate_size=64, num_local_experts=num_experts, num_experts_per_tok=2
+        **_COMMON, intermediate_size=96, num_local_experts=num_experts, num_experts_per_tok=2
     )
 
 
 def _olmoe(num_experts: int) -> transformers.PretrainedConfig:
     common = {key: value for key, value in _COMMON.items() if key != "head_dim"}
     return transformers.OlmoeConfig(
-        **common, intermediate_size=64, num_experts=num_experts, num_experts_per_tok=2
+        **common, intermediate_size=96, num_experts=num_experts, num_experts_per_tok=2
     )
 
 
 def _granite_moe(num_experts: int) -> transformers.PretrainedConfig:
     common = {key: value for key, value in _COMMON.items() if key != "head_dim"}
     return transformers.GraniteMoeConfig(
-        **common, intermediate_size=64, num_local_experts=num_experts, num_experts_per_tok=2
+        **common, intermediate_size=96, num_local_experts=num_experts, num_experts_per_tok=2
     )
 
 
@@ -93,8 +94,8 @@ def _glm4_moe(num_experts: int) -> transformers.PretrainedConfig:
     """A dense first layer, a shared expert, a score-correction bias."""
     return transformers.Glm4MoeConfig(
         **_COMMON,
-        intermediate_size=128,
-        moe_intermediate_size=64,
+        intermediate_size=160,
+        moe_intermediate_size=96,
         n_routed_experts=num_experts,
         num_experts_per_tok=2,
         n_shared_experts=1,
@@ -110,7 +111,7 @@ def _gpt_oss(num_experts: int) -> transformers.PretrainedConfig:
     """Experts with biases, stored as fused 3-D tensors."""
     return transformers.GptOssConfig(
         **_COMMON,
-        intermediate_size=64,
+        intermediate_size=96,
         num_local_experts=num_experts,
         num_experts_per_tok=2,
         sliding_window=128,
@@ -120,11 +121,11 @@ def _gpt_oss(num_experts: int) -> transformers.PretrainedConfig:
 
 def _deepseek(base: type, num_experts: int, **extra: Any) -> transformers.PretrainedConfig:
     common = {key: value for key, value in _COMMON.items() if key != "head_dim"}
-    common["num_key_value_heads"] = common["num_attention_heads"]
+    common["num_key_value_heads"] = common["num_attention_heads"] = 4
     config: transformers.PretrainedConfig = base(
         **common,
-        intermediate_size=128,
-        moe_intermediate_size=64,
+        intermediate_size=160,
+        moe_intermediate_size=96,
         n_routed_experts=num_experts,
         num_experts_per_tok=2,
         n_shared_experts=1,
@@ -146,7 +147,9 @@ def _deepseek_v2(num_experts: int) -> transformers.PretrainedConfig:
 
 
 def _deepseek_v3(num_experts: int) -> transformers.PretrainedConfig:
-    return _deepseek(transformers.DeepseekV3Config, num_experts)
+    return _deepseek(
+        transformers.DeepseekV3Config, num_experts, topk_method="noaux_tc", scoring_func="sigmoid"
+    )
 
 
 ARCHITECTURES: dict[str, Callable[[int], transformers.PretrainedConfig]] = {
@@ -200,7 +203,7 @@ def _save_model(folder: Path, config: transformers.PretrainedConfig, seed: int) 
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 or name.endswith("bias"):
                 # Large enough that every expert and every token visibly changes the output.
-                parameter.normal_(0.0, 0.06)
+                parameter.normal_(0.0, 0.15 if "expert" in name or "mlp" in name else 0.08)
     model.save_pretrained(folder)
 
 
