@@ -23,7 +23,6 @@ def make_rendezvous(launch: DwdpLaunch, rank: int, vllm_config: Any) -> Rendezvo
         group_size=launch.config.group_size,
         fingerprint=make_fingerprint(launch, vllm_config),
         join_timeout_s=launch.config.join_timeout_s,
-        secret=_read_secret(launch.config.rendezvous_secret_file),
     )
     rendezvous.start()
     return rendezvous
@@ -60,8 +59,3 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _read_secret(path: str | None) -> bytes | None:
-    if path is None:
-        return None
-    with open(path, "rb") as file:
-        return file.read().strip()

@@ -29,7 +29,8 @@ from vllm_dwdp.memory.tensor import tensor_at
 from vllm_dwdp.model_executor import ops
 from vllm_dwdp.model_executor.expert_shard import ExpertShard, ShardedLayer
 from vllm_dwdp.model_executor.routed_experts import RingPosition
-from vllm_dwdp.transfer.copy_plan import plan_layer_copies
+from vllm_dwdp.transfer.copy_plan import CopySlice, bytes_by_peer, plan_layer_copies
+from vllm_dwdp.transfer.device import ResolvedSlice
 from vllm_dwdp.transfer.host_queue import HostCopyQueue
 from vllm_dwdp.transfer.pipeline import PrefetchPipeline
 
@@ -51,7 +52,9 @@ class ExpertGroup:
         self.num_steps = 0
         self._resources = resources
         self._peers: dict[int, PeerShard] = {}
+        self._views: dict[int, host.Mapping] = {}
         self._pipelines: list[PrefetchPipeline] = []
+        self._queue: HostCopyQueue | None = None
         self._layout: ModelLayout
         self._rendezvous: Rendezvous
 
@@ -99,6 +102,11 @@ class ExpertGroup:
         """The scheduler starts a step on this rank."""
         self.num_steps += 1
 
+    def begin_forward(self) -> None:
+        """A model's forward starts, real or not."""
+        for pipeline in self._pipelines:
+            pipeline.begin_forward()
+
     def close(self) -> None:
         """Stop the ring, forget the peers and release all memory. Layers must not run again."""
         ops.install_rings([])
@@ -127,7 +135,7 @@ class ExpertGroup:
             "saved_bytes": layout.total_bytes - resident_bytes - slot_bytes,
             "steps": {self.mode: self.num_steps},
             "fetched_bytes": fetched,
-            "prefetch_copy_seconds": sum(counter.copy_seconds for counter in counters),
+            "prefetch_copy_seconds": self._queue.busy_seconds if self._queue else 0.0,
             "prefetch_wait_seconds": sum(counter.wait_seconds for counter in counters),
             "late_prefetches": sum(counter.late_layers for counter in counters),
             "peers": {
@@ -147,8 +155,8 @@ class ExpertGroup:
         for peer in self._peers.values():
             self._resources.callback(os.close, peer.fd)
         self._check_shard_sizes()
-        views = {rank: self._map_peer(peer) for rank, peer in self._peers.items()}
-        self._fill_edges(views)
+        self._views = {rank: self._map_peer(peer) for rank, peer in self._peers.items()}
+        self._fill_edges(self._views)
         self._rendezvous.announce_ready()
         self._rendezvous.wait_ready()
         logger.info(
@@ -157,7 +165,6 @@ class ExpertGroup:
             len(self._peers),
             time.monotonic() - started,
         )
-        self._views = views
 
     def _check_shard_sizes(self) -> None:
         for rank, peer in self._peers.items():
@@ -274,29 +281,28 @@ class ExpertGroup:
 
     def _start_pipelines(self, slots: host.HostSlots) -> None:
         """One ring per model, all on one copy queue."""
-        queue = self._resources.enter_context(HostCopyQueue())
+        self._queue = self._resources.enter_context(HostCopyQueue())
         numbers, layers = self._slot_numbers(), self._layers()
         for ring, members in enumerate(self._rings()):
-            batches = []
+            batches: list[list[ResolvedSlice]] = []
+            peer_bytes: list[dict[int, int]] = []
             for index, member in enumerate(members):
                 sharded, layer = layers[member]
                 sharded.layer.ring_position = RingPosition(ring, index)
-                batches.append(
-                    [
-                        (
-                            slots.address(numbers[member], copy.slot_offset),
-                            self._views[copy.peer_rank].address + copy.source_offset,
-                            copy.num_bytes,
-                        )
-                        for copy in plan_layer_copies(
-                            layer, self.dwdp_rank, self.launch.config.slice_bytes
-                        )
-                    ]
-                )
-            pipeline = PrefetchPipeline(batches, queue, num_slots=NUM_SLOTS)
+                plan = plan_layer_copies(layer, self.dwdp_rank, self.launch.config.slice_bytes)
+                batches.append([self._resolve(copy, slots, numbers[member]) for copy in plan])
+                peer_bytes.append(bytes_by_peer(plan))
+            pipeline = PrefetchPipeline(batches, peer_bytes, self._queue, num_slots=NUM_SLOTS)
             self._resources.callback(pipeline.close)
             self._pipelines.append(pipeline)
         ops.install_rings(list(self._pipelines))
+
+    def _resolve(self, copy: CopySlice, slots: host.HostSlots, slot: int) -> ResolvedSlice:
+        return (
+            slots.address(slot, copy.slot_offset),
+            self._views[copy.peer_rank].address + copy.source_offset,
+            copy.num_bytes,
+        )
 
     def _status_while_starting(self) -> dict[str, Any]:
         return {"rank": self.rank, "mode": self.mode, "state": "starting"}

@@ -1,0 +1,118 @@
+"""Runs a ring's schedule on a device. The worker's main thread calls it; the queue copies.
+
+`wait` and `record` bracket every layer's kernels; `begin_forward` only lets the first copies start
+earlier after an interruption. Correctness rests on `wait` alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vllm_dwdp.transfer.device import CopyQueue, ResolvedSlice
+from vllm_dwdp.transfer.schedule import SlotSchedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineCounters:
+    """What a pipeline has done since it was made.
+
+    Args:
+        fetched_bytes: by peer rank.
+        wait_seconds: the host slept for late copies.
+        late_layers: waits that had to sleep.
+        fills: layers fetched.
+        heals: fetches that the steady schedule would not have needed.
+        forwards: forwards begun.
+    """
+
+    fetched_bytes: dict[int, int]
+    wait_seconds: float
+    late_layers: int
+    fills: int
+    heals: int
+    forwards: int
+
+
+class PrefetchPipeline:
+    """One ring of layers on one copy queue.
+
+    Args:
+        batches: the resolved copies of each layer, in the order in which the layers run.
+        peer_bytes: bytes that each layer copies from each peer rank.
+        queue: the device's queue; it must outlive the pipeline.
+        num_slots: slots of the ring.
+    """
+
+    def __init__(
+        self,
+        batches: Sequence[Sequence[ResolvedSlice]],
+        peer_bytes: Sequence[dict[int, int]],
+        queue: CopyQueue,
+        *,
+        num_slots: int,
+    ) -> None:
+        assert len(batches) == len(peer_bytes)
+        self._schedule = SlotSchedule(num_layers=len(batches), num_slots=num_slots)
+        self._queue = queue
+        self._batches = [queue.add_batch(batch) for batch in batches]
+        self._peer_bytes = peer_bytes
+        self._filling: list[int | None] = [None] * num_slots
+        self._num_fills = [0] * len(batches)
+        self._wait_seconds = 0.0
+        self._late_layers = self._heals = self._forwards = 0
+
+    def begin_forward(self) -> None:
+        """A forward starts: fetch the first layers now, if an interruption left others behind."""
+        self._forwards += 1
+        self._heal(self._schedule.fills_at_begin())
+
+    def wait(self, layer_index: int) -> None:
+        """Return (or order the stream) once the layer's slot holds the layer."""
+        fills = self._schedule.fills_at_wait(layer_index)
+        if fills:
+            self._heal(fills)
+        seconds = self._queue.wait(self._batches[layer_index])
+        if seconds > 0.0:
+            self._wait_seconds += seconds
+            self._late_layers += 1
+
+    def record(self, layer_index: int) -> None:
+        """The layer's kernels are done: refill its slot with the next layer that uses it."""
+        for layer in self._schedule.fills_at_record(layer_index):
+            self._issue(layer)
+
+    def synchronize(self) -> None:
+        """Block until no copy is queued or running."""
+        self._queue.drain()
+
+    def close(self) -> None:
+        """Let running copies finish: the slots may go afterwards."""
+        self.synchronize()
+
+    def counters(self) -> PipelineCounters:
+        """A snapshot."""
+        fetched: dict[int, int] = {}
+        for num_fills, peers in zip(self._num_fills, self._peer_bytes, strict=True):
+            for peer, num_bytes in peers.items():
+                fetched[peer] = fetched.get(peer, 0) + num_fills * num_bytes
+        return PipelineCounters(
+            fetched_bytes=fetched,
+            wait_seconds=self._wait_seconds,
+            late_layers=self._late_layers,
+            fills=sum(self._num_fills),
+            heals=self._heals,
+            forwards=self._forwards,
+        )
+
+    def _heal(self, layers: list[int]) -> None:
+        """Fetch out of step: what a slot is being filled with may still be on its way."""
+        for layer in layers:
+            running = self._filling[self._schedule.slot(layer)]
+            if running is not None:
+                self._queue.wait(self._batches[running])
+            self._heals += 1
+            self._issue(layer)
+
+    def _issue(self, layer: int) -> None:
+        self._filling[self._schedule.slot(layer)] = layer
+        self._num_fills[layer] += 1
+        self._queue.issue(self._batches[layer])

@@ -1,0 +1,71 @@
+"""Which layer fills which slot, and when. Pure, and the only place that knows.
+
+Layer `i` of a ring uses slot `i % num_slots`. A slot is free once the layer in it was recorded (its
+kernels are done, or enqueued before the event that the copy waits for); the next layer of that slot
+is then fetched at once, and after the last layer the first layer of the next step. With two slots:
+
+::
+
+    compute     | 0 | 1 | 2 | 3 |  sample, schedule  | 0 | 1 | ...
+    slot 0      [ 0 ]<fill 2>[ 2 ]<fill 0 ..........>[ 0 ]
+    slot 1          [ 1 ]<fill 3>[ 3 ]<fill 1 ..........>[ 1 ]
+                  ^   ^
+                  |   wait(1): returns when slot 1 holds layer 1
+                  record(0): layer 0 is done, so slot 0 is filled with layer 2
+
+`holds` says what each slot holds or is being filled with. It is compared at every wait, so a forward
+that was cut short, a dummy or profiling run, or a skipped layer costs one late fill and nothing else.
+A ring of no more layers than slots is filled once and never again.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class SlotSchedule:
+    """The state of one ring.
+
+    Args:
+        num_layers: MoE layers of the ring, in the order in which they run.
+        num_slots: slots, at least 2.
+    """
+
+    num_layers: int
+    num_slots: int
+    holds: list[int | None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        assert self.num_layers >= 1 and self.num_slots >= 2
+        self.holds = [None] * self.num_slots
+
+    def slot(self, layer: int) -> int:
+        """The slot that `layer` uses."""
+        return layer % self.num_slots
+
+    def fills_at_begin(self) -> list[int]:
+        """Layers to fetch when a forward begins: the first ones, where the slots lack them.
+
+        Only after a forward that was cut short, or the very first.
+        """
+        return self._claim(range(min(self.num_slots, self.num_layers)))
+
+    def fills_at_wait(self, layer: int) -> list[int]:
+        """Layers to fetch before `layer` can be waited for: none in the steady state.
+
+        Out of step, `layer` itself and the layers after it that the other slots should hold: at a
+        wait no layer is running, so every slot is free.
+        """
+        if self.holds[self.slot(layer)] == layer:
+            return []
+        return self._claim(range(layer, min(layer + self.num_slots, self.num_layers)))
+
+    def fills_at_record(self, layer: int) -> list[int]:
+        """Layers to fetch now that `layer` has been consumed and its slot is free."""
+        following = layer + self.num_slots
+        return self._claim([following if following < self.num_layers else self.slot(layer)])
+
+    def _claim(self, layers: range | list[int]) -> list[int]:
+        missing = [layer for layer in layers if self.holds[self.slot(layer)] != layer]
+        for layer in missing:
+            self.holds[self.slot(layer)] = layer
+        return missing
