@@ -46,9 +46,7 @@ def run_case(case: dict[str, Any], rank: int) -> dict[str, Any]:
         result: dict[str, Any] = {"name": case["name"], "rank": rank, "tokens": tokens}
         if num_ranks > 1:
             result["status"] = worker.dwdp_status()
-            result["weights"] = digest_of_weights(worker)
-        else:
-            result["weights"] = digest_of_weights(worker)
+        result["weights"] = digest_of_weights(worker)
         result["seconds"] = time.monotonic() - started
         return result
     finally:

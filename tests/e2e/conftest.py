@@ -1,0 +1,43 @@
+"""Shared checkpoints and the processes that run engines. Everything started here is ended here."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from vllm_dwdp.testing.checkpoints import make_checkpoint
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> "Checkpoints":
+    """Random-weight checkpoints, made once per session."""
+    return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
+
+
+class Checkpoints:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, architecture: str, num_experts: int = 8, **overrides: object) -> str:
+        suffix = "-".join(f"{key}{value}" for key, value in sorted(overrides.items()))
+        folder = self.folder / f"{architecture}-{num_experts}{suffix}"
+        return str(make_checkpoint(folder, architecture, num_experts, **overrides))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_process_is_left_behind() -> Iterator[None]:
+    """Whatever a module started has ended when it is over."""
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    yield
+    children = psutil.Process().children(recursive=True)
+    left = [child for child in children if child.pid not in before and is_ours(child)]
+    gone, alive = psutil.wait_procs(left, timeout=20)
+    assert not alive, [child.cmdline() for child in alive]
+
+
+def is_ours(process: psutil.Process) -> bool:
+    try:
+        return "resource_tracker" not in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,67 @@
+"""Runs lists of cases in engine processes (`engine_process.py`) and collects what they wrote."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+DEADLINE_S = 420
+
+
+def run_cases(
+    folder: Path, name: str, cases: list[dict[str, Any]], environment: dict[str, str] | None = None
+) -> dict[str, list[dict[str, Any]]]:
+    """Run `cases` and return, by case name, the results of ranks 0, 1, ...
+
+    Every rank of a case is a process of its own; a process runs all its cases one after the other.
+    """
+    num_ranks = max(case.get("num_ranks", 1) for case in cases)
+    for case, port in zip(cases, free_ports(len(cases)), strict=True):
+        case["port"] = port
+    listing = folder / f"{name}.json"
+    listing.write_text(json.dumps(cases))
+    processes, outputs, logs = [], [], []
+    for rank in range(num_ranks):
+        outputs.append(folder / f"{name}-{rank}.out")
+        logs.append(folder / f"{name}-{rank}.log")
+        with logs[-1].open("wb") as log:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "tests.e2e.engine_process"]
+                    + [str(listing), str(rank), str(outputs[-1])],
+                    cwd=ROOT,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=os.environ | (environment or {}),
+                )
+            )
+    try:
+        codes = [process.wait(timeout=DEADLINE_S) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    for code, log in zip(codes, logs, strict=True):
+        assert code == 0, f"{log.name} ended with {code}:\n{log.read_text()[-6000:]}"
+    results: dict[str, list[dict[str, Any]]] = {}
+    for output in outputs:
+        for line in output.read_text().splitlines():
+            result = json.loads(line)
+            results.setdefault(result["name"], []).append(result)
+    return results
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that were free a moment ago."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for probe in sockets:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in sockets]
+    finally:
+        for probe in sockets:
+            probe.close()

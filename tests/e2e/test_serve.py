@@ -1,0 +1,157 @@
+"""`vllm serve` with internal load balancing: two ranks, two API servers, compiled, in prefetch mode.
+
+One server is shared by the tests of this module; they run in file order.
+"""
+
+import contextlib
+import http.client
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.e2e.conftest import Checkpoints
+from tests.e2e.server import Server, serving
+from vllm_dwdp.memory.host import proportional_set_bytes
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+DWDP = ("--distributed-executor-backend", "dwdp", "--data-parallel-size", "2")
+PROMPTS = [f"prompt {index} " * (1 + 7 * index) for index in range(6)]
+
+
+@pytest.fixture(scope="module")
+def model(checkpoints: Checkpoints) -> str:
+    return checkpoints(
+        "qwen3_moe", 32, hidden_size=320, moe_intermediate_size=352, num_hidden_layers=4
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(model: str, tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
+    """Stock vLLM with the same compilation, one request at a time."""
+    log = tmp_path_factory.mktemp("stock") / "server.log"
+    with serving(log, model, "--max-num-batched-tokens", "64") as server:
+        return [server.tokens(prompt) for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def server(
+    model: str, expected: list[list[int]], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("dwdp") / "server.log"
+    config = json.dumps({"dwdp": {"mode": "prefetch"}})
+    chunked = ("--max-num-batched-tokens", "64")
+    with serving(log, model, *DWDP, "--additional-config", config, *chunked) as running:
+        yield running
+
+
+def test_each_rank_answers_as_stock_vllm_does(
+    server: Server, expected: list[list[int]]
+) -> None:
+    for rank in (0, 1):
+        assert [server.tokens(prompt, rank=rank) for prompt in PROMPTS] == expected
+
+
+def test_metrics_tell_the_configuration_and_count_remote_bytes(server: Server) -> None:
+    time.sleep(2.5)
+    for engine in ("0", "1"):
+        assert server.metric("vllm:dwdp_config_info", engine=engine, mode="prefetch") == 1
+        resident = server.metric("vllm:dwdp_resident_expert_bytes", engine=engine)
+        remote = server.metric("vllm:dwdp_remote_expert_bytes", engine=engine)
+        assert resident and resident == remote, "two ranks, half the experts each"
+        fetched = server.metric("vllm:dwdp_fetched_bytes_total", engine=engine)
+        assert fetched is not None and fetched > 10 * remote
+        peer = "1" if engine == "0" else "0"
+        assert server.metric("vllm:dwdp_peer_state", engine=engine, peer=peer, state="ready") == 1
+        assert server.metric("vllm:dwdp_prefetch_wait_seconds_total", engine=engine) is not None
+
+
+def test_one_rank_runs_a_thousand_steps_while_the_other_runs_none(server: Server) -> None:
+    time.sleep(2.5)
+    before = [steps(server, rank) for rank in ("0", "1")]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in pool.map(
+            lambda index: server.tokens(f"thousand {index}", rank=1, max_tokens=600), range(2)
+        ):
+            pass
+        server.tokens("and some more", rank=1, max_tokens=600)
+    time.sleep(2.5)
+    after = [steps(server, rank) for rank in ("0", "1")]
+    assert after[0] - before[0] == 0, "the idle rank ran steps: it is not independent"
+    assert after[1] - before[1] >= 1000
+
+
+def steps(server: Server, engine: str) -> int:
+    return int(server.metric("vllm:dwdp_steps_total", engine=engine) or 0)
+
+
+def test_aborted_requests_leave_the_ring_in_order(
+    server: Server, expected: list[list[int]]
+) -> None:
+    for index in range(8):
+        abandon_stream(server, f"abandoned {index} " * 20)
+    for rank in (0, 1):
+        assert [server.tokens(prompt, rank=rank) for prompt in PROMPTS] == expected
+
+
+def abandon_stream(server: Server, prompt: str) -> None:
+    """Start a streaming completion and hang up after its first bytes."""
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=60)
+    body = {"model": "m", "prompt": prompt, "max_tokens": 500, "stream": True, "ignore_eos": True}
+    connection.request(
+        "POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"}
+    )
+    with contextlib.suppress(http.client.HTTPException):
+        connection.getresponse().read(20)
+    connection.close()
+
+
+def test_many_at_once_reach_both_ranks(server: Server) -> None:
+    time.sleep(2.5)
+    before = [steps(server, rank) for rank in ("0", "1")]
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda index: server.tokens(f"at once {index}"), range(32)))
+    assert all(len(answer) == 16 for answer in answers)
+    time.sleep(2.5)
+    after = [steps(server, rank) for rank in ("0", "1")]
+    assert after[0] > before[0] and after[1] > before[1]
+
+
+def test_the_log_says_what_each_rank_holds(server: Server) -> None:
+    log = server.log.read_text()
+    for rank in (0, 1):
+        assert log.count(f"DWDP rank {rank} serves in prefetch mode: experts resident") == 1
+
+
+def test_sleep_and_reload_are_refused_before_they_start(model: str) -> None:
+    from vllm import EngineArgs
+
+    from vllm_dwdp.errors import DwdpUnsupportedError
+
+    args = EngineArgs(model=model, distributed_executor_backend="dwdp", enable_sleep_mode=True)
+    with pytest.raises(DwdpUnsupportedError, match="--enable-sleep-mode .*peers read"):
+        args.create_engine_config()
+
+
+def test_expert_memory_is_stored_once(
+    server: Server, model: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Summed proportional set size: the dense part per rank, the experts once, the slots."""
+    log = tmp_path_factory.mktemp("replica") / "server.log"
+    used = sum(proportional_set_bytes(worker.pid) for worker in server.processes("Worker"))
+    experts = server.metric("vllm:dwdp_resident_expert_bytes") or 0
+    slots = server.metric("vllm:dwdp_slot_bytes") or 0
+    replica = json.dumps({"dwdp": {"mode": "replica"}})
+    chunked = ("--max-num-batched-tokens", "64")
+    with serving(log, model, *DWDP, "--additional-config", replica, *chunked) as replicas:
+        for rank in (0, 1):
+            for prompt in PROMPTS:
+                replicas.tokens(prompt, rank=rank)
+        full = sum(proportional_set_bytes(worker.pid) for worker in replicas.processes("Worker"))
+        time.sleep(2.5)
+        assert replicas.metric("vllm:dwdp_config_info", mode="replica") == 2
+    dense = full - 2 * experts
+    assert used <= 1.05 * (dense + experts + slots), (used, dense, experts, slots)
