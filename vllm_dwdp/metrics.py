@@ -147,20 +147,22 @@ def make_stat_logger(launch: DwdpLaunch) -> type:
         """Starts the poller; vLLM's own statistics are of no interest to it."""
 
         def __init__(self, vllm_config: Any, engine_indexes: list[int]) -> None:
-            if vllm_config.parallel_config._api_process_rank > 0:
-                return
-            metrics = _process_metrics(vllm_config.model_config.served_model_name)
-            if launch.config.shares_experts:
-                StatusPoller(launch, list(engine_indexes), metrics)
-                return
-            for engine in engine_indexes:
-                metrics.update(engine, {"mode": "replica", "saved_bytes": 0})
+            self._vllm_config = vllm_config
+            self._engines = list(engine_indexes)
 
         def record(self, *args: Any, **kwargs: Any) -> None:
             """Nothing: ranks are polled, not counted per iteration."""
 
         def log_engine_initialized(self) -> None:
-            """Nothing to log."""
+            """Start exporting. Not earlier: vLLM's own logger, made after us, clears `vllm:*`."""
+            if self._vllm_config.parallel_config._api_process_rank > 0:
+                return
+            metrics = _process_metrics(self._vllm_config.model_config.served_model_name)
+            if launch.config.shares_experts:
+                StatusPoller(launch, self._engines, metrics)
+                return
+            for engine in self._engines:
+                metrics.update(engine, {"mode": "replica", "saved_bytes": 0})
 
     return DwdpStatLogger
 

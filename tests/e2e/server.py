@@ -87,9 +87,10 @@ class Server:
         return self.log.read_text(errors="replace")[-8000:]
 
     def stop(self, sent: signal.Signals = signal.SIGINT) -> int:
+        if self.process.poll() is not None:
+            return int(self.process.returncode)
         family = self.processes()
-        if self.process.poll() is None:
-            self.process.send_signal(sent)
+        self.process.send_signal(sent)
         try:
             code = self.process.wait(timeout=60)
         finally:

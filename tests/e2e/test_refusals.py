@@ -1,0 +1,126 @@
+"""Bad input: one clear error that names the setting, the value and the fix, before anything starts."""
+
+import subprocess
+from typing import Any
+
+import pytest
+
+from tests.e2e.conftest import Checkpoints
+from tests.e2e.server import VLLM
+from vllm_dwdp.errors import DwdpConfigError, DwdpUnsupportedError
+
+pytestmark = pytest.mark.e2e
+
+
+def configure(model: str, dwdp: Any = None, **arguments: Any) -> Any:
+    from vllm import EngineArgs
+
+    return EngineArgs(
+        model=model,
+        distributed_executor_backend="dwdp",
+        **({"data_parallel_size": 4} | arguments),
+        additional_config={} if dwdp is None else {"dwdp": dwdp},
+    ).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("dwdp", "message"),
+    [
+        ({"mod": "direct"}, r"option 'mod' is unknown.*Did you mean 'mode'"),
+        ({"mode": "fast"}, r"mode='fast' is unknown; choose one of auto, direct"),
+        ({"group_size": 3}, r"group_size=3 does not divide --data-parallel-size 4.*\[1, 2, 4\]"),
+        ({"group_size": 0}, r"group_size=0 must be an integer of at least 1"),
+        ({"experts_per_rank": 1}, r"experts_per_rank=1 .*must lie in \[2, 8\]"),
+        ({"experts_per_rank": 9}, r"experts_per_rank=9 .*must lie in \[2, 8\]"),
+        ({"experts_per_rank": "2"}, r"experts_per_rank='2' must be an integer"),
+        ({"slice_bytes": 10}, r"slice_bytes=10 must be an integer of at least 4096"),
+        ({"join_timeout_s": -1}, r"join_timeout_s=-1 must be a positive number"),
+        ({"rendezvous": "here"}, r"rendezvous='here' is not a meeting place; use unix:///"),
+        ({"rendezvous": "tcp://h:1"}, r"'tcp://h:1'.*unix:///folder"),
+        ("prefetch", r"additional_config\['dwdp'\] is 'prefetch'; it must be a JSON object"),
+    ],
+)
+def test_dwdp_options(checkpoints: Checkpoints, dwdp: Any, message: str) -> None:
+    with pytest.raises((DwdpConfigError, DwdpUnsupportedError), match=message):
+        configure(checkpoints("qwen3_moe"), dwdp)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tensor_parallel_size": 2}, r"--tensor-parallel-size 2 .*Use --data-parallel-size"),
+        ({"pipeline_parallel_size": 2}, r"--pipeline-parallel-size 2 .*Use --data-parallel-size"),
+        ({"enable_expert_parallel": True}, r"--enable-expert-parallel cannot .*Leave it out"),
+        ({"enable_eplb": True}, r'--enable-eplb cannot .*"experts_per_rank"'),
+        ({"enable_dbo": True}, r"--enable-dbo cannot .*Leave it out"),
+        ({"enable_sleep_mode": True}, r"--enable-sleep-mode cannot"),
+        ({"enable_lora": True}, r"--enable-lora cannot .*Merge the adapter"),
+        ({"data_parallel_backend": "ray"}, r"--data-parallel-backend ray cannot"),
+        ({"worker_cls": "my.Worker"}, r"--worker-cls my.Worker cannot"),
+        ({"data_parallel_rank": 1}, r"rendezvous is missing.*unix:///"),
+        ({"data_parallel_size": 16}, r"group_size=16 is larger than the 8 experts"),
+    ],
+)
+def test_vllm_arguments(
+    checkpoints: Checkpoints, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((DwdpConfigError, DwdpUnsupportedError), match=message):
+        configure(checkpoints("qwen3_moe"), **arguments)
+
+
+def test_a_dense_model(tmp_path: Any) -> None:
+    import transformers
+
+    from vllm_dwdp.testing import checkpoints
+
+    config = transformers.Qwen3Config(
+        **(checkpoints._COMMON | {"intermediate_size": 64, "num_hidden_layers": 1})
+    )
+    checkpoints._save_model(tmp_path, config, seed=0)
+    checkpoints._save_tokenizer(tmp_path)
+    with pytest.raises(DwdpUnsupportedError, match=r"has no routed experts.*Leave the flag out"):
+        configure(str(tmp_path))
+
+
+def test_the_command_ends_with_the_error_and_a_non_zero_exit(checkpoints: Checkpoints) -> None:
+    command = [VLLM, "serve", checkpoints("qwen3_moe"), "--data-parallel-size", "2"]
+    command += ["--distributed-executor-backend", "dwdp"]
+    command += ["--additional-config", '{"dwdp": {"mode": "swift"}}']
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode != 0
+    last = ended.stderr.strip().splitlines()[-1]
+    assert "dwdp mode='swift' is unknown; choose one of auto, direct, prefetch, replica" in last
+
+
+def test_without_dwdp_stock_vllm_is_untouched(checkpoints: Checkpoints) -> None:
+    """The config of a stock engine is the same with the plugin loaded and with it disabled."""
+    script = (
+        "import sys; from vllm import EngineArgs; import vllm.plugins as p; "
+        "p.load_general_plugins(); "
+        f"c = EngineArgs(model={checkpoints('qwen3_moe')!r}, data_parallel_size=2)"
+        ".create_engine_config(); "
+        "from vllm.v1.engine import async_llm; from vllm.v1.engine.core_client import "
+        "EngineCoreClient; from vllm.model_executor.custom_op import op_registry_oot; "
+        "print('RESULT', c.compute_hash(), type(c.model_config).__name__, c.parallel_config"
+        ".worker_cls, c.parallel_config.distributed_executor_backend, c.additional_config, "
+        "hasattr(async_llm.load_stat_logger_plugin_factories, 'dwdp_stock'), op_registry_oot, "
+        "'vllm_dwdp.executor.executor' in sys.modules)"
+    )
+    results = [run_script(script, {"VLLM_PLUGINS": plugins}) for plugins in ("", "dwdp")]
+    assert results[0] == results[1]
+    assert "False {} False" in results[1]
+
+
+def run_script(script: str, environment: dict[str, str]) -> str:
+    import os
+    import sys
+
+    ended = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+        env=os.environ | environment,
+    )
+    return next(line for line in ended.stdout.splitlines() if line.startswith("RESULT"))

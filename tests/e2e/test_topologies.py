@@ -1,0 +1,109 @@
+"""Ranks started one by one (external load balancing), node by node (hybrid), and several groups."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.e2e.conftest import Checkpoints
+from tests.e2e.matrix import free_ports
+from tests.e2e.server import Server
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+PROMPTS = [f"topology {index} " * (1 + 5 * index) for index in range(4)]
+EAGER = ("--enforce-eager", "--api-server-count", "1", "--served-model-name", "m")
+EXTERNAL = ("--enforce-eager", "--served-model-name", "m", "--max-model-len", "512")
+
+
+def start(model: str, log: Path, folder: Path, *arguments: str, **dwdp: object) -> Server:
+    config = json.dumps({"dwdp": {"rendezvous": f"unix://{folder}"} | dwdp})
+    port = str(free_ports(1)[0])
+    backend = ("--distributed-executor-backend", "dwdp", "--additional-config", config)
+    return Server([model, *arguments, *backend, "--port", port], log, {})
+
+
+def test_external_ranks_meet_and_outlive_each_other(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    model, folder = checkpoints("mixtral", 8), tmp_path / "meet"
+    servers = [
+        start(
+            model,
+            tmp_path / f"rank{rank}.log",
+            folder,
+            *EXTERNAL,
+            *("--data-parallel-size", "2", "--data-parallel-rank", str(rank)),
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        for server in servers:
+            server.wait_until_ready()
+        assert sorted(path.name for path in folder.iterdir()) == ["g0-r0.sock", "g0-r1.sock"]
+        assert folder.stat().st_mode & 0o777 == 0o700
+        before = [servers[0].tokens(prompt) for prompt in PROMPTS]
+        assert [servers[1].tokens(prompt) for prompt in PROMPTS] == before
+        kill_family(servers[0])
+        after = [servers[1].tokens(prompt) for prompt in PROMPTS]
+        assert after == before, "the survivor reads the dead rank's experts from its own mapping"
+        time.sleep(2.5)
+        assert servers[1].metric("vllm:dwdp_peer_state", peer="0", state="dead") == 1
+    finally:
+        for server in servers:
+            server.stop()
+    assert list(folder.iterdir()) in ([], [folder / "g0-r0.sock"]), "only the killed rank's is left"
+
+
+def kill_family(server: Server) -> None:
+    """kill -9 for every process of a server, workers first."""
+    family = [*server.processes("Worker"), *server.processes("EngineCore")]
+    for process in family:
+        os.kill(process.pid, signal.SIGKILL)
+    server.process.kill()
+    server.process.wait(timeout=10)
+    psutil.wait_procs(family, timeout=10)
+
+
+def test_hybrid_nodes_with_one_group_each(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """Four ranks, two front ends, groups of two: the second node's ranks are 2 and 3."""
+    model, folder = checkpoints("mixtral", 8), tmp_path / "meet"
+    nodes = [
+        start(
+            model,
+            tmp_path / f"node{node}.log",
+            folder,
+            *EAGER,
+            *("--max-model-len", "512", "--data-parallel-size", "4"),
+            *("--data-parallel-size-local", "2", "--data-parallel-start-rank", str(2 * node)),
+            *("--data-parallel-hybrid-lb",),
+            group_size=2,
+        )
+        for node in (0, 1)
+    ]
+    try:
+        for node in nodes:
+            node.wait_until_ready()
+        expected = nodes[0].tokens(PROMPTS[2], rank=0)
+        for node in nodes:
+            for rank in (0, 1):
+                assert node.tokens(PROMPTS[2], rank=rank) == expected
+        assert sorted(path.name for path in folder.iterdir()) == [
+            "g0-r0.sock",
+            "g0-r1.sock",
+            "g1-r0.sock",
+            "g1-r1.sock",
+        ]
+        log = nodes[1].log.read_text()
+        assert "DWDP rank 2 serves" in log and "DWDP rank 3 serves" in log
+        time.sleep(2.5)
+        for node, group in zip(nodes, ("0", "1"), strict=True):
+            assert node.metric("vllm:dwdp_config_info", group=group, group_size="2") == 2
+    finally:
+        for node in nodes:
+            node.stop()
+    assert not list(folder.iterdir())
