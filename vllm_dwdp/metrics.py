@@ -55,9 +55,7 @@ class RankMetrics:
             "prefetch_wait_seconds": _counter(
                 "prefetch_wait_seconds", "Seconds that layers waited for late copies."
             ),
-            "prefetch_copy_seconds": _counter(
-                "prefetch_copy_seconds", "Seconds that copies took."
-            ),
+            "prefetch_copy_seconds": _counter("prefetch_copy_seconds", "Seconds that copies took."),
             "late_prefetches": _counter("late_prefetch", "Layers whose copies were late."),
         }
 
@@ -93,9 +91,7 @@ class RankMetrics:
 
 
 def _gauge(name: str, text: str, *labels: str) -> Gauge:
-    return Gauge(
-        f"vllm:dwdp_{name}", text, [*_LABELS, *labels], multiprocess_mode="mostrecent"
-    )
+    return Gauge(f"vllm:dwdp_{name}", text, [*_LABELS, *labels], multiprocess_mode="mostrecent")
 
 
 def _counter(name: str, text: str, *labels: str) -> Counter:

@@ -107,7 +107,7 @@ class NativeQueue:
 
     def add_batch(self, slices: Sequence[tuple[int, int, int]]) -> int:
         """Register `(destination, source, num_bytes)` copies; returns the batch's handle."""
-        array = (Slice * len(slices))(*slices)
+        array = (Slice * len(slices))(*(Slice(*entry) for entry in slices))
         batch: int = self._lib.dwdp_queue_add_batch(self._handle, array, len(slices))
         self._check(batch, "registering a batch of copies")
         return batch

@@ -32,7 +32,7 @@ def no_process_is_left_behind() -> Iterator[None]:
     yield
     children = psutil.Process().children(recursive=True)
     left = [child for child in children if child.pid not in before and is_ours(child)]
-    gone, alive = psutil.wait_procs(left, timeout=20)
+    alive = psutil.wait_procs(left, timeout=20)[1]
     assert not alive, [child.cmdline() for child in alive]
 
 

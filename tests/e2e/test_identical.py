@@ -15,14 +15,12 @@ from vllm_dwdp.testing.checkpoints import ARCHITECTURES
 
 pytestmark = pytest.mark.e2e
 
-EIGHT = {name: 8 for name in ARCHITECTURES}
+EIGHT = dict.fromkeys(ARCHITECTURES, 8)
 UNEVEN = {"qwen3_moe": 10, "gpt_oss": 7}
 Results = dict[str, list[dict[str, Any]]]
 
 
-def cases(
-    checkpoints: Checkpoints, experts: dict[str, int], **extra: Any
-) -> list[dict[str, Any]]:
+def cases(checkpoints: Checkpoints, experts: dict[str, int], **extra: Any) -> list[dict[str, Any]]:
     return [
         {"name": f"{name}-{count}", "model": checkpoints(name, count), **extra}
         for name, count in experts.items()

@@ -61,9 +61,7 @@ def test_dwdp_options(checkpoints: Checkpoints, dwdp: Any, message: str) -> None
         ({"data_parallel_size": 16}, r"group_size=16 is larger than the 8 experts"),
     ],
 )
-def test_vllm_arguments(
-    checkpoints: Checkpoints, arguments: dict[str, Any], message: str
-) -> None:
+def test_vllm_arguments(checkpoints: Checkpoints, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises((DwdpConfigError, DwdpUnsupportedError), match=message):
         configure(checkpoints("qwen3_moe"), **arguments)
 

@@ -48,9 +48,7 @@ def server(
         yield running
 
 
-def test_each_rank_answers_as_stock_vllm_does(
-    server: Server, expected: list[list[int]]
-) -> None:
+def test_each_rank_answers_as_stock_vllm_does(server: Server, expected: list[list[int]]) -> None:
     for rank in (0, 1):
         assert [server.tokens(prompt, rank=rank) for prompt in PROMPTS] == expected
 

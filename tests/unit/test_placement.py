@@ -10,9 +10,7 @@ from vllm_dwdp.placement import ExpertRange, Placement
 
 @given(placements())
 def test_every_expert_has_a_holder_and_every_rank_its_share(placement: Placement) -> None:
-    held = [
-        expert for span in placement.resident for expert in range(span.start, span.stop)
-    ]
+    held = [expert for span in placement.resident for expert in range(span.start, span.stop)]
     assert set(held) == set(range(placement.num_experts))
     if placement.experts_per_rank is None:
         assert len(held) == placement.num_experts, "without redundancy: stored exactly once"

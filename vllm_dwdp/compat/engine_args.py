@@ -74,7 +74,10 @@ def _create_dwdp_config(args: Any, stock: Any, *pos: Any, **kwargs: Any) -> Any:
         ranks_on_host=place.local_size if endpoint.startswith("tcp:") else size,
     )
     independent.make_independent(vllm_config, launch, place)
-    if current_platform.is_cpu() and args.gpu_memory_utilization == type(args).gpu_memory_utilization:
+    if (
+        current_platform.is_cpu()
+        and args.gpu_memory_utilization == type(args).gpu_memory_utilization
+    ):
         # On the CPU this is a share of the host's memory, which the ranks divide.
         vllm_config.cache_config.gpu_memory_utilization /= launch.ranks_on_host
     stats.install(launch)
@@ -136,7 +139,7 @@ _REFUSED = (
         "enable_eplb",
         "--enable-eplb",
         False,
-        'experts do not move between ranks. Leave it out; for redundancy set dwdp '
+        "experts do not move between ranks. Leave it out; for redundancy set dwdp "
         '"experts_per_rank".',
     ),
     (
@@ -170,7 +173,12 @@ _REFUSED = (
         False,
         "LoRA wraps the expert layers that DWDP replaces. Merge the adapter into the checkpoint.",
     ),
-    ("cpu_offload_gb", "--cpu-offload-gb", 0, "experts already live in shared memory. Leave it out."),
+    (
+        "cpu_offload_gb",
+        "--cpu-offload-gb",
+        0,
+        "experts already live in shared memory. Leave it out.",
+    ),
     (
         "offload_group_size",
         "--offload-group-size",
@@ -240,7 +248,7 @@ def offline_size() -> int | None:
 
 
 def _spmd_size() -> int:
-    import vllm.envs as envs
+    from vllm import envs
 
     return int(envs.VLLM_DP_SIZE)
 

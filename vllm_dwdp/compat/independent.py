@@ -48,7 +48,7 @@ class Place:
 
 def find_place(args: Any, vllm_config: Any, size: int, *, headless: bool) -> Place:
     """Read the ranks of this front end off the config that vLLM made."""
-    import vllm.envs as envs
+    from vllm import envs
 
     parallel = vllm_config.parallel_config
     if args.data_parallel_size == 1 and parallel.data_parallel_size > 1:

@@ -118,13 +118,13 @@ def resident_weights(resident_experts: Callable[[], ResidentExperts]) -> Iterato
         resident = self.dwdp_resident
         return _split_fused(weights, resident) if resident.split_fused else weights
 
-    DefaultModelLoader._init_ep_weight_filter = init_filter  # type: ignore[method-assign]
-    DefaultModelLoader.get_all_weights = get_all_weights  # type: ignore[method-assign]
+    DefaultModelLoader._init_ep_weight_filter = init_filter
+    DefaultModelLoader.get_all_weights = get_all_weights
     try:
         yield
     finally:
-        DefaultModelLoader._init_ep_weight_filter = stock_filter  # type: ignore[method-assign]
-        DefaultModelLoader.get_all_weights = stock_weights  # type: ignore[method-assign]
+        DefaultModelLoader._init_ep_weight_filter = stock_filter
+        DefaultModelLoader.get_all_weights = stock_weights
 
 
 def loads_fused_tensors_whole(layer: Any) -> bool:
@@ -137,7 +137,9 @@ def loads_fused_tensors_whole(layer: Any) -> bool:
     return isinstance(layer, GptOssRoutedExperts)
 
 
-def _split_fused(weights: Iterator[NamedTensor], resident: ResidentExperts) -> Iterator[NamedTensor]:
+def _split_fused(
+    weights: Iterator[NamedTensor], resident: ResidentExperts
+) -> Iterator[NamedTensor]:
     """Replace each fused expert tensor by its resident experts; the others are never read."""
     for name, tensor in weights:
         prefix, separator, parameter = name.partition(".experts.")

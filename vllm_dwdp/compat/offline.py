@@ -153,8 +153,8 @@ def rank_client() -> Iterator[None]:
             )
         return RankClient(vllm_config, executor_class, log_stats, renderer=renderer)
 
-    EngineCoreClient.make_client = staticmethod(make_client)  # type: ignore[method-assign]
+    EngineCoreClient.make_client = staticmethod(make_client)
     try:
         yield
     finally:
-        EngineCoreClient.make_client = stock  # type: ignore[method-assign]
+        EngineCoreClient.make_client = stock

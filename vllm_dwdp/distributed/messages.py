@@ -133,4 +133,6 @@ def _receive(connection: socket.socket, decoder: Any) -> tuple[Any, list[int]]:
             os.close(fd)
         if isinstance(error, ProtocolError):
             raise
-        raise ProtocolError(f"a peer sent {len(data)} bytes that are no message: {error}") from error
+        raise ProtocolError(
+            f"a peer sent {len(data)} bytes that are no message: {error}"
+        ) from error

@@ -123,7 +123,9 @@ class Rendezvous:
     @property
     def peer_ranks(self) -> tuple[int, ...]:
         """The other ranks, starting after our own."""
-        return tuple((self.dwdp_rank + step) % self.group_size for step in range(1, self.group_size))
+        return tuple(
+            (self.dwdp_rank + step) % self.group_size for step in range(1, self.group_size)
+        )
 
     def start(self) -> None:
         """Listen, and answer in a daemon thread until `close`."""
@@ -316,7 +318,9 @@ class Rendezvous:
             with suppress(OSError, DwdpError):
                 self._ask(rank, message)
 
-    def _answer(self, request: messages.Request, fds: list[int]) -> tuple[messages.Reply, int | None]:
+    def _answer(
+        self, request: messages.Request, fds: list[int]
+    ) -> tuple[messages.Reply, int | None]:
         """Answer one request (in the server's thread): the reply and an fd to send with it."""
         if isinstance(request, messages.StatusRequest):
             return messages.Status(self.status_provider()), None

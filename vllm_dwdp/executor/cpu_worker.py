@@ -12,4 +12,4 @@ class DwdpCPUWorker(DwdpWorker, CPUWorker):
     def determine_available_memory(self) -> int:
         """Bytes for the KV cache, counting shared expert memory once."""
         with cpu.proportional_memory():
-            return super().determine_available_memory()
+            return int(super().determine_available_memory())

@@ -23,7 +23,9 @@ class DwdpExecutor(MultiprocExecutor):
         if not current_platform.is_cpu():
             super()._init_executor()
             return
-        slot = rank if launch.ranks_on_host == launch.data_parallel_size else rank - launch.first_rank
+        slot = (
+            rank if launch.ranks_on_host == launch.data_parallel_size else rank - launch.first_rank
+        )
         with cpu.bound_cores(self.parallel_config, slot, launch.ranks_on_host) as cores:
             if cores is not None:
                 logger.info("DWDP rank %d computes on cores %s", rank, cores)

@@ -57,5 +57,3 @@ def _checkpoint_digest(vllm_config: Any) -> str:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-

@@ -33,7 +33,7 @@ class DwdpWorker:
 
         def load() -> torch.nn.Module:
             super(DwdpWorker, self).load_model(**kwargs)  # type: ignore[misc]
-            return self.model_runner.get_model()  # type: ignore[attr-defined, no-any-return]
+            return self.model_runner.get_model()  # type: ignore[attr-defined]
 
         self.expert_group = ExpertGroup.join(
             launch, rank, load, lambda: make_rendezvous(launch, rank, vllm_config)

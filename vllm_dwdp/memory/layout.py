@@ -146,9 +146,7 @@ class WeightLayout:
             yield SourcedRange(
                 source,
                 span.intersect(
-                    ByteRange(
-                        experts[0] * self.expert_bytes, (experts[-1] + 1) * self.expert_bytes
-                    )
+                    ByteRange(experts[0] * self.expert_bytes, (experts[-1] + 1) * self.expert_bytes)
                 ),
             )
 
@@ -216,9 +214,7 @@ class ModelLayout:
                 offsets.append(tuple(ends))
                 for rank in range(group_size):
                     ends[rank] += len(weight.shard_pages(rank))
-            planned.append(
-                LayerLayout(name=name, weights=weights, shard_offsets=tuple(offsets))
-            )
+            planned.append(LayerLayout(name=name, weights=weights, shard_offsets=tuple(offsets)))
         return cls(layers=tuple(planned), shard_bytes=tuple(ends))
 
     def slot_bytes(self, rank: int) -> int:

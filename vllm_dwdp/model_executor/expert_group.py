@@ -138,9 +138,7 @@ class ExpertGroup:
             "prefetch_copy_seconds": self._queue.busy_seconds if self._queue else 0.0,
             "prefetch_wait_seconds": sum(counter.wait_seconds for counter in counters),
             "late_prefetches": sum(counter.late_layers for counter in counters),
-            "peers": {
-                str(peer): state.state for peer, state in self._rendezvous.peers().items()
-            },
+            "peers": {str(peer): state.state for peer, state in self._rendezvous.peers().items()},
         }
 
     def _meet(self) -> None:

@@ -126,6 +126,4 @@ def _replacement_name(stock: type) -> str:
 
 def shard_layer_class(stock: type, registry: ShardRegistry) -> type:
     """The class that vLLM builds in place of `stock` while `registry`'s rank loads a model."""
-    return type(
-        _replacement_name(stock), (DwdpRoutedExperts, stock), {"dwdp_registry": registry}
-    )
+    return type(_replacement_name(stock), (DwdpRoutedExperts, stock), {"dwdp_registry": registry})

@@ -16,7 +16,6 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-
 _CHAT_TEMPLATE = (
     "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"
@@ -237,9 +236,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--config", type=json.loads, default={}, help="JSON overrides")
     options = parser.parse_args()
-    print(
-        make_checkpoint(options.folder, options.architecture, options.experts, **options.config)
-    )
+    print(make_checkpoint(options.folder, options.architecture, options.experts, **options.config))
 
 
 if __name__ == "__main__":
