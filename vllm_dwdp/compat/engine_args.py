@@ -5,6 +5,7 @@ config with our executor and worker named by dotted path, and makes the result i
 every front-end process (the command line, each API server, `LLM`).
 """
 
+import atexit
 import functools
 import os
 from collections.abc import Iterator
@@ -74,6 +75,7 @@ def _create_dwdp_config(args: Any, stock: Any, *pos: Any, **kwargs: Any) -> Any:
         ranks_on_host=place.local_size if endpoint.startswith("tcp:") else size,
     )
     independent.make_independent(vllm_config, launch, place)
+    atexit.register(_forget_ranks, launch)
     if (
         current_platform.is_cpu()
         and args.gpu_memory_utilization == type(args).gpu_memory_utilization
@@ -276,6 +278,16 @@ def _choose_endpoint(args: Any, config: Any, place: Any) -> str:
     endpoint = make_abstract_endpoint()
     os.environ[ENDPOINT_ENV] = endpoint
     return endpoint
+
+
+def _forget_ranks(launch: Any) -> None:
+    """At exit: vLLM stops its workers with SIGKILL, so their sockets are ours to remove."""
+    from vllm_dwdp.distributed.endpoint import Endpoint
+
+    endpoint = Endpoint.parse(launch.endpoint)
+    for engine in range(launch.local_size):
+        rank = launch.rank(engine)
+        endpoint.forget_dead(launch.group(rank), launch.dwdp_rank(rank))
 
 
 @contextmanager

@@ -14,12 +14,15 @@ import errno
 import os
 import socket
 import stat
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_dwdp.errors import DwdpConfigError, DwdpUnsupportedError, RendezvousError
 
 BACKLOG = 128
+LINGER_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,24 @@ class Endpoint:
     def forget(self, group: int, rank: int) -> None:
         """Remove what `listen` left on the file system."""
         if self.kind == "unix":
-            Path(self._address(group, rank)).unlink(missing_ok=True)
+            with suppress(OSError):
+                Path(self._address(group, rank)).unlink()
+
+    def forget_dead(self, group: int, rank: int) -> None:
+        """As `forget`, unless a living process listens there.
+
+        A killed process listens until the kernel has taken it apart, so this looks for a while.
+        """
+        deadline = time.monotonic() + LINGER_S
+        while self.kind == "unix" and Path(self._address(group, rank)).exists():
+            living = self.connect(group, rank, timeout_s=1.0)
+            if living is None:
+                self.forget(group, rank)
+                return
+            living.close()
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.05)
 
     def _address(self, group: int, rank: int) -> str:
         if self.kind == "abstract":
