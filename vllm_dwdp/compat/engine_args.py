@@ -44,6 +44,7 @@ def install() -> None:
 def _create_dwdp_config(args: Any, stock: Any, *pos: Any, **kwargs: Any) -> Any:
     from vllm.platforms import current_platform
 
+    from vllm_dwdp import native
     from vllm_dwdp.compat import independent, stats
     from vllm_dwdp.config import DwdpConfig, DwdpLaunch
 
@@ -51,6 +52,8 @@ def _create_dwdp_config(args: Any, stock: Any, *pos: Any, **kwargs: Any) -> Any:
     additional = dict(args.additional_config or {})
     size = offline_size() or max(args.data_parallel_size, _spmd_size())
     config = DwdpConfig.from_options(additional.pop(BACKEND, {}), size)
+    if config.shares_experts and config.mode == "prefetch":
+        native.library()
     worker_cls = CPU_WORKER_CLS if current_platform.is_cpu() else GPU_WORKER_CLS
     # What stays in additional_config is hashed into the torch.compile cache key: only what
     # changes the compiled graph may stay, or every rank and every start would compile again.

@@ -11,6 +11,7 @@ import ctypes
 import fcntl
 import mmap
 import os
+import resource
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -216,6 +217,26 @@ def check_available(num_bytes: int, purpose: str) -> None:
             "are available. Use more ranks per group, free memory on this host, or raise the "
             "container's memory limit."
         )
+
+
+def check_open_files(num_files: int, purpose: str) -> None:
+    """Refuse before a file descriptor runs out in the middle of a start or of serving.
+
+    Raises:
+        DwdpMemoryError: fewer than `num_files` more may be opened by this process.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = len(os.listdir("/proc/self/fd")) + num_files
+    if soft == resource.RLIM_INFINITY or needed <= soft:
+        return
+    if hard == resource.RLIM_INFINITY or needed <= hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+        return
+    raise DwdpMemoryError(
+        f"RLIMIT_NOFILE is {soft} (hard limit {hard}), but {purpose} needs {needed} open files in "
+        f"this process. Raise it, e.g. with `ulimit -n {max(65536, needed)}` or LimitNOFILE= of a "
+        "systemd unit."
+    )
 
 
 def available_bytes() -> int:

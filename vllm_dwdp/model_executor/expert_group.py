@@ -37,6 +37,8 @@ from vllm_dwdp.transfer.pipeline import PrefetchPipeline
 logger = init_logger(__name__)
 
 NUM_SLOTS = 2
+FILES_PER_PEER = 4  # the peer's shard, a hello each way, a status request
+FILES_AROUND = 64  # checkpoint files, sockets, the slots, and what vLLM opens meanwhile
 
 
 class ExpertGroup:
@@ -77,6 +79,10 @@ class ExpertGroup:
         Raises:
             DwdpError: any step failed; nothing is left open.
         """
+        host.check_open_files(
+            FILES_PER_PEER * launch.config.group_size + FILES_AROUND,
+            f"a group of {launch.config.group_size} ranks",
+        )
         with ExitStack() as undo:
             shard = ExpertShard(launch.config, launch.dwdp_rank(rank))
             undo.callback(shard.close)

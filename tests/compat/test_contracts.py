@@ -1,0 +1,194 @@
+"""One contract per private vLLM name that `vllm_dwdp.compat` touches; see docs/compat.md.
+
+An upgrade of vLLM that moves one of them fails here, by name, and not in a serving rank.
+"""
+
+import dataclasses
+import inspect
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.compat
+
+
+def source(thing: Any) -> str:
+    return inspect.getsource(thing)
+
+
+def test_vllm_is_in_the_tested_range() -> None:
+    from packaging.version import Version
+    from vllm.version import __version__
+
+    assert Version("0.32") <= Version(__version__) < Version("0.33")
+
+
+def test_engine_args_has_every_field_that_is_refused_with_the_neutral_value_as_default() -> None:
+    from vllm import EngineArgs
+
+    from vllm_dwdp.compat.engine_args import _REFUSED
+
+    defaults = {field.name: field.default for field in dataclasses.fields(EngineArgs)}
+    for field, flag, neutral, _ in _REFUSED:
+        assert field in defaults, f"{flag} has gone"
+        default = defaults[field]
+        if default is not dataclasses.MISSING:
+            assert default in (neutral, None), f"{flag} is {default!r} when it is not given"
+
+
+def test_engine_args_tells_spawned_api_servers_apart() -> None:
+    from vllm import EngineArgs
+
+    fields = {field.name for field in dataclasses.fields(EngineArgs)}
+    assert {"_api_process_count", "_api_process_rank", "worker_cls"} <= fields
+
+
+def test_independence_is_keyed_on_is_moe() -> None:
+    from vllm.config import ModelConfig
+    from vllm.v1.engine import core
+
+    assert isinstance(inspect.getattr_static(ModelConfig, "is_moe"), property)
+    assert "model_config.is_moe" in source(core.EngineCoreProc.run_engine_core)
+    assert "reconfigure_for_independent_dp_rank" in source(core.EngineCoreProc.run_engine_core)
+
+
+def test_the_independent_config_pickles_by_reference() -> None:
+    import pickletools
+
+    from vllm_dwdp.compat.independent import IndependentModelConfig
+
+    strings = [
+        argument
+        for _, argument, _ in pickletools.genops(__import__("pickle").dumps(IndependentModelConfig))
+        if isinstance(argument, str)
+    ]
+    assert strings == ["vllm_dwdp.compat.independent", "IndependentModelConfig"]
+
+
+def test_expert_map_fields() -> None:
+    from vllm.model_executor.layers.fused_moe import config, expert_map_manager
+
+    manager = source(expert_map_manager.ExpertMapManager)
+    assert "self._local_num_experts" in manager
+    assert "self._expert_map" in manager
+    fields = {field.name for field in dataclasses.fields(config.FusedMoEConfig)}
+    assert {"num_experts", "num_local_experts"} <= fields
+
+
+def test_routed_experts_takes_what_the_replacement_passes() -> None:
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+    names = list(inspect.signature(RoutedExperts.__init__).parameters)
+    assert names[1:6] == [
+        "layer_name",
+        "params_dtype",
+        "moe_config",
+        "quant_config",
+        "expert_map_manager",
+    ]
+    for name in ("update_expert_map_info", "forward_modular", "forward_monolithic"):
+        assert callable(getattr(RoutedExperts, name))
+
+
+def test_layer_registry() -> None:
+    from vllm.model_executor.custom_op import PluggableLayer, op_registry_oot
+
+    assert isinstance(op_registry_oot, dict)
+    assert "op_registry_oot" in source(PluggableLayer.__new__)
+
+
+def test_weights_can_be_called_processed() -> None:
+    from vllm.model_executor.utils import weights_already_processed
+
+    with weights_already_processed():
+        pass
+
+
+def test_declared_quantisation_methods_exist_and_take_processed_weights() -> None:
+    import pkgutil
+    from importlib import import_module
+
+    from vllm.model_executor.layers import fused_moe, quantization
+
+    from vllm_dwdp.model_executor.expert_parameters import PER_EXPERT
+
+    found: dict[str, Any] = {}
+    for package in (fused_moe, quantization):
+        for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+            if module.name.split(".")[-1] in ("fp8", "mxfp4", "unquantized_fused_moe_method"):
+                found |= vars(import_module(module.name))
+    for name in PER_EXPERT:
+        assert name in found, f"{name} has gone"
+        assert hasattr(found[name], "supports_pre_processed_weights")
+
+
+def test_checkpoint_reader_hooks() -> None:
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    parameters = list(inspect.signature(DefaultModelLoader._init_ep_weight_filter).parameters)
+    assert parameters == ["self", "model_config"]
+    assert "local_expert_ids" in source(DefaultModelLoader)
+    assert callable(DefaultModelLoader.get_all_weights)
+
+
+def test_wrappable_classes_exist() -> None:
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+    from vllm_dwdp.compat.moe import wrappable_classes
+
+    assert all(issubclass(cls, RoutedExperts) for cls in wrappable_classes())
+
+
+def test_cpu_worker_sizes_by_resident_memory() -> None:
+    from vllm.v1.worker import cpu_worker
+
+    assert "psutil.Process(" in source(cpu_worker)
+    assert ".rss" in source(cpu_worker)
+
+
+def test_cpu_binding_variable() -> None:
+    from vllm import envs
+
+    from vllm_dwdp.compat.cpu import BIND_ENV
+
+    assert BIND_ENV in envs.environment_variables
+    assert envs.environment_variables[BIND_ENV]() == "auto"
+
+
+def test_stat_logger_factories_are_looked_up_by_name() -> None:
+    from vllm.v1.engine import async_llm
+
+    assert "load_stat_logger_plugin_factories()" in source(async_llm.AsyncLLM)
+
+
+def test_offline_client_members() -> None:
+    from vllm.v1.engine import core_client
+
+    client = source(core_client)
+    for name in (
+        "core_engines",
+        "utility_results",
+        "outputs_queue",
+        "input_socket",
+        "engine_manager",
+        "engine_dead",
+        "_format_exception",
+    ):
+        assert name in client, name
+    parameters = list(inspect.signature(core_client.EngineCoreClient.make_client).parameters)
+    assert parameters[:5] == [
+        "multiprocess_mode",
+        "asyncio_mode",
+        "vllm_config",
+        "executor_class",
+        "log_stats",
+    ]
+
+
+def test_executor_and_worker_hooks() -> None:
+    from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    assert callable(MultiprocExecutor._init_executor)
+    for name in ("load_model", "execute_model", "determine_available_memory", "shutdown"):
+        assert callable(getattr(CPUWorker, name))

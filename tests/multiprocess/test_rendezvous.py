@@ -1,0 +1,295 @@
+"""Ranks that meet: real sockets, real processes, real deaths."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.distributed.test_messages import fingerprint
+from vllm_dwdp.config import make_abstract_endpoint
+from vllm_dwdp.distributed.endpoint import Endpoint
+from vllm_dwdp.distributed.rendezvous import Rendezvous, query_status
+from vllm_dwdp.errors import (
+    DwdpConfigError,
+    DwdpUnsupportedError,
+    JoinTimeoutError,
+    PeerMismatchError,
+    RendezvousError,
+)
+
+pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(60)]
+
+
+@pytest.fixture(params=["abstract", "unix"])
+def endpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Endpoint:
+    text = make_abstract_endpoint() if request.param == "abstract" else f"unix://{tmp_path}/meet"
+    return Endpoint.parse(text)
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks() -> Iterator[None]:
+    resource_tracker.ensure_running()  # multiprocessing's own descriptor, opened once
+    before = len(os.listdir("/proc/self/fd")), threading.active_count()
+    yield
+    assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
+
+
+def rank(endpoint: Endpoint, number: int, size: int = 2, **options: Any) -> Rendezvous:
+    made = Rendezvous(
+        endpoint,
+        group=0,
+        dwdp_rank=number,
+        group_size=size,
+        fingerprint=options.pop("fingerprint", fingerprint()),
+        join_timeout_s=options.pop("join_timeout_s", 10.0),
+    )
+    made.start()
+    return made
+
+
+def publish(member: Rendezvous) -> int:
+    fd = os.memfd_create(f"dwdp-{member.dwdp_rank}")
+    os.write(fd, b"%d" % member.dwdp_rank)
+    member.publish(fd, 4096)
+    return fd
+
+
+def test_three_ranks_exchange_shards_and_readiness(endpoint: Endpoint) -> None:
+    members = [rank(endpoint, number, 3) for number in range(3)]
+    fds = [publish(member) for member in members]
+    with ThreadPoolExecutor(3) as pool:
+        shards = list(pool.map(lambda member: member.meet(), members))
+        for member, met in zip(members, shards, strict=True):
+            assert sorted(met) == sorted(member.peer_ranks)
+            for peer, shard in met.items():
+                assert os.pread(shard.fd, 1, 0) == b"%d" % peer
+                assert not shard.ready
+                os.close(shard.fd)
+            member.announce_ready()
+        list(pool.map(lambda member: member.wait_ready(), members))
+    assert {state.state for state in members[0].peers().values()} == {"ready"}
+    members[2].close()
+    assert members[0].peers()[2].state == "dead"
+    for member, fd in zip(members, fds, strict=True):
+        member.close()
+        os.close(fd)
+    if endpoint.kind == "unix":
+        assert not list(Path(endpoint.location).iterdir())
+
+
+def test_missing_ranks_are_named_at_the_deadline(endpoint: Endpoint) -> None:
+    member = rank(endpoint, 1, 4, join_timeout_s=0.3)
+    fd = publish(member)
+    with pytest.raises(
+        JoinTimeoutError,
+        match=r"ranks \[0, 2, 3\] of group 0 did not publish .* join_timeout_s=0.3",
+    ):
+        member.meet()
+    member.close()
+    os.close(fd)
+
+
+def test_a_mismatch_is_refused_on_both_sides_with_the_fields(endpoint: Endpoint) -> None:
+    members = [
+        rank(endpoint, 0),
+        rank(endpoint, 1, fingerprint=fingerprint(dtype="fp16", revision="b")),
+    ]
+    fds = [publish(member) for member in members]
+
+    def meet(member: Rendezvous) -> str:
+        with pytest.raises(PeerMismatchError) as caught:
+            member.meet()
+        return str(caught.value)
+
+    with ThreadPoolExecutor(2) as pool:
+        texts = list(pool.map(meet, members))
+    for text in texts:
+        assert "revision is" in text
+        assert "dtype is" in text
+        assert "config_digest" not in text
+    for member, fd in zip(members, fds, strict=True):
+        member.close()
+        os.close(fd)
+
+
+def test_a_rank_that_gives_up_tells_the_others_why(endpoint: Endpoint) -> None:
+    waiting = rank(endpoint, 0)
+    fd = publish(waiting)
+    with pytest.raises(MemoryError), rank(endpoint, 1):
+        raise MemoryError("no room for 3 experts")
+    with pytest.raises(
+        RendezvousError, match="rank 1 of group 0 failed to start: MemoryError: no room for 3"
+    ):
+        waiting.meet()
+    waiting.close()
+    os.close(fd)
+
+
+def test_one_rank_cannot_run_twice(endpoint: Endpoint) -> None:
+    member = rank(endpoint, 0)
+    with pytest.raises(RendezvousError, match="rank 0 of group 0 is already running"):
+        rank(endpoint, 0)
+    member.close()
+
+
+def test_status_is_answered_at_any_time(endpoint: Endpoint) -> None:
+    member = rank(endpoint, 0)
+    member.status_provider = lambda: {"mode": "direct", "steps": {"direct": 7}}
+    assert query_status(endpoint, 0, 0, timeout_s=5)["steps"] == {"direct": 7}
+    member.close()
+    with pytest.raises(RendezvousError, match="does not listen"):
+        query_status(endpoint, 0, 0, timeout_s=5)
+
+
+def test_a_stale_generation_is_refused(endpoint: Endpoint) -> None:
+    keeper, older, newer = rank(endpoint, 0), rank(endpoint, 1), None
+    fds = [publish(keeper), publish(older)]
+    generation = older.generation
+    for shard in older.meet().values():
+        os.close(shard.fd)
+    older.close()
+    newer = rank(endpoint, 1)
+    newer.generation = generation - 1
+    with pytest.raises(PeerMismatchError, match="is stale"):
+        newer.meet()
+    newer.close()
+    keeper.close()
+    for fd in fds:
+        os.close(fd)
+
+
+def run_rank(location: str, number: int) -> None:
+    member = rank(Endpoint.parse(location), number)
+    publish(member)
+    for shard in member.meet().values():
+        os.close(shard.fd)
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_dead_or_stopped_rank_delays_nobody(endpoint: Endpoint, sent: signal.Signals) -> None:
+    """kill -9 shows as dead, and its socket is taken over; SIGSTOP holds nobody up."""
+    spawn = multiprocessing.get_context("spawn")
+    peer = spawn.Process(target=run_rank, args=(str(endpoint), 1))
+    peer.start()
+    member = rank(endpoint, 0, join_timeout_s=30)
+    fd = publish(member)
+    (shard,) = member.meet().values()
+    assert peer.pid is not None
+    os.kill(peer.pid, sent)
+    started = time.monotonic()
+    if sent == signal.SIGKILL:
+        peer.join()
+        assert member.peers()[1].state == "dead"
+        successor = rank(endpoint, 1)
+        assert member.peers()[1].state != "dead"
+        successor.close()
+    else:
+        member.peers()
+        assert os.pread(shard.fd, 1, 0) == b"1", "what was handed over stays readable"
+        peer.kill()
+        peer.join()
+    assert time.monotonic() - started < 5
+    os.close(shard.fd)
+    member.close()
+    os.close(fd)
+    peer.close()
+
+
+def test_nonsense_slow_writers_and_crowds_do_not_stop_the_answers(endpoint: Endpoint) -> None:
+    member = rank(endpoint, 0)
+    member.status_provider = lambda: {"ok": True}
+    idle = []
+    for _ in range(50):
+        connection = endpoint.connect(0, 0, timeout_s=1)
+        assert connection is not None
+        idle.append(connection)
+    for nonsense in (b"\x00", b"\xff" * 500, b"\xdf\x7f\xff\xff\xff" * 8, b"\xc6" + b"\xff" * 4):
+        connection = endpoint.connect(0, 0, timeout_s=1)
+        assert connection is not None
+        connection.send(nonsense)
+        connection.close()
+    assert query_status(endpoint, 0, 0, timeout_s=5) == {"ok": True}
+    for connection in idle:
+        connection.close()
+    member.close()
+
+
+def test_a_crowd_is_turned_away_and_the_rank_recovers(endpoint: Endpoint) -> None:
+    member = rank(endpoint, 0)
+    member.status_provider = lambda: {"ok": True}
+    crowd = [endpoint.connect(0, 0, timeout_s=0.2) for _ in range(600)]
+    for connection in crowd:
+        if connection is not None:
+            connection.close()
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            assert query_status(endpoint, 0, 0, timeout_s=2) == {"ok": True}
+            break
+        except (RendezvousError, OSError):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    member.close()
+
+
+def test_a_folder_that_others_can_enter_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "open"
+    folder.mkdir()
+    folder.chmod(0o755)
+    with pytest.raises(RendezvousError, match=r"mode 0755; .* chmod 700"):
+        rank(Endpoint.parse(f"unix://{folder}"), 0)
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RendezvousError, match="cannot be made"):
+        rank(Endpoint.parse(f"unix://{tmp_path}/file/meet"), 0)
+
+
+def test_a_path_too_long_for_a_socket_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RendezvousError, match="short path"):
+        rank(Endpoint.parse(f"unix://{tmp_path}/{'x' * 120}"), 0)
+
+
+@pytest.mark.parametrize("text", ["unix://relative", "/tmp/x", "abstract:", "http://x", ""])
+def test_other_places_are_no_meeting_place(text: str) -> None:
+    with pytest.raises(DwdpConfigError, match="is not a meeting place; use unix:///"):
+        Endpoint.parse(text)
+
+
+def test_tcp_is_refused_for_now() -> None:
+    with pytest.raises(DwdpUnsupportedError, match="fabric memory handles"):
+        Endpoint.parse("tcp://10.0.0.1:7000")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_another_user_is_turned_away() -> None:
+    """An abstract name has no folder to hide behind: the uid of the caller decides."""
+    endpoint = Endpoint.parse(make_abstract_endpoint())
+    member = rank(endpoint, 0)
+    member.status_provider = lambda: {"secret": 1}
+    stranger = multiprocessing.get_context("fork").Process(target=as_nobody, args=(endpoint,))
+    stranger.start()
+    stranger.join()
+    assert stranger.exitcode == 0, "a foreign uid got an answer"
+    assert query_status(endpoint, 0, 0, timeout_s=5) == {"secret": 1}
+    stranger.close()
+    member.close()
+
+
+def as_nobody(endpoint: Endpoint) -> None:
+    os.setuid(65534)
+    try:
+        query_status(endpoint, 0, 0, timeout_s=2)
+    except (OSError, RendezvousError):
+        os._exit(0)
+    os._exit(1)

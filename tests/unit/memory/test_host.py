@@ -1,0 +1,134 @@
+"""Real memfds, seals and mappings; whatever is made is given back."""
+
+import ctypes
+import mmap
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from vllm_dwdp.errors import DwdpMemoryError
+from vllm_dwdp.memory import host
+from vllm_dwdp.memory.layout import ByteRange
+
+PAGE = host.PAGE_BYTES
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def mappings() -> int:
+    return len(re.findall(r"memfd:dwdp", Path("/proc/self/maps").read_text()))
+
+
+def shard_with(content: bytes) -> host.HostShard:
+    shard = host.HostShard("dwdp-test")
+    mapping = shard.append(len(content))
+    ctypes.memmove(mapping.address, content, len(content))
+    shard.seal()
+    return shard
+
+
+def test_a_sealed_shard_cannot_be_resized_or_written_by_a_peer() -> None:
+    before = open_files(), mappings()
+    shard = shard_with(b"a" * PAGE)
+    peer = shard.open_readonly()
+    with pytest.raises(OSError, match="not permitted"):
+        os.ftruncate(shard.fd, 0)
+    with pytest.raises(OSError, match="not permitted"):
+        os.ftruncate(shard.fd, 2 * PAGE)
+    with pytest.raises(OSError):
+        os.write(peer, b"b")
+    for fd in (peer, shard.fd):
+        with pytest.raises(PermissionError):
+            mmap.mmap(fd, PAGE)
+    writable = os.open(f"/proc/self/fd/{shard.fd}", os.O_RDWR)
+    with pytest.raises(PermissionError):
+        mmap.mmap(writable, PAGE)
+    os.close(writable)
+    os.close(peer)
+    shard.close()
+    shard.close()
+    assert (open_files(), mappings()) == before
+
+
+def test_the_owner_still_fills_its_edges_after_sealing() -> None:
+    shard = host.HostShard("dwdp-test")
+    mapping = shard.append(PAGE)
+    shard.seal()
+    ctypes.memset(mapping.address, 7, PAGE)
+    shard.finish()
+    assert os.pread(shard.fd, 1, PAGE - 1) == b"\x07"
+    shard.close()
+
+
+def test_a_composite_shows_pages_of_several_files_as_one_range() -> None:
+    before = open_files(), mappings()
+    first, second = shard_with(b"1" * 2 * PAGE), shard_with(b"2" * PAGE)
+    segments = [
+        host.Segment(span=ByteRange(0, PAGE), fd=first.fd, offset=PAGE),
+        host.Segment(span=ByteRange(PAGE, 2 * PAGE), fd=second.fd, offset=0),
+        host.Segment(span=ByteRange(2 * PAGE, 3 * PAGE), fd=first.fd, offset=0),
+    ]
+    composite = host.map_composite(segments, 3 * PAGE)
+    assert ctypes.string_at(composite.address, 3 * PAGE) == b"1" * PAGE + b"2" * PAGE + b"1" * PAGE
+    first.close()
+    second.close()
+    content = ctypes.string_at(composite.address, 3 * PAGE)
+    assert content.count(b"1") == 2 * PAGE, "memory outlives its exporter while it is mapped"
+    composite.unmap()
+    assert (open_files(), mappings()) == before
+
+
+def test_a_composite_that_cannot_be_finished_is_given_back() -> None:
+    before = open_files(), mappings()
+    shard = shard_with(b"1" * PAGE)
+    segments = [
+        host.Segment(span=ByteRange(0, PAGE), fd=shard.fd, offset=0),
+        host.Segment(span=ByteRange(PAGE, 2 * PAGE), fd=-1, offset=0),
+    ]
+    with pytest.raises(DwdpMemoryError, match=r"mmap of .* failed: Bad file descriptor"):
+        host.map_composite(segments, 2 * PAGE)
+    assert mappings() == before[1] + 1, "only the shard itself"
+    shard.close()
+    assert (open_files(), mappings()) == before
+
+
+def test_slots_are_private_and_given_back() -> None:
+    before = open_files(), mappings()
+    slots = host.HostSlots(2, PAGE)
+    ctypes.memset(slots.address(1, 8), 9, 1)
+    assert os.pread(slots.fd, 1, slots.file_offset(1, 8)) == b"\x09"
+    slots.close()
+    assert (open_files(), mappings()) == before
+
+
+def test_too_little_memory_names_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "available_bytes", lambda: 2**30)
+    with pytest.raises(DwdpMemoryError, match=r"needs 2.00 GiB but only 1.00 GiB .*more ranks"):
+        host.check_available(2 * 2**30, "this rank's share of the experts")
+    shard = host.HostShard("dwdp-test")
+    with pytest.raises(DwdpMemoryError, match="the next layer of this rank's expert shard"):
+        shard.append(2 * 2**30)
+    shard.close()
+
+
+def test_too_few_open_files_names_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host.resource, "getrlimit", lambda _: (64, 64))
+    with pytest.raises(DwdpMemoryError, match=r"RLIMIT_NOFILE is 64 .*needs \d+ .*ulimit -n"):
+        host.check_open_files(1000, "a group of 72 ranks")
+
+
+def test_proportional_memory_counts_a_shared_page_once() -> None:
+    shard = shard_with(b"x" * (64 * PAGE))
+    views = [host.map_pages(shard.fd, 0, 64 * PAGE, writable=False) for _ in range(4)]
+    for view in views:
+        ctypes.string_at(view.address, 64 * PAGE)
+    before = host.proportional_set_bytes()
+    for view in views[1:]:
+        view.unmap()
+    assert abs(host.proportional_set_bytes() - before) < 64 * PAGE
+    views[0].unmap()
+    shard.close()

@@ -1,0 +1,66 @@
+"""What the user may say, and how a refusal reads."""
+
+from typing import Any
+
+import pytest
+
+from vllm_dwdp.config import DwdpConfig, DwdpLaunch, make_abstract_endpoint
+from vllm_dwdp.errors import DwdpConfigError
+
+
+def test_defaults_share_one_copy_among_all_ranks() -> None:
+    config = DwdpConfig.from_options({}, data_parallel_size=4)
+    assert config.mode == "auto"
+    assert config.group_size == 4
+    assert config.experts_per_rank is None
+    assert config.slice_bytes == 2 * 2**20
+    assert config.join_timeout_s == 600
+    assert config.shares_experts
+
+
+@pytest.mark.parametrize(
+    ("options", "size"), [({"mode": "replica"}, 4), ({"group_size": 1}, 4), ({}, 1)]
+)
+def test_some_settings_share_nothing(options: dict[str, Any], size: int) -> None:
+    assert not DwdpConfig.from_options(options, size).shares_experts
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"moed": "direct"}, r"'moed' is unknown. Did you mean 'mode'\? Known options: mode, "),
+        ({"mode": "fast"}, "mode='fast' is unknown; choose one of auto, direct, prefetch, replica"),
+        ({"group_size": 3}, r"group_size=3 does not divide --data-parallel-size 4; .*\[1, 2, 4\]"),
+        ({"group_size": 0}, "group_size=0 must be an integer of at least 1"),
+        ({"group_size": True}, "group_size=True must be an integer"),
+        ({"experts_per_rank": 0}, "experts_per_rank=0 must be an integer of at least 1"),
+        ({"slice_bytes": 100}, "slice_bytes=100 must be an integer of at least 4096"),
+        ({"direct_max_tokens": -1}, "direct_max_tokens=-1 must be an integer of at least 0"),
+        ({"join_timeout_s": 0}, "join_timeout_s=0 must be a positive number of seconds"),
+        ({"rendezvous": 7}, "rendezvous=7 must be a string"),
+        ([], r"additional_config\['dwdp'\] is \[\]; it must be a JSON object"),
+    ],
+)
+def test_refusals_name_setting_value_and_fix(options: Any, message: str) -> None:
+    with pytest.raises(DwdpConfigError, match=message):
+        DwdpConfig.from_options(options, data_parallel_size=4)
+
+
+def test_a_front_end_in_the_middle_knows_its_ranks() -> None:
+    launch = DwdpLaunch(
+        config=DwdpConfig.from_options({"group_size": 2}, 8),
+        data_parallel_size=8,
+        first_rank=4,
+        local_size=2,
+        endpoint="abstract:x",
+        ranks_on_host=8,
+    )
+    ranks = [launch.rank(engine) for engine in range(launch.local_size)]
+    assert ranks == [4, 5]
+    assert [launch.group(rank) for rank in ranks] == [2, 2]
+    assert [launch.dwdp_rank(rank) for rank in ranks] == [0, 1]
+
+
+def test_endpoints_cannot_be_guessed() -> None:
+    assert make_abstract_endpoint() != make_abstract_endpoint()
+    assert len(make_abstract_endpoint()) > 32
