@@ -104,7 +104,8 @@ CopyQueue::~CopyQueue() {
     std::lock_guard<std::mutex> lock(mutex_);
     stopping_ = true;
   }
-  work_.notify_all();
+  signal_.fetch_add(1, std::memory_order_seq_cst);
+  futex(&signal_, FUTEX_WAKE, INT_MAX);
   for (std::thread& thread : threads_) thread.join();
 }
 
@@ -128,7 +129,13 @@ void CopyQueue::issue(Batch* batch) {
     std::lock_guard<std::mutex> lock(mutex_);
     pending_.push_back({batch, 0});
   }
-  work_.notify_all();
+  wake_one();
+}
+
+// The host pays for one wake-up; a thread that finds more work than its own slice wakes the next.
+void CopyQueue::wake_one() {
+  signal_.fetch_add(1, std::memory_order_seq_cst);
+  if (sleepers_.load(std::memory_order_seq_cst) != 0) futex(&signal_, FUTEX_WAKE, 1);
 }
 
 void CopyQueue::drain() {
@@ -145,20 +152,42 @@ void CopyQueue::run(unsigned index) {
     pthread_setaffinity_np(pthread_self(), sizeof(set), &set);
   }
   std::mt19937_64 random(options_.seed + index);
-  std::unique_lock<std::mutex> lock(mutex_);
-  for (;;) {
-    work_.wait(lock, [this] { return stopping_ || !pending_.empty(); });
-    if (pending_.empty()) return;
-    Cursor& front = pending_.front();
-    Batch* batch = front.batch;
-    const Slice slice = batch->slices[front.next++];
-    if (front.next == batch->slices.size()) pending_.pop_front();
-    ++running_;
-    lock.unlock();
+  Batch* batch;
+  Slice slice;
+  while (take(&batch, &slice)) {
     copy(slice, random);
     if (batch->remaining.fetch_sub(1, std::memory_order_acq_rel) == 1) batch->event.complete();
-    lock.lock();
+    std::lock_guard<std::mutex> lock(mutex_);
     if (--running_ == 0 && pending_.empty()) idle_.notify_all();
+  }
+}
+
+bool CopyQueue::take(Batch** batch, Slice* slice) {
+  for (;;) {
+    const std::uint32_t seen = signal_.load(std::memory_order_seq_cst);
+    bool more = false;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (!pending_.empty()) {
+        Cursor& front = pending_.front();
+        *batch = front.batch;
+        *slice = front.batch->slices[front.next++];
+        if (front.next == front.batch->slices.size()) pending_.pop_front();
+        ++running_;
+        more = !pending_.empty();
+      } else if (stopping_) {
+        return false;
+      } else {
+        *batch = nullptr;
+      }
+    }
+    if (*batch != nullptr) {
+      if (more && options_.num_threads > 1) wake_one();
+      return true;
+    }
+    sleepers_.fetch_add(1, std::memory_order_seq_cst);
+    futex(&signal_, FUTEX_WAIT, seen);
+    sleepers_.fetch_sub(1, std::memory_order_seq_cst);
   }
 }
 

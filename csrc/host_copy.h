@@ -70,12 +70,15 @@ class CopyQueue {
     std::size_t next;
   };
   void run(unsigned index);
+  bool take(Batch** batch, Slice* slice);  // the next slice, sleeping for it; false to stop
+  void wake_one();
   void copy(const Slice& slice, std::mt19937_64& random);
 
   const Options options_;
   std::vector<int> cpus_;
   std::mutex mutex_;
-  std::condition_variable work_;
+  std::atomic<std::uint32_t> signal_{0};    // changes whenever a sleeping thread should look again
+  std::atomic<std::uint32_t> sleepers_{0};  // threads asleep, or about to be
   std::condition_variable idle_;
   std::deque<Cursor> pending_;
   std::deque<Batch> batches_;

@@ -8,15 +8,10 @@ server's last words.
 import asyncio
 import contextlib
 import os
-import signal
-import socket
-import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import openai
@@ -27,6 +22,7 @@ from rich.table import Table
 
 from vllm_dwdp.memory.host import proportional_set_bytes
 from vllm_dwdp.testing.checkpoints import make_checkpoint
+from vllm_dwdp.testing.server import Server, ServerError
 
 NUM_RANKS = 2
 CHECKPOINT = Path(os.environ.get("DEMO_CHECKPOINT", "/tmp/vllm-dwdp-demo/qwen3-moe"))
@@ -36,24 +32,6 @@ START_TIMEOUT_S = 240
 PHASES = ("loaded", "met its", "serves in", "Application startup complete")
 
 console = Console()
-
-
-@dataclass(frozen=True)
-class Server:
-    """A running `vllm serve`."""
-
-    process: subprocess.Popen[bytes]
-    port: int
-    log: Path
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def workers(self) -> list[psutil.Process]:
-        """The worker process of each rank."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in children if "Worker" in " ".join(child.cmdline())]
 
 
 def main() -> int:
@@ -83,35 +61,22 @@ def step(text: str) -> None:
 
 @contextlib.contextmanager
 def serve() -> Iterator[Server]:
-    """Start the server, wait until it answers, stop it at the end."""
-    port = free_port()
-    command = [
-        str(Path(sys.executable).with_name("vllm")),
-        "serve",
+    """Start the server, show what its ranks report while they start, stop it at the end."""
+    arguments = [
         str(CHECKPOINT),
         *("--served-model-name", "demo"),
         *("--distributed-executor-backend", "dwdp"),
         *("--data-parallel-size", str(NUM_RANKS)),
         *("--max-model-len", "1024"),
-        *("--host", "127.0.0.1", "--port", str(port)),
     ]
-    step(" ".join(["vllm", *command[1:]]))
-    log = CHECKPOINT.parent / "server.log"
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"} | os.environ
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment
-        )
-    server = Server(process, port, log)
-    try:
-        wait_until_ready(server)
+    with Server(arguments, CHECKPOINT.parent / "server.log", {}) as server:
+        step(" ".join(["vllm", *server.command[1:]]))
+        show_start(server)
         yield server
-    finally:
-        stop(process)
 
 
-def wait_until_ready(server: Server) -> None:
-    """Show what the ranks report while they start.
+def show_start(server: Server) -> None:
+    """Return once the server answers.
 
     Raises:
         SystemExit: the server died or took too long.
@@ -125,10 +90,11 @@ def wait_until_ready(server: Server) -> None:
                     console.print(f"    {line.partition('] ')[2]}")
             shown = len(lines)
             status.update(f"starting, {time.monotonic() - started:.0f} s")
-            if server.process.poll() is not None:
-                raise SystemExit("\n".join([*lines[-30:], "the server ended; its log is above"]))
-            with contextlib.suppress(urllib.error.URLError, ConnectionError):
-                urllib.request.urlopen(f"{server.url}/health", timeout=5).close()
+            try:
+                ready = server.is_ready()
+            except ServerError as error:
+                raise SystemExit(str(error)) from error
+            if ready:
                 step(f"the server answers after {time.monotonic() - started:.0f} s")
                 return
             time.sleep(0.5)
@@ -218,7 +184,7 @@ def show_ranks(metrics: dict[tuple[str, str], float]) -> None:
 
 
 def show_memory(server: Server, metrics: dict[tuple[str, str], float]) -> None:
-    used = sum(proportional_set_bytes(worker.pid) for worker in server.workers())
+    used = sum(proportional_set_bytes(worker.pid) for worker in server.processes("Worker"))
     saved = sum(metrics["vllm:dwdp_saved_bytes", str(rank)] for rank in range(NUM_RANKS))
     table = Table(title="memory of the workers (proportional set size)")
     table.add_column("", justify="left")
@@ -231,21 +197,6 @@ def show_memory(server: Server, metrics: dict[tuple[str, str], float]) -> None:
 
 def mib(num_bytes: float) -> str:
     return f"{num_bytes / 2**20:.0f} MiB"
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    process.send_signal(signal.SIGINT)
-    try:
-        process.wait(timeout=60)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

@@ -5,11 +5,16 @@ in this process, so that a case costs seconds and every architecture can be comp
 `matrix.py`, one process per rank, in vLLM's SPMD offline style.
 """
 
+import contextlib
 import gc
+import importlib
 import json
 import os
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +31,22 @@ def main() -> None:
     rank = int(sys.argv[2])
     output = Path(sys.argv[3])
     with output.open("w") as file:
-        for case in cases:
+        for number, case in enumerate(cases):
             if rank < case.get("num_ranks", 1):
-                file.write(json.dumps(run_case(case, rank)) + "\n")
+                begin_together(output.parent / f"{Path(sys.argv[1]).stem}-{number}", case, rank)
+                run = run_failing_case if case.get("fails") else run_case
+                file.write(json.dumps(run(case, rank)) + "\n")
                 file.flush()
+
+
+def begin_together(place: Path, case: dict[str, Any], rank: int) -> None:
+    """Return when every rank of the case is here: a failed one must not shift the others."""
+    ranks = range(case.get("num_ranks", 1))
+    place.with_suffix(f".begun{rank}").touch()
+    deadline = time.monotonic() + 120
+    while not all(place.with_suffix(f".begun{other}").exists() for other in ranks):
+        assert time.monotonic() < deadline, f"the other ranks do not begin {case['name']}"
+        time.sleep(0.02)
 
 
 def run_case(case: dict[str, Any], rank: int) -> dict[str, Any]:
@@ -51,6 +68,90 @@ def run_case(case: dict[str, Any], rank: int) -> dict[str, Any]:
         return result
     finally:
         close_engine(engine)
+
+
+def run_failing_case(case: dict[str, Any], rank: int) -> dict[str, Any]:
+    """A start that does not succeed; report the error and what is left.
+
+    `fail_at` names a function that fails on rank 0, by `fail_with` or else an exception; `replace`
+    a name and its value.
+    """
+    gc.collect()
+    before = footprint()
+    error = ""
+    with replaced(case["replace"]) if "replace" in case else failing(case, rank):
+        try:
+            run_case(case, rank)
+        except BaseException as caught:
+            error = f"{type(caught).__name__}: {caught}"
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    gc.collect()
+    cleanup_dist_env_and_memory()
+    return {
+        "name": case["name"],
+        "rank": rank,
+        "error": error,
+        "left": {key: value - before[key] for key, value in footprint().items()},
+    }
+
+
+@contextlib.contextmanager
+def failing(case: dict[str, Any], rank: int) -> Iterator[None]:
+    """While active, the function `fail_at` ("module:path") fails on rank 0."""
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        if case.get("fail_with") == "SIGKILL":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if case.get("fail_with") == "KeyboardInterrupt":
+            raise KeyboardInterrupt
+        raise RuntimeError(f"injected at {case['fail_at']}")
+
+    inject = "fail_at" in case and rank == 0
+    with replaced([case["fail_at"], fail]) if inject else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def replaced(replacement: list[Any]) -> Iterator[None]:
+    """While active, the object named "module:path" is another, given as a value or by name."""
+    place, value = replacement
+    owner, name = find(place)
+    stock = getattr(owner, name)
+    setattr(owner, name, getattr(*find(value)) if isinstance(value, str) else value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, stock)
+
+
+def find(place: str) -> tuple[Any, str]:
+    """The owner and the attribute that "module:path" names."""
+    module_name, _, path = place.partition(":")
+    owner: Any = importlib.import_module(module_name)
+    *outer, name = path.split(".")
+    for part in outer:
+        owner = getattr(owner, part)
+    return owner, name
+
+
+def footprint() -> dict[str, int]:
+    """What a start could leave in this process: shared memory, its mappings, sockets, threads."""
+    links = []
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            links.append(os.readlink(f"/proc/self/fd/{fd}"))
+    sockets = Path("/proc/net/unix").read_text()
+    names = [thread.name for thread in threading.enumerate()]
+    return {
+        "memfds": sum("memfd:dwdp" in link for link in links),
+        "mappings": Path("/proc/self/maps").read_text().count("memfd:dwdp"),
+        "sockets": sockets.count("vllm-dwdp/") if os.environ.get("VLLM_DP_SIZE") == "1" else 0,
+        "threads": sum(name.startswith("dwdp") for name in names),
+        "native_threads": sum(
+            path.read_text().startswith("dwdp") for path in Path("/proc/self/task").glob("*/comm")
+        ),
+    }
 
 
 def make_engine(case: dict[str, Any]) -> Any:

@@ -2,18 +2,23 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from vllm_dwdp.testing.server import free_ports
 
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 420
 
 
 def run_cases(
-    folder: Path, name: str, cases: list[dict[str, Any]], environment: dict[str, str] | None = None
+    folder: Path,
+    name: str,
+    cases: list[dict[str, Any]],
+    environment: dict[str, str] | None = None,
+    expected_codes: list[int] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
     """Run `cases` and return, by case name, the results of ranks 0, 1, ...
 
@@ -45,23 +50,11 @@ def run_cases(
         for process in processes:
             process.kill()
             process.wait()
-    for code, log in zip(codes, logs, strict=True):
-        assert code == 0, f"{log.name} ended with {code}:\n{log.read_text()[-6000:]}"
+    for code, log, expected in zip(codes, logs, expected_codes or [0] * num_ranks, strict=True):
+        assert code == expected, f"{log.name} ended with {code}:\n{log.read_text()[-6000:]}"
     results: dict[str, list[dict[str, Any]]] = {}
     for output in outputs:
         for line in output.read_text().splitlines():
             result = json.loads(line)
             results.setdefault(result["name"], []).append(result)
     return results
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for probe in sockets:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in sockets]
-    finally:
-        for probe in sockets:
-            probe.close()

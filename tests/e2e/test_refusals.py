@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import Checkpoints
-from tests.e2e.server import VLLM
 from vllm_dwdp.errors import DwdpConfigError, DwdpUnsupportedError
+from vllm_dwdp.testing.server import VLLM
 
 pytestmark = pytest.mark.e2e
 
@@ -78,6 +78,11 @@ def test_a_dense_model(tmp_path: Any) -> None:
     checkpoints._save_tokenizer(tmp_path)
     with pytest.raises(DwdpUnsupportedError, match=r"has no routed experts.*Leave the flag out"):
         configure(str(tmp_path))
+
+
+def test_a_model_whose_experts_vllm_does_not_count(checkpoints: Checkpoints) -> None:
+    with pytest.raises(DwdpUnsupportedError, match=r"\(DbrxForCausalLM\) has no routed experts"):
+        configure(checkpoints("dbrx"))
 
 
 def test_the_command_ends_with_the_error_and_a_non_zero_exit(checkpoints: Checkpoints) -> None:

@@ -6,15 +6,17 @@ One server is shared by the tests of this module; they run in file order.
 import contextlib
 import http.client
 import json
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from tests.e2e.conftest import Checkpoints
-from tests.e2e.server import Server, serving
 from vllm_dwdp.memory.host import proportional_set_bytes
+from vllm_dwdp.testing.server import Server, serving
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -140,6 +142,7 @@ def test_expert_memory_is_stored_once(
     """Summed proportional set size: the dense part per rank, the experts once, the slots."""
     log = tmp_path_factory.mktemp("replica") / "server.log"
     used = sum(proportional_set_bytes(worker.pid) for worker in server.processes("Worker"))
+    shared = sum(proportional_memfd_bytes(worker.pid) for worker in server.processes("Worker"))
     experts = server.metric("vllm:dwdp_resident_expert_bytes") or 0
     slots = server.metric("vllm:dwdp_slot_bytes") or 0
     replica = json.dumps({"dwdp": {"mode": "replica"}})
@@ -153,5 +156,16 @@ def test_expert_memory_is_stored_once(
         assert replicas.metric("vllm:dwdp_config_info", mode="replica") == 2
     dense = full - 2 * experts
     assert used <= 1.05 * (dense + experts + slots), (used, dense, experts, slots)
-    # An engine's own memory dwarfs this model, so the bound alone could not fail.
-    assert full - used >= 0.9 * (experts - slots), (full, used, experts, slots)
+    # An engine's own memory dwarfs this model, so the bound alone could hardly fail.
+    assert 0.95 * (experts + slots) <= shared <= 1.05 * (experts + slots), (shared, experts, slots)
+
+
+def proportional_memfd_bytes(pid: int) -> int:
+    """Proportional set size of the mappings of shards and slots, composites included."""
+    total, ours = 0, False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            ours = "memfd:dwdp" in line
+        elif ours and line.startswith("Pss:"):
+            total += int(line.split()[1]) * 1024
+    return total

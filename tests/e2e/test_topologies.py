@@ -1,17 +1,13 @@
 """Ranks started one by one (external load balancing), node by node (hybrid), and several groups."""
 
 import json
-import os
-import signal
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.e2e.conftest import Checkpoints
-from tests.e2e.matrix import free_ports
-from tests.e2e.server import Server
+from vllm_dwdp.testing.server import Server
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -22,9 +18,8 @@ EXTERNAL = ("--enforce-eager", "--served-model-name", "m", "--max-model-len", "5
 
 def start(model: str, log: Path, folder: Path, *arguments: str, **dwdp: object) -> Server:
     config = json.dumps({"dwdp": {"rendezvous": f"unix://{folder}"} | dwdp})
-    port = str(free_ports(1)[0])
     backend = ("--distributed-executor-backend", "dwdp", "--additional-config", config)
-    return Server([model, *arguments, *backend, "--port", port], log, {})
+    return Server([model, *arguments, *backend], log, {})
 
 
 def test_external_ranks_meet_and_outlive_each_other(
@@ -48,7 +43,7 @@ def test_external_ranks_meet_and_outlive_each_other(
         assert folder.stat().st_mode & 0o777 == 0o700
         before = [servers[0].tokens(prompt) for prompt in PROMPTS]
         assert [servers[1].tokens(prompt) for prompt in PROMPTS] == before
-        kill_family(servers[0])
+        servers[0].kill()
         after = [servers[1].tokens(prompt) for prompt in PROMPTS]
         assert after == before, "the survivor reads the dead rank's experts from its own mapping"
         time.sleep(2.5)
@@ -57,16 +52,6 @@ def test_external_ranks_meet_and_outlive_each_other(
         for server in servers:
             server.stop()
     assert list(folder.iterdir()) in ([], [folder / "g0-r0.sock"]), "only the killed rank's is left"
-
-
-def kill_family(server: Server) -> None:
-    """kill -9 for every process of a server, workers first."""
-    family = [*server.processes("Worker"), *server.processes("EngineCore")]
-    for process in family:
-        os.kill(process.pid, signal.SIGKILL)
-    server.process.kill()
-    server.process.wait(timeout=10)
-    psutil.wait_procs(family, timeout=10)
 
 
 def test_hybrid_nodes_with_one_group_each(checkpoints: Checkpoints, tmp_path: Path) -> None:

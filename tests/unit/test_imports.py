@@ -60,7 +60,7 @@ def level(module: str) -> int:
     exact = [n for n, names in enumerate(LEVELS) if module in names]
     if exact:
         return exact[0]
-    package = module.split(".")[0]
+    package = module.split(".", maxsplit=1)[0]
     return next(n for n, names in enumerate(LEVELS) if package in names)
 
 

@@ -1,6 +1,7 @@
 """The native copy queue through its typed face, and its errors."""
 
 import ctypes
+import itertools
 import random
 import time
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ def test_a_batch_arrives_whole_whatever_its_slices(num_threads: int) -> None:
     cuts = sorted({0, 300_001, *random.Random(1).sample(range(300_001), 40)})
     slices = [
         (ctypes.addressof(target) + start, ctypes.addressof(source) + start, stop - start)
-        for start, stop in zip(cuts, cuts[1:], strict=False)
+        for start, stop in itertools.pairwise(cuts)
     ]
     with HostCopyQueue(num_threads) as queue:
         batch = queue.add_batch(slices)

@@ -45,7 +45,7 @@ def _create_dwdp_config(args: Any, stock: Any, *pos: Any, **kwargs: Any) -> Any:
     from vllm.platforms import current_platform
 
     from vllm_dwdp import native
-    from vllm_dwdp.compat import independent, stats
+    from vllm_dwdp.compat import independent, startup, stats
     from vllm_dwdp.config import DwdpConfig, DwdpLaunch
 
     refuse_unsupported(args)
@@ -86,6 +86,7 @@ def _create_dwdp_config(args: Any, stock: Any, *pos: Any, **kwargs: Any) -> Any:
         # On the CPU this is a share of the host's memory, which the ranks divide.
         vllm_config.cache_config.gpu_memory_utilization /= launch.ranks_on_host
     stats.install(launch)
+    startup.install()
     return vllm_config
 
 
@@ -214,9 +215,10 @@ def refuse_unsupported_model(vllm_config: Any, config: Any) -> None:
     num_experts = model_config.get_num_experts()
     if num_experts < 1:
         raise DwdpUnsupportedError(
-            f"{model_config.model} has no routed experts, so there is nothing for "
-            "--distributed-executor-backend dwdp to share. Leave the flag out: vLLM already runs "
-            "the data-parallel ranks of a dense model independently."
+            f"{model_config.model} ({', '.join(model_config.architectures)}) has no routed experts "
+            "that vLLM knows of, so there is nothing for --distributed-executor-backend dwdp to "
+            "share. Leave the flag out: vLLM already runs the data-parallel ranks of such a model "
+            "independently."
         )
     if not config.shares_experts:
         return

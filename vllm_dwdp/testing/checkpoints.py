@@ -75,6 +75,26 @@ def _mixtral(num_experts: int) -> transformers.PretrainedConfig:
     )
 
 
+def _dbrx(num_experts: int) -> transformers.PretrainedConfig:
+    """Its experts are a class of their own in vLLM, which cannot be sharded: to test the refusal."""
+    return transformers.DbrxConfig(
+        d_model=160,
+        n_heads=5,
+        n_layers=2,
+        max_seq_len=2048,
+        vocab_size=512,
+        attn_config={"kv_n_heads": 1, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        ffn_config={
+            "ffn_hidden_size": 96,
+            "moe_num_experts": num_experts,
+            "moe_top_k": 2,
+            "hidden_size": 160,
+        },
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+    )
+
+
 def _olmoe(num_experts: int) -> transformers.PretrainedConfig:
     common = {key: value for key, value in _COMMON.items() if key != "head_dim"}
     return transformers.OlmoeConfig(
@@ -157,6 +177,7 @@ ARCHITECTURES: dict[str, Callable[[int], transformers.PretrainedConfig]] = {
     "qwen2_moe": _qwen2_moe,
     "mixtral": _mixtral,
     "olmoe": _olmoe,
+    "dbrx": _dbrx,
     "granite_moe": _granite_moe,
     "glm4_moe": _glm4_moe,
     "gpt_oss": _gpt_oss,

@@ -103,7 +103,7 @@ class PrefetchPipeline:
             forwards=self._forwards,
         )
 
-    def _heal(self, layers: list[int]) -> None:
+    def _heal(self, layers: Sequence[int]) -> None:
         """Fetch out of step: what a slot is being filled with may still be on its way."""
         for layer in layers:
             running = self._filling[self._schedule.slot(layer)]

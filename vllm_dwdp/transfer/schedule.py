@@ -18,6 +18,7 @@ that was cut short, a dummy or profiling run, or a skipped layer costs one late 
 A ring of no more layers than slots is filled once and never again.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
@@ -33,38 +34,46 @@ class SlotSchedule:
     num_layers: int
     num_slots: int
     holds: list[int | None] = field(init=False)
+    _following: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         assert self.num_layers >= 1 and self.num_slots >= 2
         self.holds = [None] * self.num_slots
+        self._following = [
+            layer + self.num_slots if layer + self.num_slots < self.num_layers else self.slot(layer)
+            for layer in range(self.num_layers)
+        ]
 
     def slot(self, layer: int) -> int:
         """The slot that `layer` uses."""
         return layer % self.num_slots
 
-    def fills_at_begin(self) -> list[int]:
+    def fills_at_begin(self) -> Sequence[int]:
         """Layers to fetch when a forward begins: the first ones, where the slots lack them.
 
         Only after a forward that was cut short, or the very first.
         """
         return self._claim(range(min(self.num_slots, self.num_layers)))
 
-    def fills_at_wait(self, layer: int) -> list[int]:
+    def fills_at_wait(self, layer: int) -> Sequence[int]:
         """Layers to fetch before `layer` can be waited for: none in the steady state.
 
         Out of step, `layer` itself and the layers after it that the other slots should hold: at a
         wait no layer is running, so every slot is free.
         """
-        if self.holds[self.slot(layer)] == layer:
-            return []
+        if self.holds[layer % self.num_slots] == layer:
+            return ()
         return self._claim(range(layer, min(layer + self.num_slots, self.num_layers)))
 
-    def fills_at_record(self, layer: int) -> list[int]:
-        """Layers to fetch now that `layer` has been consumed and its slot is free."""
-        following = layer + self.num_slots
-        return self._claim([following if following < self.num_layers else self.slot(layer)])
+    def fills_at_record(self, layer: int) -> Sequence[int]:
+        """Layers to fetch now that `layer` has been consumed and its slot is free: at most one."""
+        following, slot = self._following[layer], layer % self.num_slots
+        if self.holds[slot] == following:
+            return ()
+        self.holds[slot] = following
+        return (following,)
 
-    def _claim(self, layers: range | list[int]) -> list[int]:
+    def _claim(self, layers: range) -> list[int]:
         missing = [layer for layer in layers if self.holds[self.slot(layer)] != layer]
         for layer in missing:
             self.holds[self.slot(layer)] = layer

@@ -39,7 +39,7 @@ def test_a_sealed_shard_cannot_be_resized_or_written_by_a_peer() -> None:
         os.ftruncate(shard.fd, 0)
     with pytest.raises(OSError, match="not permitted"):
         os.ftruncate(shard.fd, 2 * PAGE)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="Bad file descriptor"):
         os.write(peer, b"b")
     for fd in (peer, shard.fd):
         with pytest.raises(PermissionError):

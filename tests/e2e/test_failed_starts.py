@@ -1,0 +1,216 @@
+"""A start that fails or is interrupted leaves nothing behind, and says why on every rank."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.e2e.conftest import Checkpoints
+from tests.e2e.matrix import run_cases
+from vllm_dwdp.testing.server import VLLM, free_ports
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+GROUP = "vllm_dwdp.model_executor.expert_group"
+STEPS = {
+    "making the shard": "vllm_dwdp.memory.host:HostShard.append",
+    "publishing a layer": "vllm_dwdp.model_executor.expert_shard:ExpertShard.publish_layer",
+    "sealing": "vllm_dwdp.memory.host:HostShard.seal",
+    "reopening read-only": "vllm_dwdp.memory.host:HostShard.open_readonly",
+    "listening": "vllm_dwdp.distributed.rendezvous:Rendezvous.start",
+    "publishing": "vllm_dwdp.distributed.rendezvous:Rendezvous.publish",
+    "meeting": "vllm_dwdp.distributed.rendezvous:Rendezvous.meet",
+    "mapping a peer": f"{GROUP}:ExpertGroup._map_peer",
+    "edges": f"{GROUP}:ExpertGroup._fill_edges",
+    "announcing": "vllm_dwdp.distributed.rendezvous:Rendezvous.announce_ready",
+    "slots": "vllm_dwdp.memory.host:HostSlots.__init__",
+    "composites": "vllm_dwdp.memory.host:map_composite",
+    "binding": "vllm_dwdp.model_executor.routed_experts:DwdpRoutedExperts.bind",
+    "copy threads": f"{GROUP}:HostCopyQueue",
+    "the ring": f"{GROUP}:PrefetchPipeline",
+}
+
+
+def test_every_step_of_a_start_failing_once(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """Both ranks start again in the same processes afterwards: nothing that was left disturbs."""
+    model = checkpoints("mixtral", 8)
+    common = {"model": model, "num_ranks": 2, "dwdp": {"mode": "prefetch", "join_timeout_s": 6}}
+    failures = [
+        common | {"name": step, "fail_at": place, "fails": True} for step, place in STEPS.items()
+    ]
+    interrupt = {"fails": True, "fail_at": STEPS["edges"], "fail_with": "KeyboardInterrupt"}
+    listed = [
+        common | {"name": "before"},
+        *failures,
+        common | {"name": "interrupted"} | interrupt,
+        common | {"name": "after"},
+    ]
+    results = run_cases(tmp_path, "failing", listed)
+    assert results["before"][0]["tokens"] == results["after"][0]["tokens"]
+    for name in [*STEPS, "interrupted"]:
+        ours, theirs = results[name]
+        injected = "KeyboardInterrupt" if name == "interrupted" else "injected at"
+        assert injected in ours["error"], (name, ours)
+        for result in (ours, theirs):
+            assert not any(result["left"].values()), (name, result)
+        # A rank that already listened is told why; one that did not names us at its deadline.
+        assert not theirs["error"] or re.search(
+            f"rank 0 of group 0 failed to start: .*{injected}|ranks \\[0\\] of group 0 did not",
+            theirs["error"],
+        ), (name, theirs)
+    met = list(STEPS).index("slots")
+    for name in list(STEPS)[:met]:
+        assert results[name][1]["error"], f"rank 1 served although rank 0 failed at {name}"
+
+
+def test_a_rank_killed_while_it_loads_is_named_by_the_others(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    killed = {
+        "name": "killed",
+        "model": checkpoints("mixtral", 8),
+        "num_ranks": 2,
+        "dwdp": {"join_timeout_s": 5},
+        "fails": True,
+        "fail_at": STEPS["publishing a layer"],
+        "fail_with": "SIGKILL",
+    }
+    (survivor,) = run_cases(tmp_path, "killed", [killed], expected_codes=[-9, 0])["killed"]
+    assert "JoinTimeoutError" in survivor["error"]
+    assert "ranks [0] of group 0 did not publish their experts" in survivor["error"]
+    assert not any(survivor["left"].values()), survivor
+
+
+def test_models_and_parameters_that_cannot_be_shared_are_refused(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    declared = "vllm_dwdp.model_executor.expert_parameters:PER_EXPERT"
+    common = {"num_ranks": 2, "dwdp": {"join_timeout_s": 20}, "fails": True}
+    listed = [
+        common
+        | {"name": "class", "model": checkpoints("mixtral", 8)}
+        | {"replace": ["vllm_dwdp.compat.moe:wrappable_classes", "builtins:tuple"]},
+        common
+        | {"name": "bias", "model": checkpoints("gpt_oss", 8)}
+        | {"replace": [declared, {"UnquantizedFusedMoEMethod": ["w13_weight", "w2_weight"]}]},
+        common
+        | {"name": "method", "model": checkpoints("mixtral", 8)}
+        | {"replace": [declared, {}]},
+    ]
+    results = run_cases(tmp_path, "refused", listed)
+    for rank in (0, 1):
+        assert re.search(
+            r"MixtralForCausalLM builds its experts from RoutedExperts, whose weight loader does "
+            r"not follow the expert map.* Use dwdp mode \"replica\"",
+            results["class"][rank]["error"],
+        )
+        assert re.search(
+            r"parameter 'w13_bias' .*is not declared as per expert", results["bias"][rank]["error"]
+        )
+        assert re.search(
+            r"method UnquantizedFusedMoEMethod is not declared", results["method"][rank]["error"]
+        )
+        for name in results:
+            assert not any(results[name][rank]["left"].values()), results[name][rank]
+
+
+# --- the real command ------------------------------------------------------------------------------
+
+
+class Lonely:
+    """`vllm serve` of rank 0 of 2 whose peer never comes: it waits with its shard published."""
+
+    def __init__(self, model: str, folder: Path, join_timeout_s: float = 600) -> None:
+        self.meet = folder / "meet"
+        self.log = folder / "server.log"
+        folder.mkdir()
+        options = {"rendezvous": f"unix://{self.meet}", "join_timeout_s": join_timeout_s}
+        command = [VLLM, "serve", model, "--enforce-eager", "--max-model-len", "512"]
+        command += ["--distributed-executor-backend", "dwdp", "--data-parallel-size", "2"]
+        command += ["--data-parallel-rank", "0", "--port", str(free_ports(1)[0])]
+        command += ["--additional-config", json.dumps({"dwdp": options})]
+        environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+        with self.log.open("wb") as output:
+            self.process = subprocess.Popen(
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+
+    def wait_for(self, text: str) -> None:
+        deadline = time.monotonic() + 200
+        while text not in self.log.read_text(errors="replace"):
+            assert self.process.poll() is None, self.log.read_text()[-4000:]
+            assert time.monotonic() < deadline, self.log.read_text()[-4000:]
+            time.sleep(0.2)
+
+    def family(self) -> list[psutil.Process]:
+        """Every living process of its session, wherever it has been re-parented to."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                ours = os.getsid(process.pid) == self.process.pid
+                if ours and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def end(self) -> None:
+        for process in self.family():
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def lonely(
+    checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Lonely]]:
+    folder = tmp_path_factory.mktemp("lonely")
+    model = checkpoints("mixtral", 8)
+    shared_memory = set(os.listdir("/dev/shm"))
+    servers = {}
+    try:
+        for name in ("SIGINT", "SIGTERM", "SIGKILL", "deadline"):
+            timeout = 3 if name == "deadline" else 600
+            servers[name] = Lonely(model, folder / name, timeout)
+        yield servers
+    finally:
+        for server in servers.values():
+            server.end()
+    deadline = time.monotonic() + 15
+    while left := set(os.listdir("/dev/shm")) - shared_memory:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.5)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL", "deadline"])
+def test_an_interrupted_start_leaves_nothing(lonely: dict[str, Lonely], name: str) -> None:
+    server = lonely[name]
+    if name == "deadline":
+        server.process.wait(timeout=200)
+    else:
+        server.wait_for("DWDP rank 0 loaded")
+        victim = server.process.pid
+        if name == "SIGKILL":
+            workers = [p for p in server.family() if "Worker" in " ".join(p.cmdline())]
+            victim = workers[0].pid
+        os.kill(victim, getattr(signal, name))
+        server.process.wait(timeout=60)
+    assert server.process.returncode != 0
+    left = psutil.wait_procs(server.family(), timeout=20)[1]
+    assert not left, [process.cmdline() for process in left]
+    assert not list(server.meet.iterdir()), "a socket is left"
+    if name == "deadline":
+        log = server.log.read_text()
+        assert "ranks [1] of group 0 did not publish their experts within dwdp" in log
+        assert "join_timeout_s=3" in log

@@ -1,0 +1,205 @@
+"""A real `vllm serve` as a child process: its log, plain HTTP, its metrics, its end.
+
+Used by the tests, the benchmarks, the demo and `vllm-dwdp bench`.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+from prometheus_client.parser import text_string_to_metric_families
+
+VLLM = str(Path(sys.executable).with_name("vllm"))
+START_TIMEOUT_S = 300.0
+STOP_TIMEOUT_S = 60.0
+_DEFAULTS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+
+
+class ServerError(RuntimeError):
+    """A server did not start; carries the end of its log."""
+
+
+class Server:
+    """One `vllm serve`, started at once; a context manager that stops it.
+
+    Args:
+        arguments: of `vllm serve`, the model first; host and port are added.
+        log: file for its output.
+        environment: added to ours.
+    """
+
+    def __init__(self, arguments: list[str], log: Path, environment: dict[str, str]) -> None:
+        (port,) = free_ports(1)
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = log
+        self.command = [VLLM, "serve", *arguments, "--host", "127.0.0.1", "--port", str(port)]
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                self.command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=_DEFAULTS | os.environ | environment,
+            )
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def is_ready(self) -> bool:
+        """Whether it answers.
+
+        Raises:
+            ServerError: it has ended.
+        """
+        if self.process.poll() is not None:
+            raise ServerError(f"the server ended with {self.process.returncode}:\n{self.tail()}")
+        with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
+            self.get("/health")
+            return True
+        return False
+
+    def wait_until_ready(self) -> None:
+        """Return once it answers.
+
+        Raises:
+            ServerError: it ended, or took longer than `START_TIMEOUT_S`.
+        """
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not self.is_ready():
+            if time.monotonic() > deadline:
+                raise ServerError(f"no answer within {START_TIMEOUT_S:.0f} s:\n{self.tail()}")
+            time.sleep(0.25)
+
+    def get(self, path: str) -> str:
+        """The body of `GET path`."""
+        with urllib.request.urlopen(self.url + path, timeout=30) as response:
+            return str(response.read().decode())
+
+    def complete(self, rank: int | None = None, **body: Any) -> dict[str, Any]:
+        """One greedy completion, on rank `rank` of this server if given."""
+        headers = {"Content-Type": "application/json"}
+        if rank is not None:
+            headers["X-data-parallel-rank"] = str(rank)
+        body = {"model": "m", "temperature": 0, "max_tokens": 16, "return_token_ids": True} | body
+        request = urllib.request.Request(
+            self.url + "/v1/completions", json.dumps(body).encode(), headers
+        )
+        with urllib.request.urlopen(request, timeout=180) as response:
+            answer: dict[str, Any] = json.loads(response.read())
+        return answer
+
+    def tokens(self, prompt: str, **options: Any) -> list[int]:
+        """Greedy token ids of one request."""
+        choice = self.complete(prompt=prompt, ignore_eos=True, **options)["choices"][0]
+        return list(choice["token_ids"])
+
+    def metric(self, name: str, **labels: str) -> float | None:
+        """The sum of a metric over its samples with these labels; None if there is no sample."""
+        values = [
+            sample.value
+            for family in text_string_to_metric_families(self.get("/metrics"))
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        ]
+        return sum(values) if values else None
+
+    def processes(self, name: str = "") -> list[psutil.Process]:
+        """Its living descendants whose command line contains `name`."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return [child for child in children if name in " ".join(child.cmdline())]
+
+    def tail(self) -> str:
+        """The end of its log."""
+        return self.log.read_text(errors="replace")[-8000:]
+
+    def suspend(self) -> None:
+        """SIGSTOP for the whole family."""
+        self._signal_family(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """SIGCONT for the whole family."""
+        self._signal_family(signal.SIGCONT)
+
+    def _signal_family(self, sent: signal.Signals) -> None:
+        if self.process.poll() is None:
+            for member in [psutil.Process(self.process.pid), *self.processes()]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.send_signal(sent)
+
+    def kill(self) -> None:
+        """SIGKILL for the whole family, workers first."""
+        family = [*self.processes("Worker"), *self.processes()] if self._is_alive() else []
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        self.process.kill()
+        self.process.wait(timeout=STOP_TIMEOUT_S)
+        psutil.wait_procs(family, timeout=STOP_TIMEOUT_S)
+
+    def stop(self, sent: signal.Signals = signal.SIGINT) -> int:
+        """Ask it to end and return its exit code.
+
+        Raises:
+            ServerError: a process of it survived (and was killed now).
+        """
+        if not self._is_alive():
+            return int(self.process.returncode)
+        family = self.processes()
+        self.process.send_signal(sent)
+        try:
+            code = self.process.wait(timeout=STOP_TIMEOUT_S)
+        finally:
+            self.process.kill()
+            alive = psutil.wait_procs(family, timeout=20)[1]
+            for member in alive:
+                member.kill()
+        if alive:
+            raise ServerError(f"left behind: {alive}")
+        return code
+
+    def _is_alive(self) -> bool:
+        return self.process.poll() is None
+
+
+@contextlib.contextmanager
+def serving(
+    log: Path, model: str, *arguments: str, environment: dict[str, str] | None = None
+) -> Iterator[Server]:
+    """A ready server of `model`, served as `m`."""
+    common = [model, "--served-model-name", "m", "--max-model-len", "2048"]
+    with Server([*common, *arguments], log, environment or {}) as server:
+        server.wait_until_ready()
+        yield server
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that were free a moment ago."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for probe in sockets:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in sockets]
+    finally:
+        for probe in sockets:
+            probe.close()

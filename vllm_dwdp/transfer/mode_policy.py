@@ -1,0 +1,127 @@
+"""Direct or prefetch: chosen once per scheduler step, for the whole step. Pure.
+
+Direct reads only the remote experts that the step's tokens are routed to, but at the speed of remote
+reads and inside the kernels; prefetch copies all of them, faster and beside the kernels. So direct
+wins for steps of few tokens. With `E` experts of which `R` are remote, `k` per token and `b` tokens:
+
+::
+
+    distinct remote experts   D(b) = R * (1 - (1 - k / E) ** b)
+    direct, per layer         D(b) * expert_bytes / direct_speed + other
+    prefetch, per layer       max(R * expert_bytes / copy_speed, other + resident reads)
+
+Source: the roofline of arXiv 2604.01621, section 3, applied to both modes. On the host device both
+speeds are that of the same memory and the copy costs the cores that compute, so direct always wins.
+"""
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Mode(StrEnum):
+    """How a step obtains remote experts."""
+
+    DIRECT = "direct"
+    PREFETCH = "prefetch"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCosts:
+    """What one MoE layer costs on one rank.
+
+    Args:
+        num_experts: routed experts of the layer.
+        num_remote_experts: of these, not resident.
+        experts_per_token: chosen by the router for each token.
+        expert_bytes: bytes of one expert, all its parameters.
+        copy_bytes_per_s: measured speed of copies from peers.
+        direct_bytes_per_s: measured speed of kernels that read peers in place.
+        other_seconds: attention and everything else of a layer during which copies run; of a small
+            step, where it hardly depends on the tokens.
+    """
+
+    num_experts: int
+    num_remote_experts: int
+    experts_per_token: int
+    expert_bytes: int
+    copy_bytes_per_s: float
+    direct_bytes_per_s: float
+    other_seconds: float
+
+    def expected_remote_experts(self, num_tokens: int) -> float:
+        """Distinct remote experts that `num_tokens` tokens need, routing uniform and independent."""
+        missed = (1.0 - self.experts_per_token / self.num_experts) ** num_tokens
+        return self.num_remote_experts * (1.0 - missed)
+
+    def direct_seconds(self, num_tokens: int) -> float:
+        """Seconds of a layer that reads its remote experts in place."""
+        read_bytes = self.expected_remote_experts(num_tokens) * self.expert_bytes
+        return self.other_seconds + read_bytes / self.direct_bytes_per_s
+
+    @property
+    def prefetch_seconds(self) -> float:
+        """Seconds of a layer whose remote experts are copied while the layer before it runs."""
+        copy = self.num_remote_experts * self.expert_bytes / self.copy_bytes_per_s
+        return max(copy, self.other_seconds)
+
+    @property
+    def direct_max_tokens(self) -> int:
+        """The largest step for which direct is at least as fast; 0 if there is none."""
+        slack = self.prefetch_seconds - self.other_seconds
+        read_bytes = slack * self.direct_bytes_per_s
+        share = read_bytes / (self.num_remote_experts * self.expert_bytes)
+        if share >= 1.0:
+            return 2**31
+        if self.experts_per_token >= self.num_experts:
+            return 0
+        per_token = math.log1p(-self.experts_per_token / self.num_experts)
+        return int(math.log1p(-share) / per_token)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModePolicy:
+    """The decision of one rank.
+
+    Args:
+        direct_max_tokens: steps of at most this many tokens read in place.
+        reason: one phrase for the log and the status.
+    """
+
+    direct_max_tokens: int
+    reason: str
+
+    @classmethod
+    def forced(cls, mode: Mode) -> "ModePolicy":
+        """Always `mode`, because the user said so."""
+        limit = 2**31 if mode is Mode.DIRECT else -1
+        return cls(direct_max_tokens=limit, reason=f"mode {mode.value!r} was asked for")
+
+    @classmethod
+    def on_host(cls) -> "ModePolicy":
+        """`auto` on the host device."""
+        return cls(
+            direct_max_tokens=2**31,
+            reason="on the host, copies would share the computing cores and their memory",
+        )
+
+    @classmethod
+    def from_costs(cls, costs: LayerCosts, direct_max_tokens: int | None) -> "ModePolicy":
+        """`auto` on a device with both views; a limit set by the user goes before the model's."""
+        if direct_max_tokens is not None:
+            return cls(direct_max_tokens=direct_max_tokens, reason="direct_max_tokens was set")
+        limit = costs.direct_max_tokens
+        return cls(
+            direct_max_tokens=limit, reason=f"by the cost model, direct up to {limit} tokens a step"
+        )
+
+    def mode_for(self, num_tokens: int) -> Mode:
+        """The mode of a step of `num_tokens` scheduled tokens."""
+        return Mode.DIRECT if num_tokens <= self.direct_max_tokens else Mode.PREFETCH
+
+    @property
+    def only_mode(self) -> Mode | None:
+        """The mode of every step, if it never changes."""
+        if self.direct_max_tokens < 0:
+            return Mode.PREFETCH
+        return Mode.DIRECT if self.direct_max_tokens >= 2**31 else None
