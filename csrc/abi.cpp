@@ -4,15 +4,28 @@
 #include <exception>
 #include <string>
 
+#include "cuda_copy.h"
 #include "host_copy.h"
 
 #define DWDP_API extern "C" __attribute__((visibility("default")))
 
 namespace {
 thread_local std::string last_error;
-}
 
-DWDP_API int dwdp_abi_version() { return 1; }
+// Runs `action`; 0, or -1 with `last_error` set.
+template <typename Action>
+int guarded(Action action) {
+  try {
+    action();
+    return 0;
+  } catch (const std::exception& error) {
+    last_error = error.what();
+    return -1;
+  }
+}
+}  // namespace
+
+DWDP_API int dwdp_abi_version() { return 2; }
 
 DWDP_API const char* dwdp_last_error() { return last_error.c_str(); }
 
@@ -64,4 +77,50 @@ DWDP_API int dwdp_batch_done(void* batch) {
 
 DWDP_API void dwdp_stream_copy(void* destination, const void* source, std::size_t num_bytes) {
   dwdp::stream_copy(destination, source, num_bytes);
+}
+
+// --- the CUDA device: the same queue on a stream; addresses are device addresses -----------------
+
+DWDP_API void* dwdp_cuda_queue_create(int ordinal) {
+  void* queue = nullptr;
+  guarded([&] { queue = new dwdp::cuda::CopyQueue(ordinal); });
+  return queue;
+}
+
+DWDP_API void dwdp_cuda_queue_destroy(void* queue) {
+  delete static_cast<dwdp::cuda::CopyQueue*>(queue);
+}
+
+DWDP_API void* dwdp_cuda_queue_add_batch(void* queue, const dwdp::Slice* slices,
+                                         std::size_t num_slices) {
+  void* batch = nullptr;
+  guarded([&] {
+    batch = static_cast<dwdp::cuda::CopyQueue*>(queue)->add_batch(slices, num_slices);
+  });
+  return batch;
+}
+
+DWDP_API int dwdp_cuda_queue_issue(void* queue, void* batch) {
+  return guarded([&] {
+    static_cast<dwdp::cuda::CopyQueue*>(queue)->issue(static_cast<dwdp::cuda::Batch*>(batch));
+  });
+}
+
+// `stream` computes: it waits for the batch's last fill.
+DWDP_API int dwdp_cuda_queue_wait(void* queue, void* batch, void* stream) {
+  return guarded([&] {
+    static_cast<dwdp::cuda::CopyQueue*>(queue)->wait(static_cast<dwdp::cuda::Batch*>(batch), stream);
+  });
+}
+
+// The batch's slot is free once `stream` has done what it was given so far.
+DWDP_API int dwdp_cuda_queue_consume(void* queue, void* batch, void* stream) {
+  return guarded([&] {
+    static_cast<dwdp::cuda::CopyQueue*>(queue)->consume(static_cast<dwdp::cuda::Batch*>(batch),
+                                                        stream);
+  });
+}
+
+DWDP_API int dwdp_cuda_queue_drain(void* queue) {
+  return guarded([&] { static_cast<dwdp::cuda::CopyQueue*>(queue)->drain(); });
 }

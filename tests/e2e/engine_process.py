@@ -10,6 +10,7 @@ import gc
 import importlib
 import json
 import os
+import random
 import signal
 import sys
 import threading
@@ -33,7 +34,8 @@ def main() -> None:
     with output.open("w") as file:
         for number, case in enumerate(cases):
             if rank < case.get("num_ranks", 1):
-                begin_together(output.parent / f"{Path(sys.argv[1]).stem}-{number}", case, rank)
+                if "alone" not in sys.argv:
+                    begin_together(output.parent / f"{Path(sys.argv[1]).stem}-{number}", case, rank)
                 run = run_failing_case if case.get("fails") else run_case
                 file.write(json.dumps(run(case, rank)) + "\n")
                 file.flush()
@@ -58,9 +60,12 @@ def run_case(case: dict[str, Any], rank: int) -> dict[str, Any]:
     started = time.monotonic()
     engine = make_engine(case)
     try:
-        tokens = [generate(engine, index, text) for index, text in enumerate(PROMPTS)]
+        result: dict[str, Any] = {"name": case["name"], "rank": rank}
+        if "soak" in case:
+            result |= soak(engine, **case["soak"])
+        else:
+            result["tokens"] = [generate(engine, n, text) for n, text in enumerate(PROMPTS)]
         worker = engine.model_executor.driver_worker.worker
-        result: dict[str, Any] = {"name": case["name"], "rank": rank, "tokens": tokens}
         if num_ranks > 1:
             result["status"] = worker.dwdp_status()
         result["weights"] = digest_of_weights(worker)
@@ -79,6 +84,7 @@ def run_failing_case(case: dict[str, Any], rank: int) -> dict[str, Any]:
     gc.collect()
     before = footprint()
     error = ""
+    peak = PeakMemory()
     with replaced(case["replace"]) if "replace" in case else failing(case, rank):
         try:
             run_case(case, rank)
@@ -92,8 +98,34 @@ def run_failing_case(case: dict[str, Any], rank: int) -> dict[str, Any]:
         "name": case["name"],
         "rank": rank,
         "error": error,
+        "peak_bytes": peak.stop(),
         "left": {key: value - before[key] for key, value in footprint().items()},
     }
+
+
+class PeakMemory:
+    """The most anonymous and shared memory that this process took since it was made."""
+
+    def __init__(self) -> None:
+        self._before = self._peak = memory_bytes()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.003):
+            self._peak = max(self._peak, memory_bytes())
+
+    def stop(self) -> int:
+        self._stop.set()
+        self._thread.join()
+        return self._peak - self._before
+
+
+def memory_bytes() -> int:
+    """Anonymous and shared memory; pages of mapped files (the checkpoint) do not count."""
+    text = Path("/proc/self/status").read_text()
+    return sum(int(text.split(f"{key}:")[1].split()[0]) * 1024 for key in ("RssAnon", "RssShmem"))
 
 
 @contextlib.contextmanager
@@ -159,19 +191,18 @@ def make_engine(case: dict[str, Any]) -> Any:
     from vllm.v1.engine.llm_engine import LLMEngine
 
     dwdp = case.get("num_ranks", 1) > 1
-    args = EngineArgs(
-        model=case["model"],
-        enforce_eager=True,
-        max_model_len=512,
-        max_num_seqs=1,
-        max_num_batched_tokens=64,
-        enable_chunked_prefill=True,
-        enable_prefix_caching=True,
-        kv_cache_memory_bytes=64 * 2**20,
-        distributed_executor_backend="dwdp" if dwdp else "uni",
-        additional_config={"dwdp": case["dwdp"]} if dwdp else {},
-        **case.get("engine_args", {}),
-    )
+    settings: dict[str, Any] = {
+        "enforce_eager": True,
+        "max_model_len": 512,
+        "max_num_seqs": 1,
+        "max_num_batched_tokens": 64,
+        "enable_chunked_prefill": True,
+        "enable_prefix_caching": True,
+        "kv_cache_memory_bytes": 64 * 2**20,
+        "distributed_executor_backend": "dwdp" if dwdp else "uni",
+        "additional_config": {"dwdp": case["dwdp"]} if dwdp else {},
+    }
+    args = EngineArgs(model=case["model"], **(settings | case.get("engine_args", {})))
     vllm_config = args.create_engine_config()
     return LLMEngine(
         vllm_config,
@@ -207,6 +238,52 @@ def generate(engine: Any, index: int, text: str) -> list[int]:
         for output in engine.step():
             tokens = list(output.outputs[0].token_ids)
     return tokens
+
+
+def soak(engine: Any, num_steps: int, seed: int) -> dict[str, Any]:
+    """Steps of random traffic that depend on nothing but `seed`: the batches are the same anywhere.
+
+    Requests of mixed lengths come and go, some are aborted, and a small KV cache preempts others.
+    """
+    from vllm import SamplingParams
+    from vllm.v1.request import RequestStatus
+
+    dice = random.Random(seed)
+    scheduler = engine.engine_core.engine_core.scheduler
+    tokens: dict[str, list[int]] = {}
+    alive: list[str] = []
+    num_preempted = num_aborted = num_batches = 0
+    for step in range(num_steps):
+        if len(alive) < 10 and dice.random() < 0.3:
+            name = f"request-{step}"
+            prompt = [dice.randrange(4, 500) for _ in range(dice.choice((1, 5, 40, 150)))]
+            params = SamplingParams(
+                temperature=0, max_tokens=dice.choice((1, 20, 120)), ignore_eos=True
+            )
+            engine.add_request(name, {"prompt_token_ids": prompt}, params)
+            alive.append(name)
+        if alive and dice.random() < 0.03:
+            num_aborted += 1
+            victim = alive.pop(dice.randrange(len(alive)))
+            engine.abort_request([victim])
+            tokens.pop(victim, None)
+        if not engine.has_unfinished_requests():
+            continue
+        for output in engine.step():
+            if output.request_id in alive:
+                tokens[output.request_id] = list(output.outputs[0].token_ids)
+                if output.finished:
+                    alive.remove(output.request_id)
+        num_batches += 1
+        num_preempted += sum(
+            request.status == RequestStatus.PREEMPTED for request in scheduler.waiting
+        )
+    return {
+        "tokens": sorted(tokens.items()),
+        "preempted": num_preempted,
+        "aborted": num_aborted,
+        "batches": num_batches,
+    }
 
 
 def digest_of_weights(worker: Any) -> dict[str, str]:

@@ -19,8 +19,9 @@ def run_cases(
     cases: list[dict[str, Any]],
     environment: dict[str, str] | None = None,
     expected_codes: list[int] | None = None,
+    only_rank: int | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Run `cases` and return, by case name, the results of ranks 0, 1, ...
+    """Run `cases` and return, by case name, the results of ranks 0, 1, ... (or of `only_rank`).
 
     Every rank of a case is a process of its own; a process runs all its cases one after the other.
     """
@@ -30,14 +31,16 @@ def run_cases(
     listing = folder / f"{name}.json"
     listing.write_text(json.dumps(cases))
     processes, outputs, logs = [], [], []
-    for rank in range(num_ranks):
+    ranks = range(num_ranks) if only_rank is None else [only_rank]
+    for rank in ranks:
         outputs.append(folder / f"{name}-{rank}.out")
         logs.append(folder / f"{name}-{rank}.log")
         with logs[-1].open("wb") as log:
             processes.append(
                 subprocess.Popen(
                     [sys.executable, "-m", "tests.e2e.engine_process"]
-                    + [str(listing), str(rank), str(outputs[-1])],
+                    + [str(listing), str(rank), str(outputs[-1])]
+                    + ([] if only_rank is None else ["alone"]),
                     cwd=ROOT,
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -50,7 +53,7 @@ def run_cases(
         for process in processes:
             process.kill()
             process.wait()
-    for code, log, expected in zip(codes, logs, expected_codes or [0] * num_ranks, strict=True):
+    for code, log, expected in zip(codes, logs, expected_codes or [0] * len(ranks), strict=True):
         assert code == expected, f"{log.name} ended with {code}:\n{log.read_text()[-6000:]}"
     results: dict[str, list[dict[str, Any]]] = {}
     for output in outputs:

@@ -123,7 +123,7 @@ def test_many_at_once_reach_both_ranks(server: Server) -> None:
 def test_the_log_says_what_each_rank_holds(server: Server) -> None:
     log = server.log.read_text()
     for rank in (0, 1):
-        assert log.count(f"DWDP rank {rank} serves in prefetch mode: experts resident") == 1
+        assert log.count(f"DWDP rank {rank} serves in prefetch mode (mode 'prefetch' was") == 1
 
 
 def test_sleep_and_reload_are_refused_before_they_start(model: str) -> None:

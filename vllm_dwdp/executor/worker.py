@@ -42,7 +42,7 @@ class DwdpWorker:
     def execute_model(self, scheduler_output: Any) -> Any:
         """One scheduler step."""
         if self.expert_group is not None:
-            self.expert_group.begin_step()
+            self.expert_group.begin_step(scheduler_output.total_num_scheduled_tokens)
         return super().execute_model(scheduler_output)  # type: ignore[misc]
 
     def dwdp_status(self) -> dict[str, Any]:

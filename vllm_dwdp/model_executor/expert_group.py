@@ -15,11 +15,12 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from vllm_dwdp.config import DwdpLaunch
+from vllm_dwdp.config import DwdpConfig, DwdpLaunch
 from vllm_dwdp.distributed.rendezvous import PeerShard, Rendezvous
 from vllm_dwdp.errors import PeerMismatchError
 from vllm_dwdp.logger import format_gib, init_logger
@@ -32,6 +33,7 @@ from vllm_dwdp.model_executor.routed_experts import RingPosition
 from vllm_dwdp.transfer.copy_plan import CopySlice, bytes_by_peer, plan_layer_copies
 from vllm_dwdp.transfer.device import ResolvedSlice
 from vllm_dwdp.transfer.host_queue import HostCopyQueue
+from vllm_dwdp.transfer.mode_policy import Mode, ModePolicy
 from vllm_dwdp.transfer.pipeline import PrefetchPipeline
 
 logger = init_logger(__name__)
@@ -39,6 +41,14 @@ logger = init_logger(__name__)
 NUM_SLOTS = 2
 FILES_PER_PEER = 4  # the peer's shard, a hello each way, a status request
 FILES_AROUND = 64  # checkpoint files, sockets, the slots, and what vLLM opens meanwhile
+
+
+@dataclass
+class ForwardCounter:
+    """Forwards of the model, by how far they came."""
+
+    begun: int = 0
+    ended: int = 0
 
 
 class ExpertGroup:
@@ -51,7 +61,9 @@ class ExpertGroup:
         self.rank = rank
         self.dwdp_rank = launch.dwdp_rank(rank)
         self.shard = shard
-        self.num_steps = 0
+        self.policy = make_policy(launch.config)
+        self._steps: dict[str, int] = {}
+        self._forwards = ForwardCounter()
         self._resources = resources
         self._peers: dict[int, PeerShard] = {}
         self._views: dict[int, host.Mapping] = {}
@@ -95,23 +107,39 @@ class ExpertGroup:
             group._log_loaded(time.monotonic() - started)
             group._meet()
             group._bind()
+            group._couple(model)
             group._resources = undo.pop_all()
         return group
 
     @property
     def mode(self) -> str:
-        """`direct` or `prefetch`: on the host, `auto` is always direct, because the copies would
-        share the computing cores."""
-        return "prefetch" if self.launch.config.mode == "prefetch" else "direct"
+        """`direct` or `prefetch`: the mode that every step of this rank runs in."""
+        mode = self.policy.only_mode
+        assert mode is not None, "on the host a rank has one view of its peers"
+        return mode.value
 
-    def begin_step(self) -> None:
-        """The scheduler starts a step on this rank."""
-        self.num_steps += 1
+    def begin_step(self, num_tokens: int) -> None:
+        """The scheduler starts a step of `num_tokens` on this rank."""
+        mode = self.policy.mode_for(num_tokens).value
+        self._steps[mode] = self._steps.get(mode, 0) + 1
 
-    def begin_forward(self) -> None:
-        """A model's forward starts, real or not."""
+    def _begin_forward(self, *_: object) -> None:
+        """A forward of the model starts: a real, dummy, profiling or warm-up one."""
+        self._forwards.begun += 1
         for pipeline in self._pipelines:
             pipeline.begin_forward()
+
+    def _end_forward(self, *_: object) -> None:
+        """It ended, also by an exception; a ring that was cut short heals at the next wait."""
+        self._forwards.ended += 1
+
+    def _couple(self, model: torch.nn.Module) -> None:
+        """Mark begin and end of every forward of `model`, outside of what is compiled."""
+        for handle in (
+            model.register_forward_pre_hook(self._begin_forward),
+            model.register_forward_hook(self._end_forward, always_call=True),
+        ):
+            self._resources.callback(handle.remove)
 
     def close(self) -> None:
         """Stop the ring, forget the peers and release all memory. Layers must not run again."""
@@ -139,7 +167,10 @@ class ExpertGroup:
             "remote_expert_bytes": layout.total_bytes - resident_bytes,
             "slot_bytes": slot_bytes,
             "saved_bytes": layout.total_bytes - resident_bytes - slot_bytes,
-            "steps": {self.mode: self.num_steps},
+            "policy": self.policy.reason,
+            "steps": dict(self._steps),
+            "forwards": self._forwards.begun,
+            "unfinished_forwards": self._forwards.begun - self._forwards.ended,
             "fetched_bytes": fetched,
             "prefetch_copy_seconds": self._queue.busy_seconds if self._queue else 0.0,
             "prefetch_wait_seconds": sum(counter.wait_seconds for counter in counters),
@@ -323,10 +354,18 @@ class ExpertGroup:
     def _log_bound(self) -> None:
         status = self.status()
         logger.info(
-            "DWDP rank %d serves in %s mode: experts resident %s, remote %s, saved %s",
+            "DWDP rank %d serves in %s mode (%s): experts resident %s, remote %s, saved %s",
             self.rank,
             self.mode,
+            self.policy.reason,
             format_gib(status["resident_expert_bytes"]),
             format_gib(status["remote_expert_bytes"]),
             format_gib(status["saved_bytes"]),
         )
+
+
+def make_policy(config: DwdpConfig) -> ModePolicy:
+    """The mode of each step on the host device: what was asked for, else direct."""
+    if config.mode == "auto":
+        return ModePolicy.on_host()
+    return ModePolicy.forced(Mode(config.mode))

@@ -33,7 +33,7 @@ def wait_layer(hidden_states: torch.Tensor, ring: int, index: int) -> None:
     if torch.compiler.is_compiling():
         torch.ops.vllm_dwdp.wait_layer(hidden_states, ring, index)
     else:
-        _rings[ring].wait(index)
+        _wait(ring, index)
 
 
 def record_layer(output: torch.Tensor, ring: int, index: int) -> None:
@@ -45,11 +45,20 @@ def record_layer(output: torch.Tensor, ring: int, index: int) -> None:
 
 
 def _wait_layer(hidden_states: torch.Tensor, ring: int, index: int) -> None:
-    _rings[ring].wait(index)
+    _wait(ring, index)
 
 
 def _record_layer(output: torch.Tensor, ring: int, index: int) -> None:
     _rings[ring].record(index)
+
+
+def _wait(ring: int, index: int) -> None:
+    """While a profiler runs, each wait is a range named after its ring and layer."""
+    if torch.autograd._profiler_enabled():
+        with torch.profiler.record_function(f"dwdp::wait ring {ring} layer {index}"):
+            _rings[ring].wait(index)
+    else:
+        _rings[ring].wait(index)
 
 
 def _fake(tensor: torch.Tensor, ring: int, index: int) -> None:

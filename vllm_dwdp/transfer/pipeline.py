@@ -21,7 +21,6 @@ class PipelineCounters:
         late_layers: waits that had to sleep.
         fills: layers fetched.
         heals: fetches that the steady schedule would not have needed.
-        forwards: forwards begun.
     """
 
     fetched_bytes: dict[int, int]
@@ -29,7 +28,6 @@ class PipelineCounters:
     late_layers: int
     fills: int
     heals: int
-    forwards: int
 
 
 class PrefetchPipeline:
@@ -58,11 +56,10 @@ class PrefetchPipeline:
         self._filling: list[int | None] = [None] * num_slots
         self._num_fills = [0] * len(batches)
         self._wait_seconds = 0.0
-        self._late_layers = self._heals = self._forwards = 0
+        self._late_layers = self._heals = 0
 
     def begin_forward(self) -> None:
         """A forward starts: fetch the first layers now, if an interruption left others behind."""
-        self._forwards += 1
         self._heal(self._schedule.fills_at_begin())
 
     def wait(self, layer_index: int) -> None:
@@ -100,7 +97,6 @@ class PrefetchPipeline:
             late_layers=self._late_layers,
             fills=sum(self._num_fills),
             heals=self._heals,
-            forwards=self._forwards,
         )
 
     def _heal(self, layers: Sequence[int]) -> None:

@@ -1,0 +1,103 @@
+"""The command `vllm-dwdp`."""
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import vllm_dwdp
+from vllm_dwdp.errors import DwdpError
+
+app = typer.Typer(
+    help="Tools around vLLM's dwdp backend.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+console = Console()
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    console.print(vllm_dwdp.__version__)
+
+
+@app.command()
+def status(
+    rendezvous: Annotated[str, typer.Argument(help="The ranks' meeting place, unix:///folder.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show every rank that meets in a folder: its mode, memory, peers and traffic.
+
+    Exits 1 if a rank that was there does not answer.
+    """
+    from vllm_dwdp.entrypoints.status import find_ranks
+
+    ranks = find_ranks(rendezvous)
+    if as_json:
+        print(json.dumps(ranks, indent=1))
+    else:
+        table = Table(title=f"ranks at {rendezvous}")
+        for heading in ("group", "rank", "state", "pid", "held", "remote", "steps", "peers"):
+            table.add_column(heading, justify="right")
+        for entry in ranks:
+            table.add_row(
+                str(entry["group"]),
+                str(entry["dwdp_rank"]),
+                str(entry["state"]),
+                str(entry.get("pid", "")),
+                _mib(entry.get("resident_expert_bytes")),
+                _mib(entry.get("remote_expert_bytes")),
+                str(sum(entry.get("steps", {}).values())),
+                " ".join(f"{peer}:{state}" for peer, state in entry.get("peers", {}).items()),
+            )
+        console.print(table)
+    if not ranks or any(entry["state"] == "dead" for entry in ranks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(
+    group_size: Annotated[int, typer.Option(min=1, help="Ranks that will share experts.")] = 2,
+    expert_gib: Annotated[
+        float, typer.Option(min=0.0, help="GiB of one full copy of the experts, if known.")
+    ] = 0.0,
+    as_json: AsJson = False,
+) -> None:
+    """Check this machine and say what to change. Exits 1 if something would stop a start."""
+    from vllm_dwdp.entrypoints.doctor import examine
+
+    findings = examine(group_size=group_size, expert_bytes=int(expert_gib * 2**30))
+    if as_json:
+        print(json.dumps([finding.as_dict() for finding in findings], indent=1))
+    else:
+        table = Table(title="vllm-dwdp doctor")
+        for heading in ("check", "verdict", "seen", "what to do"):
+            table.add_column(heading)
+        colours = {"ok": "green", "warning": "yellow", "problem": "red"}
+        for finding in findings:
+            verdict = f"[{colours[finding.verdict]}]{finding.verdict}[/]"
+            table.add_row(finding.check, verdict, finding.seen, finding.advice)
+        console.print(table)
+    if any(finding.verdict == "problem" for finding in findings):
+        raise typer.Exit(1)
+
+
+def _mib(num_bytes: int | None) -> str:
+    return "" if num_bytes is None else f"{num_bytes / 2**20:.0f} MiB"
+
+
+def main() -> None:
+    """Run the command; what we refuse is one line and exit status 2."""
+    try:
+        app()
+    except DwdpError as error:
+        print(f"vllm-dwdp: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
