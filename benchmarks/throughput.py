@@ -10,15 +10,14 @@ Variants, all serving one checkpoint of random weights whose experts exceed the 
     stock      two stock vLLM servers, one core each
     tp2        one stock vLLM server with --tensor-parallel-size 2
 
-All servers run from the start to the end; those that are not measured are stopped (SIGSTOP). Every
-round measures each variant once, in a rotating order, so that ratios compare runs minutes apart at
-most. Prints tokens/s and the ratio of `auto` to each variant: median [lowest - highest] of rounds.
+`auto` runs from the start to the end, each baseline beside it in turn; whoever is not measured is
+stopped (SIGSTOP). Each round measures both, one after the other, so that a ratio compares runs that
+are seconds apart. Prints tokens/s and the ratio auto / baseline: median [lowest - highest].
 """
 
 import argparse
 import asyncio
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -34,7 +33,7 @@ from vllm_dwdp.testing.checkpoints import make_checkpoint
 from vllm_dwdp.testing.machine import describe_machine
 from vllm_dwdp.testing.server import Server
 
-VARIANTS = ("auto", "prefetch", "replica", "stock", "tp2")
+BASELINES = ("replica", "stock", "tp2", "prefetch")
 DWDP = ("--distributed-executor-backend", "dwdp", "--data-parallel-size", "2")
 console = Console()
 
@@ -52,7 +51,7 @@ class Load:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--baselines", nargs="+", choices=BASELINES, default=BASELINES)
     parser.add_argument("--hidden-size", type=int, default=1024)
     parser.add_argument("--intermediate-size", type=int, default=256, help="of an expert")
     parser.add_argument("--layers", type=int, default=8)
@@ -78,27 +77,27 @@ def main() -> None:
         num_experts_per_tok=8,
     )
     load = Load(options.requests, options.concurrency, options.input_tokens, options.output_tokens)
+    rates = {}
     with ExitStack() as stack:
-        servers = start_all(stack, options.variants, str(model), options.folder)
-        rates = measure(servers, load, options.rounds)
+        ours = start(stack, "auto", str(model), options.folder)
+        for baseline in options.baselines:
+            with ExitStack() as beside:
+                theirs = start(beside, baseline, str(model), options.folder)
+                rates[baseline] = compare(ours, theirs, load, options.rounds)
     report(rates, options.json)
 
 
-def start_all(
-    stack: ExitStack, variants: list[str], model: str, folder: Path
-) -> dict[str, list[Server]]:
-    """Start the variants one after the other and stop each (SIGSTOP) once it answers."""
-    servers: dict[str, list[Server]] = {}
-    for variant in variants:
-        started = time.monotonic()
-        servers[variant] = [
-            stack.enter_context(server) for server in make_servers(variant, model, folder)
-        ]
-        for server in servers[variant]:
-            server.wait_until_ready()
-            stack.callback(server.resume)
-            server.suspend()
-        console.print(f"{variant:<9} answers after {time.monotonic() - started:.0f} s")
+def start(stack: ExitStack, variant: str, model: str, folder: Path) -> list[Server]:
+    """Start a variant and stop it (SIGSTOP) once it answers."""
+    started = time.monotonic()
+    servers = make_servers(variant, model, folder)
+    for server in servers:
+        stack.enter_context(server)
+    for server in servers:
+        server.wait_until_ready()
+        stack.callback(server.resume)
+        server.suspend()
+    console.print(f"{variant:<9} answers after {time.monotonic() - started:.0f} s")
     return servers
 
 
@@ -119,22 +118,27 @@ def make_servers(variant: str, model: str, folder: Path) -> list[Server]:
     return [Server(arguments, log, {})]
 
 
-def measure(servers: dict[str, list[Server]], load: Load, rounds: int) -> dict[str, list[float]]:
-    """Tokens/s of each variant in each round, after one round to warm up."""
-    rates: dict[str, list[float]] = {variant: [] for variant in servers}
-    names = list(servers)
+def compare(
+    ours: list[Server], theirs: list[Server], load: Load, rounds: int
+) -> list[tuple[float, float]]:
+    """Tokens/s of both in each round, after one round to warm up."""
+    rates = []
     for number in range(rounds + 1):
-        order = names[number % len(names) :] + names[: number % len(names)]
-        for variant in order:
-            for server in servers[variant]:
-                server.resume()
-            rate = asyncio.run(drive([s.url for s in servers[variant]], load, number))
-            for server in servers[variant]:
-                server.suspend()
-            if number > 0:
-                rates[variant].append(rate)
-                console.print(f"round {number}: {variant:<9} {rate:7.1f} tokens/s")
+        pair = (measure(ours, load, number), measure(theirs, load, number))
+        if number > 0:
+            rates.append(pair)
+            console.print(f"round {number}: {pair[0]:7.1f} against {pair[1]:7.1f} tokens/s")
     return rates
+
+
+def measure(servers: list[Server], load: Load, seed: int) -> float:
+    """Tokens/s of one variant, which runs only meanwhile."""
+    for server in servers:
+        server.resume()
+    rate = asyncio.run(drive([server.url for server in servers], load, seed))
+    for server in servers:
+        server.suspend()
+    return rate
 
 
 async def drive(urls: list[str], load: Load, seed: int) -> float:
@@ -157,16 +161,16 @@ async def drive(urls: list[str], load: Load, seed: int) -> float:
     return sum(tokens) / (time.monotonic() - started)
 
 
-def report(rates: dict[str, list[float]], path: Path | None) -> None:
-    reference = next(iter(rates))
+def report(rates: dict[str, list[tuple[float, float]]], path: Path | None) -> None:
     table = Table(title=describe_machine())
-    for heading in ("variant", "tokens/s", f"{reference} / variant"):
+    for heading in ("baseline", "auto, tokens/s", "baseline, tokens/s", "auto / baseline"):
         table.add_column(heading, justify="right")
-    for variant, values in rates.items():
-        ratios = [ours / theirs for ours, theirs in zip(rates[reference], values, strict=True)]
+    for baseline, pairs in rates.items():
+        ratios = [ours / theirs for ours, theirs in pairs]
         table.add_row(
-            variant,
-            f"{statistics.median(values):.1f}",
+            baseline,
+            f"{statistics.median(ours for ours, _ in pairs):.1f}",
+            f"{statistics.median(theirs for _, theirs in pairs):.1f}",
             f"{statistics.median(ratios):.2f} [{min(ratios):.2f} - {max(ratios):.2f}]",
         )
     console.print(table)
@@ -177,5 +181,4 @@ def report(rates: dict[str, list[float]], path: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
     main()

@@ -126,5 +126,7 @@ def has_driver() -> bool:
 @pytest.mark.skipif(has_driver(), reason="this machine has an NVIDIA driver")
 def test_without_a_driver_the_cuda_queue_says_so() -> None:
     for _ in range(2):
-        with pytest.raises(TransferError, match=r"opening CUDA device 0 failed: no NVIDIA driver: "):
+        with pytest.raises(
+            TransferError, match=r"opening CUDA device 0 failed: no NVIDIA driver: "
+        ):
             native.NativeCudaQueue(0)

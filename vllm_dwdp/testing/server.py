@@ -126,8 +126,12 @@ class Server:
 
     def processes(self, name: str = "") -> list[psutil.Process]:
         """Its living descendants whose command line contains `name`."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in children if name in " ".join(child.cmdline())]
+        found = []
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # also a zombie
+                if name in " ".join(child.cmdline()):
+                    found.append(child)
+        return found
 
     def tail(self) -> str:
         """The end of its log."""
