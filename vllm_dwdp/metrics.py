@@ -46,6 +46,9 @@ class RankMetrics:
                 "remote_expert_bytes", "Expert bytes it reads from its peers."
             ),
             "slot_bytes": _gauge("slot_bytes", "Bytes of its prefetch slots."),
+            "rejoin_seconds": _gauge(
+                "rejoin_seconds", "Seconds it took to come back with an adopted shard; else 0."
+            ),
             "saved_bytes": _gauge("saved_bytes", "Bytes saved against a full replica."),
         }
         self._peer_state = _gauge("peer_state", "1 for the state each peer is in.", "peer", "state")

@@ -73,7 +73,7 @@ def test_three_ranks_exchange_shards_and_readiness(endpoint: Endpoint) -> None:
                 assert os.pread(shard.fd, 1, 0) == b"%d" % peer
                 assert not shard.ready
                 os.close(shard.fd)
-            member.announce_ready()
+            member.announce_ready(b"digest")
         list(pool.map(lambda member: member.wait_ready(), members))
     assert {state.state for state in members[0].peers().values()} == {"ready"}
     members[2].close()
@@ -162,6 +162,76 @@ def test_a_stale_generation_is_refused(endpoint: Endpoint) -> None:
         newer.meet()
     newer.close()
     keeper.close()
+    for fd in fds:
+        os.close(fd)
+
+
+def test_the_shard_of_a_dead_rank_comes_from_whoever_holds_it(endpoint: Endpoint) -> None:
+    """Ranks 1 and 2 die; 2 returns alone, and finds its own shard and rank 1's at rank 0."""
+    members = [rank(endpoint, number, 3) for number in range(3)]
+    fds = [publish(member) for member in members]
+    meet_all(members)
+    for victim in (1, 2):
+        members[victim].close()
+        os.close(fds[victim])
+    returned = rank(endpoint, 2, 3)
+    own = returned.recover()
+    assert own is not None
+    assert os.pread(own.fd, 1, 0) == b"2"
+    assert own.digest == b"digest"
+    returned.publish(own.fd, own.num_bytes)
+    shards = returned.meet()
+    assert os.pread(shards[1].fd, 1, 0) == b"1"
+    assert os.pread(shards[0].fd, 1, 0) == b"0"
+    returned.announce_ready(own.digest)
+    returned.wait_ready()
+    assert {peer: state.state for peer, state in returned.peers().items()} == {
+        0: "ready",
+        1: "dead",
+    }
+    assert members[0].peers()[2].generation == returned.generation
+    for shard in (own, *shards.values()):
+        os.close(shard.fd)
+    returned.close()
+    members[0].close()
+    os.close(fds[0])
+
+
+def meet_all(members: list[Rendezvous]) -> None:
+    with ThreadPoolExecutor(len(members)) as pool:
+        for shards in pool.map(lambda member: member.meet(), members):
+            for shard in shards.values():
+                os.close(shard.fd)
+        for member in members:
+            member.announce_ready(b"digest")
+        list(pool.map(lambda member: member.wait_ready(), members))
+
+
+def test_a_shard_that_was_never_whole_is_not_lent(endpoint: Endpoint) -> None:
+    members = [rank(endpoint, number) for number in range(2)]
+    fds = [publish(member) for member in members]
+    for shard in members[0].meet().values():
+        os.close(shard.fd)
+    members[1].close()
+    returned = rank(endpoint, 1)
+    assert returned.recover() is None
+    for member in (returned, members[0]):
+        member.close()
+    for fd in fds:
+        os.close(fd)
+
+
+def test_a_rank_that_returns_with_another_checkpoint_is_refused(endpoint: Endpoint) -> None:
+    members = [rank(endpoint, number) for number in range(2)]
+    fds = [publish(member) for member in members]
+    meet_all(members)
+    members[1].close()
+    returned = rank(endpoint, 1, fingerprint=fingerprint(checkpoint_digest="flipped"))
+    with pytest.raises(PeerMismatchError, match="checkpoint_digest is"):
+        returned.recover()
+    assert members[0].peers()[1].state in ("ready", "dead"), "the survivor goes on"
+    for member in (returned, members[0]):
+        member.close()
     for fd in fds:
         os.close(fd)
 

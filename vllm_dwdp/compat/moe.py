@@ -23,7 +23,7 @@ class ResidentExperts:
     """What the checkpoint reader must know of this rank.
 
     Args:
-        ids: experts that at least one layer keeps.
+        ids: experts that at least one layer keeps and must read; none if they are in memory already.
         split_fused: whether fused tensors must reach the model expert by expert.
     """
 
@@ -111,7 +111,8 @@ def resident_weights(resident_experts: Callable[[], ResidentExperts]) -> Iterato
 
     def init_filter(self: Any, model_config: Any) -> None:
         self.dwdp_resident = resident_experts()
-        self.local_expert_ids = self.dwdp_resident.ids or None
+        # vLLM takes an empty set for "all of them"; no expert is numbered -1.
+        self.local_expert_ids = self.dwdp_resident.ids or {-1}
 
     def get_all_weights(self: Any, *args: Any, **kwargs: Any) -> Iterator[NamedTensor]:
         weights = stock_weights(self, *args, **kwargs)

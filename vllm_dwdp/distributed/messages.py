@@ -28,14 +28,13 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     fingerprint: Fingerprint
 
 
-class Replaced(msgspec.Struct, frozen=True, tag=True):
-    """A restarted peer is ready again; its new shard's fd travels with the message."""
+class Borrow(msgspec.Struct, frozen=True, tag=True):
+    """A peer asks for the shard of rank `wanted`, which does not answer (or is itself, restarted)."""
 
     dwdp_rank: int
     generation: int
     fingerprint: Fingerprint
-    num_bytes: int
-    digest: bytes
+    wanted: int
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -51,14 +50,13 @@ class StatusRequest(msgspec.Struct, frozen=True, tag=True):
 
 
 class NotYet(msgspec.Struct, frozen=True, tag=True):
-    """Our experts are still being loaded."""
+    """We do not have that shard (yet)."""
 
 
 class Shard(msgspec.Struct, frozen=True, tag=True):
-    """Our shard; its read-only fd travels with the message.
+    """A shard, ours or one that we hold; its read-only fd travels with the message.
 
-    `ready` is true once our edge pages are whole. `digest` covers the resident bytes, empty if none
-    was computed.
+    `ready` is true once its edge pages are whole; `digest` covers all of it then, and is empty before.
     """
 
     dwdp_rank: int
@@ -84,7 +82,7 @@ class Accepted(msgspec.Struct, frozen=True, tag=True):
     """Noted."""
 
 
-Request = Hello | Replaced | Failed | StatusRequest
+Request = Hello | Borrow | Failed | StatusRequest
 Reply = NotYet | Shard | Refused | Status | Accepted
 
 _encoder = msgspec.msgpack.Encoder()

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vllm_dwdp.distributed import messages
@@ -62,15 +62,19 @@ class PeerState:
 class _Published:
     fd: int
     num_bytes: int
-    digest: bytes
+    digest: bytes = b""
     ready: bool = False
 
 
 @dataclass
 class _Known:
-    """Shared between the caller and the answering thread; guarded by `Rendezvous._lock`."""
+    """Shared between the caller and the answering thread; guarded by `Rendezvous._lock`.
+
+    `held` are the whole shards of peers, each with an fd of our own.
+    """
 
     published: _Published | None = None
+    held: dict[int, PeerShard] = field(default_factory=dict)
     failures: dict[int, str] = field(default_factory=dict)
     refusals: dict[int, str] = field(default_factory=dict)
     generations: dict[int, int] = field(default_factory=dict)
@@ -107,7 +111,6 @@ class Rendezvous:
         self.join_timeout_s = join_timeout_s
         self.generation = time.time_ns()
         self.status_provider: Callable[[], dict[str, Any]] = dict
-        self.on_peer_replaced: Callable[[PeerShard], None] | None = None
         self._known = _Known()
         self._lock = threading.Lock()
         self._server: _Server | None = None
@@ -138,17 +141,36 @@ class Rendezvous:
             server, self._server = self._server, None
             server.close()
             self.endpoint.forget(self.group, self.dwdp_rank)
-
-    def publish(self, fd: int, num_bytes: int, digest: bytes = b"") -> None:
-        """Hand our shard to whoever asks; `fd` stays ours and must outlive `close`."""
         with self._lock:
-            self._known.published = _Published(fd, num_bytes, digest)
+            known, self._known = self._known, _Known()
+        for shard in (known.published, *known.held.values()):
+            if shard is not None:
+                os.close(shard.fd)
 
-    def announce_ready(self) -> None:
-        """Our edge pages are whole: every page of our shard may be mapped."""
+    def recover(self) -> PeerShard | None:
+        """Our own shard of an earlier life, if a peer still holds it whole; the caller owns its fd.
+
+        Raises:
+            PeerMismatchError: a peer serves another model, layout or version.
+        """
+        for rank in self.peer_ranks:
+            shard = self._borrow(rank, self.dwdp_rank)
+            if shard is not None:
+                return shard
+        return None
+
+    def publish(self, fd: int, num_bytes: int) -> None:
+        """Hand our shard to whoever asks; `fd` stays the caller's."""
         with self._lock:
-            assert self._known.published is not None
-            self._known.published.ready = True
+            self._known.published = _Published(os.dup(fd), num_bytes)
+
+    def announce_ready(self, digest: bytes) -> None:
+        """Our edge pages are whole: every page of our shard may be mapped. `digest` covers it all."""
+        with self._lock:
+            published = self._known.published
+            assert published is not None
+            published.digest = digest
+            published.ready = True
 
     def meet(self) -> dict[int, PeerShard]:
         """Every peer's shard, by rank; the caller owns the fds.
@@ -174,18 +196,6 @@ class Rendezvous:
             JoinTimeoutError, RendezvousError: as `meet`.
         """
         self._poll_peers(self._is_ready, "complete their shared pages")
-
-    def tell_replaced(self, survivors: tuple[int, ...]) -> None:
-        """After a rejoin: hand the new shard to peers that still map our predecessor's."""
-        published = self._known.published
-        assert published is not None
-        message = messages.Replaced(
-            self.dwdp_rank, self.generation, self.fingerprint, published.num_bytes, published.digest
-        )
-        for rank in survivors:
-            reply = self._ask(rank, message, fds=(published.fd,))
-            if isinstance(reply, messages.Refused):
-                raise PeerMismatchError(f"rank {rank} refused our new shard: {reply.reason}")
 
     def peers(self) -> dict[int, PeerState]:
         """Each peer's state now; a met peer that no longer listens is dead."""
@@ -247,32 +257,55 @@ class Rendezvous:
             raise RendezvousError(f"rank {rank} of group {self.group} failed to start: {reason}")
 
     def _fetch(self, rank: int, shards: dict[int, PeerShard]) -> bool:
+        """Get the shard of `rank`: from itself, or, if it is dead, from a peer that holds it."""
         shard = self._hello(rank)
+        holders = [peer for peer in self.peer_ranks if peer != rank]
+        while shard is None and holders:
+            shard = self._borrow(holders.pop(0), rank)
         if shard is None:
             return False
         shards[rank] = shard
         with self._lock:
-            self._known.generations[rank] = shard.generation
-            self._known.met[rank] = shard.ready
+            self._known.generations[rank] = max(
+                shard.generation, self._known.generations.get(rank, 0)
+            )
+        self._hold(shard)
         return True
 
     def _is_ready(self, rank: int) -> bool:
+        with self._lock:
+            if self._known.met.get(rank):
+                return True
         shard = self._hello(rank)
         if shard is None:
             return False
+        self._hold(shard)
         os.close(shard.fd)
-        with self._lock:
-            self._known.met[rank] = shard.ready
         return shard.ready
+
+    def _hold(self, shard: PeerShard) -> None:
+        """Remember the peer, and keep its whole shard for others who may need it."""
+        with self._lock:
+            self._known.met[shard.peer_rank] = shard.ready
+            if shard.ready and shard.peer_rank not in self._known.held:
+                self._known.held[shard.peer_rank] = replace(shard, fd=os.dup(shard.fd))
+
+    def _borrow(self, holder: int, wanted: int) -> PeerShard | None:
+        """The whole shard of rank `wanted`, if `holder` answers and has it."""
+        request = messages.Borrow(self.dwdp_rank, self.generation, self.fingerprint, wanted)
+        return self._ask_for_shard(holder, request, wanted)
 
     def _hello(self, rank: int) -> PeerShard | None:
         """The peer's shard if it has published one."""
-        message = messages.Hello(self.dwdp_rank, self.generation, self.fingerprint)
+        request = messages.Hello(self.dwdp_rank, self.generation, self.fingerprint)
+        return self._ask_for_shard(rank, request, rank)
+
+    def _ask_for_shard(self, rank: int, request: messages.Request, wanted: int) -> PeerShard | None:
         received: list[int] = []
-        reply = self._ask(rank, message, received=received)
+        reply = self._ask(rank, request, received=received)
         if isinstance(reply, messages.Shard) and len(received) == 1:
             return PeerShard(
-                peer_rank=rank,
+                peer_rank=wanted,
                 generation=reply.generation,
                 fd=received[0],
                 num_bytes=reply.num_bytes,
@@ -331,21 +364,18 @@ class Rendezvous:
             with self._lock:
                 self._known.failures[request.dwdp_rank] = request.reason
             return messages.Accepted(), None
-        if isinstance(request, messages.Replaced):
-            return self._accept_replacement(request, fds), None
+        if isinstance(request, messages.Borrow) and request.wanted != self.dwdp_rank:
+            with self._lock:
+                held = self._known.held.get(request.wanted)
+            if held is None:
+                return messages.NotYet(), None
+            return _shard_message(request.wanted, held.generation, held), held.fd
         with self._lock:
             self._known.failures.pop(request.dwdp_rank, None)
             published = self._known.published
         if published is None:
             return messages.NotYet(), None
-        shard = messages.Shard(
-            self.dwdp_rank,
-            self.generation,
-            published.num_bytes,
-            published.digest,
-            published.ready,
-        )
-        return shard, published.fd
+        return _shard_message(self.dwdp_rank, self.generation, published), published.fd
 
     def _refusal(self, request: messages.Request) -> str | None:
         """Why we do not talk to this peer, or None. Remembers its generation."""
@@ -353,7 +383,7 @@ class Rendezvous:
         rank = request.dwdp_rank
         if rank not in self.peer_ranks:
             return f"there is no rank {rank} besides rank {self.dwdp_rank} of {self.group_size}"
-        if isinstance(request, messages.Hello | messages.Replaced):
+        if isinstance(request, messages.Hello | messages.Borrow):
             differences = self.fingerprint.differences(request.fingerprint)
             if differences:
                 reason = f"the ranks do not serve the same thing: {describe(differences)}"
@@ -368,24 +398,9 @@ class Rendezvous:
             self._known.generations[rank] = request.generation
         return None
 
-    def _accept_replacement(self, request: messages.Replaced, fds: list[int]) -> messages.Reply:
-        if len(fds) != 1 or self.on_peer_replaced is None:
-            return messages.Refused("no replacement is expected now")
-        shard = PeerShard(
-            peer_rank=request.dwdp_rank,
-            generation=request.generation,
-            fd=fds.pop(),
-            num_bytes=request.num_bytes,
-            digest=request.digest,
-            ready=True,
-        )
-        try:
-            self.on_peer_replaced(shard)
-        except DwdpError as error:
-            return messages.Refused(str(error))
-        with self._lock:
-            self._known.met[request.dwdp_rank] = True
-        return messages.Accepted()
+
+def _shard_message(rank: int, generation: int, shard: PeerShard | _Published) -> messages.Shard:
+    return messages.Shard(rank, generation, shard.num_bytes, shard.digest, shard.ready)
 
 
 class _Server:

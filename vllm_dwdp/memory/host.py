@@ -9,10 +9,12 @@ Sources: memfd_create(2), fcntl(2) F_ADD_SEALS, mmap(2) MAP_FIXED.
 
 import ctypes
 import fcntl
+import hashlib
 import mmap
 import os
 import resource
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -23,6 +25,7 @@ from vllm_dwdp.logger import format_gib
 from vllm_dwdp.memory.layout import ByteRange
 
 PAGE_BYTES = mmap.PAGESIZE
+DIGEST_PIECE_BYTES = 16 * 2**20
 
 _SEALS = (
     fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | 0x0010  # F_SEAL_FUTURE_WRITE (Linux 5.1)
@@ -125,6 +128,8 @@ class HostShard:
     `close` releases the fd and the writable mappings; peers that mapped the memory keep it.
     """
 
+    is_adopted = False
+
     def __init__(self, name: str) -> None:
         self.fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         self.num_bytes = 0
@@ -155,6 +160,14 @@ class HostShard:
         """From now on nobody can resize the shard or map it writable; we still may fill edges."""
         fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
 
+    def digest(self) -> bytes:
+        """SHA-256 over the digests of its pieces of `DIGEST_PIECE_BYTES`, by several threads."""
+        whole = map_pages(self.fd, 0, self.num_bytes, writable=False)
+        try:
+            return digest_of(whole)
+        finally:
+            whole.unmap()
+
     def finish(self) -> None:
         """Drop our own writable mappings: the content is final."""
         while self._writable:
@@ -166,6 +179,73 @@ class HostShard:
 
     def close(self) -> None:
         """Release the mappings and the fd."""
+        self.finish()
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class AdoptedShard:
+    """A sealed shard of an earlier life of this rank, with the face of `HostShard`.
+
+    The content is there already and whole; `append` hands out its parts in order, read-only. Owns
+    `fd` from now on.
+
+    Raises:
+        DwdpMemoryError: it cannot be mapped.
+    """
+
+    is_adopted = True
+
+    def __init__(self, fd: int, capacity_bytes: int) -> None:
+        self.fd = fd
+        self.num_bytes = 0
+        self._capacity_bytes = capacity_bytes
+        try:
+            self._whole = map_pages(fd, 0, capacity_bytes, writable=False)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def append(self, num_bytes: int) -> Mapping:
+        """The next `num_bytes`; owned by the shard until `finish`."""
+        part = Mapping(self._whole.address + self.num_bytes, num_bytes)
+        self.num_bytes += num_bytes
+        if self.num_bytes > self._capacity_bytes:
+            raise DwdpMemoryError(
+                f"the shard that a peer kept for this rank has {self._capacity_bytes} bytes, but "
+                f"this model needs more. Restart all ranks of the group."
+            )
+        return part
+
+    def digest(self) -> bytes:
+        """As `HostShard.digest`."""
+        return digest_of(self._whole)
+
+    def seal(self) -> None:
+        """It is sealed; all of it must have been handed out.
+
+        Raises:
+            DwdpMemoryError: the layout of the model does not fit it.
+        """
+        if self.num_bytes != self._capacity_bytes:
+            raise DwdpMemoryError(
+                f"the shard that a peer kept for this rank has {self._capacity_bytes} bytes, but "
+                f"this model needs {self.num_bytes}. Restart all ranks of the group."
+            )
+
+    def finish(self) -> None:
+        """Drop the mapping of the whole; composites have their own."""
+        if self._whole.num_bytes:
+            self._whole.unmap()
+            self._whole = Mapping(0, 0)
+
+    def open_readonly(self) -> int:
+        """As `HostShard.open_readonly`."""
+        return os.dup(self.fd)
+
+    def close(self) -> None:
+        """Release the mapping and the fd."""
         self.finish()
         if self.fd >= 0:
             os.close(self.fd)
@@ -197,6 +277,19 @@ class HostSlots:
         """Release the memory; composites over it must be gone."""
         self.mapping.unmap()
         os.close(self.fd)
+
+
+def digest_of(mapping: Mapping) -> bytes:
+    """SHA-256 over the SHA-256 of each piece of the range."""
+
+    def digest_piece(start: int) -> bytes:
+        num_bytes = min(DIGEST_PIECE_BYTES, mapping.num_bytes - start)
+        piece = (ctypes.c_char * num_bytes).from_address(mapping.address + start)
+        return hashlib.sha256(piece).digest()
+
+    with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
+        pieces = pool.map(digest_piece, range(0, mapping.num_bytes, DIGEST_PIECE_BYTES))
+        return hashlib.sha256(b"".join(pieces)).digest()
 
 
 def copy_bytes(destination: int, source: int, num_bytes: int) -> None:

@@ -9,6 +9,10 @@ Order of a start, the same on every rank:
 ::
 
     load shard -> publish -> meet peers -> copy edge bytes -> ready -> all ready -> map -> bind
+
+A rank that comes back adopts the shard of its earlier life from any survivor instead of loading it,
+and gets the shard of a peer that is dead from whoever holds it. So a shard is stored once whoever
+dies, and survivors have nothing to exchange.
 """
 
 import os
@@ -69,6 +73,7 @@ class ExpertGroup:
         self._views: dict[int, host.Mapping] = {}
         self._pipelines: list[PrefetchPipeline] = []
         self._queue: HostCopyQueue | None = None
+        self._start_seconds = 0.0
         self._layout: ModelLayout
         self._rendezvous: Rendezvous
 
@@ -95,19 +100,23 @@ class ExpertGroup:
             FILES_PER_PEER * launch.config.group_size + FILES_AROUND,
             f"a group of {launch.config.group_size} ranks",
         )
+        started = time.monotonic()
         with ExitStack() as undo:
-            shard = ExpertShard(launch.config, launch.dwdp_rank(rank))
+            rendezvous = undo.enter_context(make_rendezvous())
+            adopted = _adopt_shard(rendezvous, rank)
+            shard = ExpertShard(launch.config, launch.dwdp_rank(rank), adopted)
             undo.callback(shard.close)
             group = cls(launch, rank, shard, undo)
-            group._rendezvous = undo.enter_context(make_rendezvous())
-            started = time.monotonic()
+            group._rendezvous = rendezvous
+            loading = time.monotonic()
             with shard.loading():
                 model = load_model()
             group._layout = shard.finish_loading(model)
-            group._log_loaded(time.monotonic() - started)
+            group._log_loaded(time.monotonic() - loading)
             group._meet()
             group._bind()
             group._couple(model)
+            group._start_seconds = time.monotonic() - started
             group._resources = undo.pop_all()
         return group
 
@@ -163,6 +172,9 @@ class ExpertGroup:
             "group_size": self.launch.config.group_size,
             "mode": self.mode,
             "pid": os.getpid(),
+            "generation": self._rendezvous.generation,
+            "adopted": self.shard.memory.is_adopted,
+            "rejoin_seconds": self._start_seconds if self.shard.memory.is_adopted else 0.0,
             "resident_expert_bytes": resident_bytes,
             "remote_expert_bytes": layout.total_bytes - resident_bytes,
             "slot_bytes": slot_bytes,
@@ -191,8 +203,9 @@ class ExpertGroup:
             self._resources.callback(os.close, peer.fd)
         self._check_shard_sizes()
         self._views = {rank: self._map_peer(peer) for rank, peer in self._peers.items()}
-        self._fill_edges(self._views)
-        self._rendezvous.announce_ready()
+        if not memory.is_adopted:
+            self._fill_edges(self._views)
+        self._rendezvous.announce_ready(memory.digest())
         self._rendezvous.wait_ready()
         logger.info(
             "DWDP rank %d met its %d peers in %.1f s",
@@ -344,8 +357,9 @@ class ExpertGroup:
 
     def _log_loaded(self, seconds: float) -> None:
         logger.info(
-            "DWDP rank %d loaded %s of resident experts (of %s) in %.1f s",
+            "DWDP rank %d %s %s of resident experts (of %s) in %.1f s",
             self.rank,
+            "adopted" if self.shard.memory.is_adopted else "loaded",
             format_gib(self._layout.resident_bytes(self.dwdp_rank)),
             format_gib(self._layout.total_bytes),
             seconds,
@@ -369,3 +383,24 @@ def make_policy(config: DwdpConfig) -> ModePolicy:
     if config.mode == "auto":
         return ModePolicy.on_host()
     return ModePolicy.forced(Mode(config.mode))
+
+
+def _adopt_shard(rendezvous: Rendezvous, rank: int) -> host.AdoptedShard | None:
+    """This rank's own shard of an earlier life, if a survivor holds it and its digest is right."""
+    kept = rendezvous.recover()
+    if kept is None:
+        return None
+    adopted = host.AdoptedShard(kept.fd, kept.num_bytes)
+    try:
+        if adopted.digest() == kept.digest:
+            return adopted
+    except BaseException:
+        adopted.close()
+        raise
+    adopted.close()
+    logger.warning(
+        "DWDP rank %d: the shard that a peer kept for it has another digest than it had when it "
+        "was made; loading it from disk, which holds it twice until the peers restart",
+        rank,
+    )
+    return None

@@ -45,12 +45,20 @@ class ShardedLayer:
 
 
 class ExpertShard:
-    """Implements `ShardRegistry` over a `HostShard`; `close` releases the memory."""
+    """Implements `ShardRegistry` over shared memory; `close` releases it.
 
-    def __init__(self, config: DwdpConfig, dwdp_rank: int) -> None:
+    Args:
+        config: of the group.
+        dwdp_rank: our position in it.
+        adopted: memory of an earlier life of this rank; then no expert is read from disk.
+    """
+
+    def __init__(
+        self, config: DwdpConfig, dwdp_rank: int, adopted: host.AdoptedShard | None = None
+    ) -> None:
         self.config = config
         self.dwdp_rank = dwdp_rank
-        self.memory = host.HostShard(f"dwdp-shard-{dwdp_rank}")
+        self.memory = adopted or host.HostShard(f"dwdp-shard-{dwdp_rank}")
         self.layers: list[ShardedLayer] = []
         self._published: list[ShardedLayer] = []
 
@@ -92,7 +100,8 @@ class ExpertShard:
         mapping = self.memory.append(len(pages))
         address = mapping.address + weight.resident(self.dwdp_rank).start - pages.start
         resident = tensor_at(address, tensor.dtype, tuple(tensor.shape))
-        resident.copy_(tensor)
+        if not self.memory.is_adopted:
+            resident.copy_(tensor)
         getattr(sharded.layer, name).data = resident
         sharded.weights.append(weight)
         sharded.dtypes.append(tensor.dtype)
@@ -142,8 +151,11 @@ class ExpertShard:
             for entry in self.layers
             for parameter in entry.layer.parameters(recurse=False)
         )
-        host.check_available(resident_bytes, "this rank's share of the experts")
         ranges = [entry.placement.resident[self.dwdp_rank] for entry in self.layers]
+        if self.memory.is_adopted:
+            ranges = []
+        else:
+            host.check_available(resident_bytes, "this rank's share of the experts")
         return moe.ResidentExperts(
             ids=frozenset(expert for span in ranges for expert in range(span.start, span.stop)),
             split_fused=any(moe.loads_fused_tensors_whole(entry.layer) for entry in self.layers),

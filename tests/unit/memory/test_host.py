@@ -96,6 +96,53 @@ def test_a_composite_that_cannot_be_finished_is_given_back() -> None:
     assert (open_files(), mappings()) == before
 
 
+def test_an_adopted_shard_is_the_same_memory_and_as_sealed() -> None:
+    before = open_files(), mappings()
+    first = shard_with(b"1" * 2 * PAGE + b"2" * PAGE)
+    digest = first.digest()
+    fd = first.open_readonly()
+    first.close()
+    adopted = host.AdoptedShard(fd, 3 * PAGE)
+    assert adopted.digest() == digest
+    parts = [adopted.append(2 * PAGE), adopted.append(PAGE)]
+    assert ctypes.string_at(parts[1].address, PAGE) == b"2" * PAGE
+    adopted.seal()
+    with pytest.raises(PermissionError):
+        mmap.mmap(adopted.fd, PAGE)
+    adopted.close()
+    assert (open_files(), mappings()) == before
+
+
+def test_an_adopted_shard_must_fit_the_model() -> None:
+    before = open_files(), mappings()
+    for needed in (PAGE, 3 * PAGE):
+        first = shard_with(b"1" * 2 * PAGE)
+        adopted = host.AdoptedShard(first.open_readonly(), 2 * PAGE)
+        with pytest.raises(DwdpMemoryError, match="kept for this rank has 8192 bytes"):
+            fill(adopted, needed)
+        adopted.close()
+        first.close()
+    assert (open_files(), mappings()) == before
+
+
+def fill(shard: host.AdoptedShard, num_bytes: int) -> None:
+    shard.append(num_bytes)
+    shard.seal()
+
+
+def test_one_flipped_byte_changes_the_digest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "DIGEST_PIECE_BYTES", PAGE)
+    digests = set()
+    for position in (None, 0, PAGE, 3 * PAGE - 1):
+        content = bytearray(3 * PAGE)
+        if position is not None:
+            content[position] = 1
+        shard = shard_with(bytes(content))
+        digests.add(shard.digest())
+        shard.close()
+    assert len(digests) == 4
+
+
 def test_slots_are_private_and_given_back() -> None:
     before = open_files(), mappings()
     slots = host.HostSlots(2, PAGE)
