@@ -95,6 +95,18 @@ def test_the_command_ends_with_the_error_and_a_non_zero_exit(checkpoints: Checkp
     assert "dwdp mode='swift' is unknown; choose one of auto, direct, prefetch, replica" in last
 
 
+def test_every_rank_and_every_start_share_one_compile_cache(checkpoints: Checkpoints) -> None:
+    """vLLM names the cache by a hash of the configuration: no rank, name or timeout is in it."""
+    model = checkpoints("qwen3_moe")
+    together = configure(model)
+    again = configure(model, {"join_timeout_s": 7, "slice_bytes": 8192})
+    place = {"rendezvous": "unix:///tmp/somewhere"}
+    alone = [configure(model, place, data_parallel_rank=rank) for rank in (0, 1)]
+    hashes = {config.compute_hash() for config in (together, again, *alone)}
+    assert len(hashes) == 1
+    assert configure(model, {"mode": "prefetch"}).compute_hash() not in hashes, "other operators"
+
+
 def test_without_dwdp_stock_vllm_is_untouched(checkpoints: Checkpoints) -> None:
     """The config of a stock engine is the same with the plugin loaded and with it disabled."""
     script = (

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -84,6 +85,38 @@ def doctor(
         console.print(table)
     if any(finding.verdict == "problem" for finding in findings):
         raise typer.Exit(1)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def launch(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="As for vllm serve.")],
+    ranks: Annotated[int, typer.Option(min=1, help="Servers that share one copy.")] = 2,
+    host: Annotated[str, typer.Option(help="Address to serve on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to serve on.")] = 8000,
+    logs: Annotated[Path, typer.Option(help="Folder for the logs.")] = Path("dwdp-logs"),
+) -> None:
+    """Serve MODEL on ranks that outlive each other, behind vllm-router.
+
+    Every rank is its own vllm serve, restarted with back-off when it dies; a rank that comes back
+    adopts its experts from the survivors. Further arguments go to every vllm serve.
+    """
+    from vllm_dwdp.entrypoints import launch as launcher
+
+    arguments, additional_config = launcher.split_arguments(context.args)
+    with launcher.meeting_folder() as rendezvous:
+        plan = launcher.LaunchPlan(
+            model=model,
+            num_ranks=ranks,
+            host=host,
+            port=port,
+            rank_ports=tuple(launcher.free_port() for _ in range(ranks)),
+            rendezvous=rendezvous,
+            arguments=arguments,
+            additional_config=additional_config,
+        )
+        console.print(f"ranks meet at {rendezvous}; logs in {logs}/", soft_wrap=True)
+        launcher.launch(plan, logs, lambda line: console.print(line, soft_wrap=True))
 
 
 def _mib(num_bytes: int | None) -> str:
