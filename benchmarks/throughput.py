@@ -37,15 +37,29 @@ BASELINES = ("replica", "stock", "tp2", "prefetch")
 DWDP = ("--distributed-executor-backend", "dwdp", "--data-parallel-size", "2")
 console = Console()
 
+Rates = dict[tuple[str, str], list[tuple[float, float]]]
+"""Tokens/s of `auto` and the baseline in each round, by (baseline, load)."""
+
 
 @dataclass(frozen=True)
 class Load:
     """Closed-loop load: `concurrency` requests at a time until `num_requests` are done."""
 
-    num_requests: int
-    concurrency: int
     input_tokens: int
     output_tokens: int
+    concurrency: int
+    num_requests: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Load":
+        """Read `INPUT/OUTPUTxCONCURRENCY:REQUESTS`, e.g. `64/32x16:32`."""
+        tokens, _, rest = text.partition("x")
+        concurrency, _, num_requests = rest.partition(":")
+        given, _, wanted = tokens.partition("/")
+        return cls(int(given), int(wanted), int(concurrency), int(num_requests))
+
+    def __str__(self) -> str:
+        return f"{self.input_tokens}/{self.output_tokens} x{self.concurrency}"
 
 
 def main() -> None:
@@ -56,10 +70,13 @@ def main() -> None:
     parser.add_argument("--intermediate-size", type=int, default=256, help="of an expert")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--experts", type=int, default=64)
-    parser.add_argument("--requests", type=int, default=32)
-    parser.add_argument("--concurrency", type=int, default=16)
-    parser.add_argument("--input-tokens", type=int, default=64)
-    parser.add_argument("--output-tokens", type=int, default=32)
+    parser.add_argument(
+        "--loads",
+        nargs="+",
+        type=Load.parse,
+        default=[Load.parse(text) for text in ("32/64x2:4", "64/32x16:32", "512/1x8:16")],
+        help="INPUT/OUTPUTxCONCURRENCY:REQUESTS; the default is few decodes, mixed, prefill only",
+    )
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "dwdp-bench")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()
@@ -76,14 +93,15 @@ def main() -> None:
         head_dim=64,
         num_experts_per_tok=8,
     )
-    load = Load(options.requests, options.concurrency, options.input_tokens, options.output_tokens)
-    rates = {}
+    rates: Rates = {}
     with ExitStack() as stack:
         ours = start(stack, "auto", str(model), options.folder)
         for baseline in options.baselines:
             with ExitStack() as beside:
                 theirs = start(beside, baseline, str(model), options.folder)
-                rates[baseline] = compare(ours, theirs, load, options.rounds)
+                for load in options.loads:
+                    console.print(f"{load} tokens against {baseline}")
+                    rates[baseline, str(load)] = compare(ours, theirs, load, options.rounds)
     report(rates, options.json)
 
 
@@ -142,7 +160,7 @@ def measure(servers: list[Server], load: Load, seed: int) -> float:
 
 
 async def drive(urls: list[str], load: Load, seed: int) -> float:
-    """Generated tokens per second."""
+    """Tokens per second: generated ones, or prompt tokens where only one is generated."""
     limit = asyncio.Semaphore(load.concurrency)
     timeout = aiohttp.ClientTimeout(total=600)
     async with aiohttp.ClientSession(timeout=timeout) as session:
@@ -154,21 +172,31 @@ async def drive(urls: list[str], load: Load, seed: int) -> float:
             url = f"{urls[index % len(urls)]}/v1/completions"
             async with limit, session.post(url, json=body) as response:
                 response.raise_for_status()
-                return int((await response.json())["usage"]["completion_tokens"])
+                usage = (await response.json())["usage"]
+                return int(
+                    usage["completion_tokens" if load.output_tokens > 1 else "prompt_tokens"]
+                )
 
         started = time.monotonic()
         tokens = await asyncio.gather(*(one(index) for index in range(load.num_requests)))
     return sum(tokens) / (time.monotonic() - started)
 
 
-def report(rates: dict[str, list[tuple[float, float]]], path: Path | None) -> None:
+def report(rates: Rates, path: Path | None) -> None:
     table = Table(title=describe_machine())
-    for heading in ("baseline", "auto, tokens/s", "baseline, tokens/s", "auto / baseline"):
+    for heading in (
+        "baseline",
+        "in/out, at once",
+        "auto, tokens/s",
+        "baseline, tokens/s",
+        "auto / baseline",
+    ):
         table.add_column(heading, justify="right")
-    for baseline, pairs in rates.items():
+    for (baseline, load), pairs in rates.items():
         ratios = [ours / theirs for ours, theirs in pairs]
         table.add_row(
             baseline,
+            load,
             f"{statistics.median(ours for ours, _ in pairs):.1f}",
             f"{statistics.median(theirs for _, theirs in pairs):.1f}",
             f"{statistics.median(ratios):.2f} [{min(ratios):.2f} - {max(ratios):.2f}]",

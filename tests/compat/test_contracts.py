@@ -161,6 +161,15 @@ def test_stat_logger_factories_are_looked_up_by_name() -> None:
     assert "load_stat_logger_plugin_factories()" in source(async_llm.AsyncLLM)
 
 
+def test_start_up_wait_is_looked_up_by_name_and_interrupts_are_swallowed() -> None:
+    """The second half fails when the shim can go."""
+    from vllm.utils import network_utils
+    from vllm.v1.engine import utils
+
+    assert "wait_for_engine_startup(" in source(utils.launch_core_engines)
+    assert "except KeyboardInterrupt" in source(network_utils.zmq_socket_ctx)
+
+
 def test_offline_client_members() -> None:
     from vllm.v1.engine import core_client
 

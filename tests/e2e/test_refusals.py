@@ -1,12 +1,14 @@
 """Bad input: one clear error that names the setting, the value and the fix, before anything starts."""
 
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.e2e.conftest import Checkpoints
-from vllm_dwdp.errors import DwdpConfigError, DwdpUnsupportedError
+from vllm_dwdp import native
+from vllm_dwdp.errors import DwdpConfigError, DwdpUnsupportedError, NativeLibraryError
 from vllm_dwdp.testing.server import VLLM
 
 pytestmark = pytest.mark.e2e
@@ -64,6 +66,17 @@ def test_dwdp_options(checkpoints: Checkpoints, dwdp: Any, message: str) -> None
 def test_vllm_arguments(checkpoints: Checkpoints, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises((DwdpConfigError, DwdpUnsupportedError), match=message):
         configure(checkpoints("qwen3_moe"), **arguments)
+
+
+def test_prefetch_without_the_native_library(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Refused by the front end, before a worker loads anything; direct mode does not need it."""
+    native.library.cache_clear()
+    monkeypatch.setattr(native, "LIBRARY_PATH", tmp_path / "libdwdp.so")
+    with pytest.raises(NativeLibraryError, match=r"is not built\. Build it with `make native`"):
+        configure(checkpoints("qwen3_moe"), {"mode": "prefetch"})
+    configure(checkpoints("qwen3_moe"), {"mode": "direct"})
 
 
 def test_a_dense_model(tmp_path: Any) -> None:
