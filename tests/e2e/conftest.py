@@ -1,5 +1,6 @@
 """Shared checkpoints and the processes that run engines. Everything started here is ended here."""
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,8 +21,9 @@ class Checkpoints:
         self.folder = folder
 
     def __call__(self, architecture: str, num_experts: int = 8, **overrides: object) -> str:
-        suffix = "-".join(f"{key}{value}" for key, value in sorted(overrides.items()))
-        folder = self.folder / f"{architecture}-{num_experts}{suffix}"
+        # No brackets or blanks in the name: vLLM looks for weights with glob.
+        digest = hashlib.sha256(repr(sorted(overrides.items())).encode()).hexdigest()[:8]
+        folder = self.folder / f"{architecture}-{num_experts}-{digest}"
         return str(make_checkpoint(folder, architecture, num_experts, **overrides))
 
 

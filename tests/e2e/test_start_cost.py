@@ -11,12 +11,12 @@ from tests.e2e.matrix import run_cases
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
-NUM_LAYERS, NUM_EXPERTS, HIDDEN, INTERMEDIATE = 6, 16, 512, 1024
+NUM_LAYERS, NUM_EXPERTS, HIDDEN, INTERMEDIATE = 4, 8, 1024, 2048
 EXPERT_BYTES = 3 * HIDDEN * INTERMEDIATE * 2
 LAYER_BYTES = NUM_EXPERTS * EXPERT_BYTES
 SHAPE = {"hidden_size": HIDDEN, "num_hidden_layers": NUM_LAYERS, "intermediate_size": INTERMEDIATE}
-# Read-ahead at the seams between experts, and the allocator's own slack.
-SLACK = 0.1
+READ_AHEAD = 0.25  # the kernel reads on past each run of experts, up to 8 MiB on some disks
+ALLOCATOR = 0.1
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_only_resident_experts_are_read(measured: dict[str, dict[str, Any]], kin
     experts = NUM_LAYERS * LAYER_BYTES
     dense = result["file_bytes"] - experts
     assert 0 < dense < 0.2 * experts
-    assert experts / 2 <= result["read_bytes"] <= (1 + SLACK) * (experts / 2 + dense)
+    assert experts / 2 <= result["read_bytes"] <= (1 + READ_AHEAD) * (experts / 2 + dense)
 
 
 @pytest.mark.parametrize("kind", ["per-expert", "fused"])
@@ -71,4 +71,4 @@ def test_peak_memory_is_resident_experts_dense_and_one_layer(
     experts = NUM_LAYERS * LAYER_BYTES
     dense = result["file_bytes"] - experts
     assert experts / 2 <= result["peak_bytes"]
-    assert result["peak_bytes"] <= (1 + SLACK) * (experts / 2 + dense + LAYER_BYTES)
+    assert result["peak_bytes"] <= (1 + ALLOCATOR) * (experts / 2 + dense + LAYER_BYTES)

@@ -1,4 +1,7 @@
-"""Ranks started one by one (external load balancing), node by node (hybrid), and several groups."""
+"""Ranks started node by node (hybrid load balancing), in several groups.
+
+Ranks started one by one: `test_survival`.
+"""
 
 import json
 import time
@@ -13,45 +16,12 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 PROMPTS = [f"topology {index} " * (1 + 5 * index) for index in range(4)]
 EAGER = ("--enforce-eager", "--api-server-count", "1", "--served-model-name", "m")
-EXTERNAL = ("--enforce-eager", "--served-model-name", "m", "--max-model-len", "512")
 
 
 def start(model: str, log: Path, folder: Path, *arguments: str, **dwdp: object) -> Server:
     config = json.dumps({"dwdp": {"rendezvous": f"unix://{folder}"} | dwdp})
     backend = ("--distributed-executor-backend", "dwdp", "--additional-config", config)
     return Server([model, *arguments, *backend], log, {})
-
-
-def test_external_ranks_meet_and_outlive_each_other(
-    checkpoints: Checkpoints, tmp_path: Path
-) -> None:
-    model, folder = checkpoints("mixtral", 8), tmp_path / "meet"
-    servers = [
-        start(
-            model,
-            tmp_path / f"rank{rank}.log",
-            folder,
-            *EXTERNAL,
-            *("--data-parallel-size", "2", "--data-parallel-rank", str(rank)),
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        for server in servers:
-            server.wait_until_ready()
-        assert sorted(path.name for path in folder.iterdir()) == ["g0-r0.sock", "g0-r1.sock"]
-        assert folder.stat().st_mode & 0o777 == 0o700
-        before = [servers[0].tokens(prompt) for prompt in PROMPTS]
-        assert [servers[1].tokens(prompt) for prompt in PROMPTS] == before
-        servers[0].kill()
-        after = [servers[1].tokens(prompt) for prompt in PROMPTS]
-        assert after == before, "the survivor reads the dead rank's experts from its own mapping"
-        time.sleep(2.5)
-        assert servers[1].metric("vllm:dwdp_peer_state", peer="0", state="dead") == 1
-    finally:
-        for server in servers:
-            server.stop()
-    assert list(folder.iterdir()) in ([], [folder / "g0-r0.sock"]), "only the killed rank's is left"
 
 
 def test_hybrid_nodes_with_one_group_each(checkpoints: Checkpoints, tmp_path: Path) -> None:
