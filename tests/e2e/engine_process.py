@@ -104,28 +104,33 @@ def run_failing_case(case: dict[str, Any], rank: int) -> dict[str, Any]:
 
 
 class PeakMemory:
-    """The most anonymous and shared memory that this process took since it was made."""
+    """The most memory that this process took since it was made, of each kind."""
+
+    KINDS = ("RssAnon", "RssShmem", "RssFile")
 
     def __init__(self) -> None:
-        self._before = self._peak = memory_bytes()
+        self._before = self._sample()
+        self._peak = {"own": 0, "file": 0}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
+    def _sample(self) -> dict[str, int]:
+        text = Path("/proc/self/status").read_text()
+        return {kind: int(text.split(f"{kind}:")[1].split()[0]) * 1024 for kind in self.KINDS}
+
     def _run(self) -> None:
         while not self._stop.wait(0.003):
-            self._peak = max(self._peak, memory_bytes())
+            now = self._sample()
+            anonymous, shared, file = (now[kind] - self._before[kind] for kind in self.KINDS)
+            self._peak["own"] = max(self._peak["own"], anonymous + shared)
+            self._peak["file"] = max(self._peak["file"], file)
 
-    def stop(self) -> int:
+    def stop(self) -> dict[str, int]:
+        """Bytes of anonymous and shared memory, and of pages of mapped files (the checkpoint)."""
         self._stop.set()
         self._thread.join()
-        return self._peak - self._before
-
-
-def memory_bytes() -> int:
-    """Anonymous and shared memory; pages of mapped files (the checkpoint) do not count."""
-    text = Path("/proc/self/status").read_text()
-    return sum(int(text.split(f"{key}:")[1].split()[0]) * 1024 for key in ("RssAnon", "RssShmem"))
+        return self._peak
 
 
 @contextlib.contextmanager
