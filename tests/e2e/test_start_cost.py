@@ -14,7 +14,8 @@ NUM_LAYERS, NUM_EXPERTS, HIDDEN, INTERMEDIATE = 6, 16, 512, 1024
 EXPERT_BYTES = 3 * HIDDEN * INTERMEDIATE * 2
 LAYER_BYTES = NUM_EXPERTS * EXPERT_BYTES
 SHAPE = {"hidden_size": HIDDEN, "num_hidden_layers": NUM_LAYERS, "intermediate_size": INTERMEDIATE}
-SLACK = 0.1  # the allocator's, and pages that the kernel maps around the ones that were touched
+SLACK = 0.1  # pages that the kernel maps around the ones that were touched
+ENGINE_BYTES = 32 * 2**20  # what an engine takes beside weights while it is built
 
 
 @pytest.fixture(scope="module")
@@ -60,4 +61,4 @@ def test_peak_memory_is_resident_experts_dense_and_one_layer(
     experts = NUM_LAYERS * LAYER_BYTES
     dense = result["file_bytes"] - experts
     assert experts / 2 <= result["peak_bytes"]["own"]
-    assert result["peak_bytes"]["own"] <= (1 + SLACK) * (experts / 2 + dense + LAYER_BYTES)
+    assert result["peak_bytes"]["own"] <= experts / 2 + dense + LAYER_BYTES + ENGINE_BYTES
