@@ -18,6 +18,10 @@ PURE = {
     "transfer.copy_plan",
     "transfer.schedule",
     "transfer.mode_policy",
+    "planner.hardware",
+    "planner.model_shape",
+    "planner.cost",
+    "planner.plan",
 }
 LEVELS = (
     ("errors", "logger", "placement"),

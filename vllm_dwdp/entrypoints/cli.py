@@ -87,6 +87,69 @@ def doctor(
         raise typer.Exit(1)
 
 
+@app.command()
+def plan(
+    model: Annotated[Path, typer.Option(help="A model folder, or its config.json.")],
+    gpu: Annotated[str, typer.Option(help="h100, h200, b200, gb200, gb300, or one of --hardware.")],
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks that share one copy.")] = 4,
+    input_tokens: Annotated[int, typer.Option(help="Per request.")] = 8192,
+    output_tokens: Annotated[int, typer.Option(help="Per request.")] = 1024,
+    variation: Annotated[
+        float, typer.Option(help="Standard deviation of a rank's tokens per step, over the mean.")
+    ] = 0.2,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="vLLM's limit per step.")] = 16384,
+    batch_size: Annotated[int, typer.Option(help="Sequences that decode together.")] = 64,
+    experts_per_rank: Annotated[int, typer.Option(help="0: an even share.")] = 0,
+    expert_dtype: Annotated[
+        str, typer.Option(help="Overrides the checkpoint's: bf16, fp8, mxfp4, nvfp4.")
+    ] = "",
+    hardware: Annotated[
+        Path | None, typer.Option(help="TOML file of further accelerators.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say whether DWDP pays off, from a config.json, before renting anything.
+
+    Figures marked "default" rest on efficiencies that were published or guessed, not measured here.
+    """
+    from vllm_dwdp.planner.cost import CostModel
+    from vllm_dwdp.planner.hardware import DEFAULT, find_hardware
+    from vllm_dwdp.planner.model_shape import read_config, shape_of
+    from vllm_dwdp.planner.plan import Traffic, make_plan
+
+    shape = shape_of(read_config(model), expert_dtype or None)
+    cost = CostModel(
+        shape=shape,
+        hardware=find_hardware(gpu, hardware),
+        efficiency=DEFAULT,
+        group_size=ranks,
+        extra_experts=max(0, experts_per_rank - -(-shape.num_experts // ranks)),
+    )
+    made = make_plan(
+        cost,
+        Traffic(
+            input_tokens=input_tokens,
+            output_tokens=output_tokens,
+            variation=variation,
+            max_num_batched_tokens=max_num_batched_tokens,
+            batch_size=batch_size,
+        ),
+    )
+    if as_json:
+        lines = [line.as_dict() for line in made.lines]
+        print(json.dumps({"lines": lines, "advice": made.advice}, indent=1))
+        return
+    table = Table(title=f"{shape.name} on {ranks} x {gpu}")
+    for heading in ("", "quantity", "value", "unit", "origin"):
+        table.add_column(heading)
+    for line in made.lines:
+        value = f"{line.low:.4g}" if line.low == line.high else f"{line.low:.2f} - {line.high:.2f}"
+        table.add_row(line.topic, line.quantity, value, line.unit, line.origin)
+    console.print(table)
+    for sentence in made.advice:
+        console.print(f"- {sentence}", soft_wrap=True)
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def launch(
     context: typer.Context,

@@ -1,0 +1,288 @@
+"""The cost model against published figures, and the planner's answers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_dwdp.errors import DwdpConfigError
+from vllm_dwdp.planner.cost import CostModel, Step, contention
+from vllm_dwdp.planner.hardware import DEFAULT, PEAK, find_hardware, load_hardware
+from vllm_dwdp.planner.model_shape import shape_of
+from vllm_dwdp.planner.plan import (
+    Traffic,
+    break_even_tokens,
+    direct_crossover,
+    make_plan,
+    memory_bytes,
+    replica_fits,
+    synchronisation,
+)
+
+DEEPSEEK_R1 = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "hidden_size": 7168,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "first_k_dense_replace": 3,
+    "vocab_size": 129280,
+    "quantization_config": {"quant_method": "fp8"},
+}
+QWEN3_30B = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "decoder_sparse_step": 1,
+    "vocab_size": 151936,
+}
+GPT_OSS_120B = {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "hidden_size": 2880,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "intermediate_size": 2880,
+    "num_local_experts": 128,
+    "num_experts_per_tok": 4,
+    "vocab_size": 201088,
+    "quantization_config": {"quant_method": "mxfp4"},
+}
+MIXTRAL_8X7B = {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "vocab_size": 32000,
+}
+LLAMA4_MAVERICK = {
+    "architectures": ["Llama4ForConditionalGeneration"],
+    "model_type": "llama4_text",
+    "hidden_size": 5120,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 8192,
+    "intermediate_size_mlp": 16384,
+    "interleave_moe_layer_step": 2,
+    "num_local_experts": 128,
+    "num_experts_per_tok": 1,
+    "vocab_size": 202048,
+}
+TRAFFIC = Traffic(
+    input_tokens=8192, output_tokens=1, variation=0.2, max_num_batched_tokens=32768, batch_size=64
+)
+
+
+def r1_on_gb200(**changes: Any) -> CostModel:
+    """DeepSeek-R1 in NVFP4 on four GB200, at the plain roofline."""
+    settings: dict[str, Any] = {
+        "shape": shape_of(DEEPSEEK_R1, "nvfp4"),
+        "hardware": find_hardware("gb200"),
+        "efficiency": PEAK,
+        "group_size": 4,
+    }
+    return CostModel(**(settings | changes))
+
+
+@pytest.mark.parametrize(
+    ("input_tokens", "compute_over_prefetch", "dep_over_dwdp"),
+    [(1024, 0.19, 0.10), (8192, 0.62, 0.73), (16384, 1.52, 1.27), (32768, 4.77, 1.17)],
+)
+def test_published_roofline(
+    input_tokens: int, compute_over_prefetch: float, dep_over_dwdp: float
+) -> None:
+    """arXiv 2604.01621: DeepSeek-R1 context on GB200, DWDP4 against DEP4, batch 1; nothing fitted."""
+    model, step = r1_on_gb200(), Step.prefill(input_tokens, input_tokens)
+    compute = model.layer(step, model.shape.num_experts).compute
+    assert compute / model.prefetch == pytest.approx(compute_over_prefetch, rel=0.05)
+    assert model.dep_layer(step) / model.dwdp_layer(step) == pytest.approx(dep_over_dwdp, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("group_size", "percent"),
+    [
+        (3, [50, 50]),
+        (4, [44.44, 44.44, 11.11]),
+        (6, [40.96, 40.96, 15.36, 2.56, 0.16]),
+        (8, [39.66, 39.66, 16.52, 3.67, 0.46]),
+        (12, [38.55, 38.55, 17.35, 4.63, 0.81]),
+        (16, [38.06, 38.06, 17.67, 5.05, 0.99]),
+    ],
+)
+def test_published_contention(group_size: int, percent: list[float]) -> None:
+    chances = contention(group_size)
+    assert sum(chances) == pytest.approx(1)
+    for chance, published in zip(chances, percent, strict=False):
+        assert 100 * chance == pytest.approx(published, abs=0.006)
+
+
+@pytest.mark.parametrize(
+    ("config", "total_billions", "active_billions"),
+    [
+        (DEEPSEEK_R1, 671, 37),
+        (QWEN3_30B, 30.5, 3.3),
+        (GPT_OSS_120B, 117, 5.1),
+        (MIXTRAL_8X7B, 46.7, 12.9),
+        (LLAMA4_MAVERICK, 400, 17),
+    ],
+)
+def test_parameters_add_up_to_the_models_names(
+    config: dict[str, Any], total_billions: float, active_billions: float
+) -> None:
+    """Total and active parameters as their makers state them."""
+    shape = shape_of(config)
+    dense = (
+        shape.num_layers * shape.attention_params
+        + shape.num_moe_layers * shape.shared_params
+        + shape.other_params
+    )
+    total = dense + shape.num_moe_layers * shape.num_experts * shape.expert_params
+    active = dense + shape.num_moe_layers * shape.experts_per_token * shape.expert_params
+    assert total / 1e9 == pytest.approx(total_billions, rel=0.03)
+    # Makers differ in whether embeddings count as active.
+    embeddings = config["vocab_size"] * config["hidden_size"]
+    assert min(abs(active - n * embeddings - active_billions * 1e9) for n in (0, 1, 2)) < (
+        0.06 * active_billions * 1e9
+    )
+
+
+def test_precision_comes_from_the_checkpoint_or_the_user() -> None:
+    assert shape_of(DEEPSEEK_R1).expert_bits == 8
+    assert shape_of(DEEPSEEK_R1, "nvfp4").expert_bits == 4.5
+    assert shape_of(GPT_OSS_120B).expert_bits == 4.25
+    assert shape_of(QWEN3_30B).expert_bits == 16
+
+
+def test_where_a_replica_fits_the_planner_says_so() -> None:
+    small = r1_on_gb200(shape=shape_of(QWEN3_30B), efficiency=DEFAULT)
+    assert replica_fits(small)
+    assert any("plain data parallelism" in line for line in make_plan(small, TRAFFIC).advice)
+    large = r1_on_gb200(efficiency=DEFAULT)
+    assert not replica_fits(large)
+    assert not any("plain data" in line for line in make_plan(large, TRAFFIC).advice)
+
+
+def test_memory_adds_up() -> None:
+    model = r1_on_gb200()
+    parts = memory_bytes(model)
+    assert sum(parts.values()) == pytest.approx(0.9 * 186e9)
+    assert parts["resident experts"] == pytest.approx(model.shape.experts_bytes / 4)
+
+
+def test_break_even_is_where_compute_meets_prefetch() -> None:
+    model = r1_on_gb200(efficiency=DEFAULT)
+    tokens = break_even_tokens(model, 8192)
+    assert 4_000 < tokens < 40_000
+    warned = make_plan(model, Traffic(**(vars(TRAFFIC) | {"max_num_batched_tokens": 1024}))).advice
+    assert any(f"below the break-even of {tokens}" in line for line in warned)
+    redundant = r1_on_gb200(efficiency=DEFAULT, extra_experts=64)
+    assert break_even_tokens(redundant, 8192) < tokens
+
+
+def test_uneven_lengths_cost_dep_and_not_dwdp() -> None:
+    assert synchronisation(4, 0.0) == 1.0
+    assert 1.0 < synchronisation(4, 0.1) < synchronisation(4, 0.3) < synchronisation(16, 0.3)
+    lines = make_plan(r1_on_gb200(efficiency=DEFAULT), TRAFFIC).lines
+    (speed,) = [line for line in lines if line.quantity == "throughput"]
+    assert speed.low < speed.high
+    assert {line.origin for line in lines} == {"spec", "default"}
+
+
+def test_small_steps_read_in_place() -> None:
+    assert 20 < direct_crossover(r1_on_gb200(efficiency=DEFAULT)) < 500
+
+
+def test_your_own_accelerator(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        "[mine]\nbf16_tflops=1\nfp8_tflops=1\nfp4_tflops=0\nmemory_gb=8\nmemory_gbps=9\nlink_gbps=7\n"
+    )
+    assert find_hardware("MINE", path).link_gbps == 7
+    assert len(load_hardware()) >= 5
+    path.write_text("[mine]\nbf16_tflops=1\n")
+    with pytest.raises(DwdpConfigError, match="'mine' must have exactly"):
+        load_hardware(path)
+    path.write_text(path.read_text().replace("1", "-1") + "nonsense")
+    with pytest.raises(DwdpConfigError, match="--hardware"):
+        load_hardware(path)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "vllm_dwdp.entrypoints.cli", "plan", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=os.environ | {"COLUMNS": "160"},
+    )
+
+
+def test_the_command(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_R1))
+    common = ("--model", str(tmp_path), "--gpu", "gb200", "--expert-dtype", "nvfp4")
+    answer = json.loads(run(*common, "--json").stdout)
+    assert {"topic", "quantity", "low", "high", "unit", "origin"} == set(answer["lines"][0])
+    shown = run(*common).stdout
+    assert "break-even tokens" in shown
+    assert "default" in shown
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--gpu": "tpu"}, "--gpu 'tpu' is unknown; known are b200"),
+        ({"--model": "/nowhere"}, "--model /nowhere"),
+        ({"--expert-dtype": "int3"}, "--expert-dtype 'int3' is unknown"),
+        ({"--variation": "-1"}, "--variation -1.0 must lie in"),
+        ({"--input-tokens": "0"}, "--input-tokens 0 must be at least 1"),
+        ({"--output-tokens": "-5"}, "--output-tokens -5 must not be negative"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_2(
+    tmp_path: Path, changes: dict[str, str], message: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_R1))
+    options = {"--model": str(tmp_path), "--gpu": "gb200"} | changes
+    ended = run(*(part for pair in options.items() for part in pair))
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(f"vllm-dwdp: {message}")
+    assert len(ended.stderr.strip().splitlines()) == 1
+
+
+def test_a_dense_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 8, "model_type": "llama"}))
+    ended = run("--model", str(tmp_path), "--gpu", "h100")
+    assert ended.returncode == 2
+    assert "has no routed experts" in ended.stderr
