@@ -5,10 +5,13 @@
 1. Copy throughput of the queue against a plain multi-threaded memcpy of the same bytes, interleaved.
 2. With compute on one core and copies on the other: the part of the copy time that is hidden when a
    layer computes longer than its copy takes.
-3. Host cost of wait + record per layer in the steady state, and of a layer in direct mode.
+3. Host cost of wait + record per layer in the steady state: with the copy thread on the rank's own core,
+   as when ranks are as many as cores, and on another core, where waking it costs an interrupt (on a
+   virtual machine with idle cores, most of the figure). In direct mode there is nothing to call.
 4. The host cost of a step over 1 to 200 layers and 2 to 72 ranks: it grows with layers, not ranks.
 
-Exits 1 if a bound that the project promises is missed (0.9 of memcpy, 90 % hidden, 10 us a layer).
+Exits 1 if a bound that the project promises is missed (0.9 of memcpy, 90 % hidden, 10 us a layer on one
+core).
 """
 
 import os
@@ -46,21 +49,24 @@ def main() -> int:
     results = {
         "copy / memcpy": copy_throughput(len(cores)),
         "hidden": hidden_share(cores),
-        "wait + record, us a layer": host_cost_us(),
+        "wait + record, us a layer, one core": host_cost_us(cores[:1]),
+        "wait + record, us a layer, two cores": host_cost_us(cores),
     }
     table = Table(title=describe_machine())
     for heading in ("what", "median", "lowest - highest", "promised"):
         table.add_column(heading, justify="right")
-    promised = {"copy / memcpy": ">= 0.9", "hidden": ">= 0.9", "wait + record, us a layer": "<= 10"}
+    promised = {"copy / memcpy": ">= 0.9", "hidden": ">= 0.9"}
     for name, values in results.items():
         median = f"{statistics.median(values):.2f}"
-        table.add_row(name, median, f"{min(values):.2f} - {max(values):.2f}", promised[name])
+        table.add_row(
+            name, median, f"{min(values):.2f} - {max(values):.2f}", promised.get(name, "<= 10")
+        )
     console.print(table)
     console.print(scaling_table())
     kept = (
         statistics.median(results["copy / memcpy"]) >= 0.9
         and statistics.median(results["hidden"]) >= 0.9
-        and statistics.median(results["wait + record, us a layer"]) <= 10
+        and statistics.median(results["wait + record, us a layer, one core"]) <= 10
     )
     if len(sys.argv) > 1:
         Path(sys.argv[1]).write_text(
@@ -166,8 +172,10 @@ def measured_speed(queue: NativeQueue, target: np.ndarray, source: np.ndarray) -
     return target.nbytes / statistics.median(seconds(fill) for _ in range(5))
 
 
-def host_cost_us() -> list[float]:
-    """Microseconds that wait and record take in Python when copies are never late."""
+def host_cost_us(cores: list[int]) -> list[float]:
+    """Microseconds that wait and record take when copies are never late, all threads on `cores`."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, set(cores))
     pipeline, queue = tiny_pipeline(48)
     costs = []
     for _ in range(200):
@@ -181,6 +189,7 @@ def host_cost_us() -> list[float]:
         costs.append(spent / 48 * 1e6)
     pipeline.close()
     queue.close()
+    os.sched_setaffinity(0, before)
     return costs
 
 

@@ -15,7 +15,7 @@ from vllm_dwdp.testing.checkpoints import ARCHITECTURES
 
 pytestmark = pytest.mark.e2e
 
-EIGHT = dict.fromkeys(ARCHITECTURES, 8)
+EIGHT = {name: 8 for name in ARCHITECTURES if name != "dbrx"}  # refused, see test_refusals
 UNEVEN = {"qwen3_moe": 10, "gpt_oss": 7}
 Results = dict[str, list[dict[str, Any]]]
 
@@ -136,8 +136,8 @@ def test_thousands_of_steps_with_preemption_aborts_and_late_poisoned_copies(
         for key in ("tokens", "preempted", "aborted", "batches"):
             assert result[key] == stock[key], key
         status = result["status"]
-        assert status["late_prefetches"] > 1000, "the delays delayed nothing"
+        assert status["late_prefetches"] > 100, "the delays delayed nothing"
         assert sum(status["fetched_bytes"].values()) > 1000 * status["remote_expert_bytes"]
         assert status["steps"]["prefetch"] >= stock["batches"]
-        assert status["forwards"] >= status["steps"]["prefetch"] > 0
+        assert status["forwards"] >= stock["batches"]
         assert status["unfinished_forwards"] == 0

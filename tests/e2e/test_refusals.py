@@ -109,15 +109,22 @@ def test_the_command_ends_with_the_error_and_a_non_zero_exit(checkpoints: Checkp
 
 
 def test_every_rank_and_every_start_share_one_compile_cache(checkpoints: Checkpoints) -> None:
-    """vLLM names the cache by a hash of the configuration: no rank, name or timeout is in it."""
+    """vLLM names the cache by a hash of the configuration: no rank, name or timeout is in it.
+
+    As an engine process sees it, after it has uncoupled itself from the other ranks.
+    """
     model = checkpoints("qwen3_moe")
     together = configure(model)
     again = configure(model, {"join_timeout_s": 7, "slice_bytes": 8192})
     place = {"rendezvous": "unix:///tmp/somewhere"}
     alone = [configure(model, place, data_parallel_rank=rank) for rank in (0, 1)]
+    for config in (together, again, *alone):
+        config.parallel_config.reconfigure_for_independent_dp_rank()
     hashes = {config.compute_hash() for config in (together, again, *alone)}
     assert len(hashes) == 1
-    assert configure(model, {"mode": "prefetch"}).compute_hash() not in hashes, "other operators"
+    prefetch = configure(model, {"mode": "prefetch"})
+    prefetch.parallel_config.reconfigure_for_independent_dp_rank()
+    assert prefetch.compute_hash() not in hashes, "other operators"
 
 
 def test_without_dwdp_stock_vllm_is_untouched(checkpoints: Checkpoints) -> None:

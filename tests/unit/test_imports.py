@@ -22,6 +22,8 @@ PURE = {
     "planner.model_shape",
     "planner.cost",
     "planner.plan",
+    "planner.simulate",
+    "planner.paper",
 }
 LEVELS = (
     ("errors", "logger", "placement"),

@@ -3,14 +3,14 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 import vllm_dwdp
-from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.errors import DwdpConfigError, DwdpError
 
 app = typer.Typer(
     help="Tools around vLLM's dwdp backend.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -143,11 +143,110 @@ def plan(
     for heading in ("", "quantity", "value", "unit", "origin"):
         table.add_column(heading)
     for line in made.lines:
-        value = f"{line.low:.4g}" if line.low == line.high else f"{line.low:.2f} - {line.high:.2f}"
+        value = _figure(line.low)
+        if line.low != line.high:
+            value = f"{line.low:.2f} - {line.high:.2f}"
         table.add_row(line.topic, line.quantity, value, line.unit, line.origin)
     console.print(table)
     for sentence in made.advice:
         console.print(f"- {sentence}", soft_wrap=True)
+
+
+@app.command()
+def simulate(
+    paper: Annotated[
+        bool, typer.Option("--paper", help="Published figures beside the model's.")
+    ] = False,
+    model: Annotated[Path | None, typer.Option(help="A model folder, or its config.json.")] = None,
+    gpu: Annotated[str, typer.Option(help="As for plan.")] = "gb200",
+    ranks: Annotated[int, typer.Option(min=2, help="Ranks that share one copy.")] = 4,
+    expert_dtype: Annotated[str, typer.Option(help="As for plan.")] = "",
+    requests: Annotated[int, typer.Option(help="Prompts in all.")] = 2000,
+    rate: Annotated[float, typer.Option(help="Prompts per second over all ranks.")] = 10.0,
+    input_tokens: Annotated[int, typer.Option(help="Longest prompt.")] = 8192,
+    smallest_share: Annotated[float, typer.Option(help="Shortest prompt over the longest.")] = 0.8,
+    trace: Annotated[
+        Path | None, typer.Option(help="JSON lines instead of random traffic.")
+    ] = None,
+    max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="vLLM's limit.")] = 16384,
+    routing_skew: Annotated[float, typer.Option(min=1.0, help="Busiest rank over the mean.")] = 1.1,
+    seed: Annotated[int, typer.Option(help="Of the traffic.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Replay prefill traffic on DEP in lockstep and on independent DWDP ranks."""
+    if paper:
+        _show_paper(as_json)
+        return
+    from vllm_dwdp.planner.cost import CostModel
+    from vllm_dwdp.planner.hardware import DEFAULT, find_hardware
+    from vllm_dwdp.planner.model_shape import read_config, shape_of
+    from vllm_dwdp.planner.simulate import poisson_traffic, read_trace, sweep
+
+    if model is None:
+        raise DwdpConfigError("--model is missing: give a model folder or its config.json.")
+    cost = CostModel(
+        shape=shape_of(read_config(model), expert_dtype or None),
+        hardware=find_hardware(gpu),
+        efficiency=DEFAULT,
+        group_size=ranks,
+    )
+    traffic = (
+        read_trace(trace)
+        if trace is not None
+        else poisson_traffic(
+            num_requests=requests,
+            requests_per_s=rate,
+            input_tokens=input_tokens,
+            smallest_share=smallest_share,
+            seed=seed,
+        )
+    )
+    rows: list[dict[str, Any]] = [
+        {
+            "deployment": name,
+            "tokens_per_s_per_gpu": outcome.tokens_per_s,
+            "ttft_p50_s": outcome.percentile(50),
+            "ttft_p99_s": outcome.percentile(99),
+        }
+        for name, outcome in sweep(
+            cost, traffic, max_tokens=max_num_batched_tokens, routing_skew=routing_skew
+        )
+    ]
+    if as_json:
+        print(json.dumps({"origin": DEFAULT.origin, "rows": rows}, indent=1))
+        return
+    table = Table(title=f"{cost.shape.name} on {ranks} x {gpu}, prefill, default efficiencies")
+    for heading in ("", "tokens/s/GPU", "TTFT P50, s", "TTFT P99, s"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            str(row["deployment"]),
+            *(_figure(float(value)) for key, value in row.items() if key != "deployment"),
+        )
+    console.print(table)
+
+
+def _show_paper(as_json: bool) -> None:
+    from vllm_dwdp.planner.paper import NOT_MODELLED, TOLERANCE, paper_rows
+
+    rows = paper_rows()
+    if as_json:
+        missing = [{"source": what, "reason": why} for what, why in NOT_MODELLED]
+        print(json.dumps({"rows": [r.as_dict() for r in rows], "not_modelled": missing}, indent=1))
+        return
+    table = Table(title="published figures and the model's")
+    for heading in ("source", "quantity", "published", "model", "error", "kind"):
+        table.add_column(heading)
+    for row in rows:
+        colour = "green" if abs(row.error) <= TOLERANCE else "red"
+        error = f"[{colour}]{100 * row.error:+.1f} %[/]"
+        figures = (f"{row.published:g}", f"{row.model:.3g}", error)
+        table.add_row(row.source, row.quantity, *figures, row.kind)
+    console.print(table)
+    within = sum(abs(row.error) <= TOLERANCE for row in rows)
+    console.print(f"{within} of {len(rows)} rows within {100 * TOLERANCE:.0f} %. Not modelled:")
+    for what, why in NOT_MODELLED:
+        console.print(f"- {what}: {why}", soft_wrap=True)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -180,6 +279,10 @@ def launch(
         )
         console.print(f"ranks meet at {rendezvous}; logs in {logs}/", soft_wrap=True)
         launcher.launch(plan, logs, lambda line: console.print(line, soft_wrap=True))
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _mib(num_bytes: int | None) -> str:
