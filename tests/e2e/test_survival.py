@@ -93,6 +93,12 @@ def test_kills_under_load(checkpoints: Checkpoints, tmp_path: Path) -> None:
         clients = {rank: Client(server, expected) for rank, server in enumerate(servers)}
         time.sleep(2)
         before = [footprint(server) for server in servers]
+        servers[2].suspend()
+        for server in servers[:2]:
+            started = time.monotonic()
+            assert [server.tokens(prompt) for prompt in PROMPTS] == expected
+            assert time.monotonic() - started < 20, "a stopped rank holds the others up"
+        servers[2].resume()
         for life in range(1, NUM_KILLS + 1):
             victim = dice.randrange(NUM_RANKS)
             time.sleep(dice.uniform(0, 2))
