@@ -152,7 +152,6 @@ class ExpertGroup:
 
     def close(self) -> None:
         """Stop the ring, forget the peers and release all memory. Layers must not run again."""
-        ops.install_rings([])
         self._resources.close()
 
     def status(self) -> dict[str, Any]:
@@ -343,6 +342,7 @@ class ExpertGroup:
             pipeline = PrefetchPipeline(batches, peer_bytes, self._queue, num_slots=NUM_SLOTS)
             self._resources.callback(pipeline.close)
             self._pipelines.append(pipeline)
+        self._resources.callback(ops.install_rings, [])
         ops.install_rings(list(self._pipelines))
 
     def _resolve(self, copy: CopySlice, slots: host.HostSlots, slot: int) -> ResolvedSlice:
