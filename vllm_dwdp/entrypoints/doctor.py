@@ -68,9 +68,7 @@ def _vllm() -> Finding:
             f"{name} {version}",
             f"install vllm>={TESTED_VLLM[0]},<{TESTED_VLLM[1]}",
         )
-    return Finding(
-        "vLLM", "problem", "not installed", "run make setup, or pip install vllm-dwdp[cpu]"
-    )
+    return Finding("vLLM", "problem", "not installed", "run make setup")
 
 
 def _native_library() -> Finding:

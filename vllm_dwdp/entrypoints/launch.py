@@ -98,7 +98,7 @@ def find_router() -> str:
     if found is None:
         raise DwdpConfigError(
             "vllm-router is not installed, and launch puts it in front of the ranks. Install it "
-            "with pip install 'vllm-dwdp[launch]', or start the ranks yourself (README)."
+            "with `pip install vllm-router` (the extra `launch`), or start the ranks yourself."
         )
     return found
 
