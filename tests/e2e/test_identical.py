@@ -48,7 +48,6 @@ def check(stock: Results, results: Results, num_ranks: int) -> None:
                 # Every layer at least once; edges were copied before, once and for all.
                 fetched = sum(status["fetched_bytes"].values())
                 assert fetched > 0.9 * status["remote_expert_bytes"]
-                assert status["late_prefetches"] > 0, "the delays delayed nothing"
 
 
 def test_the_reference_is_not_degenerate(stock: Results) -> None:
@@ -65,11 +64,13 @@ def test_two_ranks_direct_and_prefetch(
     for mode in ("auto", "prefetch"):
         for case in cases(checkpoints, EIGHT, num_ranks=2, dwdp={"mode": mode}):
             both.append(case | {"name": f"{case['name']}@{mode}"})
-    races = {"DWDP_DEBUG_POISON": "1", "DWDP_DEBUG_MAX_DELAY_US": "300"}
+    races = {"DWDP_DEBUG_POISON": "1", "DWDP_DEBUG_MAX_DELAY_US": "3000"}
     results = run_cases(folder, "two", both, races)
     check(stock, results, num_ranks=2)
-    modes = {rank["status"]["mode"] for ranks in results.values() for rank in ranks}
-    assert modes == {"direct", "prefetch"}
+    statuses = [rank["status"] for ranks in results.values() for rank in ranks]
+    assert {status["mode"] for status in statuses} == {"direct", "prefetch"}
+    # Rings of no more layers than slots are filled once and hardly ever wait; the others must have.
+    assert sum(status["late_prefetches"] for status in statuses) > 100, "the delays delayed nothing"
 
 
 @pytest.mark.timeout(600)
@@ -97,9 +98,6 @@ def test_three_ranks_do_not_divide_the_experts(
         ),
     ]
     results = run_cases(folder, "three", listed)
-    for ranks in results.values():
-        for result in ranks:
-            result["status"]["late_prefetches"] = 1  # nothing is delayed here
     check(stock, results, num_ranks=3)
 
 
