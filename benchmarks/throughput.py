@@ -203,9 +203,8 @@ def report(rates: Rates, path: Path | None) -> None:
         )
     console.print(table)
     if path is not None:
-        path.write_text(
-            json.dumps({"machine": describe_machine(), "tokens_per_s": rates}, indent=1)
-        )
+        rows = [{"baseline": b, "load": load, "rounds": r} for (b, load), r in rates.items()]
+        path.write_text(json.dumps({"machine": describe_machine(), "tokens_per_s": rows}, indent=1))
 
 
 if __name__ == "__main__":
