@@ -4,7 +4,7 @@
 DEVICE ?= cpu
 PY := .venv/bin/python
 
-.PHONY: setup native demo test test-unit test-native test-e2e lint format test-gpu clean
+.PHONY: setup native demo test test-unit test-native test-e2e lint format clean
 
 setup:
 	@scripts/setup.sh $(DEVICE)
@@ -26,9 +26,6 @@ test-native:
 
 test-e2e:
 	$(PY) -m pytest -q -m "e2e" tests/e2e
-
-test-gpu: setup
-	$(PY) -m pytest -q -m gpu tests/gpu
 
 lint:
 	@$(PY) -m ruff check .

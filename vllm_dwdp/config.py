@@ -107,12 +107,11 @@ class DwdpLaunch:
 
     Args:
         config: the checked options.
-        data_parallel_size: ranks of the whole deployment.
+        data_parallel_size: ranks of the whole deployment; all on this host.
         first_rank: global rank of this front end's engine 0 (not 0 when ranks or nodes are
             started one by one).
         local_size: engines that this front end starts.
         endpoint: where the ranks meet.
-        ranks_on_host: ranks that share this host's cores and memory.
     """
 
     config: DwdpConfig
@@ -120,7 +119,6 @@ class DwdpLaunch:
     first_rank: int
     local_size: int
     endpoint: str
-    ranks_on_host: int
 
     def rank(self, engine_index: int) -> int:
         """Global data-parallel rank of engine `engine_index` of this front end."""

@@ -79,6 +79,16 @@ def test_prefetch_without_the_native_library(
     configure(checkpoints("qwen3_moe"), {"mode": "direct"})
 
 
+def test_another_device_than_the_cpu(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    with pytest.raises(DwdpUnsupportedError, match=r"runs on CPUs only so far.*docs/gpu.md"):
+        configure(checkpoints("qwen3_moe"))
+
+
 def test_a_dense_model(tmp_path: Any) -> None:
     import transformers
 

@@ -53,7 +53,6 @@ def test_a_front_end_in_the_middle_knows_its_ranks() -> None:
         first_rank=4,
         local_size=2,
         endpoint="abstract:x",
-        ranks_on_host=8,
     )
     ranks = [launch.rank(engine) for engine in range(launch.local_size)]
     assert ranks == [4, 5]

@@ -17,7 +17,6 @@ from vllm_dwdp.errors import DwdpConfigError, DwdpUnsupportedError
 BACKEND = "dwdp"
 EXECUTOR_CLS = "vllm_dwdp.executor.executor.DwdpExecutor"
 CPU_WORKER_CLS = "vllm_dwdp.executor.cpu_worker.DwdpCPUWorker"
-GPU_WORKER_CLS = "vllm_dwdp.executor.gpu_worker.DwdpGPUWorker"
 
 ENDPOINT_ENV = "DWDP_ENDPOINT"
 """Set by the process that starts the engines, read by the API servers that it spawns."""
@@ -48,20 +47,25 @@ def _create_dwdp_config(args: Any, stock: Any, *pos: Any, **kwargs: Any) -> Any:
     from vllm_dwdp.compat import independent, startup, stats
     from vllm_dwdp.config import DwdpConfig, DwdpLaunch
 
+    if not current_platform.is_cpu():
+        raise DwdpUnsupportedError(
+            f"--distributed-executor-backend dwdp runs on CPUs only so far, and this vLLM is built for "
+            f"{current_platform.device_type}: the CUDA device is not built yet (docs/gpu.md). Use stock "
+            "vLLM here, or its CPU build."
+        )
     refuse_unsupported(args)
     additional = dict(args.additional_config or {})
     size = offline_size() or max(args.data_parallel_size, _spmd_size())
     config = DwdpConfig.from_options(additional.pop(BACKEND, {}), size)
     if config.shares_experts and config.mode == "prefetch":
         native.library()
-    worker_cls = CPU_WORKER_CLS if current_platform.is_cpu() else GPU_WORKER_CLS
     # What stays in additional_config is hashed into the torch.compile cache key: only what
     # changes the compiled graph may stay, or every rank and every start would compile again.
     hashed = additional | {BACKEND: {"mode": config.mode if config.shares_experts else "replica"}}
     with _replaced(
         args,
         distributed_executor_backend=EXECUTOR_CLS,
-        worker_cls=worker_cls,
+        worker_cls=CPU_WORKER_CLS,
         additional_config=hashed,
     ):
         vllm_config = stock(args, *pos, **kwargs)
@@ -75,16 +79,12 @@ def _create_dwdp_config(args: Any, stock: Any, *pos: Any, **kwargs: Any) -> Any:
         first_rank=place.first_rank,
         local_size=place.local_size,
         endpoint=endpoint,
-        ranks_on_host=place.local_size if endpoint.startswith("tcp:") else size,
     )
     independent.make_independent(vllm_config, launch, place)
     atexit.register(_forget_ranks, launch)
-    if (
-        current_platform.is_cpu()
-        and args.gpu_memory_utilization == type(args).gpu_memory_utilization
-    ):
+    if args.gpu_memory_utilization == type(args).gpu_memory_utilization:
         # On the CPU this is a share of the host's memory, which the ranks divide.
-        vllm_config.cache_config.gpu_memory_utilization /= launch.ranks_on_host
+        vllm_config.cache_config.gpu_memory_utilization /= size
     stats.install(launch)
     startup.install()
     return vllm_config
@@ -103,7 +103,7 @@ def refuse_unsupported(args: Any) -> None:
             raise DwdpUnsupportedError(
                 f"{shown} cannot be used with --distributed-executor-backend dwdp: {reason}"
             )
-    if args.worker_cls not in ("auto", CPU_WORKER_CLS, GPU_WORKER_CLS):
+    if args.worker_cls not in ("auto", CPU_WORKER_CLS):
         raise DwdpUnsupportedError(
             f"--worker-cls {args.worker_cls} cannot be used with --distributed-executor-backend "
             "dwdp, which brings its own worker. Leave it out."

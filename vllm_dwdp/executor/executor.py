@@ -4,7 +4,6 @@ Runs in the engine process of each rank. It adds to vLLM's multiprocess executor
 happen before the worker starts: the real model config back in place, and the rank's own cores.
 """
 
-from vllm.platforms import current_platform
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
 from vllm_dwdp.compat import cpu, independent
@@ -20,13 +19,7 @@ class DwdpExecutor(MultiprocExecutor):
         independent.restore_model_config(self.vllm_config)
         launch = independent.launch_of(self.vllm_config)
         rank = launch.rank(self.parallel_config.data_parallel_index)
-        if not current_platform.is_cpu():
-            super()._init_executor()
-            return
-        slot = (
-            rank if launch.ranks_on_host == launch.data_parallel_size else rank - launch.first_rank
-        )
-        with cpu.bound_cores(self.parallel_config, slot, launch.ranks_on_host) as cores:
+        with cpu.bound_cores(self.parallel_config, rank, launch.data_parallel_size) as cores:
             if cores is not None:
                 logger.info("DWDP rank %d computes on cores %s", rank, cores)
             super()._init_executor()

@@ -13,6 +13,7 @@ from vllm_dwdp.errors import DwdpConfigError
 from vllm_dwdp.planner.cost import CostModel, Step, contention
 from vllm_dwdp.planner.hardware import DEFAULT, PEAK, find_hardware, load_hardware
 from vllm_dwdp.planner.model_shape import shape_of
+from vllm_dwdp.planner.paper import DEEPSEEK_R1
 from vllm_dwdp.planner.plan import (
     Traffic,
     break_even_tokens,
@@ -23,26 +24,6 @@ from vllm_dwdp.planner.plan import (
     synchronisation,
 )
 
-DEEPSEEK_R1 = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "model_type": "deepseek_v3",
-    "hidden_size": 7168,
-    "num_hidden_layers": 61,
-    "num_attention_heads": 128,
-    "q_lora_rank": 1536,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "intermediate_size": 18432,
-    "moe_intermediate_size": 2048,
-    "n_routed_experts": 256,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 8,
-    "first_k_dense_replace": 3,
-    "vocab_size": 129280,
-    "quantization_config": {"quant_method": "fp8"},
-}
 QWEN3_30B = {
     "architectures": ["Qwen3MoeForCausalLM"],
     "model_type": "qwen3_moe",
@@ -178,7 +159,8 @@ def test_parameters_add_up_to_the_models_names(
 
 
 def test_precision_comes_from_the_checkpoint_or_the_user() -> None:
-    assert shape_of(DEEPSEEK_R1).expert_bits == 8
+    fp8 = DEEPSEEK_R1 | {"quantization_config": {"quant_method": "fp8"}}
+    assert shape_of(fp8).expert_bits == 8
     assert shape_of(DEEPSEEK_R1, "nvfp4").expert_bits == 4.5
     assert shape_of(GPT_OSS_120B).expert_bits == 4.25
     assert shape_of(QWEN3_30B).expert_bits == 16

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.planner.test_planner import DEEPSEEK_R1, r1_on_gb200
+from tests.unit.planner.test_planner import r1_on_gb200
 from vllm_dwdp.errors import DwdpConfigError
 from vllm_dwdp.planner.cost import Step
 from vllm_dwdp.planner.hardware import DEFAULT
-from vllm_dwdp.planner.paper import paper_rows
+from vllm_dwdp.planner.paper import DEEPSEEK_R1, paper_rows
 from vllm_dwdp.planner.simulate import (
     Request,
     contention_factor,
