@@ -2,53 +2,67 @@
 
 #include <dlfcn.h>
 
+#include <cstdio>
+
 namespace dwdp::cuda {
 namespace {
 
-template <typename Function>
-void resolve(void* library, Function& function, const char* name) {
-  function = reinterpret_cast<Function>(dlsym(library, name));
-  if (function == nullptr)
-    throw CudaError(std::string("libcuda.so.1 has no ") + name + ": the NVIDIA driver is too old");
-}
+using ErrorName = Result (*)(Result, const char**);
+ErrorName error_name = nullptr;  // set before the first call that can fail
 
 }  // namespace
+
+std::string hexadecimal(std::uintptr_t value) {
+  char buffer[32];
+  std::snprintf(buffer, sizeof buffer, "0x%llx", static_cast<unsigned long long>(value));
+  return value == 0 ? "0" : buffer;
+}
+
+std::string text(const AllocationProperties* properties) {
+  return "{device " + std::to_string(properties->location.id) + ", handle type " +
+         std::to_string(properties->handle_types) + "}";
+}
+
+std::string text(const AccessDescription* description) {
+  return "{device " + std::to_string(description->location.id) + ", access " +
+         std::to_string(description->flags) + "}";
+}
+
+std::string describe(const std::string& call, Result result) {
+  const char* name = nullptr;
+  if (error_name == nullptr || error_name(result, &name) != kSuccess || name == nullptr)
+    name = "unknown error";
+  return call + " returned " + std::to_string(result) + " (" + name + ")";
+}
+
+Library::Library() : handle_(dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL)) {
+  if (handle_ == nullptr) {
+    const char* reason = dlerror();
+    throw CudaError(std::string("no NVIDIA driver: ") +
+                    (reason != nullptr ? reason : "dlopen failed"));
+  }
+  error_name = reinterpret_cast<ErrorName>(find("cuGetErrorName"));
+}
+
+void* Library::find(const char* name) const {
+  void* function = dlsym(handle_, name);
+  if (function == nullptr)
+    throw CudaError(std::string("libcuda.so.1 has no ") + name + ": the NVIDIA driver is too old");
+  return function;
+}
 
 const Driver& Driver::get() {
   static const Driver driver;  // a throwing constructor is tried again by the next call
   return driver;
 }
 
-Driver::Driver() {
-  void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
-  if (library == nullptr) {
-    const char* reason = dlerror();
-    throw CudaError(std::string("no NVIDIA driver: ") + (reason != nullptr ? reason : "dlopen failed"));
-  }
-  resolve(library, init, "cuInit");
-  resolve(library, error_name, "cuGetErrorName");
-  resolve(library, device_get, "cuDeviceGet");
-  resolve(library, primary_retain, "cuDevicePrimaryCtxRetain");
-  resolve(library, primary_release, "cuDevicePrimaryCtxRelease_v2");
-  resolve(library, context_push, "cuCtxPushCurrent_v2");
-  resolve(library, context_pop, "cuCtxPopCurrent_v2");
-  resolve(library, stream_create, "cuStreamCreateWithPriority");
-  resolve(library, stream_destroy, "cuStreamDestroy_v2");
-  resolve(library, stream_synchronize, "cuStreamSynchronize");
-  resolve(library, stream_wait_event, "cuStreamWaitEvent");
-  resolve(library, event_create, "cuEventCreate");
-  resolve(library, event_destroy, "cuEventDestroy_v2");
-  resolve(library, event_record, "cuEventRecord");
-  resolve(library, event_query, "cuEventQuery");
-  resolve(library, copy_async, "cuMemcpyAsync");
-  check(init(0), "cuInit(0)");
-}
+Driver::Driver() { init(0); }
 
-void Driver::check(Result result, const std::string& call) const {
-  if (result == 0) return;
-  const char* name = nullptr;
-  if (error_name(result, &name) != 0 || name == nullptr) name = "unknown error";
-  throw CudaError(call + " returned " + std::to_string(result) + " (" + name + ")");
+void* Driver::find_versioned(const char* name, int cuda_version) const {
+  void* function = nullptr;
+  constexpr std::uint64_t default_search = 0;
+  const Result result = get_proc_address.attempt(name, &function, cuda_version, default_search);
+  return result == kSuccess ? function : nullptr;
 }
 
 }  // namespace dwdp::cuda

@@ -11,6 +11,7 @@
     └── RendezvousError                      ranks could not meet
         ├── JoinTimeoutError (also TimeoutError)  peers never came; names the missing ranks
         ├── PeerMismatchError                a peer holds another model, layout or version
+        ├── SecretMismatchError              a tcp:// peer does not know the shared secret
         └── ProtocolError                    a peer spoke nonsense
 
 A message says what failed, the value seen, what is required, and the next step. `assert` is for our
@@ -52,6 +53,10 @@ class JoinTimeoutError(RendezvousError, TimeoutError):
 
 class PeerMismatchError(RendezvousError):
     """A peer's fingerprint differs from ours."""
+
+
+class SecretMismatchError(RendezvousError):
+    """One end of a `tcp://` connection does not know the other's secret."""
 
 
 class ProtocolError(RendezvousError):

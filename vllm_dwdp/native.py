@@ -1,4 +1,5 @@
-"""The typed face of `libdwdp.so` (sources in `csrc/`), loaded on first use.
+"""The typed face of `libdwdp.so` (sources in `csrc/`), loaded on first use; its CUDA part is in
+`vllm_dwdp.cuda_driver`.
 
 Every call releases the GIL (ctypes) and takes about a microsecond. Importing this module needs no
 library.
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from vllm_dwdp.errors import NativeLibraryError, TransferError
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 LIBRARY_PATH = Path(__file__).with_name("libdwdp.so")
 
 _BUILD = "Build it with `make native` in a checkout, or reinstall with `pip install -e .`"
@@ -74,13 +75,6 @@ def _declare(lib: ctypes.CDLL) -> None:
         "dwdp_batch_wait": (ctypes.c_double, (pointer,)),
         "dwdp_batch_done": (ctypes.c_int, (pointer,)),
         "dwdp_stream_copy": (None, (pointer, pointer, size)),
-        "dwdp_cuda_queue_create": (pointer, (ctypes.c_int,)),
-        "dwdp_cuda_queue_destroy": (None, (pointer,)),
-        "dwdp_cuda_queue_add_batch": (pointer, (pointer, ctypes.POINTER(Slice), size)),
-        "dwdp_cuda_queue_issue": (ctypes.c_int, (pointer, pointer)),
-        "dwdp_cuda_queue_wait": (ctypes.c_int, (pointer, pointer, pointer)),
-        "dwdp_cuda_queue_consume": (ctypes.c_int, (pointer, pointer, pointer)),
-        "dwdp_cuda_queue_drain": (ctypes.c_int, (pointer,)),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(lib, name)
@@ -148,58 +142,5 @@ class NativeQueue:
             self._lib.dwdp_queue_destroy(handle)
 
     def _check(self, result: int | None, action: str) -> None:
-        if not result:
-            raise TransferError(f"{action} failed: {self._lib.dwdp_last_error().decode()}")
-
-
-class NativeCudaQueue:
-    """A copy queue on a CUDA stream of its own. Never run on hardware: see docs/gpu.md.
-
-    Args:
-        ordinal: the CUDA device.
-
-    Raises:
-        TransferError: there is no NVIDIA driver, or a driver call failed; names the call.
-    """
-
-    def __init__(self, ordinal: int) -> None:
-        self._lib = library()
-        self._handle = self._lib.dwdp_cuda_queue_create(ordinal)
-        self._check(self._handle, f"opening CUDA device {ordinal}")
-
-    def add_batch(self, slices: Sequence[tuple[int, int, int]]) -> int:
-        """Register `(destination, source, num_bytes)` copies between device addresses."""
-        array = (Slice * len(slices))(*(Slice(*entry) for entry in slices))
-        batch: int = self._lib.dwdp_cuda_queue_add_batch(self._handle, array, len(slices))
-        self._check(batch, "registering a batch of copies")
-        return batch
-
-    def issue(self, batch: int) -> None:
-        """Enqueue a fill on the copy stream."""
-        failed = self._lib.dwdp_cuda_queue_issue(self._handle, batch)
-        self._check(not failed, "issuing copies")
-
-    def wait(self, batch: int, stream: int) -> None:
-        """Make the compute stream (a CUstream) wait for the batch's last fill."""
-        failed = self._lib.dwdp_cuda_queue_wait(self._handle, batch, stream)
-        self._check(not failed, "waiting for copies")
-
-    def consume(self, batch: int, stream: int) -> None:
-        """Let the copy stream go on once the compute stream has done what it was given so far."""
-        failed = self._lib.dwdp_cuda_queue_consume(self._handle, batch, stream)
-        self._check(not failed, "recording a consumed slot")
-
-    def drain(self) -> None:
-        """Block until the copy stream is idle."""
-        failed = self._lib.dwdp_cuda_queue_drain(self._handle)
-        self._check(not failed, "draining the copy stream")
-
-    def close(self) -> None:
-        """Finish what was issued and release the stream and its events."""
-        if self._handle is not None:
-            handle, self._handle = self._handle, None
-            self._lib.dwdp_cuda_queue_destroy(handle)
-
-    def _check(self, result: object, action: str) -> None:
         if not result:
             raise TransferError(f"{action} failed: {self._lib.dwdp_last_error().decode()}")

@@ -1,0 +1,198 @@
+// The fake driver's settings, errors, devices and contexts. NOT A GPU.
+#include <atomic>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#include "fake.h"
+
+namespace fake {
+namespace {
+
+long number(const char* name, long fallback) {
+  const char* value = std::getenv(name);
+  return value != nullptr ? std::strtol(value, nullptr, 10) : fallback;
+}
+
+bool initialized = false;
+std::map<int, int> retained;  // references to each device's primary context
+int contexts[64];             // a context is the address of its element
+thread_local std::vector<void*> current;
+
+bool valid_context(void* context) {
+  const auto* element = static_cast<int*>(context);
+  return element >= contexts && element < contexts + settings().num_devices &&
+         retained[static_cast<int>(element - contexts)] > 0;
+}
+
+}  // namespace
+
+const Settings& settings() {
+  static const Settings settings = [] {
+    const char* look = std::getenv("DWDP_FAKE_CUDA_EVENT_NODES");
+    return Settings{static_cast<int>(number("DWDP_FAKE_CUDA_DEVICES", 2)),
+                    static_cast<std::size_t>(number("DWDP_FAKE_CUDA_MEMORY_MIB", 4096)) << 20,
+                    static_cast<int>(number("DWDP_FAKE_CUDA_VERSION", 13000)),
+                    number("DWDP_FAKE_CUDA_FABRIC", 0) != 0,
+                    number("DWDP_FAKE_CUDA_READ_ONLY", 1) != 0,
+                    look != nullptr && std::strcmp(look, "run") == 0,
+                    static_cast<unsigned>(number("DWDP_FAKE_CUDA_MAX_DELAY_US", 0))};
+  }();
+  return settings;
+}
+
+void pause() {
+  const unsigned max_delay_us = settings().max_delay_us;
+  if (max_delay_us == 0) return;
+  static std::atomic<std::uint64_t> state{
+      static_cast<std::uint64_t>(number("DWDP_FAKE_CUDA_SEED", 0))};
+  std::uint64_t value = state.fetch_add(0x9e3779b97f4a7c15);
+  value = (value ^ (value >> 32)) * 0xd6e8feb86659fd93;
+  std::this_thread::sleep_for(std::chrono::microseconds((value >> 32) % max_delay_us));
+}
+
+std::mutex& state_mutex() {
+  static auto* mutex = new std::mutex;  // never destroyed: threads of streams may outlive main
+  return *mutex;
+}
+
+void require_context() {
+  require(initialized, kNotInitialized);
+  require(!current.empty() && valid_context(current.back()), kInvalidContext);
+}
+
+Live live() {
+  Live live = {};
+  count_memory(live);
+  count_streams(live);
+  live.graphs = num_graphs();
+  return live;
+}
+
+}  // namespace fake
+
+using namespace fake;
+
+// Only this driver has it.
+FAKE_API void dwdp_fake_cuda_live(Live* result) {
+  api([&](Lock&) { *result = live(); });
+}
+
+FAKE_API Result cuInit(unsigned flags) {
+  return api([&](Lock&) {
+    require(flags == 0, kInvalidValue);
+    initialized = true;
+  });
+}
+
+FAKE_API Result cuGetErrorName(Result result, const char** name) {
+  static const std::map<Result, const char*> names = {
+      {kSuccess, "CUDA_SUCCESS"},
+      {kInvalidValue, "CUDA_ERROR_INVALID_VALUE"},
+      {kOutOfMemory, "CUDA_ERROR_OUT_OF_MEMORY"},
+      {kNotInitialized, "CUDA_ERROR_NOT_INITIALIZED"},
+      {kInvalidDevice, "CUDA_ERROR_INVALID_DEVICE"},
+      {kInvalidContext, "CUDA_ERROR_INVALID_CONTEXT"},
+      {kInvalidHandle, "CUDA_ERROR_INVALID_HANDLE"},
+      {kIllegalState, "CUDA_ERROR_ILLEGAL_STATE"},
+      {kNotReady, "CUDA_ERROR_NOT_READY"},
+      {kIllegalAddress, "CUDA_ERROR_ILLEGAL_ADDRESS"},
+      {kNotPermitted, "CUDA_ERROR_NOT_PERMITTED"},
+      {kNotSupported, "CUDA_ERROR_NOT_SUPPORTED"},
+      {kCaptureUnsupported, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"},
+      {kCaptureInvalidated, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED"},
+      {kCaptureMerge, "CUDA_ERROR_STREAM_CAPTURE_MERGE"},
+      {kCaptureUnmatched, "CUDA_ERROR_STREAM_CAPTURE_UNMATCHED"},
+      {kCaptureUnjoined, "CUDA_ERROR_STREAM_CAPTURE_UNJOINED"},
+      {kCaptureIsolation, "CUDA_ERROR_STREAM_CAPTURE_ISOLATION"},
+      {kCaptureImplicit, "CUDA_ERROR_STREAM_CAPTURE_IMPLICIT"},
+      {kCapturedEvent, "CUDA_ERROR_CAPTURED_EVENT"},
+      {kCaptureWrongThread, "CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD"}};
+  const auto found = names.find(result);
+  *name = found != names.end() ? found->second : nullptr;
+  return found != names.end() ? kSuccess : kInvalidValue;
+}
+
+FAKE_API Result cuDeviceGet(int* device, int ordinal) {
+  return api([&](Lock&) {
+    require(initialized, kNotInitialized);
+    require(ordinal >= 0 && ordinal < settings().num_devices, kInvalidDevice);
+    *device = ordinal;
+  });
+}
+
+FAKE_API Result cuDeviceGetName(char* name, int num_bytes, int) {
+  std::snprintf(name, static_cast<std::size_t>(num_bytes), "FAKE CUDA (host memory, not a GPU)");
+  return kSuccess;
+}
+
+FAKE_API Result cuDeviceCanAccessPeer(int* can_access, int device, int peer) {
+  return api([&](Lock&) {
+    require(device < settings().num_devices && peer < settings().num_devices, kInvalidDevice);
+    *can_access = device != peer ? 1 : 0;
+  });
+}
+
+FAKE_API Result cuDevicePrimaryCtxRetain(void** context, int device) {
+  return api([&](Lock&) {
+    require(initialized, kNotInitialized);
+    require(device >= 0 && device < settings().num_devices, kInvalidDevice);
+    ++retained[device];
+    *context = &contexts[device];
+  });
+}
+
+// The end of the last context with anything alive is an error here; the real driver cleans up.
+FAKE_API Result cuDevicePrimaryCtxRelease_v2(int device) {
+  return api([&](Lock&) {
+    require(retained[device] > 0, kInvalidContext);
+    --retained[device];
+    for (const auto& [other, references] : retained)
+      if (references > 0) return;
+    const Live left = live();
+    if (left.handles + left.mappings + left.reservations + left.streams + left.events +
+            left.graphs ==
+        0)
+      return;
+    std::fprintf(stderr,
+                 "fake cuda: leaked %zu handles, %zu mappings, %zu reservations, %zu streams, "
+                 "%zu events, %zu graphs\n",
+                 left.handles, left.mappings, left.reservations, left.streams, left.events,
+                 left.graphs);
+    throw Failure{kIllegalState};
+  });
+}
+
+FAKE_API Result cuCtxPushCurrent_v2(void* context) {
+  return api([&](Lock&) {
+    require(valid_context(context), kInvalidContext);
+    current.push_back(context);
+  });
+}
+
+FAKE_API Result cuCtxPopCurrent_v2(void** context) {
+  return api([&](Lock&) {
+    require(!current.empty(), kInvalidContext);
+    *context = current.back();
+    current.pop_back();
+  });
+}
+
+FAKE_API Result cuCtxGetStreamPriorityRange(int* lowest, int* highest) {
+  return api([&](Lock&) {
+    require_context();
+    *lowest = 0;
+    *highest = -5;
+  });
+}
+
+FAKE_API Result cuCtxSynchronize() {
+  return api([&](Lock& lock) {
+    require_context();
+    forbid_during_capture();
+    wait_for_everything(lock);
+    require(late_failure() == kSuccess, late_failure());
+  });
+}

@@ -1,0 +1,333 @@
+// The fake driver's streams, events and copies. NOT A GPU.
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <random>
+
+#include "fake.h"
+
+namespace fake {
+namespace {
+
+std::set<Stream*>& streams() {
+  static auto* streams = new std::set<Stream*>;
+  return *streams;
+}
+
+std::set<Event*>& events() {
+  static auto* events = new std::set<Event*>;
+  return *events;
+}
+
+Stream& legacy() {
+  static auto* stream = new Stream(true);
+  return *stream;
+}
+
+std::atomic<Result> failure{kSuccess};
+
+}  // namespace
+
+void Completion::finish() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  finished_ = true;
+  changed_.notify_all();
+}
+
+void Completion::wait() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  changed_.wait(lock, [this] { return finished_; });
+}
+
+bool Completion::finished() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return finished_;
+}
+
+Stream::Stream(bool blocking) : blocking(blocking), queue_(std::make_shared<Queue>()) {
+  std::thread(&Stream::run, queue_).detach();
+}
+
+void Stream::push(Operation operation) {
+  std::lock_guard<std::mutex> lock(queue_->mutex);
+  queue_->operations.push_back(std::move(operation));
+  queue_->changed.notify_one();
+}
+
+void Stream::stop() {
+  std::lock_guard<std::mutex> lock(queue_->mutex);
+  queue_->stopping = true;
+  queue_->changed.notify_one();
+}
+
+void Stream::run(const std::shared_ptr<Queue>& queue) {
+  for (;;) {
+    Operation operation;
+    {
+      std::unique_lock<std::mutex> lock(queue->mutex);
+      queue->changed.wait(lock, [&] { return !queue->operations.empty() || queue->stopping; });
+      if (queue->operations.empty()) return;
+      operation = std::move(queue->operations.front());
+      queue->operations.pop_front();
+    }
+    for (const CompletionPtr& before : operation.after) before->wait();
+    pause();
+    operation.work();
+    operation.done->finish();
+  }
+}
+
+Stream& stream_of(void* handle) {
+  require_context();
+  if (reinterpret_cast<std::uintptr_t>(handle) <= 1) {
+    for (Stream* stream : streams())
+      require(!stream->blocking || !stream->capture, kCaptureImplicit);
+    return legacy();
+  }
+  const auto found = streams().find(static_cast<Stream*>(handle));
+  require(found != streams().end(), kInvalidHandle);
+  return **found;
+}
+
+Event& event_of(void* handle) {
+  require_context();
+  const auto found = events().find(static_cast<Event*>(handle));
+  require(found != events().end(), kInvalidHandle);
+  return **found;
+}
+
+// The legacy stream waits for all blocking streams, and they for it.
+CompletionPtr enqueue(Stream& stream, std::function<void()> work,
+                      std::vector<CompletionPtr> after) {
+  if (&stream == &legacy()) {
+    for (Stream* other : streams())
+      if (other->blocking && other->tail) after.push_back(other->tail);
+  } else if (stream.blocking && legacy().tail) {
+    after.push_back(legacy().tail);
+  }
+  stream.tail = std::make_shared<Completion>();
+  stream.push({std::move(after), std::move(work), stream.tail});
+  return stream.tail;
+}
+
+void submit(Stream& stream, std::function<void()> work) {
+  if (stream.capture)
+    add_node(stream, {NodeKind::kWork, std::move(work), nullptr, {}});
+  else
+    enqueue(stream, std::move(work));
+}
+
+void wait_for_everything(Lock& lock) {
+  std::vector<CompletionPtr> tails = {legacy().tail};
+  for (Stream* stream : streams()) tails.push_back(stream->tail);
+  lock.unlock();
+  for (const CompletionPtr& tail : tails)
+    if (tail) tail->wait();
+  lock.lock();
+}
+
+void count_streams(Live& live) {
+  live.streams = streams().size();
+  live.events = events().size();
+}
+
+void fail_later(Result result) { failure = result; }
+Result late_failure() { return failure; }
+
+}  // namespace fake
+
+using namespace fake;
+
+namespace {
+
+// Blocking copies go through the legacy stream.
+Result copy_now(void* destination, const void* source, std::size_t num_bytes) {
+  return api([&](Lock& lock) {
+    Stream& stream = stream_of(nullptr);
+    forbid_during_capture();
+    const CompletionPtr done = enqueue(stream, [=] { copy(destination, source, num_bytes); });
+    lock.unlock();
+    done->wait();
+    lock.lock();
+    require(late_failure() == kSuccess, late_failure());
+  });
+}
+
+struct CopyAttributes {
+  int source_order;
+  int hints[4];
+  unsigned flags;
+};
+
+Result copy_batch(void** destinations, void** sources, std::size_t* sizes, std::size_t count,
+                  CopyAttributes* attributes, std::size_t* first, std::size_t num_attributes,
+                  std::size_t* failed, void* handle) {
+  return api([&](Lock&) {
+    Stream& stream = stream_of(handle);
+    require(reinterpret_cast<std::uintptr_t>(handle) > 1, kInvalidValue);
+    require(!stream.capture, kCaptureUnsupported);  // the capture goes on, without the copies
+    require(count > 0 && num_attributes == 1 && first[0] == 0, kInvalidValue);
+    require(attributes->source_order >= 1 && attributes->source_order <= 3, kInvalidValue);
+    struct Copy {
+      void *destination, *source;
+      std::size_t num_bytes;
+    };
+    std::vector<Copy> copies;
+    for (std::size_t index = 0; index < count; ++index) {
+      *failed = index;
+      require(destinations[index] != nullptr && sources[index] != nullptr, kInvalidValue);
+      copies.push_back({destinations[index], sources[index], sizes[index]});
+    }
+    static std::mt19937 random;  // the copies of a batch have no order
+    std::shuffle(copies.begin(), copies.end(), random);
+    enqueue(stream, [copies] {
+      for (const Copy& each : copies) {
+        pause();
+        copy(each.destination, each.source, each.num_bytes);
+      }
+    });
+  });
+}
+
+}  // namespace
+
+FAKE_API Result cuGetProcAddress(const char* name, void** function, int version, std::uint64_t) {
+  *function = nullptr;
+  if (version > settings().version) return kInvalidValue;
+  const bool batch = std::strcmp(name, "cuMemcpyBatchAsync") == 0;
+  if (batch && version >= 12080 && version < 13000)
+    *function = reinterpret_cast<void*>(&copy_batch);
+  return kSuccess;
+}
+
+FAKE_API Result cuStreamCreateWithPriority(void** stream, unsigned flags, int priority) {
+  return api([&](Lock&) {
+    require_context();
+    require(flags <= 1 && priority <= 0 && priority >= -5, kInvalidValue);
+    auto* created = new Stream(flags == 0);
+    streams().insert(created);
+    *stream = created;
+  });
+}
+
+FAKE_API Result cuStreamCreate(void** stream, unsigned flags) {
+  return cuStreamCreateWithPriority(stream, flags, 0);
+}
+
+FAKE_API Result cuStreamDestroy_v2(void* handle) {
+  return api([&](Lock&) {
+    Stream& stream = stream_of(handle);
+    require(&stream != &legacy(), kInvalidHandle);
+    require(!stream.capture, kCaptureUnsupported);
+    streams().erase(&stream);
+    stream.stop();
+    delete &stream;
+  });
+}
+
+FAKE_API Result cuStreamSynchronize(void* handle) {
+  return api([&](Lock& lock) {
+    Stream& stream = stream_of(handle);
+    if (stream.capture) {
+      invalidate(*stream.capture);
+      throw Failure{kCaptureUnsupported};
+    }
+    forbid_during_capture();
+    // Ordered like an operation, so that the legacy stream waits for all that it must.
+    const CompletionPtr done = enqueue(stream, [] {});
+    lock.unlock();
+    done->wait();
+    lock.lock();
+    require(late_failure() == kSuccess, late_failure());
+  });
+}
+
+FAKE_API Result cuStreamWaitEvent(void* handle, void* event_handle, unsigned flags) {
+  return api([&](Lock&) {
+    Stream& stream = stream_of(handle);
+    Event& event = event_of(event_handle);
+    require(flags <= 1, kInvalidValue);
+    if (wait_in_capture(stream, event, flags)) return;
+    if (event.recorded) enqueue(stream, [] {}, {event.recorded});
+  });
+}
+
+FAKE_API Result cuEventRecordWithFlags(void* event_handle, void* handle, unsigned flags) {
+  return api([&](Lock&) {
+    Stream& stream = stream_of(handle);
+    Event& event = event_of(event_handle);
+    require(flags <= 1, kInvalidValue);
+    if (record_in_capture(stream, event, flags)) return;
+    event.capture.reset();
+    event.recorded = enqueue(stream, [] {});
+  });
+}
+
+FAKE_API Result cuEventRecord(void* event, void* stream) {
+  return cuEventRecordWithFlags(event, stream, 0);
+}
+
+FAKE_API Result cuEventCreate(void** event, unsigned flags) {
+  return api([&](Lock&) {
+    require_context();
+    require(flags <= 7, kInvalidValue);
+    auto* created = new Event;
+    events().insert(created);
+    *event = created;
+  });
+}
+
+FAKE_API Result cuEventDestroy_v2(void* handle) {
+  return api([&](Lock&) {
+    Event& event = event_of(handle);
+    events().erase(&event);
+    delete &event;
+  });
+}
+
+FAKE_API Result cuEventQuery(void* handle) {
+  return api([&](Lock&) {
+    const Event& event = event_of(handle);
+    require(!event.capture, kCapturedEvent);
+    forbid_during_capture();
+    require(late_failure() == kSuccess, late_failure());
+    require(!event.recorded || event.recorded->finished(), kNotReady);
+  });
+}
+
+FAKE_API Result cuMemcpyAsync(void* destination, const void* source, std::size_t num_bytes,
+                              void* handle) {
+  return api([&](Lock&) {
+    require(destination != nullptr && source != nullptr, kInvalidValue);
+    submit(stream_of(handle), [=] { copy(destination, source, num_bytes); });
+  });
+}
+
+FAKE_API Result cuMemsetD8Async(void* destination, unsigned char value, std::size_t num_bytes,
+                                void* handle) {
+  return api([&](Lock&) {
+    require(destination != nullptr, kInvalidValue);
+    submit(stream_of(handle), [=] {
+      const std::vector<unsigned char> bytes(num_bytes, value);
+      copy(destination, bytes.data(), num_bytes);
+    });
+  });
+}
+
+FAKE_API Result cuLaunchHostFunc(void* handle, void (*function)(void*), void* argument) {
+  return api([&](Lock&) { submit(stream_of(handle), [=] { function(argument); }); });
+}
+
+FAKE_API Result cuMemcpyDtoD_v2(void* destination, void* source, std::size_t num_bytes) {
+  return copy_now(destination, source, num_bytes);
+}
+
+FAKE_API Result cuMemcpyDtoH_v2(void* destination, void* source, std::size_t num_bytes) {
+  return copy_now(destination, source, num_bytes);
+}
+
+FAKE_API Result cuMemcpyHtoD_v2(void* destination, const void* source, std::size_t num_bytes) {
+  return copy_now(destination, source, num_bytes);
+}
