@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
-from vllm_dwdp.memory.host import proportional_set_bytes
+from vllm_dwdp.memory.limits import proportional_set_bytes
 
 BIND_ENV = "VLLM_CPU_OMP_THREADS_BIND"
 

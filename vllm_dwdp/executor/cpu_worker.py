@@ -4,10 +4,16 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_dwdp.compat import cpu
 from vllm_dwdp.executor.worker import DwdpWorker
+from vllm_dwdp.memory.device import Device
+from vllm_dwdp.memory.host import HostDevice
 
 
 class DwdpCPUWorker(DwdpWorker, CPUWorker):
     """vLLM's CPU worker as a member of a group."""
+
+    def make_device(self) -> Device:
+        """Shared memory of this host."""
+        return HostDevice()
 
     def determine_available_memory(self) -> int:
         """Bytes for the KV cache, counting shared expert memory once."""

@@ -4,6 +4,8 @@ Runs in the engine process of each rank. It adds to vLLM's multiprocess executor
 happen before the worker starts: the real model config back in place, and the rank's own cores.
 """
 
+from vllm import envs
+from vllm.platforms import current_platform
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
 from vllm_dwdp.compat import cpu, independent
@@ -19,6 +21,11 @@ class DwdpExecutor(MultiprocExecutor):
         independent.restore_model_config(self.vllm_config)
         launch = independent.launch_of(self.vllm_config)
         rank = launch.rank(self.parallel_config.data_parallel_index)
+        if not current_platform.is_cpu():
+            if envs.VLLM_DP_SIZE > 1:  # SPMD style: our processes may all see all GPUs
+                self.parallel_config.data_parallel_rank_local = envs.VLLM_DP_RANK_LOCAL
+            super()._init_executor()
+            return
         with cpu.bound_cores(self.parallel_config, rank, launch.data_parallel_size) as cores:
             if cores is not None:
                 logger.info("DWDP rank %d computes on cores %s", rank, cores)

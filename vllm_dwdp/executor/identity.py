@@ -11,24 +11,24 @@ from vllm_dwdp.config import DwdpLaunch
 from vllm_dwdp.distributed.endpoint import Endpoint
 from vllm_dwdp.distributed.fingerprint import Fingerprint, checkpoint_digest
 from vllm_dwdp.distributed.rendezvous import Rendezvous
-from vllm_dwdp.memory.host import PAGE_BYTES
+from vllm_dwdp.memory.device import Device
 
 
-def make_rendezvous(launch: DwdpLaunch, rank: int, vllm_config: Any) -> Rendezvous:
+def make_rendezvous(launch: DwdpLaunch, rank: int, vllm_config: Any, device: Device) -> Rendezvous:
     """A started rendezvous of this rank's group; the caller closes it."""
     rendezvous = Rendezvous(
-        Endpoint.parse(launch.endpoint),
+        Endpoint.of(launch),
         group=launch.group(rank),
         dwdp_rank=launch.dwdp_rank(rank),
         group_size=launch.config.group_size,
-        fingerprint=make_fingerprint(launch, vllm_config),
+        fingerprint=make_fingerprint(launch, vllm_config, device.page_bytes),
         join_timeout_s=launch.config.join_timeout_s,
     )
     rendezvous.start()
     return rendezvous
 
 
-def make_fingerprint(launch: DwdpLaunch, vllm_config: Any) -> Fingerprint:
+def make_fingerprint(launch: DwdpLaunch, vllm_config: Any, page_bytes: int) -> Fingerprint:
     """Everything that must be equal on every rank of a group."""
     model = vllm_config.model_config
     return Fingerprint(
@@ -40,7 +40,7 @@ def make_fingerprint(launch: DwdpLaunch, vllm_config: Any) -> Fingerprint:
         quantization=str(model.quantization),
         group_size=launch.config.group_size,
         experts_per_rank=launch.config.experts_per_rank or 0,
-        page_bytes=PAGE_BYTES,
+        page_bytes=page_bytes,
         vllm_version=vllm.version.__version__,
         plugin_version=vllm_dwdp.__version__,
     )

@@ -11,6 +11,7 @@ from vllm_dwdp.compat import independent
 from vllm_dwdp.errors import DwdpUnsupportedError
 from vllm_dwdp.executor.identity import make_rendezvous
 from vllm_dwdp.logger import init_logger
+from vllm_dwdp.memory.device import Device
 from vllm_dwdp.model_executor.expert_group import ExpertGroup
 
 logger = init_logger(__name__)
@@ -20,6 +21,10 @@ class DwdpWorker:
     """Mixin over `vllm.v1.worker.gpu_worker.Worker` and its subclasses."""
 
     expert_group: ExpertGroup | None = None
+
+    def make_device(self) -> Device:
+        """Open the device that holds this rank's experts."""
+        raise NotImplementedError
 
     def load_model(self, **kwargs: Any) -> None:
         """Load the model with this rank's experts only, meet the group, bind all experts."""
@@ -36,7 +41,11 @@ class DwdpWorker:
             return self.model_runner.get_model()  # type: ignore[attr-defined]
 
         self.expert_group = ExpertGroup.join(
-            launch, rank, load, lambda: make_rendezvous(launch, rank, vllm_config)
+            launch,
+            rank,
+            self.make_device,
+            load,
+            lambda device: make_rendezvous(launch, rank, vllm_config, device),
         )
 
     def execute_model(self, scheduler_output: Any) -> Any:

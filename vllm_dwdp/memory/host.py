@@ -1,4 +1,4 @@
-"""Host memory: sealed memfd shards, peer views and composite tensors by mmap.
+"""The host device: sealed memfd shards, peer views and composite tensors by mmap.
 
 Owns the file descriptors and address ranges of one rank's expert memory. Nothing here has a name
 on the file system, so nothing can be truncated under a reader (SIGBUS) or be left behind. Runs in
@@ -12,17 +12,19 @@ import fcntl
 import hashlib
 import mmap
 import os
-import resource
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-import psutil
+import torch
 
 from vllm_dwdp.errors import DwdpMemoryError
 from vllm_dwdp.logger import format_gib
-from vllm_dwdp.memory.layout import ByteRange
+from vllm_dwdp.memory.device import Handles, Segment
+from vllm_dwdp.memory.limits import check_available, release_free_heap
+from vllm_dwdp.memory.slots import SlotLayout
+from vllm_dwdp.transfer.host_queue import HostCopyQueue
 
 PAGE_BYTES = mmap.PAGESIZE
 DIGEST_PIECE_BYTES = 16 * 2**20
@@ -67,15 +69,6 @@ class Mapping:
             _raise_errno(f"munmap of {self.num_bytes} bytes at {self.address:#x}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Segment:
-    """One piece of a composite tensor: `span` of it is backed by `fd` from `offset` on."""
-
-    span: ByteRange
-    fd: int
-    offset: int
-
-
 def map_pages(fd: int, offset: int, num_bytes: int, *, writable: bool) -> Mapping:
     """Map `num_bytes` of `fd`, shared; the fd may be closed afterwards.
 
@@ -86,15 +79,7 @@ def map_pages(fd: int, offset: int, num_bytes: int, *, writable: bool) -> Mappin
 
 
 def map_composite(segments: Sequence[Segment], num_bytes: int) -> Mapping:
-    """Assemble a read-only address range from pages of several files.
-
-    Args:
-        segments: page-aligned pieces that tile `[0, num_bytes)`.
-        num_bytes: length of the range, page-aligned.
-
-    Raises:
-        DwdpMemoryError: a piece cannot be mapped; the whole range is given back.
-    """
+    """Assemble an address range from pages of several files, as `Device.map_composite`."""
     address = _check_address(
         _libc.mmap(
             None,
@@ -113,9 +98,9 @@ def map_composite(segments: Sequence[Segment], num_bytes: int) -> Mapping:
             _mmap(
                 address + segment.span.start,
                 len(segment.span),
-                segment.fd,
+                segment.backing.fd,
                 segment.offset,
-                writable=False,
+                writable=segment.writable,
                 flags=_MAP_FIXED,
             )
         undo.pop_all()
@@ -135,14 +120,11 @@ class HostShard:
         self.num_bytes = 0
         self._writable: list[Mapping] = []
 
-    def append(self, num_bytes: int) -> Mapping:
-        """Grow by `num_bytes` (page-aligned, zeroed) and return the new part, writable.
-
-        The mapping is owned by the shard and lives until `finish`.
-
-        Raises:
-            DwdpMemoryError: the host has not enough free memory.
-        """
+    def append(self, piece_bytes: Sequence[int]) -> Mapping:
+        """Grow by these bytes (page-aligned, zeroed) and return the new part, writable."""
+        num_bytes = sum(piece_bytes)
+        if not num_bytes:
+            return Mapping(0, 0)
         check_available(num_bytes, "the next layer of this rank's expert shard")
         try:
             os.posix_fallocate(self.fd, self.num_bytes, num_bytes)
@@ -173,9 +155,10 @@ class HostShard:
         while self._writable:
             self._writable.pop().unmap()
 
-    def open_readonly(self) -> int:
-        """A read-only fd of the shard, owned by the caller, to be handed to peers."""
-        return os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
+    def export(self) -> Handles:
+        """One read-only fd of the whole shard."""
+        fd = os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
+        return Handles(fds=(fd,), num_bytes=(self.num_bytes,))
 
     def close(self) -> None:
         """Release the mappings and the fd."""
@@ -189,7 +172,7 @@ class AdoptedShard:
     """A sealed shard of an earlier life of this rank, with the face of `HostShard`.
 
     The content is there already and whole; `append` hands out its parts in order, read-only. Owns
-    `fd` from now on.
+    `fd` once it is made.
 
     Raises:
         DwdpMemoryError: it cannot be mapped.
@@ -201,14 +184,11 @@ class AdoptedShard:
         self.fd = fd
         self.num_bytes = 0
         self._capacity_bytes = capacity_bytes
-        try:
-            self._whole = map_pages(fd, 0, capacity_bytes, writable=False)
-        except BaseException:
-            os.close(fd)
-            raise
+        self._whole = map_pages(fd, 0, capacity_bytes, writable=False)
 
-    def append(self, num_bytes: int) -> Mapping:
-        """The next `num_bytes`; owned by the shard until `finish`."""
+    def append(self, piece_bytes: Sequence[int]) -> Mapping:
+        """The next bytes of the whole."""
+        num_bytes = sum(piece_bytes)
         part = Mapping(self._whole.address + self.num_bytes, num_bytes)
         self.num_bytes += num_bytes
         if self.num_bytes > self._capacity_bytes:
@@ -240,9 +220,9 @@ class AdoptedShard:
             self._whole.unmap()
             self._whole = Mapping(0, 0)
 
-    def open_readonly(self) -> int:
-        """As `HostShard.open_readonly`."""
-        return os.dup(self.fd)
+    def export(self) -> Handles:
+        """As `HostShard.export`."""
+        return Handles(fds=(os.dup(self.fd),), num_bytes=(self.num_bytes,))
 
     def close(self) -> None:
         """Release the mapping and the fd."""
@@ -252,31 +232,93 @@ class AdoptedShard:
             self.fd = -1
 
 
-class HostSlots:
-    """`num_slots` equal pieces of one private memfd, writable here, mapped into composites."""
+class HostPeer:
+    """A peer's shard, mapped whole. Owns `fd` once it is made."""
 
-    def __init__(self, num_slots: int, slot_bytes: int) -> None:
-        check_available(num_slots * slot_bytes, f"{num_slots} prefetch slots")
-        self.slot_bytes = slot_bytes
+    def __init__(self, fd: int, num_bytes: int) -> None:
+        self.fd = fd
+        self._view = map_pages(fd, 0, num_bytes, writable=False)
+        self.address = self._view.address
+
+    def close(self) -> None:
+        """Unmap it and close the fd."""
+        self._view.unmap()
+        os.close(self.fd)
+
+
+class HostSlots:
+    """Equal pieces of one private memfd."""
+
+    def __init__(self, num_bytes: int) -> None:
+        check_available(num_bytes, "the prefetch slots")
         with ExitStack() as undo:
             self.fd = os.memfd_create("dwdp-slots", os.MFD_CLOEXEC)
             undo.callback(os.close, self.fd)
-            os.posix_fallocate(self.fd, 0, num_slots * slot_bytes)
-            self.mapping = map_pages(self.fd, 0, num_slots * slot_bytes, writable=True)
+            if num_bytes:
+                os.posix_fallocate(self.fd, 0, num_bytes)
             undo.pop_all()
 
-    def address(self, slot: int, offset: int) -> int:
-        """Writable address of byte `offset` of slot `slot`."""
-        return self.mapping.address + self.file_offset(slot, offset)
+    def close(self) -> None:
+        """Release the memory."""
+        os.close(self.fd)
 
-    def file_offset(self, slot: int, offset: int) -> int:
-        """Where that byte lies in `fd`."""
-        return slot * self.slot_bytes + offset
+
+class HostDevice:
+    """Implements `memory.device.Device` over shared memory of this host; nothing to close."""
+
+    page_bytes = PAGE_BYTES
+    pool_page_bytes = PAGE_BYTES
+    torch_device = torch.device("cpu")
+    captures_graphs = False
+    copies_share_compute = True
+
+    def check_room(self, num_bytes: int, purpose: str) -> None:
+        """As `check_available`."""
+        check_available(num_bytes, purpose)
+
+    def handle_bytes(self, piece_bytes: Sequence[int]) -> tuple[int, ...]:
+        """One memfd, whatever the pieces."""
+        return (sum(piece_bytes),)
+
+    def new_shard(self, name: str) -> HostShard:
+        """An empty memfd."""
+        return HostShard(name)
+
+    def adopt_shard(self, handles: Handles) -> AdoptedShard:
+        """The memfd of an earlier life."""
+        (fd,) = handles.fds
+        return AdoptedShard(fd, sum(handles.num_bytes))
+
+    def open_peer(self, handles: Handles) -> HostPeer:
+        """A peer's memfd."""
+        (fd,) = handles.fds
+        return HostPeer(fd, sum(handles.num_bytes))
+
+    def new_slots(self, num_slots: int, layout: SlotLayout) -> HostSlots:
+        """Slots in one memfd."""
+        return HostSlots(num_slots * layout.num_bytes)
+
+    def map_composite(self, segments: Sequence[Segment], num_bytes: int) -> Mapping:
+        """As the function of this name."""
+        return map_composite(segments, num_bytes)
+
+    def copy(self, destination: int, source: int, num_bytes: int) -> None:
+        """Copy between two addresses of this process."""
+        ctypes.memmove(destination, source, num_bytes)
+
+    def release_free_memory(self) -> None:
+        """As `release_free_heap`."""
+        release_free_heap()
+
+    def make_queue(self) -> HostCopyQueue:
+        """Native copy threads."""
+        return HostCopyQueue()
+
+    def synchronize(self) -> None:
+        """Kernels on the host return when they are done."""
 
     def close(self) -> None:
-        """Release the memory; composites over it must be gone."""
-        self.mapping.unmap()
-        os.close(self.fd)
+        """Nothing is held."""
 
 
 def digest_of(mapping: Mapping) -> bytes:
@@ -290,72 +332,6 @@ def digest_of(mapping: Mapping) -> bytes:
     with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
         pieces = pool.map(digest_piece, range(0, mapping.num_bytes, DIGEST_PIECE_BYTES))
         return hashlib.sha256(b"".join(pieces)).digest()
-
-
-def copy_bytes(destination: int, source: int, num_bytes: int) -> None:
-    """Copy between two addresses of this process."""
-    ctypes.memmove(destination, source, num_bytes)
-
-
-def check_available(num_bytes: int, purpose: str) -> None:
-    """Refuse before the kernel's out-of-memory killer does.
-
-    Raises:
-        DwdpMemoryError: less than `num_bytes` are available to this process.
-    """
-    available = available_bytes()
-    if num_bytes > available:
-        raise DwdpMemoryError(
-            f"{purpose} needs {format_gib(num_bytes)} but only {format_gib(available)} of memory "
-            "are available. Use more ranks per group, free memory on this host, or raise the "
-            "container's memory limit."
-        )
-
-
-def check_open_files(num_files: int, purpose: str) -> None:
-    """Refuse before a file descriptor runs out in the middle of a start or of serving.
-
-    Raises:
-        DwdpMemoryError: fewer than `num_files` more may be opened by this process.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = len(os.listdir("/proc/self/fd")) + num_files
-    if soft == resource.RLIM_INFINITY or needed <= soft:
-        return
-    if hard == resource.RLIM_INFINITY or needed <= hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-        return
-    raise DwdpMemoryError(
-        f"RLIMIT_NOFILE is {soft} (hard limit {hard}), but {purpose} needs {needed} open files in "
-        f"this process. Raise it, e.g. with `ulimit -n {max(65536, needed)}` or LimitNOFILE= of a "
-        "systemd unit."
-    )
-
-
-def available_bytes() -> int:
-    """Memory this process may still take: the host's, or the cgroup's when that is less."""
-    available = int(psutil.virtual_memory().available)
-    limit = _read_integer("/sys/fs/cgroup/memory.max")
-    used = _read_integer("/sys/fs/cgroup/memory.current")
-    if limit is not None and used is not None:
-        available = min(available, max(0, limit - used))
-    return available
-
-
-def proportional_set_bytes(pid: int | str = "self") -> int:
-    """Proportional set size: shared pages count once over all processes that map them."""
-    with open(f"/proc/{pid}/smaps_rollup") as rollup:
-        for line in rollup:
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) * 1024
-    raise AssertionError("smaps_rollup has no Pss line")
-
-
-def release_free_heap() -> None:
-    """Return what malloc keeps of freed weights to the kernel (glibc; elsewhere nothing)."""
-    trim: Callable[[int], int] | None = getattr(_libc, "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _mmap(address: int, num_bytes: int, fd: int, offset: int, *, writable: bool, flags: int) -> int:
@@ -377,11 +353,3 @@ def _raise_errno(action: str) -> None:
         f"{action} failed: {os.strerror(code)} (errno {code}). If it says 'Cannot allocate memory', "
         "raise the sysctl vm.max_map_count."
     )
-
-
-def _read_integer(path: str) -> int | None:
-    try:
-        with open(path) as file:
-            return int(file.read())
-    except (OSError, ValueError):
-        return None

@@ -16,14 +16,15 @@ copied once from that neighbour when the group has met; after that every page of
 whole, and any page can be mapped from any rank that holds its first byte. A tensor smaller than a
 page is thereby simply whole on every rank.
 
-Shard: the concatenation of `shard_pages` over the weights of all layers, in registration order.
-Slot: the concatenation of the remote pages over the weights of one layer.
+Shard: the concatenation of `shard_pages` over the weights of all layers, in registration order. Each is
+cut into *pieces* at every place where some rank begins or stops to read it: a device that maps only
+whole allocations makes one of each piece. How remote pages lie in a slot: `memory.slots`.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import groupby
+from functools import cached_property, lru_cache
+from itertools import groupby, pairwise
 
 from vllm_dwdp.placement import Placement
 
@@ -119,6 +120,10 @@ class WeightLayout:
             segments.extend(self._page_owners(rank, part))
         return tuple(sorted(segments, key=lambda segment: segment.span.start))
 
+    def shard_pieces(self, rank: int) -> tuple[ByteRange, ...]:
+        """Ranges that tile `shard_pages`, such that every rank's direct segments are whole pieces."""
+        return _pieces(self)[rank]
+
     def remote_copies(self, rank: int) -> tuple[SourcedRange, ...]:
         """Byte ranges that fill `remote_pages`, each from the rank that `rank` reads it from."""
         return tuple(
@@ -159,6 +164,23 @@ class WeightLayout:
                 yield SourcedRange(copy.source_rank, ByteRange(start, stop))
 
 
+@lru_cache(maxsize=64)
+def _pieces(weight: WeightLayout) -> tuple[tuple[ByteRange, ...], ...]:
+    """`shard_pieces` of every rank; cached, because the layers of a model are mostly alike."""
+    ranks = range(weight.placement.group_size)
+    cuts: list[set[int]] = [
+        {pages.start, pages.stop} if (pages := weight.shard_pages(rank)) else set()
+        for rank in ranks
+    ]
+    for reader in ranks:
+        for segment in weight.direct_segments(reader):
+            cuts[segment.source_rank] |= {segment.span.start, segment.span.stop}
+    return tuple(
+        tuple(ByteRange(start, stop) for start, stop in pairwise(sorted(cuts[rank])))
+        for rank in ranks
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerLayout:
     """Layout of all composite tensors of one MoE layer.
@@ -180,19 +202,17 @@ class LayerLayout:
         assert pages.start <= byte < pages.stop
         return self.shard_offsets[weight][rank] + byte - pages.start
 
-    def slot_bytes(self, rank: int) -> int:
-        """Bytes of the remote pages of all weights: what a slot must hold for this layer."""
-        return sum(len(part) for layout in self.weights for part in layout.remote_pages(rank))
+    def remote_parts(self, rank: int) -> tuple[tuple[int, ByteRange], ...]:
+        """The remote pages of all weights, each with the index of its weight, in registration order."""
+        return tuple(
+            (index, part)
+            for index, layout in enumerate(self.weights)
+            for part in layout.remote_pages(rank)
+        )
 
-    def slot_offset(self, rank: int, weight: int, byte: int) -> int:
-        """Where remote byte `byte` of weight `weight` lies in the slot."""
-        offset = 0
-        for index, layout in enumerate(self.weights):
-            for part in layout.remote_pages(rank):
-                if index == weight and part.start <= byte < part.stop:
-                    return offset + byte - part.start
-                offset += len(part)
-        raise AssertionError(f"byte {byte} of weight {weight} is not remote to rank {rank}")
+    def remote_bytes(self, rank: int) -> int:
+        """Bytes of the remote pages of all weights."""
+        return sum(len(part) for _, part in self.remote_parts(rank))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,9 +237,14 @@ class ModelLayout:
             planned.append(LayerLayout(name=name, weights=weights, shard_offsets=tuple(offsets)))
         return cls(layers=tuple(planned), shard_bytes=tuple(ends))
 
-    def slot_bytes(self, rank: int) -> int:
-        """Bytes of one slot: the largest layer's remote pages."""
-        return max(layer.slot_bytes(rank) for layer in self.layers)
+    def piece_bytes(self, rank: int) -> tuple[int, ...]:
+        """Sizes of the pieces of `rank`'s shard, in order."""
+        return tuple(
+            len(piece)
+            for layer in self.layers
+            for weight in layer.weights
+            for piece in weight.shard_pieces(rank)
+        )
 
     def resident_bytes(self, rank: int) -> int:
         """Expert bytes that `rank` loads from the checkpoint."""

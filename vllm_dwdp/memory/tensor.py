@@ -1,16 +1,19 @@
-"""torch tensors over addresses of this process."""
+"""torch tensors over addresses that torch did not allocate."""
 
-import ctypes
 import math
 
 import torch
 
 
-def tensor_at(address: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    """A CPU tensor `shape` over memory at `address`, which must outlive it and is not owned.
+def tensor_at(
+    address: int, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device
+) -> torch.Tensor:
+    """A contiguous tensor `shape` over memory at `address`, which must outlive it and is not owned.
 
-    Writing through it is the caller's responsibility: composite tensors are mapped read-only.
+    The device is given, not asked of the driver: the first page of a composite tensor may be a
+    peer's. Writing through it is the caller's responsibility.
     """
-    num_elements = math.prod(shape)
-    buffer = (ctypes.c_char * (num_elements * dtype.itemsize)).from_address(address)
-    return torch.frombuffer(buffer, dtype=dtype, count=num_elements).view(shape)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    storage = torch._C._construct_storage_from_data_pointer(address, device, num_bytes)
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    return torch.empty(0, dtype=dtype, device=device).set_(storage, 0, shape, strides)

@@ -13,7 +13,7 @@ import torch
 from vllm_dwdp.compat import moe
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.errors import DwdpUnsupportedError
-from vllm_dwdp.memory import host
+from vllm_dwdp.memory.device import Device, Mapping, Shard
 from vllm_dwdp.memory.layout import ModelLayout, WeightLayout
 from vllm_dwdp.memory.tensor import tensor_at
 from vllm_dwdp.model_executor.expert_parameters import per_expert_parameters
@@ -41,7 +41,7 @@ class ShardedLayer:
     weights: list[WeightLayout] = field(default_factory=list)
     dtypes: list[torch.dtype] = field(default_factory=list)
     shapes: list[tuple[int, ...]] = field(default_factory=list)
-    mappings: list[host.Mapping] = field(default_factory=list)
+    mappings: list[Mapping] = field(default_factory=list)
 
 
 class ExpertShard:
@@ -50,15 +50,17 @@ class ExpertShard:
     Args:
         config: of the group.
         dwdp_rank: our position in it.
+        device: that holds the experts.
         adopted: memory of an earlier life of this rank; then no expert is read from disk.
     """
 
     def __init__(
-        self, config: DwdpConfig, dwdp_rank: int, adopted: host.AdoptedShard | None = None
+        self, config: DwdpConfig, dwdp_rank: int, device: Device, adopted: Shard | None = None
     ) -> None:
         self.config = config
         self.dwdp_rank = dwdp_rank
-        self.memory = adopted or host.HostShard(f"dwdp-shard-{dwdp_rank}")
+        self.device = device
+        self.memory = adopted or device.new_shard(f"dwdp-shard-{dwdp_rank}")
         self.layers: list[ShardedLayer] = []
         self._published: list[ShardedLayer] = []
 
@@ -87,19 +89,20 @@ class ExpertShard:
         for name, tensor in per_expert_parameters(layer):
             self._publish_parameter(sharded, name, tensor)
         self._published.append(sharded)
-        host.release_free_heap()
+        self.device.release_free_memory()
 
     def _publish_parameter(self, sharded: ShardedLayer, name: str, tensor: torch.Tensor) -> None:
         weight = WeightLayout(
             name=name,
             placement=sharded.placement,
             expert_bytes=tensor[0].nbytes,
-            page_bytes=host.PAGE_BYTES,
+            page_bytes=self.device.page_bytes,
         )
         pages = weight.shard_pages(self.dwdp_rank)
-        mapping = self.memory.append(len(pages))
+        pieces = [len(piece) for piece in weight.shard_pieces(self.dwdp_rank)]
+        mapping = self.memory.append(pieces)
         address = mapping.address + weight.resident(self.dwdp_rank).start - pages.start
-        resident = tensor_at(address, tensor.dtype, tuple(tensor.shape))
+        resident = tensor_at(address, tensor.dtype, tuple(tensor.shape), self.device.torch_device)
         if not self.memory.is_adopted:
             resident.copy_(tensor)
         getattr(sharded.layer, name).data = resident
@@ -155,7 +158,7 @@ class ExpertShard:
         if self.memory.is_adopted:
             ranges = []
         else:
-            host.check_available(resident_bytes, "this rank's share of the experts")
+            self.device.check_room(resident_bytes, "this rank's share of the experts")
         return moe.ResidentExperts(
             ids=frozenset(expert for span in ranges for expert in range(span.start, span.stop)),
             split_fused=any(moe.loads_fused_tensors_whole(entry.layer) for entry in self.layers),

@@ -11,7 +11,10 @@ import torch
 
 
 class Ring(Protocol):
-    """What the operators need of a prefetch pipeline."""
+    """A prefetch pipeline, or one that follows captured graphs."""
+
+    def begin_forward(self) -> None:
+        """A forward of the model starts."""
 
     def wait(self, layer_index: int) -> None:
         """Return (host) or order the stream (CUDA) once the slot holds the layer."""

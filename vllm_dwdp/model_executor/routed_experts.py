@@ -41,6 +41,21 @@ class RingPosition:
     index: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Binding:
+    """A layer bound to one view of all its experts: what `use` puts in place.
+
+    Args:
+        parameters: by name, over composite memory.
+        method_state: of the quantisation method, whose kernel captured these parameters.
+        ring_position: where the layer waits and records; None for a view that needs no copies.
+    """
+
+    parameters: dict[str, torch.nn.Parameter]
+    method_state: dict[str, Any]
+    ring_position: RingPosition | None
+
+
 class DwdpRoutedExperts:
     """Mixin over a vLLM routed-experts class; see the module docstring."""
 
@@ -87,16 +102,35 @@ class DwdpRoutedExperts:
 
         method.process_weights_after_loading = process_and_publish
 
-    def bind(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take whole `[num_experts, ...]` tensors and serve all experts from them.
+    def bind(
+        self, tensors: dict[str, torch.Tensor], ring_position: RingPosition | None = None
+    ) -> Binding:
+        """Serve all experts from whole `[num_experts, ...]` tensors; may be called for each view.
 
         Args:
             tensors: by parameter name; the memory behind them must outlive the layer.
+            ring_position: of the layer, if the tensors lie in a prefetch slot.
         """
-        for name, tensor in tensors.items():
-            setattr(self, name, torch.nn.Parameter(tensor, requires_grad=False))
-        self.quant_method.process_weights_after_loading = self._process  # type: ignore[attr-defined]
+        parameters = {
+            name: torch.nn.Parameter(tensor, requires_grad=False)
+            for name, tensor in tensors.items()
+        }
+        for name, parameter in parameters.items():
+            setattr(self, name, parameter)
+        method = self.quant_method  # type: ignore[attr-defined]
+        method.process_weights_after_loading = self._process
         moe.make_experts_whole(self, self._process)
+        self.ring_position = ring_position
+        return Binding(
+            parameters=parameters, method_state=dict(vars(method)), ring_position=ring_position
+        )
+
+    def use(self, binding: Binding) -> None:
+        """Serve from `binding`, made by `bind`, from now on."""
+        for name, parameter in binding.parameters.items():
+            setattr(self, name, parameter)
+        vars(self.quant_method).update(binding.method_state)  # type: ignore[attr-defined]
+        self.ring_position = binding.ring_position
 
     def forward_modular(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """vLLM's `RoutedExperts.forward_modular`, after the slot holds this layer."""

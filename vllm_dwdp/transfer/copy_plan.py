@@ -9,18 +9,20 @@ from vllm_dwdp.memory.layout import LayerLayout
 
 @dataclass(frozen=True)
 class CopySlice:
-    """One copy from a peer's shard into a slot.
+    """One copy from a peer's shard into a composite tensor of the layer.
 
     Args:
         peer_rank: whose shard.
         source_offset: first byte in that shard.
-        slot_offset: first byte in the slot.
+        weight: index of the composite tensor within the layer.
+        offset: first byte in that tensor.
         num_bytes: length, at most `slice_bytes`.
     """
 
     peer_rank: int
     source_offset: int
-    slot_offset: int
+    weight: int
+    offset: int
     num_bytes: int
 
 
@@ -57,7 +59,8 @@ def _slices(layer: LayerLayout, rank: int, slice_bytes: int) -> Iterator[CopySli
     for index, weight in enumerate(layer.weights):
         for copy in weight.remote_copies(rank):
             source = layer.shard_offset(index, copy.source_rank, copy.span.start)
-            target = layer.slot_offset(rank, index, copy.span.start)
             for start in range(0, len(copy.span), slice_bytes):
                 num_bytes = min(slice_bytes, len(copy.span) - start)
-                yield CopySlice(copy.source_rank, source + start, target + start, num_bytes)
+                yield CopySlice(
+                    copy.source_rank, source + start, index, copy.span.start + start, num_bytes
+                )

@@ -51,12 +51,21 @@ class PrefetchPipeline:
         assert len(batches) == len(peer_bytes)
         self._schedule = SlotSchedule(num_layers=len(batches), num_slots=num_slots)
         self._queue = queue
-        self._batches = [queue.add_batch(batch) for batch in batches]
+        self.batches = tuple(queue.add_batch(batch) for batch in batches)
         self._peer_bytes = peer_bytes
         self._filling: list[int | None] = [None] * num_slots
+        self._consumer: list[int | None] = [None] * num_slots
         self._num_fills = [0] * len(batches)
         self._wait_seconds = 0.0
         self._late_layers = self._heals = 0
+
+    def slot(self, layer_index: int) -> int:
+        """The slot that the layer uses."""
+        return self._schedule.slot(layer_index)
+
+    def layer_bytes(self, layer_index: int) -> dict[int, int]:
+        """Bytes that a fill of the layer copies, by peer rank."""
+        return dict(self._peer_bytes[layer_index])
 
     def begin_forward(self) -> None:
         """A forward starts: fetch the first layers now, if an interruption left others behind."""
@@ -67,15 +76,29 @@ class PrefetchPipeline:
         fills = self._schedule.fills_at_wait(layer_index)
         if fills:
             self._heal(fills)
-        seconds = self._queue.wait(self._batches[layer_index])
-        if seconds > 0.0:
-            self._wait_seconds += seconds
-            self._late_layers += 1
+        self._await(layer_index)
 
     def record(self, layer_index: int) -> None:
-        """The layer's kernels are done: refill its slot with the next layer that uses it."""
-        for layer in self._schedule.fills_at_record(layer_index):
-            self._issue(layer)
+        """The layer's kernels are done or enqueued: refill its slot with the next that uses it."""
+        batch = self.batches[layer_index]
+        self._queue.record(batch)
+        self._consumer[self._schedule.slot(layer_index)] = batch
+        for following in self._schedule.fills_at_record(layer_index):
+            self._issue(following)
+
+    def prepare(self, layers: Sequence[int]) -> None:
+        """Order the stream after the arrival of all of `layers`: a graph that reads them follows."""
+        self._heal(self._schedule.fills_before(layers))
+        for layer in layers:
+            self._await(layer)
+
+    def graph_ran(self, fills: Sequence[int], consumed: Sequence[int]) -> None:
+        """A graph was launched that made `fills` itself and consumed these layers last, in order."""
+        for layer in fills:
+            self._num_fills[layer] += 1
+        for layer in consumed:
+            self._schedule.hold(layer)
+            self.record(layer)
 
     def synchronize(self) -> None:
         """Block until no copy is queued or running."""
@@ -99,16 +122,23 @@ class PrefetchPipeline:
             heals=self._heals,
         )
 
+    def _await(self, layer: int) -> None:
+        seconds = self._queue.wait(self.batches[layer])
+        if seconds > 0.0:
+            self._wait_seconds += seconds
+            self._late_layers += 1
+
     def _heal(self, layers: Sequence[int]) -> None:
         """Fetch out of step: what a slot is being filled with may still be on its way."""
         for layer in layers:
             running = self._filling[self._schedule.slot(layer)]
             if running is not None:
-                self._queue.wait(self._batches[running])
+                self._queue.wait(self.batches[running])
             self._heals += 1
             self._issue(layer)
 
     def _issue(self, layer: int) -> None:
-        self._filling[self._schedule.slot(layer)] = layer
+        slot = self._schedule.slot(layer)
+        self._filling[slot] = layer
         self._num_fills[layer] += 1
-        self._queue.issue(self._batches[layer])
+        self._queue.issue(self.batches[layer], self._consumer[slot])

@@ -65,6 +65,14 @@ class SlotSchedule:
             return ()
         return self._claim(range(layer, min(layer + self.num_slots, self.num_layers)))
 
+    def fills_before(self, layers: Sequence[int]) -> Sequence[int]:
+        """Layers to fetch before a graph that reads `layers`, one per slot, is launched."""
+        return self._claim(layers)
+
+    def hold(self, layer: int) -> None:
+        """A graph has left `layer` in its slot."""
+        self.holds[self.slot(layer)] = layer
+
     def fills_at_record(self, layer: int) -> Sequence[int]:
         """Layers to fetch now that `layer` has been consumed and its slot is free: at most one."""
         following, slot = self._following[layer], layer % self.num_slots
@@ -73,7 +81,7 @@ class SlotSchedule:
         self.holds[slot] = following
         return (following,)
 
-    def _claim(self, layers: range) -> list[int]:
+    def _claim(self, layers: Sequence[int]) -> list[int]:
         missing = [layer for layer in layers if self.holds[self.slot(layer)] != layer]
         for layer in missing:
             self.holds[self.slot(layer)] = layer

@@ -5,11 +5,13 @@ import mmap
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from vllm_dwdp.errors import DwdpMemoryError
-from vllm_dwdp.memory import host
+from vllm_dwdp.memory import host, limits
+from vllm_dwdp.memory.device import Segment
 from vllm_dwdp.memory.layout import ByteRange
 
 PAGE = host.PAGE_BYTES
@@ -25,7 +27,7 @@ def mappings() -> int:
 
 def shard_with(content: bytes) -> host.HostShard:
     shard = host.HostShard("dwdp-test")
-    mapping = shard.append(len(content))
+    mapping = shard.append([len(content)])
     ctypes.memmove(mapping.address, content, len(content))
     shard.seal()
     return shard
@@ -34,7 +36,7 @@ def shard_with(content: bytes) -> host.HostShard:
 def test_a_sealed_shard_cannot_be_resized_or_written_by_a_peer() -> None:
     before = open_files(), mappings()
     shard = shard_with(b"a" * PAGE)
-    peer = shard.open_readonly()
+    (peer,) = shard.export().fds
     with pytest.raises(OSError, match="not permitted"):
         os.ftruncate(shard.fd, 0)
     with pytest.raises(OSError, match="not permitted"):
@@ -56,7 +58,7 @@ def test_a_sealed_shard_cannot_be_resized_or_written_by_a_peer() -> None:
 
 def test_the_owner_still_fills_its_edges_after_sealing() -> None:
     shard = host.HostShard("dwdp-test")
-    mapping = shard.append(PAGE)
+    mapping = shard.append([PAGE])
     shard.seal()
     ctypes.memset(mapping.address, 7, PAGE)
     shard.finish()
@@ -68,9 +70,9 @@ def test_a_composite_shows_pages_of_several_files_as_one_range() -> None:
     before = open_files(), mappings()
     first, second = shard_with(b"1" * 2 * PAGE), shard_with(b"2" * PAGE)
     segments = [
-        host.Segment(span=ByteRange(0, PAGE), fd=first.fd, offset=PAGE),
-        host.Segment(span=ByteRange(PAGE, 2 * PAGE), fd=second.fd, offset=0),
-        host.Segment(span=ByteRange(2 * PAGE, 3 * PAGE), fd=first.fd, offset=0),
+        Segment(span=ByteRange(0, PAGE), backing=first, offset=PAGE),
+        Segment(span=ByteRange(PAGE, 2 * PAGE), backing=second, offset=0),
+        Segment(span=ByteRange(2 * PAGE, 3 * PAGE), backing=first, offset=0),
     ]
     composite = host.map_composite(segments, 3 * PAGE)
     assert ctypes.string_at(composite.address, 3 * PAGE) == b"1" * PAGE + b"2" * PAGE + b"1" * PAGE
@@ -86,8 +88,8 @@ def test_a_composite_that_cannot_be_finished_is_given_back() -> None:
     before = open_files(), mappings()
     shard = shard_with(b"1" * PAGE)
     segments = [
-        host.Segment(span=ByteRange(0, PAGE), fd=shard.fd, offset=0),
-        host.Segment(span=ByteRange(PAGE, 2 * PAGE), fd=-1, offset=0),
+        Segment(span=ByteRange(0, PAGE), backing=shard, offset=0),
+        Segment(span=ByteRange(PAGE, 2 * PAGE), backing=SimpleNamespace(fd=-1), offset=0),
     ]
     with pytest.raises(DwdpMemoryError, match=r"mmap of .* failed: Bad file descriptor"):
         host.map_composite(segments, 2 * PAGE)
@@ -100,11 +102,11 @@ def test_an_adopted_shard_is_the_same_memory_and_as_sealed() -> None:
     before = open_files(), mappings()
     first = shard_with(b"1" * 2 * PAGE + b"2" * PAGE)
     digest = first.digest()
-    fd = first.open_readonly()
+    (fd,) = first.export().fds
     first.close()
     adopted = host.AdoptedShard(fd, 3 * PAGE)
     assert adopted.digest() == digest
-    parts = [adopted.append(2 * PAGE), adopted.append(PAGE)]
+    parts = [adopted.append([PAGE, PAGE]), adopted.append([PAGE])]
     assert ctypes.string_at(parts[1].address, PAGE) == b"2" * PAGE
     adopted.seal()
     with pytest.raises(PermissionError):
@@ -117,7 +119,7 @@ def test_an_adopted_shard_must_fit_the_model() -> None:
     before = open_files(), mappings()
     for needed in (PAGE, 3 * PAGE):
         first = shard_with(b"1" * 2 * PAGE)
-        adopted = host.AdoptedShard(first.open_readonly(), 2 * PAGE)
+        adopted = host.AdoptedShard(first.export().fds[0], 2 * PAGE)
         with pytest.raises(DwdpMemoryError, match="kept for this rank has 8192 bytes"):
             fill(adopted, needed)
         adopted.close()
@@ -126,7 +128,7 @@ def test_an_adopted_shard_must_fit_the_model() -> None:
 
 
 def fill(shard: host.AdoptedShard, num_bytes: int) -> None:
-    shard.append(num_bytes)
+    shard.append([num_bytes])
     shard.seal()
 
 
@@ -145,27 +147,31 @@ def test_one_flipped_byte_changes_the_digest(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_slots_are_private_and_given_back() -> None:
     before = open_files(), mappings()
-    slots = host.HostSlots(2, PAGE)
-    ctypes.memset(slots.address(1, 8), 9, 1)
-    assert os.pread(slots.fd, 1, slots.file_offset(1, 8)) == b"\x09"
+    slots = host.HostSlots(2 * PAGE)
+    span = ByteRange(0, PAGE)
+    segment = Segment(span=span, backing=slots, offset=PAGE, writable=True)
+    composite = host.map_composite([segment], PAGE)
+    ctypes.memset(composite.address + 8, 9, 1)
+    assert os.pread(slots.fd, 1, PAGE + 8) == b"\x09"
     slots.close()
+    composite.unmap()
     assert (open_files(), mappings()) == before
 
 
 def test_too_little_memory_names_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "available_bytes", lambda: 2**30)
+    monkeypatch.setattr(limits, "available_bytes", lambda: 2**30)
     with pytest.raises(DwdpMemoryError, match=r"needs 2.00 GiB but only 1.00 GiB .*more ranks"):
-        host.check_available(2 * 2**30, "this rank's share of the experts")
+        limits.check_available(2 * 2**30, "this rank's share of the experts")
     shard = host.HostShard("dwdp-test")
     with pytest.raises(DwdpMemoryError, match="the next layer of this rank's expert shard"):
-        shard.append(2 * 2**30)
+        shard.append([2 * 2**30])
     shard.close()
 
 
 def test_too_few_open_files_names_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host.resource, "getrlimit", lambda _: (64, 64))
+    monkeypatch.setattr(limits.resource, "getrlimit", lambda _: (64, 64))
     with pytest.raises(DwdpMemoryError, match=r"RLIMIT_NOFILE is 64 .*needs \d+ .*ulimit -n"):
-        host.check_open_files(1000, "a group of 72 ranks")
+        limits.check_open_files(1000, "a group of 72 ranks")
 
 
 def test_proportional_memory_counts_a_shared_page_once() -> None:
@@ -173,9 +179,9 @@ def test_proportional_memory_counts_a_shared_page_once() -> None:
     views = [host.map_pages(shard.fd, 0, 64 * PAGE, writable=False) for _ in range(4)]
     for view in views:
         ctypes.string_at(view.address, 64 * PAGE)
-    before = host.proportional_set_bytes()
+    before = limits.proportional_set_bytes()
     for view in views[1:]:
         view.unmap()
-    assert abs(host.proportional_set_bytes() - before) < 64 * PAGE
+    assert abs(limits.proportional_set_bytes() - before) < 64 * PAGE
     views[0].unmap()
     shard.close()

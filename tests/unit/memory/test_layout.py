@@ -1,10 +1,14 @@
 """Byte layout: every byte of a composite tensor comes from exactly one right place."""
 
+from itertools import accumulate
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.strategies import models, weights
 from vllm_dwdp.memory.layout import ByteRange, ModelLayout, WeightLayout
+from vllm_dwdp.memory.slots import SlotLayout
+from vllm_dwdp.placement import Placement
 
 
 def covered(ranges: list[ByteRange]) -> list[int]:
@@ -46,30 +50,76 @@ def test_resident_edges_and_remote_pages_are_the_whole_tensor_once(
 
 
 @settings(max_examples=60, deadline=None)
-@given(models())
-def test_shards_and_slots_give_every_byte_its_own_place(model: ModelLayout) -> None:
+@given(models(), st.sampled_from([1, 2, 5]))
+def test_shards_and_slots_give_every_byte_its_own_place(model: ModelLayout, pool: int) -> None:
     group_size = model.layers[0].weights[0].placement.group_size
     for rank in range(group_size):
         shard: list[int] = []
+        slot = SlotLayout.plan(model.layers, rank, pool * 16)
+        assert sum(slot.allocations) == slot.num_bytes
+        edges = {0, *accumulate(slot.allocations)}
         for layer in model.layers:
-            slot: list[int] = []
             for index, weight in enumerate(layer.weights):
                 pages = weight.shard_pages(rank)
                 shard += [
                     layer.shard_offset(index, rank, byte) for byte in range(pages.start, pages.stop)
                 ]
-                slot += [
-                    layer.slot_offset(rank, index, byte)
-                    for part in weight.remote_pages(rank)
-                    for byte in range(part.start, part.stop)
-                ]
-            assert slot == list(range(layer.slot_bytes(rank)))
+            parts = slot.parts(layer, rank)
+            places = [part.slot_offset + byte for part in parts for byte in range(len(part.span))]
+            assert len(set(places)) == len(places) == layer.remote_bytes(rank)
+            assert all(0 <= place < slot.num_bytes for place in places)
+            for part in parts:
+                assert {part.slot_offset, part.slot_offset + len(part.span)} <= edges, (
+                    "a part ends within an allocation, which a device may not map"
+                )
+            remote = sorted((index, *_bounds(part)) for index, part in layer.remote_parts(rank))
+            assert _merged(sorted((p.weight, *_bounds(p.span)) for p in parts)) == _merged(remote)
         assert shard == list(range(model.shard_bytes[rank]))
 
 
-def test_a_tensor_smaller_than_a_page_is_whole_on_every_rank() -> None:
-    from vllm_dwdp.placement import Placement
+def _bounds(span: ByteRange) -> tuple[int, int]:
+    return span.start, span.stop
 
+
+def _merged(spans: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    merged: list[tuple[int, int, int]] = []
+    for weight, start, stop in spans:
+        if merged and merged[-1][0] == weight and merged[-1][2] == start:
+            merged[-1] = (weight, merged[-1][1], stop)
+        else:
+            merged.append((weight, start, stop))
+    return merged
+
+
+@settings(max_examples=60, deadline=None)
+@given(weights(max_ranks=6, max_experts=20))
+def test_every_direct_segment_of_every_rank_is_whole_pieces_of_its_source(
+    weight: WeightLayout,
+) -> None:
+    ranks = range(weight.placement.group_size)
+    pieces = {rank: weight.shard_pieces(rank) for rank in ranks}
+    for rank in ranks:
+        assert covered(list(pieces[rank])) == covered([weight.shard_pages(rank)])
+        for segment in weight.direct_segments(rank):
+            inside = [
+                piece
+                for piece in pieces[segment.source_rank]
+                if segment.span.start <= piece.start and piece.stop <= segment.span.stop
+            ]
+            assert covered(inside) == covered([segment.span])
+
+
+def test_experts_that_end_on_pages_make_one_piece() -> None:
+    weight = WeightLayout(
+        name="w13_weight",
+        placement=Placement(num_experts=9, group_size=3),
+        expert_bytes=3 * 4096,
+        page_bytes=4096,
+    )
+    assert [len(weight.shard_pieces(rank)) for rank in range(3)] == [1, 1, 1]
+
+
+def test_a_tensor_smaller_than_a_page_is_whole_on_every_rank() -> None:
     weight = WeightLayout(
         name="w2_bias",
         placement=Placement(num_experts=8, group_size=4),

@@ -14,6 +14,9 @@ class RecordingRing:
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []
 
+    def begin_forward(self) -> None:
+        self.calls.append(("begin", -1))
+
     def wait(self, layer_index: int) -> None:
         self.calls.append(("wait", layer_index))
 

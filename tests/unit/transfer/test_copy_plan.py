@@ -5,19 +5,21 @@ from hypothesis import strategies as st
 
 from tests.unit.strategies import models
 from vllm_dwdp.memory.layout import LayerLayout, ModelLayout, WeightLayout
+from vllm_dwdp.memory.slots import SlotLayout
 from vllm_dwdp.placement import Placement
 from vllm_dwdp.transfer.copy_plan import bytes_by_peer, plan_layer_copies
 
 
-def fill(layer: LayerLayout, rank: int, slice_bytes: int) -> dict[int, tuple[int, int]]:
-    """Run a plan byte by byte: slot offset -> (peer, offset in its shard)."""
-    slot: dict[int, tuple[int, int]] = {}
+def fill(layer: LayerLayout, rank: int, slice_bytes: int) -> dict[tuple[int, int], tuple[int, int]]:
+    """Run a plan byte by byte: (weight, byte of its tensor) -> (peer, offset in its shard)."""
+    filled: dict[tuple[int, int], tuple[int, int]] = {}
     for copy in plan_layer_copies(layer, rank, slice_bytes):
         assert copy.peer_rank != rank and 0 < copy.num_bytes <= slice_bytes
         for step in range(copy.num_bytes):
-            assert copy.slot_offset + step not in slot, "a byte is copied twice"
-            slot[copy.slot_offset + step] = (copy.peer_rank, copy.source_offset + step)
-    return slot
+            place = (copy.weight, copy.offset + step)
+            assert place not in filled, "a byte is copied twice"
+            filled[place] = (copy.peer_rank, copy.source_offset + step)
+    return filled
 
 
 @settings(max_examples=80, deadline=None)
@@ -27,18 +29,13 @@ def test_every_remote_byte_is_copied_once_from_where_its_holder_keeps_it(
 ) -> None:
     for layer in model.layers:
         for rank in range(layer.weights[0].placement.group_size):
-            slot = fill(layer, rank, slice_bytes)
             expected = {}
-            for index, weight in enumerate(layer.weights):
-                for part in weight.remote_pages(rank):
-                    for byte in range(part.start, min(part.stop, weight.num_bytes)):
-                        expert = byte // weight.expert_bytes
-                        holder = weight.placement.source(expert, rank)
-                        expected[layer.slot_offset(rank, index, byte)] = (
-                            holder,
-                            layer.shard_offset(index, holder, byte),
-                        )
-            assert slot == expected
+            for index, part in layer.remote_parts(rank):
+                weight = layer.weights[index]
+                for byte in range(part.start, min(part.stop, weight.num_bytes)):
+                    holder = weight.placement.source(byte // weight.expert_bytes, rank)
+                    expected[index, byte] = (holder, layer.shard_offset(index, holder, byte))
+            assert fill(layer, rank, slice_bytes) == expected
 
 
 @settings(max_examples=40, deadline=None)
@@ -64,7 +61,8 @@ def test_plans_account_for_all_remote_bytes_at_any_scale(
     plan = plan_layer_copies(model.layers[-1], rank, slice_bytes=2**20)
     remote = num_experts - len(placement.resident[rank])
     assert sum(bytes_by_peer(plan).values()) == remote * weight.expert_bytes
-    assert model.slot_bytes(rank) == remote * weight.expert_bytes
+    slot = SlotLayout.plan(model.layers, rank, 4096)
+    assert slot.num_bytes == remote * weight.expert_bytes
 
 
 def test_slices_rotate_over_the_peers_starting_after_our_own_rank() -> None:

@@ -33,7 +33,7 @@ class AdversarialQueue:
         self.slot_of[batch] = slices[0][0]
         return batch
 
-    def issue(self, batch: int) -> None:
+    def issue(self, batch: int, after: int | None) -> None:
         slot = self.slot_of[batch]
         assert all(self.slot_of[other] != slot for other in self.in_flight), "two fills, one slot"
         assert self.reading is None or self.slot_of[self.reading] != slot, "slot is being read"
@@ -57,9 +57,15 @@ class AdversarialQueue:
             self.complete(batch)
         return 1e-6 if late else 0.0
 
+    def record(self, batch: int) -> None:
+        assert self.reading is None, "recorded while its kernels run"
+
     def drain(self) -> None:
         for batch in list(self.in_flight):
             self.complete(batch)
+
+    def close(self) -> None:
+        self.drain()
 
     @property
     def busy_seconds(self) -> float:

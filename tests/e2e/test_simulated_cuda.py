@@ -1,0 +1,60 @@
+"""Real engines on CPU kernels, whose expert memory is the CUDA device's over the fake driver.
+
+No evidence about hardware: what runs here is `memory.cuda`, the handles between processes (hundreds of
+descriptors), edges at 2 MiB pages, pooled slots, the copy queue's order, both views of `auto`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.conftest import Checkpoints
+from tests.e2e.matrix import run_cases
+from vllm_dwdp.testing.fake_cuda import fake_cuda_environment
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+# Experts of 2.75 and 1.375 MiB: several pages each, and most end within one.
+SHAPE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 3}
+SIMULATED = {
+    "replace": [
+        "vllm_dwdp.executor.cpu_worker:DwdpCPUWorker.make_device",
+        "tests.e2e.engine_process:make_simulated_device",
+    ]
+}
+
+
+def test_tokens_and_weights_over_simulated_device_memory(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    model = checkpoints("mixtral", 8, **SHAPE)
+    biased = checkpoints("gpt_oss", 7, **(SHAPE | {"num_hidden_layers": 3}))
+    reference = run_cases(
+        tmp_path,
+        "stock",
+        [{"name": "mixtral", "model": model}, {"name": "gpt_oss", "model": biased}],
+    )
+    common = {"num_ranks": 3} | SIMULATED
+    limit = {"mode": "auto", "direct_max_tokens": 8}
+    redundant = {"mode": "prefetch", "experts_per_rank": 4}
+    listed: list[dict[str, Any]] = [
+        common | {"name": "mixtral@direct", "model": model, "dwdp": {"mode": "direct"}},
+        common | {"name": "mixtral@redundant", "model": model, "dwdp": redundant},
+        common | {"name": "gpt_oss@auto", "model": biased, "dwdp": limit},
+    ]
+    races = {"DWDP_DEBUG_POISON": "1", "DWDP_DEBUG_MAX_DELAY_US": "1000"}
+    environment = fake_cuda_environment() | races
+    results = run_cases(tmp_path, "simulated", listed, environment)
+    for name, ranks in results.items():
+        expected = reference["gpt_oss" if "gpt_oss" in name else "mixtral"][0]
+        assert len(ranks) == 3
+        for result in ranks:
+            assert result["weights"] == expected["weights"], (name, result["rank"])
+            assert result["tokens"] == expected["tokens"], (name, result["rank"])
+            assert result["status"]["remote_expert_bytes"] > 0
+            assert not any(result["cuda_left"].values()), (name, result["cuda_left"])
+    fetched = [sum(rank["status"]["fetched_bytes"].values()) for rank in results["gpt_oss@auto"]]
+    assert all(fetched), "no step was prefetched"
+    steps = results["gpt_oss@auto"][0]["status"]["steps"]
+    assert steps["direct"] > 10 and steps["prefetch"] > 2, steps
