@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 
-from vllm_dwdp.memory.host import proportional_set_bytes
+from vllm_dwdp.memory.limits import proportional_set_bytes
 from vllm_dwdp.testing.checkpoints import make_checkpoint
 from vllm_dwdp.testing.server import Server, ServerError
 

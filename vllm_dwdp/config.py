@@ -27,8 +27,8 @@ class DwdpConfig:
         direct_max_tokens: `auto` reads in place up to this many scheduled tokens per step;
             `None` takes the cost model's threshold.
         slice_bytes: size of one copy slice.
-        rendezvous: where ranks meet: `unix:///folder`, `tcp://host:port`, or an `abstract:` name
-            made by the launcher.
+        rendezvous: where ranks meet: `unix:///folder`, `tcp://host[,host...]:port`, or an
+            `abstract:` name made by the launcher.
         rendezvous_secret_file: file whose content authenticates `tcp://` peers.
         join_timeout_s: how long a starting rank waits for its peers, seconds.
     """
@@ -92,6 +92,11 @@ class DwdpConfig:
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise DwdpConfigError(f"dwdp {name}={value!r} must be a string.")
+        if self.rendezvous_secret_file and not (self.rendezvous or "").startswith("tcp://"):
+            raise DwdpConfigError(
+                f"dwdp rendezvous_secret_file={self.rendezvous_secret_file!r} is used by tcp:// "
+                f"only, and rendezvous is {self.rendezvous!r}. Leave the secret out."
+            )
 
     @staticmethod
     def _check_integer(name: str, value: Any, smallest: int) -> None:
@@ -107,7 +112,7 @@ class DwdpLaunch:
 
     Args:
         config: the checked options.
-        data_parallel_size: ranks of the whole deployment; all on this host.
+        data_parallel_size: ranks of the whole deployment; on the CPU all on this host.
         first_rank: global rank of this front end's engine 0 (not 0 when ranks or nodes are
             started one by one).
         local_size: engines that this front end starts.

@@ -50,6 +50,14 @@ class RankMetrics:
                 "rejoin_seconds", "Seconds it took to come back with an adopted shard; else 0."
             ),
             "saved_bytes": _gauge("saved_bytes", "Bytes saved against a full replica."),
+            "generation_seconds": _gauge(
+                "generation_seconds",
+                "Unix time at which this engine's rank started (its generation).",
+            ),
+            "last_failure_seconds": _gauge(
+                "last_failure_seconds",
+                "Unix time at which a peer last died or was refused; 0: never.",
+            ),
         }
         self._peer_state = _gauge("peer_state", "1 for the state each peer is in.", "peer", "state")
         self._fetched = _counter("fetched_bytes", "Bytes copied from each peer.", "peer")
@@ -60,6 +68,9 @@ class RankMetrics:
             ),
             "prefetch_copy_seconds": _counter("prefetch_copy_seconds", "Seconds that copies took."),
             "late_prefetches": _counter("late_prefetch", "Layers whose copies were late."),
+            "dropped_connections": _counter(
+                "dropped_connections", "Connections to the rank that were no peer's."
+            ),
         }
 
     def update(self, engine: int, status: dict[str, Any]) -> None:
@@ -72,6 +83,10 @@ class RankMetrics:
             str(status.get("group_size", 1)),
             str(status.get("dwdp_rank", 0)),
         ).set(1)
+        status = status | {
+            "generation_seconds": status.get("generation", 0) / 1e9,
+            "last_failure_seconds": status.get("last_failure_at", 0.0),
+        }
         for name, gauge in self._gauges.items():
             if name in status:
                 gauge.labels(*labels).set(status[name])
@@ -126,7 +141,7 @@ class StatusPoller:
         rank = self._launch.rank(engine)
         try:
             status = query_status(
-                Endpoint.parse(self._launch.endpoint),
+                Endpoint.of(self._launch),
                 self._launch.group(rank),
                 self._launch.dwdp_rank(rank),
                 timeout_s=INTERVAL_S,

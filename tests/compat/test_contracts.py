@@ -170,6 +170,35 @@ def test_start_up_wait_is_looked_up_by_name_and_interrupts_are_swallowed() -> No
     assert "except KeyboardInterrupt" in source(network_utils.zmq_socket_ctx)
 
 
+def test_servers_bind_through_setup_server_and_listen_once_engines_are_up() -> None:
+    """The last assertion fails when the shim can go: vLLM listens while engines start."""
+    import inspect as reader
+    from importlib import import_module
+
+    from vllm.entrypoints.launchers import launcher
+
+    from vllm_dwdp.compat.admission import SERVER_MODULES
+
+    for name in SERVER_MODULES:
+        module = import_module(name)
+        assert module.setup_server is launcher.setup_server or hasattr(
+            module.setup_server, "dwdp_stock"
+        )
+        assert "setup_server(args, reuse_port=" in reader.getsource(module)
+    bound = source(launcher.create_server_socket)
+    assert "sock.bind(" in bound
+    assert ".listen(" not in bound + source(launcher.setup_server)
+
+
+def test_ping_asks_the_engine_and_is_always_there() -> None:
+    from vllm.entrypoints.launchers.api_server import routers
+    from vllm.entrypoints.serve.sagemaker import api_router
+
+    assert "register_sagemaker_api_router(app" in source(routers.register_api_routers)
+    assert '@router.get("/ping"' in source(api_router._attach_router)
+    assert "await health(raw_request)" in source(api_router._attach_router)
+
+
 def test_offline_client_members() -> None:
     from vllm.v1.engine import core_client
 
@@ -201,3 +230,37 @@ def test_executor_and_worker_hooks() -> None:
     assert callable(MultiprocExecutor._init_executor)
     for name in ("load_model", "execute_model", "determine_available_memory", "shutdown"):
         assert callable(getattr(CPUWorker, name))
+
+
+def test_graphs_are_captured_and_replayed_through_torchs_class() -> None:
+    """Piecewise and full, both model runners: what `compat.cuda_graphs` wraps is all there is."""
+    from vllm.compilation import breakable_cudagraph, cuda_graph
+    from vllm.v1.worker.gpu import cudagraph_utils
+
+    for module in (cuda_graph, cudagraph_utils, breakable_cudagraph):
+        assert "torch.cuda.CUDAGraph()" in source(module)
+        assert ".replay()" in source(module)
+        assert "cuGraphLaunch" not in source(module)
+        assert "cudaGraphLaunch" not in source(module)
+
+
+def test_on_gpus_the_layer_is_called_inside_an_opaque_operator() -> None:
+    """There wait and record run eagerly, also during capture, and are never traced."""
+    from vllm.model_executor.layers.fused_moe.runner import moe_runner
+
+    assert "torch.ops.vllm.moe_forward" in source(moe_runner.MoERunner._select_forward)
+    assert "self.routed_experts.forward_modular(" in source(moe_runner)
+
+
+def test_gpu_worker_hooks() -> None:
+    from vllm.utils import mem_utils
+    from vllm.v1.worker.gpu_worker import Worker
+
+    from vllm_dwdp.executor.gpu_worker import DwdpGPUWorker
+
+    for name in ("load_model", "execute_model", "shutdown", "reload_weights", "sleep"):
+        assert callable(getattr(Worker, name))
+        assert getattr(DwdpGPUWorker, name) is not getattr(Worker, name)
+    assert "self.device = torch.device(" in source(Worker.init_device)
+    # Shards and slots are no torch memory: they are seen only because free memory is what counts.
+    assert "before_create.free_memory - result.after_profile.free_memory" in source(mem_utils)

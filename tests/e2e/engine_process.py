@@ -6,6 +6,7 @@ in this process, so that a case costs seconds and every architecture can be comp
 """
 
 import contextlib
+import dataclasses
 import gc
 import importlib
 import json
@@ -36,9 +37,29 @@ def main() -> None:
             if rank < case.get("num_ranks", 1):
                 if "alone" not in sys.argv:
                     begin_together(output.parent / f"{Path(sys.argv[1]).stem}-{number}", case, rank)
-                run = run_failing_case if case.get("fails") else run_case
                 file.write(json.dumps(run(case, rank)) + "\n")
                 file.flush()
+
+
+def run(case: dict[str, Any], rank: int) -> dict[str, Any]:
+    """A case, which may put something else in the place of an object."""
+    if case.get("fails"):
+        return run_failing_case(case, rank)
+    with replaced(case["replace"]) if "replace" in case else contextlib.nullcontext():
+        result = run_case(case, rank)
+    if "simulated" in json.dumps(case):
+        from vllm_dwdp.testing.fake_cuda import live_objects
+
+        gc.collect()
+        result["cuda_left"] = dataclasses.asdict(live_objects())
+    return result
+
+
+def make_simulated_device(worker: Any) -> Any:
+    """In the place of `DwdpCPUWorker.make_device`."""
+    from vllm_dwdp.testing.simulated_cuda import SimulatedCudaMemory
+
+    return SimulatedCudaMemory()
 
 
 def begin_together(place: Path, case: dict[str, Any], rank: int) -> None:

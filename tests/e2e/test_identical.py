@@ -116,18 +116,18 @@ def test_four_ranks_and_uneven_counts(
 def test_thousands_of_steps_with_preemption_aborts_and_late_poisoned_copies(
     checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """The same 3000 batches in one stock engine and on both ranks give the same tokens."""
+    """The same batches in one stock engine and on both ranks give the same tokens."""
     folder = tmp_path_factory.mktemp("soak")
     case = {
         "name": "soak",
         "model": checkpoints("qwen3_moe_mixed", 8),
-        "soak": {"num_steps": 3000, "seed": 1},
+        "soak": {"num_steps": 2000, "seed": 1},
         "engine_args": {"max_num_seqs": 8, "num_gpu_blocks_override": 12},
     }
     (stock,) = run_cases(folder, "stock", [case])["soak"]
     assert stock["preempted"] > 20
-    assert stock["aborted"] > 50
-    assert stock["batches"] > 2500
+    assert stock["aborted"] > 30
+    assert stock["batches"] > 1600
     dwdp = {"num_ranks": 2, "dwdp": {"mode": "prefetch", "slice_bytes": 16384}}
     races = {"DWDP_DEBUG_POISON": "1", "DWDP_DEBUG_MAX_DELAY_US": "150"}
     for result in run_cases(folder, "dwdp", [case | dwdp], races)["soak"]:
@@ -135,7 +135,7 @@ def test_thousands_of_steps_with_preemption_aborts_and_late_poisoned_copies(
             assert result[key] == stock[key], key
         status = result["status"]
         assert status["late_prefetches"] > 100, "the delays delayed nothing"
-        assert sum(status["fetched_bytes"].values()) > 1000 * status["remote_expert_bytes"]
+        assert sum(status["fetched_bytes"].values()) > 700 * status["remote_expert_bytes"]
         assert status["steps"]["prefetch"] >= stock["batches"]
         assert status["forwards"] >= stock["batches"]
         assert status["unfinished_forwards"] == 0

@@ -79,14 +79,27 @@ def test_prefetch_without_the_native_library(
     configure(checkpoints("qwen3_moe"), {"mode": "direct"})
 
 
-def test_another_device_than_the_cpu(
+def test_a_device_without_an_implementation(
     checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm.platforms import current_platform
-
-    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
-    with pytest.raises(DwdpUnsupportedError, match=r"runs on CPUs only so far.*docs/gpu.md"):
+    monkeypatch.setattr("vllm_dwdp.compat.engine_args._device_type", lambda: "tpu")
+    with pytest.raises(DwdpUnsupportedError, match=r"runs on CPUs and NVIDIA GPUs.*for 'tpu'"):
         configure(checkpoints("qwen3_moe"))
+
+
+def test_on_a_gpu_its_worker_is_chosen_with_a_warning(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the answer of the platform is replaced: what no GPU has run must not look as if it had."""
+    from vllm_dwdp.compat import engine_args
+
+    said: list[str] = []
+    monkeypatch.setattr(engine_args, "_device_type", lambda: "cuda")
+    monkeypatch.setattr(engine_args.logger, "warning", said.append)
+    config = configure(checkpoints("qwen3_moe"), {"mode": "prefetch"})
+    worker = "vllm_dwdp.executor.gpu_worker.DwdpGPUWorker"
+    assert config.parallel_config.worker_cls == worker
+    assert len(said) == 1 and "never on hardware" in said[0]
 
 
 def test_a_dense_model(tmp_path: Any) -> None:

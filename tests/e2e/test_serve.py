@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import Checkpoints
-from vllm_dwdp.memory.host import proportional_set_bytes
+from vllm_dwdp.memory.limits import proportional_set_bytes
 from vllm_dwdp.testing.server import Server, serving
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]

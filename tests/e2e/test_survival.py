@@ -1,6 +1,7 @@
 """Ranks outlive each other: kill -9 under load, adoption of the shard, the launcher.
 
-`DWDP_KILLS=30` runs the long version; the answers must not change and survivors must not notice.
+`DWDP_KILLS=30` runs the long version (`DWDP_SEED` makes other kills of it), `DWDP_STOP_S=60` stops a
+rank for longer; the answers must not change and survivors must not notice.
 """
 
 import json
@@ -21,12 +22,14 @@ import pytest
 from tests.e2e.conftest import Checkpoints
 from vllm_dwdp.testing.server import Server, ServerError, free_ports
 
-NUM_KILLS = int(os.environ.get("DWDP_KILLS", "2"))
+NUM_KILLS = int(os.environ.get("DWDP_KILLS", "1"))
+SEED = int(os.environ.get("DWDP_SEED", "5"))
+STOP_S = float(os.environ.get("DWDP_STOP_S", "3"))
 NUM_RANKS = 3
 PROMPTS = [f"survive {index} " * (1 + 4 * index) for index in range(4)]
 SETTINGS = ("--enforce-eager", "--served-model-name", "m", "--max-model-len", "512")
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300 + 120 * NUM_KILLS)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300 + 120 * NUM_KILLS + 2 * STOP_S)]
 
 
 def start(model: str, rank: int, folder: Path, life: int = 0) -> Server:
@@ -73,69 +76,165 @@ class Client(threading.Thread):
         self.join(timeout=120)
 
 
-def footprint(server: Server) -> tuple[int, int]:
-    """Open files and shared mappings of the rank's worker."""
+class Watcher(threading.Thread):
+    """Asks a server for `/health` and `/ping` while it starts, and notes what it hears."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__(daemon=True)
+        self.server = server
+        self.heard: list[tuple[int, int]] = []
+        self.refused_later = 0
+        self.start()
+
+    def run(self) -> None:
+        while self.heard[-1:] != [(200, 200)] and self.server.process.poll() is None:
+            try:
+                self.heard.append((self._ask("/health"), self._ask("/ping")))
+            except OSError:
+                self.refused_later += bool(self.heard)
+            time.sleep(0.1)
+
+    def _ask(self, path: str) -> int:
+        try:
+            self.server.get(path)
+        except urllib.error.HTTPError as error:
+            return error.code
+        return 200
+
+
+def footprint(server: Server) -> tuple[int, int, int]:
+    """Open files, shared mappings and anonymous bytes of the rank's worker."""
     (worker,) = server.processes("Worker")
     maps = Path(f"/proc/{worker.pid}/maps").read_text()
-    return worker.num_fds(), maps.count("memfd:dwdp")
+    rollup = Path(f"/proc/{worker.pid}/smaps_rollup").read_text()
+    anonymous = int(rollup.split("Anonymous:")[1].split()[0]) * 1024
+    return worker.num_fds(), maps.count("memfd:dwdp"), anonymous
 
 
-def test_kills_under_load(checkpoints: Checkpoints, tmp_path: Path) -> None:
-    model, dice = checkpoints("mixtral", 8), random.Random(5)
-    servers = [start(model, rank, tmp_path) for rank in range(NUM_RANKS)]
-    clients: dict[int, Client] = {}
-    try:
-        for server in servers:
+class Deployment:
+    """Ranks that all answer under load, what they answered first, and what each held then."""
+
+    def __init__(self, model: str, folder: Path) -> None:
+        self.model = model
+        self.folder = folder
+        self.servers = [start(model, rank, folder) for rank in range(NUM_RANKS)]
+        self.clients: dict[int, Client] = {}
+        self.before: dict[int, tuple[int, int, int]] = {}
+        self.back_after_s: list[float] = []
+        self.num_answers = 0
+        self.never_killed = set(range(NUM_RANKS))
+
+    def wait_until_serving(self) -> None:
+        for server in self.servers:
             server.wait_until_ready()
-        assert len(list((tmp_path / "meet").glob("g0-r*.sock"))) == NUM_RANKS
-        assert (tmp_path / "meet").stat().st_mode & 0o777 == 0o700
-        expected = [servers[0].tokens(prompt) for prompt in PROMPTS]
-        clients = {rank: Client(server, expected) for rank, server in enumerate(servers)}
-        time.sleep(2)
-        before = [footprint(server) for server in servers]
-        servers[2].suspend()
-        for server in servers[:2]:
-            started = time.monotonic()
-            assert [server.tokens(prompt) for prompt in PROMPTS] == expected
-            assert time.monotonic() - started < 20, "a stopped rank holds the others up"
-        servers[2].resume()
-        for life in range(1, NUM_KILLS + 1):
-            victim = dice.randrange(NUM_RANKS)
-            time.sleep(dice.uniform(0, 2))
-            servers[victim].kill()
-            clients[victim].end()
-            servers[victim] = start(model, victim, tmp_path, life)
-            servers[victim].wait_until_ready()
-            log = servers[victim].log.read_text()
-            assert f"DWDP rank {victim} adopted" in log, "it read its experts from disk again"
-            clients[victim] = Client(servers[victim], expected)
-            for rank, client in clients.items():
-                if rank != victim:
-                    assert not client.failures, f"rank {rank} noticed the death of {victim}"
-        time.sleep(3)
-        for client in clients.values():
+        self.expected = [self.servers[0].tokens(prompt) for prompt in PROMPTS]
+        for rank in range(NUM_RANKS):
+            self.load(rank)
+
+    def load(self, rank: int) -> None:
+        """Put a rank under load, once it has taken the memory that it needs."""
+        assert [self.servers[rank].tokens(prompt) for prompt in PROMPTS] == self.expected
+        self.before[rank] = footprint(self.servers[rank])
+        self.clients[rank] = Client(self.servers[rank], self.expected)
+
+    def stop_one(self, rank: int) -> None:
+        """SIGSTOP for a while: the others answer in time, and it goes on where it was."""
+        self.servers[rank].suspend()
+        stopped = time.monotonic()
+        while time.monotonic() - stopped < STOP_S:
+            for other, server in enumerate(self.servers):
+                if other != rank:
+                    started = time.monotonic()
+                    assert [server.tokens(prompt) for prompt in PROMPTS] == self.expected
+                    assert time.monotonic() - started < 20, "a stopped rank holds the others up"
+        self.servers[rank].resume()
+        assert self.servers[rank].tokens(PROMPTS[0]) == self.expected[0]
+
+    def kill_one(self, rank: int, life: int) -> None:
+        """SIGKILL, and its return: it adopts its experts, and the others notice nothing."""
+        self.servers[rank].kill()
+        killed = time.monotonic()
+        self.never_killed.discard(rank)
+        self.clients[rank].end()
+        self.num_answers += self.clients[rank].num_answers
+        self.servers[rank] = start(self.model, rank, self.folder, life)
+        self.servers[rank].wait_until_ready()
+        self.back_after_s.append(time.monotonic() - killed)
+        log = self.servers[rank].log.read_text()
+        assert f"DWDP rank {rank} adopted" in log, "it read its experts from disk again"
+        self.load(rank)
+        for other, client in self.clients.items():
+            if other != rank:
+                assert not client.failures, f"rank {other} noticed the death of {rank}"
+
+    def end_load(self) -> None:
+        for client in self.clients.values():
             client.end()
             assert not client.failures
             assert client.num_answers > 3
-        for rank, server in enumerate(servers):
-            num_files, num_mappings = footprint(server)
-            assert num_mappings == before[rank][1]
-            assert num_files <= before[rank][0] + 4
-        assert proportional_experts(servers) <= 1.2 * expert_bytes(servers[0])
+            self.num_answers += client.num_answers
+        back = sorted(self.back_after_s)
+        print(
+            f"{NUM_KILLS} kills (seed {SEED}): {self.num_answers} requests answered, none failed; "
+            f"back after {back[len(back) // 2]:.0f} s (median), {back[-1]:.0f} s (longest)"
+        )
+
+    def must_not_have_grown(self) -> None:
+        for rank, server in enumerate(self.servers):
+            grown = [
+                now - then for now, then in zip(footprint(server), self.before[rank], strict=True)
+            ]
+            print(
+                f"rank {rank} ({'never killed' if rank in self.never_killed else 'restarted'}): "
+                f"{grown[0]:+d} files, {grown[1]:+d} mappings, {grown[2] / 2**20:+.1f} MiB anonymous"
+            )
+            assert grown[0] <= 4 and grown[1] == 0 and grown[2] < 32 * 2**20
+        assert proportional_experts(self.servers) <= 1.2 * expert_bytes(self.servers[0])
+
+    def close(self) -> None:
+        for client in self.clients.values():
+            client._stop_event.set()
+        for server in self.servers:
+            server.stop()
+
+
+def test_kills_under_load(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    model, dice = checkpoints("mixtral", 8), random.Random(SEED)
+    ranks = Deployment(model, tmp_path)
+    watcher = Watcher(ranks.servers[0])
+    try:
+        ranks.wait_until_serving()
+        watcher.join(timeout=30)
+        assert watcher.heard[-1] == (200, 200), "the engine answers, and says so"
+        assert set(watcher.heard[:-1]) == {(200, 503)}, "before that it lived and was not ready"
+        assert not watcher.refused_later, "a connection was refused between the two"
+        assert len(list((tmp_path / "meet").glob("g0-r*.sock"))) == NUM_RANKS
+        assert (tmp_path / "meet").stat().st_mode & 0o777 == 0o700
+        ranks.stop_one(2)
+        began = time.time()
+        for life in range(1, NUM_KILLS + 1):
+            time.sleep(dice.uniform(0, 2))
+            ranks.kill_one(dice.randrange(NUM_RANKS), life)
+        time.sleep(3)
+        ranks.end_load()
+        ranks.must_not_have_grown()
+        for rank in ranks.never_killed:
+            generation = ranks.servers[rank].metric("vllm:dwdp_generation_seconds")
+            failed_at = ranks.servers[rank].metric("vllm:dwdp_last_failure_seconds")
+            assert generation is not None and 0 < generation < began
+            assert failed_at is not None and failed_at > began, "a death is a failure"
 
         # One that returns with another checkpoint is refused, and the survivors go on.
-        servers[0].kill()
-        servers[0] = start(changed_copy(model, tmp_path), 0, tmp_path, NUM_KILLS + 1)
+        ranks.servers[0].kill()
+        changed = changed_copy(model, tmp_path)
+        ranks.servers[0] = start(changed, 0, tmp_path, NUM_KILLS + 1)
         with pytest.raises(ServerError):
-            servers[0].wait_until_ready()
-        assert "checkpoint_digest is" in servers[0].log.read_text()
-        for server in servers[1:]:
-            assert [server.tokens(prompt) for prompt in PROMPTS] == expected
+            ranks.servers[0].wait_until_ready()
+        assert "checkpoint_digest is" in ranks.servers[0].log.read_text()
+        for server in ranks.servers[1:]:
+            assert [server.tokens(prompt) for prompt in PROMPTS] == ranks.expected
     finally:
-        for client in clients.values():
-            client._stop_event.set()
-        for server in servers:
-            server.stop()
+        ranks.close()
     assert not list((tmp_path / "meet").iterdir())
 
 

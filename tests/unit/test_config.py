@@ -38,6 +38,10 @@ def test_some_settings_share_nothing(options: dict[str, Any], size: int) -> None
         ({"direct_max_tokens": -1}, "direct_max_tokens=-1 must be an integer of at least 0"),
         ({"join_timeout_s": 0}, "join_timeout_s=0 must be a positive number of seconds"),
         ({"rendezvous": 7}, "rendezvous=7 must be a string"),
+        (
+            {"rendezvous": "unix:///x", "rendezvous_secret_file": "/s"},
+            "rendezvous_secret_file='/s' is used by tcp:// only, and rendezvous is 'unix:///x'",
+        ),
         ([], r"additional_config\['dwdp'\] is \[\]; it must be a JSON object"),
     ],
 )

@@ -12,6 +12,7 @@ import yaml
 from vllm_dwdp import metrics
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.distributed.endpoint import Endpoint
+from vllm_dwdp.entrypoints.launch import LaunchPlan
 
 DEPLOY = Path(__file__).parents[2] / "examples" / "deploy"
 
@@ -45,6 +46,33 @@ def test_every_rank_is_given_options_that_exist(commands: Any) -> None:
         config = DwdpConfig.from_options(options, data_parallel_size=2)
         assert config.rendezvous is not None
         assert Endpoint.parse(config.rendezvous).kind == "unix"
+
+
+def test_readiness_and_liveness_are_told_apart() -> None:
+    """`/health` is 200 while a rank waits for its peers; traffic must wait for `/ping`."""
+    documents = list(yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text()))
+    (container,) = documents[0]["spec"]["template"]["spec"]["containers"]
+    paths = {
+        probe: container[f"{probe}Probe"]["httpGet"]["path"]
+        for probe in ("startup", "readiness", "liveness")
+    }
+    assert paths == {"startup": "/health", "readiness": "/ping", "liveness": "/health"}
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    assert "--health-check-endpoint=/ping" in services["router"]["command"]
+    for rank in ("rank0", "rank1"):
+        assert "/ping" in services[rank]["healthcheck"]["test"][-1]
+    plan = LaunchPlan(
+        model="m",
+        num_ranks=1,
+        host="127.0.0.1",
+        port=1,
+        rank_ports=(2,),
+        rendezvous="unix:///x",
+        arguments=(),
+        additional_config={},
+    )
+    command = plan.router_command()
+    assert command[command.index("--health-check-endpoint") + 1] == "/ping"
 
 
 def test_the_dashboard_asks_for_metrics_that_exist() -> None:

@@ -13,10 +13,17 @@ from contextlib import contextmanager
 from typing import Any
 
 from vllm_dwdp.errors import DwdpConfigError, DwdpUnsupportedError
+from vllm_dwdp.logger import init_logger
+
+logger = init_logger(__name__)
 
 BACKEND = "dwdp"
 EXECUTOR_CLS = "vllm_dwdp.executor.executor.DwdpExecutor"
-CPU_WORKER_CLS = "vllm_dwdp.executor.cpu_worker.DwdpCPUWorker"
+WORKER_CLS = {
+    "cpu": "vllm_dwdp.executor.cpu_worker.DwdpCPUWorker",
+    "cuda": "vllm_dwdp.executor.gpu_worker.DwdpGPUWorker",
+}
+"""The worker of each kind of device that vLLM may be built for."""
 
 ENDPOINT_ENV = "DWDP_ENDPOINT"
 """Set by the process that starts the engines, read by the API servers that it spawns."""
@@ -26,13 +33,16 @@ def install() -> None:
     """Wrap `EngineArgs.create_engine_config` once; inert unless the backend is `dwdp`."""
     from vllm.engine.arg_utils import EngineArgs
 
+    from vllm_dwdp.compat import admission
+
+    admission.install(_is_chosen)
     stock = EngineArgs.create_engine_config
     if hasattr(stock, "dwdp_stock"):
         return
 
     @functools.wraps(stock)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.distributed_executor_backend not in (BACKEND, EXECUTOR_CLS):
+        if not _is_chosen(self):
             return stock(self, *args, **kwargs)
         return _create_dwdp_config(self, stock, *args, **kwargs)
 
@@ -40,24 +50,32 @@ def install() -> None:
     EngineArgs.create_engine_config = create_engine_config
 
 
+def _is_chosen(args: Any) -> bool:
+    return getattr(args, "distributed_executor_backend", None) in (BACKEND, EXECUTOR_CLS)
+
+
 def _create_dwdp_config(args: Any, stock: Any, *pos: Any, **kwargs: Any) -> Any:
-    from vllm.platforms import current_platform
 
     from vllm_dwdp import native
-    from vllm_dwdp.compat import independent, startup, stats
+    from vllm_dwdp.compat import admission, independent, startup, stats
     from vllm_dwdp.config import DwdpConfig, DwdpLaunch
 
-    if not current_platform.is_cpu():
+    device_type = _device_type()
+    if device_type not in WORKER_CLS:
         raise DwdpUnsupportedError(
-            f"--distributed-executor-backend dwdp runs on CPUs only so far, and this vLLM is built for "
-            f"{current_platform.device_type}: the CUDA device is not built yet (docs/gpu.md). Use stock "
-            "vLLM here, or its CPU build."
+            f"--distributed-executor-backend dwdp runs on CPUs and NVIDIA GPUs, and this vLLM is "
+            f"built for {device_type!r}. Use stock vLLM here."
+        )
+    if device_type == "cuda":
+        logger.warning(
+            "DWDP on GPUs has been tested with a simulated driver only, never on hardware: compare "
+            "its answers with stock vLLM's before you rely on it (docs/gpu.md)"
         )
     refuse_unsupported(args)
     additional = dict(args.additional_config or {})
     size = offline_size() or max(args.data_parallel_size, _spmd_size())
     config = DwdpConfig.from_options(additional.pop(BACKEND, {}), size)
-    if config.shares_experts and config.mode == "prefetch":
+    if config.shares_experts and (config.mode == "prefetch" or device_type == "cuda"):
         native.library()
     # What stays in additional_config is hashed into the torch.compile cache key: only what
     # changes the compiled graph may stay, or every rank and every start would compile again.
@@ -65,7 +83,7 @@ def _create_dwdp_config(args: Any, stock: Any, *pos: Any, **kwargs: Any) -> Any:
     with _replaced(
         args,
         distributed_executor_backend=EXECUTOR_CLS,
-        worker_cls=CPU_WORKER_CLS,
+        worker_cls=WORKER_CLS[device_type],
         additional_config=hashed,
     ):
         vllm_config = stock(args, *pos, **kwargs)
@@ -82,12 +100,20 @@ def _create_dwdp_config(args: Any, stock: Any, *pos: Any, **kwargs: Any) -> Any:
     )
     independent.make_independent(vllm_config, launch, place)
     atexit.register(_forget_ranks, launch)
-    if args.gpu_memory_utilization == type(args).gpu_memory_utilization:
+    if device_type == "cpu" and args.gpu_memory_utilization == type(args).gpu_memory_utilization:
         # On the CPU this is a share of the host's memory, which the ranks divide.
         vllm_config.cache_config.gpu_memory_utilization /= size
     stats.install(launch)
     startup.install()
+    admission.explain_by(launch)
     return vllm_config
+
+
+def _device_type() -> str:
+    """What this vLLM is built for: `cpu`, `cuda`, ..."""
+    from vllm.platforms import current_platform
+
+    return str(current_platform.device_type)
 
 
 def refuse_unsupported(args: Any) -> None:
@@ -103,7 +129,7 @@ def refuse_unsupported(args: Any) -> None:
             raise DwdpUnsupportedError(
                 f"{shown} cannot be used with --distributed-executor-backend dwdp: {reason}"
             )
-    if args.worker_cls not in ("auto", CPU_WORKER_CLS):
+    if args.worker_cls not in ("auto", *WORKER_CLS.values()):
         raise DwdpUnsupportedError(
             f"--worker-cls {args.worker_cls} cannot be used with --distributed-executor-backend "
             "dwdp, which brings its own worker. Leave it out."
@@ -266,7 +292,8 @@ def _choose_endpoint(args: Any, config: Any, place: Any) -> str:
     from vllm_dwdp.distributed.endpoint import Endpoint
 
     if config.rendezvous is not None:
-        Endpoint.parse(config.rendezvous)
+        _refuse_several_hosts_on_cpu(config.rendezvous)
+        Endpoint.parse(config.rendezvous, config.group_size, config.rendezvous_secret_file)
         return str(config.rendezvous)
     if place.spmd_name is not None:
         return f"abstract:{place.spmd_name}"
@@ -280,16 +307,27 @@ def _choose_endpoint(args: Any, config: Any, place: Any) -> str:
     spawned_by_us = args._api_process_count > 1 and args._api_process_rank >= 0
     if spawned_by_us and ENDPOINT_ENV in os.environ:
         return os.environ[ENDPOINT_ENV]
-    endpoint = make_abstract_endpoint()
-    os.environ[ENDPOINT_ENV] = endpoint
-    return endpoint
+    made = make_abstract_endpoint()
+    os.environ[ENDPOINT_ENV] = made
+    return made
+
+
+def _refuse_several_hosts_on_cpu(rendezvous: str) -> None:
+    from vllm.platforms import current_platform
+
+    if rendezvous.startswith("tcp://") and current_platform.is_cpu():
+        raise DwdpUnsupportedError(
+            f"dwdp rendezvous={rendezvous!r} cannot be used on the host device (CPU): a host's "
+            "memory cannot be mapped on another host, and only CUDA fabric handles travel over "
+            "tcp://. Use unix:///folder for the ranks of one host."
+        )
 
 
 def _forget_ranks(launch: Any) -> None:
     """At exit: vLLM stops its workers with SIGKILL, so their sockets are ours to remove."""
     from vllm_dwdp.distributed.endpoint import Endpoint
 
-    endpoint = Endpoint.parse(launch.endpoint)
+    endpoint = Endpoint.of(launch)
     for engine in range(launch.local_size):
         rank = launch.rank(engine)
         endpoint.forget_dead(launch.group(rank), launch.dwdp_rank(rank))

@@ -12,9 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from vllm_dwdp.compat import admission
+
 
 def install() -> None:
-    """From now on, this front end ends at once when it is interrupted while engines start."""
+    """From now on, this front end ends at once when it is interrupted while engines start.
+
+    Once they are up, its port is vLLM's own (`admission`).
+    """
     from vllm.v1.engine import utils
 
     stock = getattr(utils.wait_for_engine_startup, "dwdp_stock", utils.wait_for_engine_startup)
@@ -22,7 +27,9 @@ def install() -> None:
     @functools.wraps(stock)
     def wait_for_engine_startup(*args: Any, **kwargs: Any) -> Any:
         with _ended_by_signals():
-            return stock(*args, **kwargs)
+            result = stock(*args, **kwargs)
+        admission.release()
+        return result
 
     wait_for_engine_startup.dwdp_stock = stock  # type: ignore[attr-defined]
     utils.wait_for_engine_startup = wait_for_engine_startup

@@ -1,7 +1,9 @@
 """Who may share experts with whom: everything that must be equal on every rank of a group."""
 
 import hashlib
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -9,6 +11,17 @@ import msgspec
 SAMPLE_BYTES = 64 * 1024
 SAMPLES_PER_FILE = 16
 WHOLE_BYTES = 64 * 2**20
+PIECE_BYTES = 16 * 2**20
+MAX_HEADER_BYTES = 100 * 10**6  # as the safetensors format has it
+
+
+class _Tensor(msgspec.Struct):
+    """An entry of a safetensors header; its metadata has no offsets."""
+
+    data_offsets: tuple[int, int] | None = None
+
+
+_headers = msgspec.json.Decoder(dict[str, _Tensor])
 
 
 class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,19 +57,64 @@ def describe(differences: dict[str, tuple[object, object]]) -> str:
 
 
 def checkpoint_digest(files: Iterable[Path]) -> str:
-    """Identity of checkpoint content: names, sizes, and the bytes of every file.
+    """Identity of checkpoint content: names, sizes, and every byte that more than one rank reads.
 
-    Files of up to `WHOLE_BYTES` are read whole; of larger ones, which a rank reads only its share
-    of, 16 samples at positions that depend on nothing but the size. A single byte that differs
-    between the samples of a large file is not seen.
+    Files of up to `WHOLE_BYTES` are read whole. Of larger ones the header and all tensors but the
+    routed experts are; of the experts, of which a rank reads only its share, 16 samples at positions
+    that depend on nothing but the size. A byte of an expert that differs between samples is not seen.
     """
+    paths = sorted(files)
+    pieces = [(path, start, stop) for path in paths for start, stop in _spans_read(path)]
     digest = hashlib.sha256()
-    for path in sorted(files):
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}".encode())
-        step = SAMPLE_BYTES if size <= WHOLE_BYTES else size // SAMPLES_PER_FILE
-        with path.open("rb") as file:
-            for position in range(0, size, step):
-                file.seek(position)
-                digest.update(file.read(SAMPLE_BYTES))
+    for path in paths:
+        digest.update(f"{path.name}:{path.stat().st_size}".encode())
+    with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
+        for piece in pool.map(_digest_of, pieces):
+            digest.update(piece)
     return digest.hexdigest()
+
+
+def _digest_of(piece: tuple[Path, int, int]) -> bytes:
+    path, start, stop = piece
+    with path.open("rb") as file:
+        file.seek(start)
+        return hashlib.sha256(file.read(stop - start)).digest()
+
+
+def _spans_read(path: Path) -> Iterator[tuple[int, int]]:
+    """The byte ranges of a file that make up its identity, none longer than `PIECE_BYTES`."""
+    size = path.stat().st_size
+    if size <= WHOLE_BYTES:
+        yield from _cut(0, size)
+        return
+    for start, stop in _shared_spans(path):
+        yield from _cut(start, min(stop, size))
+    for start in range(0, size, size // SAMPLES_PER_FILE):
+        yield start, min(start + SAMPLE_BYTES, size)
+
+
+def _shared_spans(path: Path) -> Iterator[tuple[int, int]]:
+    """The header of a safetensors file and its tensors that are no routed experts.
+
+    Nothing of a file that is no such file: vLLM's loader says what is wrong with it.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= MAX_HEADER_BYTES:
+            return
+        text = file.read(length)
+    try:
+        tensors = _headers.decode(text)
+    except msgspec.DecodeError:
+        return
+    data = 8 + length
+    yield 0, data
+    for name, tensor in sorted(tensors.items()):
+        if ".experts." not in name and tensor.data_offsets is not None:
+            start, stop = tensor.data_offsets
+            yield data + start, data + stop
+
+
+def _cut(start: int, stop: int) -> Iterator[tuple[int, int]]:
+    for begin in range(start, stop, PIECE_BYTES):
+        yield begin, min(begin + PIECE_BYTES, stop)

@@ -1,12 +1,16 @@
-"""What ranks say to each other: one request and one reply per connection, msgpack, bounded.
+"""What ranks say to each other: one request and its reply per connection, msgpack, bounded.
 
-Never pickle: a peer's bytes are data. File descriptors travel beside the reply (SCM_RIGHTS), so
-that neither ptrace nor a common PID namespace is needed.
+A shard is a sequence of handles: file descriptors, which travel beside a message (SCM_RIGHTS), so
+that neither ptrace nor a common PID namespace is needed; or CUDA fabric handles, opaque bytes inside
+it. A `Shard` says how many follow; they come in as many `Handles` as they need.
+
+Never pickle: a peer's bytes are data.
 """
 
 import os
-import socket
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any
 
 import msgspec
 
@@ -14,18 +18,28 @@ from vllm_dwdp.distributed.fingerprint import Fingerprint
 from vllm_dwdp.errors import ProtocolError
 
 MAX_MESSAGE_BYTES = 128 * 1024
-MAX_FDS = 1
+MAX_HANDLES = 8192
+FDS_PER_MESSAGE = 250
+FABRIC_HANDLES_PER_MESSAGE = 1024
+FABRIC_HANDLE_BYTES = 64
+
+_Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_HANDLES)]
+_FabricHandle = Annotated[
+    bytes, msgspec.Meta(min_length=FABRIC_HANDLE_BYTES, max_length=FABRIC_HANDLE_BYTES)
+]
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
     """A peer introduces itself and asks for our shard.
 
-    `generation` grows with every start of a rank; an older one than we have seen is stale.
+    `generation` grows with every start of a rank; an older one than we have seen is stale. Without
+    `wants_handles` the peer only asks how far the shard is.
     """
 
     dwdp_rank: int
     generation: int
     fingerprint: Fingerprint
+    wants_handles: bool = True
 
 
 class Borrow(msgspec.Struct, frozen=True, tag=True):
@@ -35,6 +49,7 @@ class Borrow(msgspec.Struct, frozen=True, tag=True):
     generation: int
     fingerprint: Fingerprint
     wanted: int
+    wants_handles: bool = True
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -54,16 +69,28 @@ class NotYet(msgspec.Struct, frozen=True, tag=True):
 
 
 class Shard(msgspec.Struct, frozen=True, tag=True):
-    """A shard, ours or one that we hold; its read-only fd travels with the message.
+    """A shard, ours or one that we hold; its handles follow.
 
+    `handle_bytes` are the bytes behind each handle.
     `ready` is true once its edge pages are whole; `digest` covers all of it then, and is empty before.
     """
 
     dwdp_rank: int
     generation: int
-    num_bytes: int
+    handle_bytes: Annotated[tuple[int, ...], msgspec.Meta(max_length=MAX_HANDLES)]
     digest: bytes
     ready: bool
+    num_fds: _Count
+    num_fabric_handles: _Count
+
+
+class Handles(msgspec.Struct, frozen=True, tag=True):
+    """The next handles of a shard: `num_fds` descriptors beside this message, and these."""
+
+    num_fds: Annotated[int, msgspec.Meta(ge=0, le=FDS_PER_MESSAGE)]
+    fabric_handles: Annotated[
+        tuple[_FabricHandle, ...], msgspec.Meta(max_length=FABRIC_HANDLES_PER_MESSAGE)
+    ]
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
@@ -83,54 +110,93 @@ class Accepted(msgspec.Struct, frozen=True, tag=True):
 
 
 Request = Hello | Borrow | Failed | StatusRequest
-Reply = NotYet | Shard | Refused | Status | Accepted
+Reply = NotYet | Shard | Handles | Refused | Status | Accepted
+Packet = tuple[Reply, tuple[int, ...]]
+"""A message and the descriptors to send beside it."""
 
 _encoder = msgspec.msgpack.Encoder()
-_requests = msgspec.msgpack.Decoder(Request)
-_replies = msgspec.msgpack.Decoder(Reply)
+_requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+_replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 
 
-def send(connection: socket.socket, message: Request | Reply, fds: tuple[int, ...] = ()) -> None:
-    """Send one message and, with it, copies of `fds`."""
+def shard_packets(
+    header: Shard, fds: Sequence[int], fabric_handles: Sequence[bytes]
+) -> Iterator[Packet]:
+    """A shard as messages; `fds` stay the caller's and must stay open until they are sent."""
+    yield header, ()
+    for start in range(0, len(fds), FDS_PER_MESSAGE):
+        batch = tuple(fds[start : start + FDS_PER_MESSAGE])
+        yield Handles(len(batch), ()), batch
+    for start in range(0, len(fabric_handles), FABRIC_HANDLES_PER_MESSAGE):
+        yield Handles(0, tuple(fabric_handles[start : start + FABRIC_HANDLES_PER_MESSAGE])), ()
+
+
+def encode(message: Request | Reply) -> bytes:
+    """The bytes of a message."""
     data = _encoder.encode(message)
     assert len(data) <= MAX_MESSAGE_BYTES, f"{type(message).__name__} of {len(data)} bytes"
-    if fds:
-        socket.send_fds(connection, [data], list(fds))
-    else:
-        connection.send(data)
+    return data
 
 
-def receive_request(connection: socket.socket) -> tuple[Request, list[int]]:
-    """One request and the fds that came with it, owned by the caller.
+def decode_request(data: bytes) -> Request:
+    """The request in `data`.
 
     Raises:
-        ProtocolError: it is too long, truncated or not a request; its fds are closed.
+        ProtocolError: it is none.
     """
-    return _receive(connection, _requests)
+    with _decoding(data):
+        return _requests.decode(data)
 
 
-def receive_reply(connection: socket.socket) -> tuple[Reply, list[int]]:
-    """As `receive_request`, for replies."""
-    return _receive(connection, _replies)
+def decode_reply(data: bytes) -> Reply:
+    """As `decode_request`, for replies."""
+    with _decoding(data):
+        return _replies.decode(data)
 
 
-def _receive(connection: socket.socket, decoder: Any) -> tuple[Any, list[int]]:
-    data, fds, flags, _ = socket.recv_fds(connection, MAX_MESSAGE_BYTES, MAX_FDS)
-    if not data and not fds:
-        raise ConnectionResetError("the peer hung up")
+def collect_handles(
+    header: Shard, receive: Callable[[], tuple[Reply, list[int]]]
+) -> tuple[list[int], list[bytes]]:
+    """The handles that follow `header`; the caller owns the descriptors.
+
+    Args:
+        receive: the next reply and the descriptors that came with it.
+
+    Raises:
+        ProtocolError: something else follows. Whatever is raised, all descriptors are closed.
+    """
+    fds: list[int] = []
+    fabric_handles: list[bytes] = []
     try:
-        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-            raise ProtocolError(
-                f"a peer sent more than {MAX_MESSAGE_BYTES} bytes or {MAX_FDS} file descriptors"
-            )
-        for fd in fds:
-            os.set_inheritable(fd, False)
-        return decoder.decode(data), list(fds)
-    except (msgspec.DecodeError, ProtocolError) as error:
-        for fd in fds:
-            os.close(fd)
-        if isinstance(error, ProtocolError):
-            raise
+        while len(fds) < header.num_fds or len(fabric_handles) < header.num_fabric_handles:
+            reply, batch = receive()
+            fds += batch
+            if not isinstance(reply, Handles) or not (reply.num_fds or reply.fabric_handles):
+                raise ProtocolError(f"a peer sent {type(reply).__name__} among a shard's handles")
+            if reply.num_fds != len(batch):
+                raise ProtocolError(
+                    f"a peer sent {len(batch)} descriptors and counted {reply.num_fds}"
+                )
+            fabric_handles += reply.fabric_handles
+        if len(fds) > header.num_fds or len(fabric_handles) > header.num_fabric_handles:
+            raise ProtocolError("a peer sent more handles than its shard has")
+    except BaseException:
+        close_all(fds)
+        raise
+    return fds, fabric_handles
+
+
+def close_all(fds: Sequence[int]) -> None:
+    """Close every descriptor of `fds`."""
+    for fd in fds:
+        os.close(fd)
+
+
+@contextmanager
+def _decoding(data: bytes) -> Iterator[None]:
+    try:
+        yield
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise ProtocolError(
             f"a peer sent {len(data)} bytes that are no message: {error}"
         ) from error

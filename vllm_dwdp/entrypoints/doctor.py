@@ -1,21 +1,23 @@
 """What would stop or slow a start on this machine, and what to change."""
 
-import ctypes
 import os
 import platform
 import resource
-import shutil
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
+from vllm_dwdp.entrypoints.container import Limits, read_limits
+from vllm_dwdp.entrypoints.gpus import Topology, find_topology, has_driver
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.logger import format_gib
-from vllm_dwdp.memory.host import available_bytes
+from vllm_dwdp.memory.limits import available_bytes
 
 TESTED_VLLM = ("0.32", "0.33")
 FILES_NEEDED = 4096
 MAPPINGS_NEEDED = 65530
+TASKS_PER_RANK = 256
+BATCHED_COPIES_CUDA = 12080
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ def examine(*, group_size: int, expert_bytes: int) -> list[Finding]:
         _cores(group_size),
         _huge_pages(),
         _locked_memory(),
-        _gpu(),
+        *judge_container(read_limits(), group_size, expert_bytes),
+        *_gpus(group_size),
     ]
 
 
@@ -158,15 +161,143 @@ def _locked_memory() -> Finding:
     )
 
 
-def _gpu() -> Finding:
+def judge_container(limits: Limits, group_size: int, expert_bytes: int) -> list[Finding]:
+    """Whether the limits around this process leave room for a group."""
+    findings = []
+    if limits.memory_bytes is not None:
+        seen = f"memory limit {format_gib(limits.memory_bytes)}"
+        short = 0 < limits.memory_bytes <= expert_bytes
+        findings.append(
+            Finding(
+                "container memory",
+                "problem" if short else "ok",
+                seen,
+                f"raise it above {format_gib(expert_bytes)}: shared experts count, each page once, "
+                "for the container that touches it first"
+                if short
+                else "",
+            )
+        )
+    if limits.num_tasks is not None:
+        needed = TASKS_PER_RANK * group_size
+        short = limits.num_tasks < needed
+        advice = f"allow {needed} tasks (--pids-limit, TasksMax=)" if short else ""
+        verdict = "warning" if short else "ok"
+        findings.append(Finding("container tasks", verdict, f"{limits.num_tasks} tasks", advice))
+    if limits.num_cpus is not None:
+        short = limits.num_cpus < group_size
+        advice = "ranks will be throttled; raise the CPU quota (--cpus, CPUQuota=)" if short else ""
+        findings.append(
+            Finding(
+                "container CPUs",
+                "warning" if short else "ok",
+                f"{limits.num_cpus:g} CPUs of time for {group_size} ranks",
+                advice,
+            )
+        )
+    return findings or [Finding("container", "ok", "no limits of memory, tasks or CPU time")]
+
+
+def _gpus(group_size: int) -> list[Finding]:
+    if not has_driver():
+        return [Finding("GPU", "ok", "no NVIDIA driver: the host device (CPU) is used")]
     try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return Finding("GPU", "ok", "no NVIDIA driver: the host device (CPU) is used")
-    smi = shutil.which("nvidia-smi") or "nvidia-smi is not installed"
-    return Finding(
-        "GPU",
-        "problem",
-        f"NVIDIA driver found ({smi})",
-        "the CUDA device is not built; see docs/gpu.md",
-    )
+        import pynvml
+    except ImportError:
+        return [
+            Finding(
+                "GPU",
+                "warning",
+                "NVIDIA driver found, but not how the GPUs are connected",
+                "pip install nvidia-ml-py (the extra cuda)",
+            )
+        ]
+    try:
+        return judge_gpus(find_topology(pynvml), group_size)
+    except pynvml.NVMLError as error:
+        return [Finding("GPU", "problem", f"the driver does not answer: {error}", "nvidia-smi")]
+
+
+def judge_gpus(topology: Topology, group_size: int) -> list[Finding]:
+    """Whether `group_size` ranks on these GPUs can read each other's experts, and how well."""
+    return [
+        _number_of_gpus(topology, group_size),
+        _driver(topology),
+        _peer_access(topology),
+        _nvlink(topology),
+        _fabric(topology),
+    ]
+
+
+def _number_of_gpus(topology: Topology, group_size: int) -> Finding:
+    names = ", ".join(sorted({gpu.name for gpu in topology.gpus})) or "none"
+    seen = f"{len(topology.gpus)} ({names})"
+    if len(topology.gpus) < group_size:
+        return Finding(
+            "GPU",
+            "warning",
+            seen,
+            f"{group_size} ranks need one each, here or on other hosts of the NVLink domain",
+        )
+    return Finding("GPU", "ok", seen)
+
+
+def _driver(topology: Topology) -> Finding:
+    version = topology.cuda_version
+    seen = f"CUDA {version // 1000}.{version % 1000 // 10}"
+    if version < BATCHED_COPIES_CUDA:
+        return Finding(
+            "CUDA driver", "warning", seen, "12.8 or later copies slices in batches (speed only)"
+        )
+    return Finding("CUDA driver", "ok", seen)
+
+
+def _peer_access(topology: Topology) -> Finding:
+    apart = [pair for pair in topology.pairs if pair not in topology.readable]
+    if apart:
+        return Finding(
+            "peer access",
+            "problem",
+            f"GPUs that cannot read each other: {_listed(apart)}",
+            "put ranks that share experts on GPUs that can (CUDA_VISIBLE_DEVICES), or turn PCIe "
+            "ACS off; in a container give it all GPUs of the group",
+        )
+    return Finding("peer access", "ok", f"all {len(topology.pairs)} pairs read each other")
+
+
+def _nvlink(topology: Topology) -> Finding:
+    slow = [pair for pair in sorted(topology.readable) if pair not in topology.linked]
+    if slow:
+        return Finding(
+            "NVLink",
+            "warning",
+            f"only PCIe between {_listed(slow)}",
+            "experts arrive many times slower than over NVLink; see vllm-dwdp plan",
+        )
+    return Finding("NVLink", "ok", f"between all {len(topology.linked)} pairs that read each other")
+
+
+def _fabric(topology: Topology) -> Finding:
+    """Several hosts: the fabric must be up and an IMEX channel open, or no handle is imported."""
+    states = sorted({gpu.fabric for gpu in topology.gpus})
+    if states in ([], ["none"]):
+        return Finding("NVLink fabric", "ok", "none: tcp:// between hosts cannot be used")
+    channels = ", ".join(topology.imex_channels) or "no IMEX channel"
+    cliques = {gpu.clique for gpu in topology.gpus}
+    seen = f"{', '.join(states)}, {len(cliques)} clique(s), {channels}"
+    if states != ["completed"]:
+        return Finding("NVLink fabric", "problem", seen, "start nvidia-fabricmanager and wait")
+    if not topology.imex_channels:
+        return Finding(
+            "NVLink fabric",
+            "warning",
+            seen,
+            "for tcp:// between hosts start nvidia-imex and make a channel: "
+            "nvidia-modprobe -c 0, or the DRA driver of Kubernetes",
+        )
+    return Finding("NVLink fabric", "ok", seen)
+
+
+def _listed(pairs: list[tuple[int, int]]) -> str:
+    shown = ", ".join(f"{first} and {second}" for first, second in pairs[:4])
+    return shown if len(pairs) <= 4 else f"{shown} and {len(pairs) - 4} more pairs"

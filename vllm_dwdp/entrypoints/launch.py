@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vllm_dwdp.entrypoints.gpus import count_gpus, one_gpu_each
 from vllm_dwdp.errors import DwdpConfigError, DwdpError
 
 POLL_INTERVAL_S = 0.5
@@ -28,6 +29,8 @@ LONGEST_BACKOFF_S = 60.0
 SETTLED_S = 60.0
 STOP_TIMEOUT_S = 30.0
 ROUTER = "vllm-router"
+READY_PATH = "/ping"
+"""Of a rank: 200 when it serves. Its `/health` is 200 from the moment its port is bound."""
 
 _OURS = (
     "--port",
@@ -82,7 +85,8 @@ class LaunchPlan:
             find_router(),
             *("--host", self.host, "--port", str(self.port), "--policy", "round_robin"),
             *("--health-check-interval-secs", "1", "--health-failure-threshold", "1"),
-            *("--health-success-threshold", "1", "--prometheus-port", str(free_port())),
+            *("--health-success-threshold", "1", "--health-check-endpoint", READY_PATH),
+            *("--prometheus-port", str(free_port())),
             *("--worker-urls", *urls),
         ]
 
@@ -136,12 +140,14 @@ class Child:
         command: what to run.
         log: file for its output.
         is_ready: asks whether it answers.
+        environment: added to ours.
     """
 
     name: str
     command: Callable[[], list[str]]
     log: Path
     is_ready: Callable[[], bool]
+    environment: dict[str, str] = field(default_factory=dict)
     state: str = "waiting"
     num_restarts: int = 0
     process: subprocess.Popen[bytes] | None = None
@@ -167,7 +173,11 @@ class Child:
     def _start(self) -> None:
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
-                self.command(), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                self.command(),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=os.environ | self.environment,
+                start_new_session=True,
             )
         self.state = "starting"
 
@@ -219,8 +229,13 @@ def launch(plan: LaunchPlan, logs: Path, report: Callable[[str], None]) -> None:
     """
     find_router()
     logs.mkdir(parents=True, exist_ok=True)
-    ranks = [_rank_child(plan, rank, logs) for rank in range(plan.num_ranks)]
-    router = Child("router", plan.router_command, logs / "router.log", lambda: _answers(plan.port))
+    environments = one_gpu_each(plan.num_ranks, os.environ, count_gpus())
+    ranks = [
+        _rank_child(plan, rank, logs, environment) for rank, environment in enumerate(environments)
+    ]
+    router = Child(
+        "router", plan.router_command, logs / "router.log", lambda: _answers(plan.port, "/health")
+    )
     with _until_interrupted() as interrupted:
         try:
             _serve(plan, ranks, router, report, interrupted)
@@ -259,19 +274,20 @@ def _describe(child: Child) -> str:
     return f"{child.name}: {child.state}{pid}{again}"
 
 
-def _rank_child(plan: LaunchPlan, rank: int, logs: Path) -> Child:
+def _rank_child(plan: LaunchPlan, rank: int, logs: Path, environment: dict[str, str]) -> Child:
     port = plan.rank_ports[rank]
     return Child(
         f"rank {rank}",
         lambda: plan.rank_command(rank),
         logs / f"rank{rank}.log",
-        lambda: _answers(port),
+        lambda: _answers(port, READY_PATH),
+        environment,
     )
 
 
-def _answers(port: int) -> bool:
+def _answers(port: int, path: str) -> bool:
     with contextlib.suppress(OSError):
-        url = f"http://127.0.0.1:{port}/health"
+        url = f"http://127.0.0.1:{port}{path}"
         with urllib.request.urlopen(url, timeout=HEALTH_TIMEOUT_S) as response:
             return bool(response.status == 200)
     return False

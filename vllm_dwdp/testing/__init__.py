@@ -1,1 +1,1 @@
-"""Random-weight checkpoints for the demo, the tests and the benchmarks. Imports transformers."""
+"""What tests, benchmarks and the demo share: random checkpoints, real servers, a fake CUDA driver."""

@@ -24,6 +24,8 @@ from prometheus_client.parser import text_string_to_metric_families
 VLLM = str(Path(sys.executable).with_name("vllm"))
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 60.0
+READY_PATH = "/ping"
+"""200 when the engine serves; `/health` answers already while it starts."""
 _DEFAULTS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
@@ -75,7 +77,7 @@ class Server:
         if self.process.poll() is not None:
             raise ServerError(f"the server ended with {self.process.returncode}:\n{self.tail()}")
         with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
-            self.get("/health")
+            self.get(READY_PATH)
             return True
         return False
 

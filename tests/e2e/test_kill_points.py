@@ -1,0 +1,93 @@
+"""SIGKILL at named points of a rank's life: the other ends with a named error, or serves on.
+
+`DWDP_KILLS=30` also kills three ranks at random moments (`DWDP_SEED`), engines without a server around
+them; `test_survival` does the same to whole servers.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.conftest import Checkpoints
+from tests.e2e.matrix import ROOT
+from tests.e2e.rank_lives import BEFORE_SERVING, JOIN_TIMEOUT_S, WHILE_SERVING
+
+NUM_KILLS = int(os.environ.get("DWDP_KILLS", "0"))
+SEED = os.environ.get("DWDP_SEED", "5")
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400 + 60 * NUM_KILLS)]
+
+
+def run_lives(model: str, folder: Path, *arguments: str) -> tuple[dict[str, Any], str]:
+    """What `rank_lives` found, and its log."""
+    results, log = folder / "results.json", folder / "lives.log"
+    command = [sys.executable, "-m", "tests.e2e.rank_lives", model]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, str(results), *arguments],
+            cwd=ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ,
+            start_new_session=True,
+        )
+    try:
+        code = process.wait(timeout=380 + 60 * NUM_KILLS)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert code == 0, log.read_text()[-6000:]
+    return json.loads(results.read_text()), log.read_text()
+
+
+def test_killed_at_every_named_point(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    found, log = run_lives(checkpoints("mixtral", 8), tmp_path)
+    for point in BEFORE_SERVING:
+        victim, other, took = found[point]
+        assert victim["code"] == -9, (point, victim)
+        assert other["error"].startswith("JoinTimeoutError: ranks [0] of group 0 did not"), other
+        assert f"join_timeout_s={JOIN_TIMEOUT_S:g}" in other["error"]
+        assert not any(other["left"].values()), other
+        assert took["seconds"] < 60
+
+    # A peer that restarts before it was ready is mapped anew: its first memory never became whole.
+    killed, waiting, again = found["restarted"]
+    assert killed["code"] == -9
+    assert waiting["tokens"] == again["tokens"], found["restarted"]
+    for life in (waiting, again):
+        assert not any(life["left"].values()), life
+
+    survivor, returned = found["survivor"], found["returned"]
+    for point in WHILE_SERVING:
+        assert found[point]["code"] == -9, (point, found[point])
+    assert returned["tokens"] == survivor["tokens"], "the rank that came back answers as before"
+    assert survivor["num_different"] == 0
+    assert survivor["num_rounds"] > len(WHILE_SERVING)
+    assert survivor["longest_s"] < 20
+    assert "dead" in survivor["states"] and "ready" in survivor["states"]
+    assert survivor["last_failure"] == "rank 0 died: it no longer listens"
+    grown = survivor["grown"]
+    assert grown.pop("anonymous_bytes") < 16 * 2**20
+    assert not any(grown.values()), grown
+    assert "adopted" in log, "no life found its experts at the survivor"
+
+
+@pytest.mark.skipif(not NUM_KILLS, reason="the long version: DWDP_KILLS=30")
+def test_killed_at_random_moments(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    found, log = run_lives(checkpoints("mixtral", 8), tmp_path, str(NUM_KILLS), SEED)
+    back, grown = found.pop("back_after_s"), found["grown"]
+    print(found, f"back after {back[len(back) // 2]:.1f} s (median), {back[-1]:.1f} s (longest)")
+    assert found["num_different"] == 0 and not found["tokens_differ"]
+    assert found["num_answers"] > 10 * NUM_KILLS
+    assert log.count("adopted") == NUM_KILLS
+    for rank in grown:
+        assert rank.pop("anonymous_bytes") < 16 * 2**20
+        assert not any(rank.values()), grown

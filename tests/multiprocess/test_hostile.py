@@ -1,0 +1,319 @@
+"""A rank under attack by a local process, or over TCP: it answers on, and neither grows nor ends.
+
+The rank is a process of its own, so that its memory and descriptors are counted alone.
+"""
+
+import multiprocessing
+import os
+import random
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import msgspec
+import psutil
+import pytest
+
+from tests.multiprocess.test_rendezvous import rank
+from tests.multiprocess.test_tcp import base_port, secret_file
+from tests.unit.distributed.test_messages import fingerprint
+from vllm_dwdp.config import make_abstract_endpoint
+from vllm_dwdp.distributed import messages, server
+from vllm_dwdp.distributed.endpoint import Endpoint
+from vllm_dwdp.distributed.line import PacketLine
+from vllm_dwdp.distributed.rendezvous import query_status
+from vllm_dwdp.distributed.tcp import TcpEndpoint
+from vllm_dwdp.errors import RendezvousError, SecretMismatchError
+
+pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(120)]
+
+DEADLINE_S = 1.0
+GROWTH_BYTES = 8 * 2**20
+
+
+def run_victim(text: str, secret: str | None, parent: Connection) -> None:
+    server.CONNECTION_DEADLINE_S = DEADLINE_S
+    member = rank(Endpoint.parse(text, 2, secret), 0)
+    member.status_provider = lambda: {"ok": True}
+    pages = [os.memfd_create("page") for _ in range(300)]
+    member.publish(pages, [4096] * 300, [b"f" * 64] * 300)
+    member.announce_ready(b"digest")
+    parent.send("ready")
+    parent.recv()
+    member.close()
+
+
+class Victim:
+    """A rank 0 of 2 with a published shard, in its own process."""
+
+    def __init__(self, text: str, secret: str | None) -> None:
+        self.endpoint = Endpoint.parse(text, 2, secret)
+        spawn = multiprocessing.get_context("spawn")
+        self._pipe, theirs = spawn.Pipe()
+        self._process = spawn.Process(target=run_victim, args=(text, secret, theirs))
+        self._process.start()
+        assert self._pipe.poll(30) and self._pipe.recv() == "ready"
+        self.seen = psutil.Process(self._process.pid)
+        self.random_attack(200, seed=0)  # allocators, log handlers and caches reach their size
+        query_status(self.endpoint, 0, 0, timeout_s=5)
+        time.sleep(DEADLINE_S + 0.5)
+        self._before = self._footprint()
+
+    def _footprint(self) -> tuple[int, int, int, int]:
+        maps = Path(f"/proc/{self.seen.pid}/maps").read_text().count("\n")
+        return self.seen.num_fds(), self.seen.num_threads(), maps, self.seen.memory_info().rss
+
+    def raw(self) -> socket.socket:
+        """A connection that has said nothing yet."""
+        if isinstance(self.endpoint, TcpEndpoint):
+            return socket.create_connection(self.endpoint.address(0, 0), timeout=5)
+        line = self.endpoint.connect(0, 0, timeout_s=5)
+        assert isinstance(line, PacketLine)
+        return line.connection
+
+    def attack(self, data: bytes, num_fds: int = 0) -> None:
+        """Send this, and look whether anything comes back that is no refusal."""
+        with self.raw() as connection, suppress(ConnectionError, TimeoutError):
+            if num_fds:
+                page = os.memfd_create("attack")
+                socket.send_fds(connection, [data], [page] * num_fds)
+                os.close(page)
+            else:
+                connection.sendall(data) if self.is_tcp else connection.send(data)
+
+    @property
+    def is_tcp(self) -> bool:
+        return isinstance(self.endpoint, TcpEndpoint)
+
+    def random_attack(self, num_connections: int, seed: int) -> None:
+        dice = random.Random(seed)
+        for _ in range(num_connections):
+            self.attack(dice.randbytes(dice.choice((1, 8, 72, 104, 500))))
+
+    def must_answer(self) -> None:
+        started = time.monotonic()
+        assert query_status(self.endpoint, 0, 0, timeout_s=5)["ok"]
+        assert time.monotonic() - started < 2, "the answer took too long"
+
+    def must_be_unchanged(self) -> None:
+        """After the deadline of its connections it has what it had before, and still answers."""
+        deadline = time.monotonic() + DEADLINE_S + 8
+        while True:
+            num_fds, num_threads, num_maps, rss = self._footprint()
+            grown = (num_fds, num_threads) != self._before[:2] or num_maps > self._before[2] + 8
+            if not grown and rss - self._before[3] < GROWTH_BYTES:
+                break
+            assert time.monotonic() < deadline, (self._before, self._footprint())
+            time.sleep(0.1)
+        self.must_answer()
+
+    def end(self) -> None:
+        with suppress(OSError):
+            self._pipe.send("end")
+        self._process.join(timeout=20)
+        code = self._process.exitcode
+        self._process.kill()
+        self._process.join()
+        self._process.close()
+        self._pipe.close()
+        assert code == 0
+
+
+@pytest.fixture(params=["abstract", "unix", "tcp"], scope="module")
+def victim(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Victim]:
+    folder = tmp_path_factory.mktemp("hostile")
+    secret = secret_file(folder) if request.param == "tcp" else None
+    places = {
+        "abstract": make_abstract_endpoint(),
+        "unix": f"unix://{folder}/meet",
+        "tcp": f"tcp://127.0.0.1:{base_port()}",
+    }
+    made = Victim(places[request.param], secret)
+    yield made
+    made.end()
+
+
+def test_random_bytes(victim: Victim) -> None:
+    for round_ in range(4):
+        victim.random_attack(500, seed=round_ + 1)
+        victim.must_answer()
+    victim.must_be_unchanged()
+
+
+def test_lengths_without_end(victim: Victim) -> None:
+    """2**63 raw, and every msgpack header that announces 2**32 - 1 items or bytes."""
+    huge = [(2**63).to_bytes(8, "big"), (2**63).to_bytes(8, "little"), b"\xff" * 8]
+    huge += [bytes([kind]) + b"\xff" * 4 for kind in (0xC6, 0xC9, 0xDB, 0xDD, 0xDF)]
+    hello = messages.encode(messages.Hello(1, 1, fingerprint()))
+    huge += [hello[:-1] + bytes([kind]) + b"\xff" * 4 for kind in (0xC6, 0xDB, 0xDD, 0xDF)]
+    for data in huge * 20:
+        victim.attack(data)
+        if victim.is_tcp:
+            with victim.endpoint.connect(0, 0, timeout_s=5) as line:  # type: ignore[union-attr]
+                line.connection.sendall(data)
+    victim.must_be_unchanged()
+
+
+def test_truncated_messages(victim: Victim) -> None:
+    hello = messages.encode(messages.Hello(1, time.time_ns(), fingerprint()))
+    for length in range(1, len(hello), 3):
+        line = victim.endpoint.connect(0, 0, timeout_s=5)
+        assert line is not None
+        with line:
+            line.send(hello[:length])
+            with pytest.raises(ConnectionError):
+                line.receive(0)
+    victim.must_be_unchanged()
+
+
+def test_half_a_conversation_and_then_nothing(victim: Victim) -> None:
+    """Slow writers: more of them than the rank keeps connections hold nobody up."""
+    slow = [victim.raw() for _ in range(server.MAX_CONNECTIONS + 100)]
+    try:
+        for connection in slow[::2]:
+            if victim.is_tcp:
+                with suppress(ConnectionError):
+                    connection.sendall(b"DWDP")
+        for _ in range(10):
+            victim.must_answer()
+        victim.must_be_unchanged()
+        for connection in slow:
+            connection.settimeout(5)
+            with suppress(ConnectionError):
+                while connection.recv(4096):
+                    pass
+    finally:
+        for connection in slow:
+            connection.close()
+
+
+def test_a_reader_that_does_not_read(victim: Victim) -> None:
+    """It asks for a shard of hundreds of handles and leaves the reply in the socket."""
+    held = []
+    for _ in range(50):
+        line = victim.endpoint.connect(0, 0, timeout_s=5)
+        assert line is not None
+        line.send(messages.encode(messages.Hello(1, 2**62, fingerprint())))
+        held.append(line)
+    victim.must_answer()
+    for line in held:
+        line.close()
+    victim.must_be_unchanged()
+
+
+def test_descriptors_that_nobody_asked_for(victim: Victim) -> None:
+    if victim.is_tcp:
+        pytest.skip("descriptors cannot travel over TCP")
+    for data in (b"\x00", messages.encode(messages.StatusRequest())):
+        for _ in range(20):
+            victim.attack(data, num_fds=250)
+    victim.must_be_unchanged()
+
+
+def test_a_message_of_another_kind(victim: Victim) -> None:
+    """Replies instead of requests, values out of range, a rank that does not exist."""
+    strange: list[object] = [
+        messages.Accepted(),
+        messages.Handles(3, ()),
+        messages.Hello(-5, -(2**63), fingerprint()),
+        messages.Hello(7, 1, fingerprint(model="\x00" * 60_000)),
+        messages.Hello(1, 1, fingerprint(dtype="\x01" * 60_000)),
+        messages.Borrow(1, 2**62, fingerprint(), -1),
+        messages.Failed(1, 2**62, "\x02" * 60_000),
+    ]
+    for message in strange:
+        line = victim.endpoint.connect(0, 0, timeout_s=5)
+        assert line is not None
+        with line, suppress(ConnectionError):
+            line.send(msgspec.msgpack.encode(message))
+            received = line.receive(0)
+            assert received is not None
+            reply = messages.decode_reply(received[0])
+            assert not isinstance(reply, messages.Shard)
+    victim.must_be_unchanged()
+
+
+def test_ten_thousand_connections(victim: Victim) -> None:
+    crowd = []
+    for number in range(10_000):
+        with suppress(OSError):
+            if isinstance(victim.endpoint, TcpEndpoint):
+                connection = socket.socket()
+                connection.setblocking(False)
+                connection.connect_ex(victim.endpoint.address(0, 0))
+            else:
+                line = victim.endpoint.connect(0, 0, timeout_s=0.0)
+                if line is None:
+                    continue
+                connection = line.connection
+            crowd.append(connection)
+        if len(crowd) >= 4000:
+            for connection in crowd:
+                connection.close()
+            crowd.clear()
+        if number % 2500 == 0:
+            with suppress(OSError, RendezvousError):
+                query_status(victim.endpoint, 0, 0, timeout_s=1)
+    for connection in crowd:
+        connection.close()
+    deadline = time.monotonic() + 10
+    while True:
+        with suppress(OSError, RendezvousError):
+            query_status(victim.endpoint, 0, 0, timeout_s=2)
+            break
+        assert time.monotonic() < deadline
+    victim.must_be_unchanged()
+
+
+def test_many_with_a_wrong_secret(victim: Victim, tmp_path: Path) -> None:
+    if not victim.is_tcp:
+        pytest.skip("only TCP has a secret")
+    wrong = Endpoint.parse(str(victim.endpoint), 2, secret_file(tmp_path, "fedcba9876543210"))
+    for _ in range(300):
+        with pytest.raises(SecretMismatchError, match="refused this rank's secret"):
+            wrong.connect(0, 0, timeout_s=5)
+    victim.must_be_unchanged()
+
+
+def test_a_recorded_conversation_is_worth_nothing(victim: Victim) -> None:
+    """Every byte that an honest dialler sent, again, on a new connection."""
+    if not victim.is_tcp:
+        pytest.skip("who can listen in on a Unix socket is root or the same user")
+    sent: list[bytes] = []
+
+    class Recorder:
+        """A socket that notes what is sent."""
+
+        def __init__(self, connection: socket.socket) -> None:
+            self.recv, self.close, self._send = connection.recv, connection.close, connection.send
+
+        def send(self, data: bytearray) -> int:
+            count = self._send(data)
+            sent.append(bytes(data[:count]))
+            return count
+
+    line = victim.endpoint.connect(0, 0, timeout_s=5)
+    assert line is not None
+    line.connection = Recorder(line.connection)  # type: ignore[assignment]
+    line.send(messages.encode(messages.Hello(1, 2**62, fingerprint())))
+    received = line.receive(0)
+    assert received is not None
+    line.close()
+    assert isinstance(messages.decode_reply(received[0]), messages.Shard)
+    honest = victim.raw()
+    greeting = honest.recv(40)
+    honest.close()
+    with victim.raw() as connection:
+        assert connection.recv(40) != greeting, "a nonce came twice"
+        connection.sendall(os.urandom(40) + b"".join(sent))
+        answer = b""
+        with suppress(ConnectionError):
+            while data := connection.recv(4096):
+                answer += data
+        assert not answer.strip(b"\0"), "it answered"
+    victim.must_be_unchanged()

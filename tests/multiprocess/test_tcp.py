@@ -1,0 +1,314 @@
+"""Ranks that meet over TCP: authenticated on both sides, on named addresses only."""
+
+import multiprocessing
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.multiprocess.test_rendezvous import nothing_leaks, rank  # noqa: F401
+from vllm_dwdp.distributed import messages
+from vllm_dwdp.distributed.endpoint import Endpoint
+from vllm_dwdp.distributed.rendezvous import Rendezvous, query_status
+from vllm_dwdp.distributed.tcp import TcpEndpoint
+from vllm_dwdp.errors import (
+    DwdpConfigError,
+    JoinTimeoutError,
+    RendezvousError,
+    SecretMismatchError,
+)
+from vllm_dwdp.testing.server import free_ports
+
+pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(60)]
+
+FABRIC = [number.to_bytes(64, "big") for number in range(3000)]
+
+
+def secret_file(folder: Path, content: str = "0123456789abcdef") -> str:
+    path = folder / f"secret-{len(list(folder.iterdir()))}"
+    path.touch(mode=0o600)
+    path.write_text(content + "\n")
+    return str(path)
+
+
+def base_port(size: int = 4) -> int:
+    """A port that is free, as are those after it."""
+    while True:
+        (port,) = free_ports(1)
+        probes = []
+        try:
+            for offset in range(size):
+                probes.append(socket.create_server(("127.0.0.1", port + offset)))
+            return port
+        except OSError:
+            continue
+        finally:
+            for probe in probes:
+                probe.close()
+
+
+@pytest.fixture
+def endpoint(tmp_path: Path) -> Endpoint:
+    text = f"tcp://127.0.0.1:{base_port()}"
+    return Endpoint.parse(text, group_size=2, secret_file=secret_file(tmp_path))
+
+
+def publish(member: Rendezvous, handles: list[bytes] = FABRIC) -> None:
+    member.publish([], [2**40], handles)
+
+
+def meet_all(members: list[Rendezvous]) -> list[dict[int, tuple[bytes, ...]]]:
+    """All meet and become ready; the handles that each got, by rank."""
+    with ThreadPoolExecutor(len(members)) as pool:
+        met = list(pool.map(lambda member: member.meet(), members))
+        for member in members:
+            member.announce_ready(b"digest")
+        list(pool.map(lambda member: member.wait_ready(), members))
+    return [{rank: shard.fabric_handles for rank, shard in shards.items()} for shards in met]
+
+
+def test_fabric_handles_are_exchanged_and_a_rank_returns(endpoint: Endpoint) -> None:
+    members = [rank(endpoint, number) for number in range(2)]
+    for member in members:
+        publish(member)
+    assert meet_all(members) == [{1: tuple(FABRIC)}, {0: tuple(FABRIC)}]
+    assert members[0].peers()[1].state == "ready"
+    members[1].close()
+    assert members[0].peers()[1].state == "dead"
+    assert members[0].status()["last_failure"] == "rank 1 died: it no longer listens"
+    returned = rank(endpoint, 1)
+    own = returned.recover()
+    assert own is not None and own.fabric_handles == tuple(FABRIC) and own.digest == b"digest"
+    returned.close()
+    members[0].close()
+
+
+def test_descriptors_alone_cannot_be_published(endpoint: Endpoint) -> None:
+    with rank(endpoint, 0) as member:
+        page = os.memfd_create("page")
+        with pytest.raises(RendezvousError, match="no CUDA fabric handles"):
+            member.publish([page], [4096])
+        os.close(page)
+
+
+def test_another_secret_is_refused_on_both_sides(endpoint: Endpoint, tmp_path: Path) -> None:
+    wrong = secret_file(tmp_path, "fedcba9876543210")
+    members = [rank(endpoint, 0), rank(Endpoint.parse(str(endpoint), 2, wrong), 1)]
+    for member in members:
+        publish(member)
+        with pytest.raises(SecretMismatchError, match="must have the same content on every host"):
+            member.meet()
+        assert member.status()["dropped_connections"] in (0, 1)
+    with pytest.raises(SecretMismatchError):
+        query_status(members[1].endpoint, 0, 0, timeout_s=5)
+    assert query_status(endpoint, 0, 0, timeout_s=5)["dropped_connections"] >= 1
+    for member in members:
+        member.close()
+
+
+def test_a_stranger_on_a_peers_port_is_named_at_the_deadline(endpoint: Endpoint) -> None:
+    assert isinstance(endpoint, TcpEndpoint)
+    stranger = socket.create_server(endpoint.address(0, 1))
+    with ThreadPoolExecutor(1) as pool, rank(endpoint, 0, join_timeout_s=0.5) as member:
+        pool.submit(speak_smtp, stranger)
+        publish(member)
+        with pytest.raises(JoinTimeoutError, match="Rank 1 answered last.* no rank listens there"):
+            member.meet()
+    stranger.close()
+
+
+def speak_smtp(listener: socket.socket) -> None:
+    listener.settimeout(1.0)
+    try:
+        while True:
+            connection, _ = listener.accept()
+            connection.sendall(b"220 mail.example.org ESMTP ready, what do you want of me?\r\n")
+            connection.close()
+    except TimeoutError:
+        return
+
+
+def test_one_rank_cannot_run_twice(endpoint: Endpoint) -> None:
+    with (
+        rank(endpoint, 0),
+        pytest.raises(RendezvousError, match="rank 0 of group 0 is already running at 127.0.0.1:"),
+    ):
+        rank(endpoint, 0)
+
+
+def test_ranks_listen_at_the_named_address_and_the_derived_port_only(endpoint: Endpoint) -> None:
+    assert isinstance(endpoint, TcpEndpoint)
+    members = [rank(endpoint, 0), rank(endpoint, 1)]
+    listening = {
+        (connection.laddr.ip, connection.laddr.port)
+        for connection in psutil.Process().net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert listening == {("127.0.0.1", endpoint.port), ("127.0.0.1", endpoint.port + 1)}
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", endpoint.port), timeout=1)
+    for member in members:
+        member.close()
+
+
+def test_the_rule_of_hosts_and_ports(tmp_path: Path) -> None:
+    place = Endpoint.parse("tcp://[fd00::1],b:7000", 4, secret_file(tmp_path))
+    assert isinstance(place, TcpEndpoint)
+    addresses = [place.address(0, rank) for rank in range(4)]
+    assert addresses == [("fd00::1", 7000), ("fd00::1", 7001), ("b", 7002), ("b", 7003)]
+    assert place.address(2, 3) == ("b", 7000 + 2 * 4 + 3)
+    assert str(place) == "tcp://[fd00::1],b:7000"
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("tcp://host", "is not a meeting place; use tcp://host:port"),
+        ("tcp://host:0", "is not a meeting place"),
+        ("tcp://host:65536", "is not a meeting place"),
+        ("tcp://host:٣", "is not a meeting place"),
+        ("tcp://0.0.0.0:7000", "names every address of a host"),
+        ("tcp://[::]:7000", "names every address of a host"),
+        ("tcp://:7000", "names every address of a host"),
+        ("tcp://a,:7000", "names every address of a host"),
+        ("tcp://a,b,c:7000", "names 3 hosts for groups of 4"),
+    ],
+)
+def test_what_is_no_place_of_several_hosts(text: str, complaint: str, tmp_path: Path) -> None:
+    with pytest.raises(DwdpConfigError, match=complaint):
+        Endpoint.parse(text, 4, secret_file(tmp_path))
+
+
+def test_an_address_of_another_host_cannot_be_listened_at(tmp_path: Path) -> None:
+    place = Endpoint.parse("tcp://192.0.2.1:7000", 2, secret_file(tmp_path))
+    with pytest.raises(RendezvousError, match="192.0.2.1 must be an address of the host that runs"):
+        rank(place, 0)
+
+
+@pytest.mark.parametrize(
+    ("content", "mode", "complaint"),
+    [
+        (None, 0o600, "cannot be read: .*No such file.*openssl rand -hex 32"),
+        ("", 0o600, "holds no bytes; 16 to 4096 are required"),
+        ("short", 0o600, "holds 5 bytes"),
+        ("x" * 5000, 0o600, "holds more than 4096 bytes"),
+        ("0123456789abcdef", 0o644, "has mode 0644: others may read it.* Run chmod 600"),
+    ],
+)
+def test_a_secret_that_is_none(
+    content: str | None, mode: int, complaint: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "secret"
+    if content is not None:
+        path.write_text(content + "\n")
+        path.chmod(mode)
+    with pytest.raises(DwdpConfigError, match=complaint):
+        Endpoint.parse("tcp://127.0.0.1:7000", 2, str(path))
+
+
+def test_a_secret_is_needed_for_tcp_and_refused_elsewhere(tmp_path: Path) -> None:
+    with pytest.raises(DwdpConfigError, match="needs rendezvous_secret_file"):
+        Endpoint.parse("tcp://127.0.0.1:7000", 2)
+    with pytest.raises(DwdpConfigError, match="is used by tcp:// only"):
+        Endpoint.parse(f"unix://{tmp_path}", 2, secret_file(tmp_path))
+
+
+def test_the_secret_shows_nowhere(endpoint: Endpoint) -> None:
+    assert "0123456789abcdef" not in repr(endpoint) + str(endpoint)
+
+
+# --- hosts that are network namespaces ------------------------------------------------------------
+
+NAMESPACES = os.geteuid() == 0 and shutil.which("ip") is not None
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+@pytest.fixture
+def hosts() -> Iterator[tuple[str, str]]:
+    """Two network namespaces with a cable between them, 10.77.0.1 and 10.77.0.2."""
+    names = (f"dwdp-a{os.getpid()}", f"dwdp-b{os.getpid()}")
+    if not NAMESPACES:
+        pytest.skip("needs root and iproute2 for network namespaces")
+    made = []
+    try:
+        for name in names:
+            if subprocess.run(
+                ["ip", "netns", "add", name], capture_output=True, check=False
+            ).returncode:
+                pytest.skip("network namespaces cannot be made here")
+            made.append(name)
+        ip("link", "add", "va", "netns", names[0], "type", "veth", "peer", "vb", "netns", names[1])
+        for name, device, address in zip(
+            names, ("va", "vb"), ("10.77.0.1", "10.77.0.2"), strict=True
+        ):
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", device)
+            ip("-n", name, "addr", "add", f"{address.replace('77', '78')}/24", "dev", device)
+            ip("-n", name, "link", "set", device, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield names
+    finally:
+        for name in made:
+            ip("netns", "delete", name)
+
+
+def in_namespace(
+    name: str, place: str, secret: str, number: int, results: "multiprocessing.Queue[object]"
+) -> None:
+    descriptor = os.open(f"/run/netns/{name}", os.O_RDONLY)
+    enter_network_namespace(descriptor)
+    member = rank(Endpoint.parse(place, 2, secret), number, join_timeout_s=30.0)
+    publish(member, FABRIC[number : number + 2])
+    (met,) = meet_all([member])
+    listening = [
+        connection.laddr.ip
+        for connection in psutil.Process().net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    results.put((number, met, listening))
+    time.sleep(1.0)
+    member.close()
+
+
+def enter_network_namespace(descriptor: int) -> None:
+    import ctypes
+
+    clone_newnet = 0x40000000
+    if ctypes.CDLL(None, use_errno=True).setns(descriptor, clone_newnet):
+        raise OSError(ctypes.get_errno(), "setns")
+
+
+def test_two_hosts_meet_over_the_named_interface(hosts: tuple[str, str], tmp_path: Path) -> None:
+    secret, place = secret_file(tmp_path), "tcp://10.77.0.1,10.77.0.2:7100"
+    spawn = multiprocessing.get_context("spawn")
+    results: multiprocessing.Queue[object] = spawn.Queue()
+    ranks = [
+        spawn.Process(target=in_namespace, args=(name, place, secret, number, results))
+        for number, name in enumerate(hosts)
+    ]
+    for process in ranks:
+        process.start()
+    met = sorted(results.get(timeout=40) for _ in ranks)
+    assert met == [
+        (0, {1: tuple(FABRIC[1:3])}, ["10.77.0.1"]),
+        (1, {0: tuple(FABRIC[0:2])}, ["10.77.0.2"]),
+    ]
+    for process in ranks:
+        process.join(timeout=20)
+        assert process.exitcode == 0
+        process.close()
+    results.close()
+    results.join_thread()
+
+
+def test_bounds_of_a_message_hold_for_both_transports() -> None:
+    assert messages.FABRIC_HANDLES_PER_MESSAGE * 70 < messages.MAX_MESSAGE_BYTES

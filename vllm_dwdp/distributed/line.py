@@ -1,0 +1,212 @@
+"""One connection that carries whole messages: a Unix seqpacket socket, or an authenticated TCP one.
+
+A line blocks as its socket does: the dialling side gives that a timeout, the answering thread makes
+it non-blocking. Closing a line closes its socket.
+"""
+
+import socket
+import struct
+import time
+from collections.abc import Sequence
+
+from vllm_dwdp.distributed import messages
+from vllm_dwdp.distributed.messages import MAX_MESSAGE_BYTES, close_all
+from vllm_dwdp.distributed.secure import SecureChannel
+from vllm_dwdp.errors import ProtocolError, RendezvousError, SecretMismatchError
+
+READ_BYTES = 64 * 1024
+_INT = struct.Struct("i")
+
+
+class PacketLine:
+    """Messages over a Unix seqpacket socket; the kernel keeps them whole and carries descriptors."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+
+    def __enter__(self) -> "PacketLine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Hang up; what was sent still arrives."""
+        self.connection.close()
+
+    def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Send one message and, with it, copies of `fds`.
+
+        Raises:
+            BlockingIOError: it was not sent; later.
+        """
+        if fds:
+            socket.send_fds(self.connection, [data], list(fds))
+        else:
+            self.connection.send(data)
+
+    def flush(self) -> bool:
+        """True: nothing is ever kept back."""
+        return True
+
+    def receive(self, max_fds: int) -> tuple[bytes, list[int]] | None:
+        """One message and its descriptors, owned by the caller; None if none is there yet.
+
+        Raises:
+            ProtocolError: it is longer, or brings more descriptors, than allowed; they are closed.
+            RendezvousError: this process may not open so many files.
+            ConnectionError: the peer hung up.
+        """
+        # Not socket.recv_fds: it ignores its flags, and a child forked meanwhile would inherit.
+        room = socket.CMSG_LEN(max_fds * _INT.size) if max_fds else 0
+        try:
+            data, ancillary, flags, _ = self.connection.recvmsg(
+                MAX_MESSAGE_BYTES, room, socket.MSG_CMSG_CLOEXEC
+            )
+        except BlockingIOError:
+            return None
+        fds: list[int] = []
+        for level, kind, content in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                whole = len(content) - len(content) % _INT.size
+                fds += [fd for (fd,) in _INT.iter_unpack(content[:whole])]
+        if not flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            if not data and not fds:
+                raise ConnectionResetError("the peer hung up")
+            return data, fds
+        close_all(fds)
+        if flags & socket.MSG_CTRUNC and len(fds) < max_fds:
+            raise RendezvousError(
+                "the descriptors of a peer's shard could not all be opened: this process reached "
+                "its limit of open files (RLIMIT_NOFILE). Raise it, e.g. with `ulimit -n 65536` or "
+                "LimitNOFILE= of a systemd unit."
+            )
+        raise ProtocolError(
+            f"a peer sent more than {MAX_MESSAGE_BYTES} bytes or {max_fds} file descriptors"
+        )
+
+
+class SecureLine:
+    """Messages over a TCP socket between two ends that know the secret; carries no descriptors.
+
+    Args:
+        connection: connected; owned from now on.
+        secret: what both ends know.
+        purpose: whom the dialler wants to reach.
+        listens: whether this end accepted the connection.
+    """
+
+    def __init__(
+        self, connection: socket.socket, secret: bytes, purpose: bytes, *, listens: bool
+    ) -> None:
+        self.connection = connection
+        self._channel = SecureChannel(secret, purpose, listens=listens, max_bytes=MAX_MESSAGE_BYTES)
+
+    def __enter__(self) -> "SecureLine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Hang up; what was sent still arrives."""
+        self.connection.close()
+
+    def shake_hands(self, timeout_s: float) -> None:
+        """Authenticate both ends (the dialling side, blocking).
+
+        Raises:
+            SecretMismatchError: one end does not know the other's secret.
+            ProtocolError: no rank listens there.
+            OSError: the peer hung up or took longer than `timeout_s`.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not self._channel.is_open:
+            if time.monotonic() > deadline:
+                raise TimeoutError("the peer does not finish its greeting")
+            self._read()
+            self.flush()
+
+    def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """As `PacketLine.send`; the rest of a message that did not fit waits for `flush`."""
+        assert not fds, "descriptors cannot travel over TCP"
+        if not self.flush():
+            raise BlockingIOError
+        self._channel.send(data)
+        self.flush()
+
+    def flush(self) -> bool:
+        """Send what is left; whether nothing is."""
+        outgoing = self._channel.outgoing
+        try:
+            while outgoing:
+                del outgoing[: self.connection.send(outgoing)]
+        except BlockingIOError:
+            return False
+        return True
+
+    def receive(self, max_fds: int) -> tuple[bytes, list[int]] | None:
+        """As `PacketLine.receive`; there are never descriptors.
+
+        Raises:
+            ProtocolError: it is too long or not authentic.
+            SecretMismatchError: the peer does not know the secret.
+            ConnectionError: the peer hung up.
+        """
+        while True:
+            try:
+                payload = self._read()
+            except BlockingIOError:
+                return None
+            except SecretMismatchError:
+                self.flush()  # say so to a rank that was given another file
+                raise
+            self.flush()
+            if payload is not None:
+                return payload, []
+
+    def _read(self) -> bytes | None:
+        data = self.connection.recv(min(self._channel.num_wanted, READ_BYTES))
+        if not data:
+            raise ConnectionResetError("the peer hung up")
+        return self._channel.feed(data)
+
+
+Line = PacketLine | SecureLine
+
+
+def send(line: Line, message: messages.Request | messages.Reply, fds: Sequence[int] = ()) -> None:
+    """Send one message and, with it, copies of `fds`."""
+    line.send(messages.encode(message), fds)
+
+
+def receive_request(line: Line) -> messages.Request | None:
+    """One request, or None if it is not there yet; requests carry no descriptors.
+
+    Raises:
+        ProtocolError: it is too long, not authentic, not a request, or came with descriptors.
+    """
+    received = line.receive(0)
+    return None if received is None else messages.decode_request(received[0])
+
+
+def receive_reply(line: Line) -> tuple[messages.Reply, list[int]]:
+    """One reply and the descriptors that came with it, owned by the caller (blocking).
+
+    Raises:
+        ProtocolError: it is too long, not authentic or not a reply; its descriptors are closed.
+    """
+    received = line.receive(messages.FDS_PER_MESSAGE)
+    if received is None:
+        raise TimeoutError("the peer does not answer")
+    data, fds = received
+    try:
+        return messages.decode_reply(data), fds
+    except BaseException:
+        messages.close_all(fds)
+        raise
+
+
+def receive_handles(line: Line, header: messages.Shard) -> tuple[list[int], list[bytes]]:
+    """The handles that follow `header`; see `messages.collect_handles`."""
+    return messages.collect_handles(header, lambda: receive_reply(line))

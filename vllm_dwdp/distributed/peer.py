@@ -1,0 +1,97 @@
+"""What a rank knows of a peer: its shard, and how it is."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from vllm_dwdp.distributed import messages
+from vllm_dwdp.errors import RendezvousError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerShard:
+    """A peer's shard as it was handed to us. Whoever receives it owns `fds` and closes it.
+
+    Args:
+        peer_rank: whose shard.
+        generation: the start of that rank that published it.
+        fds: read-only descriptors of its memory, in order.
+        fabric_handles: CUDA fabric handles of its memory, in order.
+        handle_bytes: bytes behind each handle, in order.
+        digest: of its content; empty until it is whole.
+        ready: whether it is whole.
+    """
+
+    peer_rank: int
+    generation: int
+    fds: tuple[int, ...]
+    fabric_handles: tuple[bytes, ...]
+    handle_bytes: tuple[int, ...]
+    digest: bytes
+    ready: bool
+
+    def close(self) -> None:
+        """Close its descriptors; what is mapped stays."""
+        messages.close_all(self.fds)
+
+    def duplicate(self) -> "PeerShard":
+        """The same shard with descriptors of its own.
+
+        Raises:
+            RendezvousError: the limit of open files is reached.
+        """
+        return replace(self, fds=duplicates(self.fds))
+
+    def packets(self, *, with_handles: bool) -> Iterator[messages.Packet]:
+        """It as messages; it must stay open until they are sent."""
+        fds = self.fds if with_handles else ()
+        fabric_handles = self.fabric_handles if with_handles else ()
+        header = messages.Shard(
+            self.peer_rank,
+            self.generation,
+            self.handle_bytes,
+            self.digest,
+            self.ready,
+            len(fds),
+            len(fabric_handles),
+        )
+        return messages.shard_packets(header, fds, fabric_handles)
+
+
+@dataclass(frozen=True)
+class PeerState:
+    """What we know of a peer: `missing`, `published`, `ready` or `dead`."""
+
+    state: str
+    generation: int
+
+
+def duplicates(fds: Sequence[int]) -> tuple[int, ...]:
+    """Descriptors of our own for the same files.
+
+    Raises:
+        RendezvousError: the limit of open files is reached; none is left open.
+    """
+    made: list[int] = []
+    try:
+        for fd in fds:
+            made.append(os.dup(fd))
+    except OSError as error:
+        messages.close_all(made)
+        raise RendezvousError(
+            f"duplicating {len(fds)} descriptors of a shard failed after {len(made)}: {error}. "
+            "Raise the limit of open files, e.g. with `ulimit -n 65536`."
+        ) from error
+    return tuple(made)
+
+
+@contextmanager
+def closed_on_error(shards: dict[int, PeerShard]) -> Iterator[None]:
+    """Close `shards` when the block fails."""
+    try:
+        yield
+    except BaseException:
+        for shard in shards.values():
+            shard.close()
+        raise

@@ -1,0 +1,168 @@
+"""The thread that answers: accepts, reads one request, replies, hangs up.
+
+It never blocks on a connection, so that a slow, silent or hostile peer delays nobody; every
+connection has a deadline, and their number is bounded.
+"""
+
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+from vllm_dwdp.distributed import line as lines
+from vllm_dwdp.distributed import messages
+from vllm_dwdp.distributed.line import Line
+from vllm_dwdp.errors import RendezvousError
+from vllm_dwdp.logger import init_logger
+
+logger = init_logger(__name__)
+
+CONNECTION_DEADLINE_S = 5.0
+MAX_CONNECTIONS = 256
+WARNING_INTERVAL_S = 10.0
+
+Answer = Callable[[messages.Request], Iterable[messages.Packet]]
+
+
+@dataclass
+class _Conversation:
+    """One line: first the request is awaited, then `rest` of the reply is sent."""
+
+    line: Line
+    deadline: float
+    rest: Iterator[messages.Packet] | None = None
+    unsent: messages.Packet | None = None
+
+
+class Server:
+    """Answers at `listener` in a daemon thread until `close`. Owns the listener.
+
+    Args:
+        listener: a listening, non-blocking socket.
+        greet: makes the line of an accepted connection, or None for one that is turned away.
+        answer: makes the packets of a reply, in the thread; their descriptors must stay open.
+        name: of the thread.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        greet: Callable[[socket.socket], Line | None],
+        answer: Answer,
+        name: str,
+    ) -> None:
+        self._listener = listener
+        self._greet = greet
+        self.num_dropped = 0
+        self._answer = answer
+        self._selector = selectors.DefaultSelector()
+        self._wake_reader, self._wake_writer = socket.socketpair()
+        self._open: dict[socket.socket, _Conversation] = {}
+        self._last_warning = 0.0
+        self._selector.register(listener, selectors.EVENT_READ)
+        self._selector.register(self._wake_reader, selectors.EVENT_READ)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop the thread and close every socket."""
+        self._wake_writer.send(b"x")
+        self._thread.join()
+        for connection in list(self._open):
+            self._hang_up(connection)
+        self._selector.close()
+        for owned in (self._listener, self._wake_reader, self._wake_writer):
+            owned.close()
+
+    def _run(self) -> None:
+        while True:
+            for key, _ in self._selector.select(timeout=1.0):
+                if key.fileobj is self._wake_reader:
+                    return
+                if key.fileobj is self._listener:
+                    self._accept()
+                else:
+                    assert isinstance(key.fileobj, socket.socket)
+                    self._serve(key.fileobj)
+            now = time.monotonic()
+            for connection in [c for c, open_ in self._open.items() if open_.deadline < now]:
+                self._hang_up(connection)
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError as error:
+            self._warn("accepting a connection failed: %s", error)
+            time.sleep(0.01)
+            return
+        if len(self._open) >= MAX_CONNECTIONS:
+            self._make_room()
+        try:
+            connection.setblocking(False)
+            line = self._greet(connection)
+        except OSError:
+            line = None
+        if line is None or len(self._open) >= MAX_CONNECTIONS:
+            connection.close()
+            return
+        deadline = time.monotonic() + CONNECTION_DEADLINE_S
+        self._open[connection] = _Conversation(line, deadline)
+        self._selector.register(connection, selectors.EVENT_READ)
+
+    def _make_room(self) -> None:
+        """Hang up on the connection that has been silent longest, for one that may not be."""
+        silent = (c for c, conversation in self._open.items() if conversation.rest is None)
+        oldest = next(silent, None)
+        if oldest is not None:
+            self._hang_up(oldest)
+
+    def _serve(self, connection: socket.socket) -> None:
+        conversation = self._open.get(connection)
+        if conversation is None:
+            return  # made room for another one meanwhile
+        try:
+            if self._go_on(connection, conversation):
+                return
+        except ConnectionError:
+            pass  # it only looked whether we are alive, or died meanwhile
+        except (OSError, RendezvousError) as error:
+            self.num_dropped += 1
+            self._warn("a connection was dropped: %s", error)
+        except Exception:
+            self.num_dropped += 1
+            logger.exception("DWDP rendezvous: answering failed")  # the thread must outlive it
+        self._hang_up(connection)
+
+    def _go_on(self, connection: socket.socket, conversation: _Conversation) -> bool:
+        """Read the request or send more of the reply; whether anything is left to do."""
+        line = conversation.line
+        if conversation.rest is None:
+            request = lines.receive_request(line)
+            if request is None:
+                return True
+            conversation.rest = iter(self._answer(request))
+            conversation.unsent = next(conversation.rest, None)
+            self._selector.modify(connection, selectors.EVENT_WRITE)
+        while conversation.unsent is not None:
+            try:
+                lines.send(line, *conversation.unsent)
+            except BlockingIOError:
+                return True
+            conversation.unsent = next(conversation.rest, None)
+        return not line.flush()
+
+    def _hang_up(self, connection: socket.socket) -> None:
+        self._open.pop(connection, None)
+        with suppress(KeyError, ValueError):
+            self._selector.unregister(connection)
+        connection.close()
+
+    def _warn(self, text: str, error: Exception) -> None:
+        """At most one line in ten seconds: a hostile peer must not fill the log."""
+        now = time.monotonic()
+        if now - self._last_warning > WARNING_INTERVAL_S:
+            self._last_warning = now
+            logger.warning("DWDP rendezvous: " + text, error)

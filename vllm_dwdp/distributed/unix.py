@@ -1,0 +1,229 @@
+"""Meeting places of one host: Unix seqpacket sockets, in a folder or under abstract names.
+
+Who may join is decided by the folder's mode and by the user id of the caller (SO_PEERCRED), so
+containers with separate PID namespaces that share the folder can meet.
+"""
+
+import errno
+import fcntl
+import os
+import socket
+import stat
+import struct
+import time
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from vllm_dwdp.distributed.endpoint import BACKLOG, LINGER_S, Endpoint
+from vllm_dwdp.distributed.line import PacketLine
+from vllm_dwdp.errors import RendezvousError
+
+LOCK_TIMEOUT_S = 10.0
+POLL_S = 0.05
+CROWD_POLL_S = 0.002
+_NOBODY = (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR, errno.ECONNRESET)
+_UCRED = struct.Struct("3i")
+
+
+class _LocalEndpoint(Endpoint):
+    """What both kinds share."""
+
+    carries_fds = True
+
+    def __init__(self, location: str) -> None:
+        self.location = location
+
+    @abstractmethod
+    def _address(self, group: int, rank: int) -> str:
+        """What to bind and to connect to."""
+
+    def greet(self, connection: socket.socket, group: int, rank: int) -> PacketLine | None:
+        """A line, if the other end runs as our user or as root."""
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        _, uid, _ = _UCRED.unpack(credentials)
+        return PacketLine(connection) if uid in (os.geteuid(), 0) else None
+
+    def connect(self, group: int, rank: int, timeout_s: float) -> PacketLine | None:
+        """As `Endpoint.connect`; a rank with a crowd before its door is waited for."""
+        deadline = time.monotonic() + timeout_s
+        client = _socket()
+        client.settimeout(timeout_s)
+        try:
+            while (error := client.connect_ex(self._address(group, rank))) == errno.EAGAIN:
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(CROWD_POLL_S)
+        except BaseException:
+            client.close()
+            raise
+        if not error:
+            return PacketLine(client)
+        client.close()
+        if error in _NOBODY or error == errno.EAGAIN:
+            return None
+        raise OSError(error, os.strerror(error), self._address(group, rank))
+
+    def listening(self, group: int, ranks: Iterable[int], timeout_s: float) -> set[int]:
+        """As `Endpoint.listening`; a local connection is made or refused at once."""
+        return {rank for rank in ranks if self._is_alive(group, rank)}
+
+    def _is_alive(self, group: int, rank: int) -> bool:
+        """Whether somebody listens there, also if a crowd keeps us from being heard."""
+        with _socket() as probe:
+            probe.setblocking(False)
+            return probe.connect_ex(self._address(group, rank)) in (0, errno.EAGAIN)
+
+    def _already_running(self, group: int, rank: int) -> RendezvousError:
+        return RendezvousError(
+            f"rank {rank} of group {group} is already running at {self}. Stop it, or give this "
+            "deployment another dwdp rendezvous."
+        )
+
+
+class AbstractEndpoint(_LocalEndpoint):
+    """Linux abstract socket names; they vanish with the process."""
+
+    kind = "abstract"
+
+    def __str__(self) -> str:
+        return f"abstract:{self.location}"
+
+    def _address(self, group: int, rank: int) -> str:
+        return f"\0vllm-dwdp/{self.location}/g{group}-r{rank}"
+
+    def listen(self, group: int, rank: int) -> socket.socket:
+        """As `Endpoint.listen`."""
+        server, deadline = _socket(), time.monotonic() + LINGER_S
+        while True:
+            try:
+                server.bind(self._address(group, rank))
+                return _listening(server)
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE and time.monotonic() < deadline:
+                    time.sleep(POLL_S)
+                    continue
+                server.close()
+                if error.errno == errno.EADDRINUSE:
+                    raise self._already_running(group, rank) from None
+                raise _cannot_listen(self._address(group, rank), error) from error
+
+
+class UnixEndpoint(_LocalEndpoint):
+    """A folder of mode 0700 with one socket file per rank."""
+
+    kind = "unix"
+
+    def __str__(self) -> str:
+        return f"unix://{self.location}"
+
+    def _address(self, group: int, rank: int) -> str:
+        return f"{self.location}/g{group}-r{rank}.sock"
+
+    def listen(self, group: int, rank: int) -> socket.socket:
+        """As `Endpoint.listen`; takes the place of a dead predecessor's socket file.
+
+        The socket listens before it gets its name, and only one process at a time changes names, so
+        nobody can mistake a living rank for a dead one.
+        """
+        self._prepare_folder()
+        deadline = time.monotonic() + LINGER_S
+        while True:
+            try:
+                with self._locked():
+                    if not self._is_alive(group, rank):
+                        return self._take_place(group, rank)
+            except OSError as error:
+                raise _cannot_listen(self._address(group, rank), error) from error
+            if time.monotonic() > deadline:
+                raise self._already_running(group, rank)
+            time.sleep(POLL_S)
+
+    def _take_place(self, group: int, rank: int) -> socket.socket:
+        address = self._address(group, rank)
+        scratch = f"{address}.new"
+        with suppress(FileNotFoundError):
+            os.unlink(scratch)
+        server = _socket()
+        try:
+            server.bind(scratch)
+            _listening(server)
+            os.replace(scratch, address)
+        except BaseException:
+            server.close()
+            raise
+        return server
+
+    def forget(self, group: int, rank: int) -> None:
+        """As `Endpoint.forget`."""
+        with suppress(OSError):
+            os.unlink(self._address(group, rank))
+
+    def forget_dead(self, group: int, rank: int) -> None:
+        """As `Endpoint.forget_dead`; waits a while for the kernel to take a killed one apart."""
+        deadline = time.monotonic() + LINGER_S
+        with suppress(OSError, RendezvousError):
+            while time.monotonic() < deadline:
+                with self._locked():
+                    if not self._is_alive(group, rank):
+                        self.forget(group, rank)
+                        return
+                time.sleep(POLL_S)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Alone in changing names in the folder; the kernel drops the lock of a killed process."""
+        folder = os.open(self.location, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        deadline = time.monotonic() + LOCK_TIMEOUT_S
+        try:
+            while True:
+                try:
+                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise RendezvousError(
+                            f"another process has held the lock of the dwdp rendezvous folder "
+                            f"{self.location} for {LOCK_TIMEOUT_S:.0f} s. End it, or choose "
+                            "another folder."
+                        ) from None
+                    time.sleep(POLL_S)
+            yield
+        finally:
+            os.close(folder)
+
+    def _prepare_folder(self) -> None:
+        folder = Path(self.location)
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            info = folder.stat()
+        except OSError as error:
+            raise RendezvousError(
+                f"the dwdp rendezvous folder {folder} cannot be made: {error}. Choose a writable "
+                "folder."
+            ) from error
+        if info.st_uid != os.geteuid() or stat.S_IMODE(info.st_mode) & 0o077:
+            raise RendezvousError(
+                f"the dwdp rendezvous folder {folder} belongs to uid {info.st_uid} with mode "
+                f"{stat.S_IMODE(info.st_mode):04o}; it must belong to uid {os.geteuid()} with mode "
+                f"0700, because whoever can enter it can join the group. Run chmod 700 {folder}, "
+                "or choose another one."
+            )
+
+
+def _socket() -> socket.socket:
+    return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+def _listening(server: socket.socket) -> socket.socket:
+    server.listen(BACKLOG)
+    server.setblocking(False)
+    return server
+
+
+def _cannot_listen(address: str, error: OSError) -> RendezvousError:
+    return RendezvousError(
+        f"listening on {address!r} failed: {error}. Choose another dwdp rendezvous folder "
+        "(writable, short path, free space)."
+    )
