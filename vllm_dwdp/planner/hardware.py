@@ -1,8 +1,9 @@
 """Accelerators: what the data sheet promises, and how much of it is reached."""
 
 import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from vllm_dwdp.errors import DwdpConfigError
 
@@ -19,6 +20,8 @@ class Hardware:
         memory_gb: 1e9 bytes.
         memory_gbps: 1e9 bytes per second.
         link_gbps: to peers, one direction, 1e9 bytes per second.
+        source: `data sheet`, or how these peaks were measured.
+        measured: names and values of `Efficiency` that were measured too.
     """
 
     name: str
@@ -28,6 +31,14 @@ class Hardware:
     memory_gb: float
     memory_gbps: float
     link_gbps: float
+    source: str = "data sheet"
+    measured: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def efficiency(self) -> "Efficiency":
+        """What was measured, and the defaults for the rest."""
+        values: dict[str, Any] = dict(self.measured)
+        return replace(DEFAULT, **values, calibrated=frozenset(values))
 
     def flops(self, bits: float) -> float:
         """Peak operations per second for weights of `bits`, on the fastest unit that takes them."""
@@ -43,38 +54,58 @@ class Efficiency:
     """The reached part of each peak.
 
     Args:
-        attention, grouped_gemm, dense_gemm: of the peak operations.
+        attention, grouped_gemm, dense_gemm: of the peak operations, or of the memory's speed where
+            an operator is bound by it (a kernel that reaches a third of one seldom reaches more of
+            the other; `memory` is the bound for both).
         memory: of the memory's speed.
+        other_passes: norms, rotary embedding, routing, quantisation and permutation of a layer, as
+            passes over `[num_tokens, hidden_size]` in 16 bits at the memory's peak speed.
         link: of the link's speed, by copy engines.
         direct: of the link's speed, by kernels that read peers in place.
-        beside_copies: speed of compute while copies run beside it.
-        origin: `peak`, `default` or `calibrated`.
+        beside_copies: speed of compute while copies flow beside it.
+        calibrated: names of the fields above that were measured on the user's machine.
+        is_peak: these are no efficiencies but the plain roofline.
     """
 
     attention: float = 1.0
     grouped_gemm: float = 1.0
     dense_gemm: float = 1.0
     memory: float = 1.0
+    other_passes: float = 0.0
     link: float = 1.0
     direct: float = 1.0
     beside_copies: float = 1.0
-    origin: str = "peak"
+    calibrated: frozenset[str] = frozenset()
+    is_peak: bool = False
+
+    def origin(self, *names: str) -> str:
+        """What a figure rests on that uses these fields (all, if none is named)."""
+        used = set(names or MEASURABLE)
+        if self.is_peak:
+            return "peak"
+        if used <= self.calibrated:
+            return "calibrated"
+        return "part default" if used & self.calibrated else "default"
 
 
-PEAK = Efficiency()
+MEASURABLE = tuple(
+    field.name for field in fields(Efficiency) if field.name not in ("calibrated", "is_peak")
+)
+PEAK = Efficiency(is_peak=True)
 """The plain roofline."""
 
 DEFAULT = Efficiency(
-    attention=0.6,
-    grouped_gemm=0.35,
-    dense_gemm=0.6,
+    attention=0.81,
+    grouped_gemm=0.352,
+    dense_gemm=0.504,
     memory=0.8,
-    link=0.71,
+    other_passes=75.0,
+    link=0.714,
     direct=0.70,
-    beside_copies=0.9,
-    origin="default",
+    beside_copies=0.766,
 )
-"""Guesses in the range of published breakdowns (GB200); nothing here was measured by us."""
+"""Fitted to one published breakdown (DeepSeek-R1 on GB200; `planner/paper` says on which rows), except
+`memory` and `direct`, which are guesses. Nothing here was measured by us."""
 
 
 def load_hardware(extra: Path | None = None) -> dict[str, Hardware]:
@@ -105,24 +136,40 @@ def find_hardware(name: str, extra: Path | None = None) -> Hardware:
 def _read(path: Path) -> dict[str, Hardware]:
     try:
         content = tomllib.loads(path.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise DwdpConfigError(f"--hardware {path}: {error}.") from error
-    wanted = {field.name for field in fields(Hardware)} - {"name"}
-    table = {}
-    for name, entry in content.items():
-        if not isinstance(entry, dict) or set(entry) != wanted:
-            raise DwdpConfigError(
-                f"--hardware {path}: entry {name!r} must have exactly {', '.join(sorted(wanted))}."
-            )
-        numbers = {key: _positive(path, name, key, value) for key, value in entry.items()}
-        table[name.lower()] = Hardware(name=name.lower(), **numbers)
-    return table
+    return {name.lower(): _entry(path, name, entry) for name, entry in content.items()}
 
 
-def _positive(path: Path, name: str, key: str, value: object) -> float:
-    lowest_allowed = key == "fp4_tflops"
+def _entry(path: Path, name: str, entry: Any) -> Hardware:
+    optional = {"source", "efficiency"}
+    wanted = {field.name for field in fields(Hardware)} - {"name", "source", "measured"}
+    if not isinstance(entry, dict) or set(entry) - optional != wanted:
+        raise DwdpConfigError(
+            f"--hardware {path}: entry {name!r} must have exactly {', '.join(sorted(wanted))}, and may "
+            "have source and a table efficiency."
+        )
+    reached = entry.get("efficiency", {})
+    if not isinstance(reached, dict) or set(reached) - set(MEASURABLE):
+        raise DwdpConfigError(
+            f"--hardware {path}: {name}.efficiency may have {', '.join(MEASURABLE)} and nothing else."
+        )
+    return Hardware(
+        name=name.lower(),
+        source=str(entry.get("source", "data sheet")),
+        measured=tuple(
+            (key, _number(path, f"{name}.efficiency", key, value)) for key, value in reached.items()
+        ),
+        **{key: _number(path, name, key, entry[key]) for key in wanted},
+    )
+
+
+_MAY_BE_ZERO = ("fp4_tflops", "other_passes", "beside_copies")
+
+
+def _number(path: Path, name: str, key: str, value: object) -> float:
     number = value if isinstance(value, int | float) and not isinstance(value, bool) else -1
-    if number < 0 or (number == 0 and not lowest_allowed):
+    if not 0 <= number < float("inf") or (number == 0 and key not in _MAY_BE_ZERO):
         raise DwdpConfigError(
             f"--hardware {path}: {name}.{key} is {value!r}; it must be a positive number."
         )

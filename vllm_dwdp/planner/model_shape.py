@@ -6,14 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dwdp.errors import DwdpConfigError
-
-BITS = {
-    "bf16": 16.0,
-    "fp16": 16.0,
-    "fp8": 8.0,
-    "mxfp4": 4.25,  # one 8-bit scale for 32 values
-    "nvfp4": 4.5,  # one 8-bit scale for 16 values
-}
+from vllm_dwdp.planner.quantisation import BITS, Quantisation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +19,15 @@ class ModelShape:
         num_experts, experts_per_token: of an MoE layer.
         expert_params: of one routed expert.
         shared_params: of the shared experts of a layer.
+        dense_mlp_params: of the feed-forward of a layer without experts.
         attention_params: linear weights of one layer's attention.
         core_dim: sum over query heads of key and value head sizes: a query and a key cost
             `2 * core_dim` operations.
         kv_elements: of the KV cache, per token and layer.
-        other_params: embeddings, dense layers, head.
+        embedding_params: embeddings and head, in 16 bits.
         hidden_size: of the residual stream.
-        expert_bits, attention_bits, kv_bits: of each weight or element.
+        expert_bits, shared_bits, dense_mlp_bits, attention_bits, kv_bits: of each weight or element.
+        sliding_share, sliding_window: part of the layers whose tokens see at most so many keys.
     """
 
     name: str
@@ -42,14 +37,19 @@ class ModelShape:
     experts_per_token: int
     expert_params: int
     shared_params: int
+    dense_mlp_params: int
     attention_params: int
     core_dim: int
     kv_elements: int
-    other_params: int
+    embedding_params: int
     hidden_size: int
     expert_bits: float
+    shared_bits: float = 16.0
+    dense_mlp_bits: float = 16.0
     attention_bits: float = 16.0
     kv_bits: float = 16.0
+    sliding_share: float = 0.0
+    sliding_window: int = 0
 
     @property
     def expert_bytes(self) -> float:
@@ -64,16 +64,19 @@ class ModelShape:
     @property
     def dense_bytes(self) -> float:
         """Of everything that every rank holds."""
-        shared = self.num_moe_layers * self.shared_params * self.expert_bits / 8
-        attention = (self.num_layers * self.attention_params + self.other_params) * (
-            self.attention_bits / 8
+        bits = (
+            self.num_moe_layers * self.shared_params * self.shared_bits
+            + (self.num_layers - self.num_moe_layers) * self.dense_mlp_params * self.dense_mlp_bits
+            + self.num_layers * self.attention_params * self.attention_bits
+            + self.embedding_params * 16
         )
-        return shared + attention
+        return bits / 8
 
-    @property
-    def kv_bytes_per_token(self) -> float:
-        """Of the KV cache, all layers."""
-        return self.num_layers * self.kv_elements * self.kv_bits / 8
+    def kv_bytes_per_token(self, context_tokens: float) -> float:
+        """Of the KV cache, all layers, of a sequence of `context_tokens`."""
+        seen = min(1.0, self.sliding_window / max(1.0, context_tokens))
+        layers = self.num_layers * (1.0 - self.sliding_share + self.sliding_share * seen)
+        return layers * self.kv_elements * self.kv_bits / 8
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -83,24 +86,35 @@ def read_config(path: Path) -> dict[str, Any]:
         DwdpConfigError: it cannot be read, or is no JSON object.
     """
     file = path / "config.json" if path.is_dir() else path
-    try:
-        config = json.loads(file.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise DwdpConfigError(f"--model {file}: {error}.") from error
-    if not isinstance(config, dict):
-        raise DwdpConfigError(f"--model {file}: it must be a JSON object.")
+    config = _read_object(file)
+    beside = file.with_name("hf_quant_config.json")  # ModelOpt's older exports
+    if "quantization_config" not in config and beside.is_file():
+        config["quantization_config"] = _read_object(beside).get("quantization")
     inner = config.get("text_config")
     if isinstance(inner, dict):
         config = {key: value for key, value in config.items() if key != "text_config"} | inner
     return config
 
 
-def shape_of(config: dict[str, Any], expert_dtype: str | None = None) -> ModelShape:
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DwdpConfigError(f"--model {file}: {error}.") from error
+    if not isinstance(content, dict):
+        raise DwdpConfigError(f"--model {file}: it must be a JSON object.")
+    return content
+
+
+def shape_of(
+    config: dict[str, Any], expert_dtype: str | None = None, kv_dtype: str | None = None
+) -> ModelShape:
     """The shape of DeepSeek-V2/V3, Qwen2/3-MoE, gpt-oss, Mixtral, GLM-4-MoE, Llama-4 and their like.
 
     Args:
         config: of the text model.
-        expert_dtype: overrides what `quantization_config` says; a key of `BITS`.
+        expert_dtype, kv_dtype: override what `quantization_config` says of the routed experts and
+            of the KV cache; keys of `BITS`.
 
     Raises:
         DwdpConfigError: the config describes no routed experts, or a field is missing.
@@ -124,22 +138,40 @@ def shape_of(config: dict[str, Any], expert_dtype: str | None = None) -> ModelSh
     )
     attention = _mla(fields, hidden) if "kv_lora_rank" in config else _gqa(fields, hidden)
     vocabulary = fields.first("vocab_size")
+    quantisation = Quantisation.of(config.get("quantization_config"))
+    sliding_share, sliding_window = _sliding(config, fields, num_layers)
     tied = 1 if config.get("tie_word_embeddings") else 2
+    experts_per_token = fields.first("num_experts_per_tok", "experts_per_token", "moe_top_k")
+    if not 1 <= experts_per_token <= num_experts:
+        raise DwdpConfigError(
+            f"{fields.architecture}: config.json routes a token to {experts_per_token} of "
+            f"{num_experts} experts; it must be at least one, and no more than there are."
+        )
+    if num_moe_layers < 1:
+        raise DwdpConfigError(f"{fields.architecture}: config.json leaves no layer with experts.")
     return ModelShape(
         name=fields.architecture,
         num_layers=num_layers,
         num_moe_layers=num_moe_layers,
         num_experts=num_experts,
-        experts_per_token=fields.first("num_experts_per_tok", "experts_per_token", "moe_top_k"),
+        experts_per_token=experts_per_token,
         expert_params=3 * hidden * expert_size,
         shared_params=3 * hidden * shared_size,
         attention_params=attention[0],
         core_dim=attention[1],
         kv_elements=attention[2],
-        other_params=tied * vocabulary * hidden
-        + (num_layers - num_moe_layers) * 3 * hidden * dense_size,
+        dense_mlp_params=3 * hidden * dense_size,
+        embedding_params=tied * vocabulary * hidden,
         hidden_size=hidden,
-        expert_bits=_expert_bits(config, expert_dtype),
+        expert_bits=_override("--expert-dtype", expert_dtype)
+        or quantisation.bits("experts", num_layers),
+        shared_bits=_override("--expert-dtype", expert_dtype)
+        or quantisation.bits("shared", num_layers),
+        dense_mlp_bits=quantisation.bits("dense", num_layers),
+        attention_bits=quantisation.bits("attention", num_layers),
+        kv_bits=_override("--kv-dtype", kv_dtype) or quantisation.kv_bits,
+        sliding_share=sliding_share,
+        sliding_window=sliding_window,
     )
 
 
@@ -155,6 +187,10 @@ class _Fields:
         for name in names:
             value = self._config.get(name)
             if isinstance(value, int) and not isinstance(value, bool):
+                if value < (0 if default is not None else 1):
+                    raise DwdpConfigError(
+                        f"{self.architecture}: {name} in config.json is {value}; it must be positive."
+                    )
                 return value
         if default is None:
             raise DwdpConfigError(f"{self.architecture}: config.json has no {' or '.join(names)}.")
@@ -202,15 +238,19 @@ def _gqa(fields: _Fields, hidden: int) -> tuple[int, int, int]:
     return parameters, 2 * heads * size, 2 * groups * size
 
 
-def _expert_bits(config: dict[str, Any], expert_dtype: str | None) -> float:
-    if expert_dtype is not None:
-        if expert_dtype not in BITS:
-            raise DwdpConfigError(
-                f"--expert-dtype {expert_dtype!r} is unknown; known are {', '.join(BITS)}."
-            )
-        return BITS[expert_dtype]
-    text = json.dumps(config.get("quantization_config") or {}).lower()
-    for name in ("mxfp4", "nvfp4", "fp8"):
-        if name in text:
-            return BITS[name]
-    return BITS["bf16"]
+def _sliding(config: dict[str, Any], fields: _Fields, num_layers: int) -> tuple[float, int]:
+    """The part of the layers with a window (or chunks), and its tokens."""
+    window = fields.first("sliding_window", "attention_chunk_size", default=0)
+    types = config.get("layer_types")
+    if not window or not isinstance(types, list):
+        return 0.0, 0
+    narrow = sum(kind in ("sliding_attention", "chunked_attention") for kind in types)
+    return min(1.0, narrow / num_layers), window
+
+
+def _override(option: str, dtype: str | None) -> float | None:
+    if dtype is None:
+        return None
+    if dtype not in BITS:
+        raise DwdpConfigError(f"{option} {dtype!r} is unknown; known are {', '.join(BITS)}.")
+    return BITS[dtype]

@@ -1,6 +1,7 @@
 """The cost model against published figures, and the planner's answers."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,19 +11,23 @@ from typing import Any
 import pytest
 
 from vllm_dwdp.errors import DwdpConfigError
-from vllm_dwdp.planner.cost import CostModel, Step, contention
-from vllm_dwdp.planner.hardware import DEFAULT, PEAK, find_hardware, load_hardware
-from vllm_dwdp.planner.model_shape import shape_of
-from vllm_dwdp.planner.paper import DEEPSEEK_R1
-from vllm_dwdp.planner.plan import (
+from vllm_dwdp.planner.cost import CostModel, Exchange, Step, contention
+from vllm_dwdp.planner.estimates import (
+    ANY_STEP,
     Traffic,
     break_even_tokens,
     direct_crossover,
-    make_plan,
     memory_bytes,
+    parts,
+    redundancy,
     replica_fits,
+    speedups,
     synchronisation,
 )
+from vllm_dwdp.planner.hardware import DEFAULT, PEAK, find_hardware, load_hardware
+from vllm_dwdp.planner.model_shape import shape_of
+from vllm_dwdp.planner.paper import DEEPSEEK_R1
+from vllm_dwdp.planner.plan import make_plan
 
 QWEN3_30B = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -80,6 +85,22 @@ LLAMA4_MAVERICK = {
     "num_experts_per_tok": 1,
     "vocab_size": 202048,
 }
+GLM_4_5 = {
+    "architectures": ["Glm4MoeForCausalLM"],
+    "model_type": "glm4_moe",
+    "hidden_size": 5120,
+    "num_hidden_layers": 92,
+    "num_attention_heads": 96,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 1536,
+    "n_routed_experts": 160,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "first_k_dense_replace": 3,
+    "vocab_size": 151552,
+}
 TRAFFIC = Traffic(
     input_tokens=8192, output_tokens=1, variation=0.2, max_num_batched_tokens=32768, batch_size=64
 )
@@ -92,6 +113,7 @@ def r1_on_gb200(**changes: Any) -> CostModel:
         "hardware": find_hardware("gb200"),
         "efficiency": PEAK,
         "group_size": 4,
+        "exchange": Exchange.PER_EXPERT,
     }
     return CostModel(**(settings | changes))
 
@@ -136,6 +158,7 @@ def test_published_contention(group_size: int, percent: list[float]) -> None:
         (GPT_OSS_120B, 117, 5.1),
         (MIXTRAL_8X7B, 46.7, 12.9),
         (LLAMA4_MAVERICK, 400, 17),
+        (GLM_4_5, 355, 32),
     ],
 )
 def test_parameters_add_up_to_the_models_names(
@@ -146,7 +169,8 @@ def test_parameters_add_up_to_the_models_names(
     dense = (
         shape.num_layers * shape.attention_params
         + shape.num_moe_layers * shape.shared_params
-        + shape.other_params
+        + (shape.num_layers - shape.num_moe_layers) * shape.dense_mlp_params
+        + shape.embedding_params
     )
     total = dense + shape.num_moe_layers * shape.num_experts * shape.expert_params
     active = dense + shape.num_moe_layers * shape.experts_per_token * shape.expert_params
@@ -159,11 +183,26 @@ def test_parameters_add_up_to_the_models_names(
 
 
 def test_precision_comes_from_the_checkpoint_or_the_user() -> None:
-    fp8 = DEEPSEEK_R1 | {"quantization_config": {"quant_method": "fp8"}}
-    assert shape_of(fp8).expert_bits == 8
     assert shape_of(DEEPSEEK_R1, "nvfp4").expert_bits == 4.5
     assert shape_of(GPT_OSS_120B).expert_bits == 4.25
     assert shape_of(QWEN3_30B).expert_bits == 16
+
+
+@pytest.mark.parametrize(
+    "config", [DEEPSEEK_R1, QWEN3_30B, GPT_OSS_120B, MIXTRAL_8X7B, LLAMA4_MAVERICK, GLM_4_5]
+)
+@pytest.mark.parametrize("gpu", ["h100", "h200", "b200", "gb200", "gb300", "epyc-2core"])
+def test_every_family_on_every_machine(config: dict[str, Any], gpu: str) -> None:
+    hardware = find_hardware(gpu)
+    model = CostModel(
+        shape=shape_of(config), hardware=hardware, efficiency=hardware.efficiency, group_size=8
+    )
+    made = make_plan(model, TRAFFIC)
+    topics = {line.topic for line in made.lines}
+    assert {"memory per rank", "prefill", "prefill, DWDP over DEP"} < topics
+    assert all(math.isfinite(line.low) and math.isfinite(line.high) for line in made.lines)
+    fits = memory_bytes(model)["KV cache"] > 0
+    assert fits != any("It does not fit" in sentence for sentence in made.advice)
 
 
 def test_where_a_replica_fits_the_planner_says_so() -> None:
@@ -196,13 +235,72 @@ def test_uneven_lengths_cost_dep_and_not_dwdp() -> None:
     assert synchronisation(4, 0.0) == 1.0
     assert 1.0 < synchronisation(4, 0.1) < synchronisation(4, 0.3) < synchronisation(16, 0.3)
     lines = make_plan(r1_on_gb200(efficiency=DEFAULT), TRAFFIC).lines
-    (speed,) = [line for line in lines if line.quantity == "throughput"]
+    (speed,) = [line for line in lines if line.quantity == "throughput, range"]
     assert speed.low < speed.high
-    assert {line.origin for line in lines} == {"spec", "default"}
+    assert {line.origin for line in lines} == {"config", "spec", "default"}
+
+
+@pytest.mark.parametrize("tokens", [2048, 8192, 32768])
+def test_the_parts_add_up_to_the_gain(tokens: int) -> None:
+    """Exposed copies included: at 2,048 tokens they are most of a layer."""
+    model = r1_on_gb200(efficiency=DEFAULT)
+    traffic = Traffic(**(vars(TRAFFIC) | {"max_num_batched_tokens": tokens}))
+    dwdp, saved = model.dwdp_layer(traffic.prefill_step), parts(model, traffic)
+    gains = speedups(model, traffic)
+    assert 1 + sum(saved.values()) / dwdp == pytest.approx(gains["with routing skew too"])
+    assert gains["balanced"] == pytest.approx(model.dep_layer(traffic.prefill_step) / dwdp)
+    assert (saved["exposed prefetch"] < 0) == (tokens < break_even_tokens(model, 8192))
+
+
+def test_spare_memory_buys_redundancy() -> None:
+    roomy = r1_on_gb200(efficiency=DEFAULT, hardware=find_hardware("gb300"))
+    spare, saved, tokens = redundancy(roomy, TRAFFIC)
+    assert spare > 11
+    assert saved == pytest.approx(spare / 192)
+    assert tokens < break_even_tokens(roomy, TRAFFIC.input_tokens)
+    richer = r1_on_gb200(efficiency=DEFAULT, hardware=find_hardware("gb300"), extra_experts=spare)
+    assert memory_bytes(richer)["KV cache"] > 0
+
+
+def test_decode_heavy_traffic_is_told_to_separate() -> None:
+    model = r1_on_gb200(efficiency=DEFAULT)
+    heavy = Traffic(**(vars(TRAFFIC) | {"output_tokens": 4096}))
+    assert any("separate prefill from decode" in line for line in make_plan(model, heavy).advice)
+    assert not any("separate" in line for line in make_plan(model, TRAFFIC).advice)
+
+
+def test_what_was_calibrated_is_marked(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    peaks = (
+        "bf16_tflops=1\nfp8_tflops=2\nfp4_tflops=0\nmemory_gb=99\nmemory_gbps=900\nlink_gbps=9\n"
+    )
+    path.write_text(f"[mine]\n{peaks}[mine.efficiency]\nlink = 0.5\nbeside_copies = 0\n")
+    mine = find_hardware("mine", path)
+    assert mine.efficiency.link == 0.5
+    assert mine.efficiency.grouped_gemm == DEFAULT.grouped_gemm
+    lines = make_plan(r1_on_gb200(hardware=mine, efficiency=mine.efficiency), TRAFFIC).lines
+    origins = {line.quantity: line.origin for line in lines}
+    assert origins["prefetch per layer"] == "calibrated"
+    assert origins["compute per layer, full step"] == "default"
+    assert origins["throughput, range"] == "part default"
+    path.write_text(f"[mine]\n{peaks}[mine.efficiency]\nspeed = 1\n")
+    with pytest.raises(DwdpConfigError, match="efficiency may have attention"):
+        find_hardware("mine", path)
+
+
+def test_this_cpu_is_in_the_table_and_measured() -> None:
+    cpu = find_hardware("epyc-2core")
+    assert cpu.source.startswith("measured: vllm-dwdp bench --calibrate")
+    assert cpu.efficiency.origin() == "calibrated"
 
 
 def test_small_steps_read_in_place() -> None:
     assert 20 < direct_crossover(r1_on_gb200(efficiency=DEFAULT)) < 500
+    cpu = find_hardware("epyc-2core")
+    host = r1_on_gb200(hardware=cpu, efficiency=cpu.efficiency)
+    assert direct_crossover(host) == ANY_STEP, "on a host, peers' memory is memory"
+    steps = {line.quantity: line.low for line in make_plan(host, TRAFFIC).lines}
+    assert steps["step, DWDP direct"] == pytest.approx(steps["step, full replica"], rel=0.1)
 
 
 def test_your_own_accelerator(tmp_path: Path) -> None:
@@ -248,6 +346,17 @@ def test_the_command(tmp_path: Path) -> None:
         ({"--model": "/nowhere"}, "--model /nowhere"),
         ({"--expert-dtype": "int3"}, "--expert-dtype 'int3' is unknown"),
         ({"--variation": "-1"}, "--variation -1.0 must lie in"),
+        ({"--kv-dtype": "fp3"}, "--kv-dtype 'fp3' is unknown"),
+        ({"--ranks": "1"}, "--ranks 1 must be at least 2"),
+        (
+            {"--experts-per-rank": "500"},
+            "--experts-per-rank 500 must lie between an even share, 64",
+        ),
+        ({"--max-num-batched-tokens": "0"}, "--max-num-batched-tokens 0 must be at least 1"),
+        ({"--batch-size": "-3"}, "--batch-size -3 must be at least 1"),
+        ({"--hardware": "/nowhere.toml"}, "--hardware /nowhere.toml"),
+        ({"--png": "/nowhere/plan.png"}, "--png /nowhere/plan.png cannot be written"),
+        ({"--html": "/proc"}, "--html /proc cannot be written"),
         ({"--input-tokens": "0"}, "--input-tokens 0 must be at least 1"),
         ({"--output-tokens": "-5"}, "--output-tokens -5 must not be negative"),
     ],
@@ -261,6 +370,20 @@ def test_wrong_input_is_one_line_and_exit_2(
     assert ended.returncode == 2
     assert ended.stderr.startswith(f"vllm-dwdp: {message}")
     assert len(ended.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": 0}, "hidden_size in config.json is 0; it must be positive"),
+        ({"num_experts_per_tok": 300}, "routes a token to 300 of 256 experts"),
+        ({"first_k_dense_replace": 61}, "leaves no layer with experts"),
+        ({"vocab_size": None}, "config.json has no vocab_size"),
+    ],
+)
+def test_a_config_that_cannot_be_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(DwdpConfigError, match=message):
+        shape_of(DEEPSEEK_R1 | change)
 
 
 def test_a_dense_model_is_refused(tmp_path: Path) -> None:
