@@ -32,10 +32,10 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_dwdp.memory.layout import ModelLayout, WeightLayout
-from vllm_dwdp.native import NativeQueue
 from vllm_dwdp.placement import Placement
 from vllm_dwdp.testing.machine import describe_machine
 from vllm_dwdp.transfer.copy_plan import bytes_by_peer, plan_layer_copies
+from vllm_dwdp.transfer.host_queue import HostCopyQueue
 from vllm_dwdp.transfer.pipeline import PrefetchPipeline
 
 SLICE_BYTES = 2 * 2**20
@@ -79,7 +79,7 @@ def copy_throughput(num_threads: int) -> list[float]:
     """Speed of the queue over the speed of as many threads of memcpy, round by round."""
     source = np.ones(LAYER_BYTES, np.uint8)
     target = np.zeros(LAYER_BYTES, np.uint8)
-    queue = NativeQueue(num_threads)
+    queue = HostCopyQueue(num_threads)
     batch = queue.add_batch(slices(target, source))
 
     def fill() -> None:
@@ -120,7 +120,7 @@ def hidden_share(cores: list[int]) -> list[float]:
     slots = [np.zeros(layer_bytes, np.uint8) for _ in range(2)]
     mine, copying = cores[0], cores[-1]
     before = os.sched_getaffinity(0)
-    queue = NativeQueue(1, [copying])
+    queue = HostCopyQueue(1, [copying])
     os.sched_setaffinity(0, {mine})
     try:
         pipeline = PrefetchPipeline(
@@ -161,7 +161,7 @@ def work(matrix: np.ndarray, repeats: int) -> None:
         matrix @ matrix
 
 
-def measured_speed(queue: NativeQueue, target: np.ndarray, source: np.ndarray) -> float:
+def measured_speed(queue: HostCopyQueue, target: np.ndarray, source: np.ndarray) -> float:
     batch = queue.add_batch(slices(target, source))
 
     def fill() -> None:
@@ -193,25 +193,23 @@ def host_cost_us(cores: list[int]) -> list[float]:
     return costs
 
 
-def tiny_pipeline(num_layers: int, group_size: int = 2) -> tuple[PrefetchPipeline, NativeQueue]:
+def tiny_pipeline(num_layers: int, group_size: int = 2) -> tuple[PrefetchPipeline, HostCopyQueue]:
     """A ring whose layers copy a few bytes from each of `group_size - 1` peers."""
     placement = Placement(num_experts=2 * group_size, group_size=group_size)
     weight = WeightLayout(name="w", placement=placement, expert_bytes=64, page_bytes=64)
     layout = ModelLayout.plan([(f"layers.{n}", (weight,)) for n in range(num_layers)])
     shards = np.zeros(max(layout.shard_bytes) + 64, np.uint8)
-    slot = np.zeros(2 * layout.slot_bytes(0) + 64, np.uint8)
+    slot_bytes = weight.num_bytes
+    slot = np.zeros(2 * slot_bytes + 64, np.uint8)
     batches, peer_bytes = [], []
     for number, layer in enumerate(layout.layers):
         plan = plan_layer_copies(layer, 0, SLICE_BYTES)
-        base = slot.ctypes.data + (number % 2) * layout.slot_bytes(0)
+        base = slot.ctypes.data + (number % 2) * slot_bytes
         batches.append(
-            [
-                (base + c.slot_offset, shards.ctypes.data + c.source_offset, c.num_bytes)
-                for c in plan
-            ]
+            [(base + c.offset, shards.ctypes.data + c.source_offset, c.num_bytes) for c in plan]
         )
         peer_bytes.append(bytes_by_peer(plan))
-    queue = NativeQueue(1)
+    queue = HostCopyQueue(1)
     pipeline = PrefetchPipeline(batches, peer_bytes, queue, num_slots=2)
     pipeline.keep_alive = (shards, slot)  # type: ignore[attr-defined]
     return pipeline, queue
