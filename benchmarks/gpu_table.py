@@ -1,0 +1,77 @@
+"""The table of `bench_gpu.py`, and the promises that its rows must keep."""
+
+from typing import Any
+
+from benchmarks.gpu_cases import NUM_LAYERS
+from benchmarks.gpu_model import MODES
+
+PROMISED_RATIO = 1.03
+TIMES = ("layer ms", "moe ms", "fill ms")
+RATIOS = {
+    "eager": "prefetch eager",
+    "piece": "prefetch piecewise",
+    "full": "prefetch full",
+    "merge": "merge piecewise",
+    "join": "join piecewise",
+    "gather": "gather full",
+}
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Ratios are to resident weights in the same mode."""
+    print("\nstep time over that of resident weights in the same mode (prefetch unless named)")
+    print("* : a layer computes longer than its copy takes, so that prefetch promises <= 1.03")
+    heading = f"{'case':<26}{'tokens':>7}" + "".join(f"{name:>9}" for name in (*TIMES, *RATIOS))
+    print(heading + f"{'eager/full':>11}  same bits")
+    for row in rows:
+        layer_ms = row["ms"]["resident piecewise"]["median"] / NUM_LAYERS
+        fill_ms = row["copies"]["fill_ms"]
+        cells = [f"{layer_ms:.2f}", f"{row['moe_ms']:.2f}", f"{fill_ms:.2f}"]
+        for name in RATIOS.values():
+            cells.append(f"{row['ratios'][name]:.3f}" if name in row["ratios"] else "-")
+        graphs = row["ms"]["prefetch eager"]["median"] / row["ms"]["prefetch full"]["median"]
+        mark = "*" if layer_ms > fill_ms else " "
+        print(
+            f"{row['case']:<25}{mark}{row['tokens']:>7}"
+            + "".join(f"{cell:>9}" for cell in cells)
+            + f"{graphs:>11.2f}  {'yes' if all(row['same'].values()) else 'NO'}"
+        )
+    print(f"\n{'copies and host':<26}{'fill GB/s':>10}{'plain':>8}{'ratio':>7}{'in place':>9}"
+          f"{'wait+record us':>15}{'+ per replay us':>16}")  # fmt: skip
+    for row in {row["case"]: row for row in rows}.values():
+        copies, host = row["copies"], row["host_us"]
+        print(
+            f"{row['case']:<26}{copies['fill_gbps']:>10.0f}{copies['plain_gbps']:>8.0f}"
+            f"{copies['ratio']:>7.2f}{copies['read_gbps']:>9.0f}"
+            f"{host['wait_and_record']:>15.1f}{host['added_to_a_replay']:>16.1f}"
+        )
+    if rows:
+        print(f"\n{rows[0]['device']}")
+        for kernel in sorted({row["kernel"] for row in rows}):
+            print(f"kernel: {kernel}")
+    print(
+        "Without `host`: peers are on the same GPU, copies run on its multiprocessors and share its\n"
+        "memory's bandwidth. `host`: a copy engine reads pinned memory over PCIe. See --help."
+    )
+
+
+def broken_promises(rows: list[dict[str, Any]]) -> list[str]:
+    """Where a real copy engine had time enough and a step still took longer than promised."""
+    broken = []
+    for row in rows:
+        if not all(row["same"].values()):
+            broken.append(
+                f"{row['case']}, {row['tokens']} tokens: other bits than resident weights"
+            )
+        if row["device"].startswith("NOT A GPU"):
+            continue
+        enough = row["ms"]["resident piecewise"]["median"] / NUM_LAYERS > row["copies"]["fill_ms"]
+        if row["case"].endswith("host") and enough:
+            for mode in MODES:
+                ratio = row["ratios"][f"prefetch {mode}"]
+                if ratio > PROMISED_RATIO:
+                    broken.append(
+                        f"{row['case']}, {row['tokens']} tokens, {mode}: {ratio:.3f} > "
+                        f"{PROMISED_RATIO}"
+                    )
+    return broken

@@ -1,0 +1,192 @@
+"""A rank in a process of its own, told over its standard input what to do next.
+
+`Rank` is the parent's side; run as a module, this file is the rank: it builds its shard, meets its
+group through the product's `Rendezvous`, maps its peers and answers each command with a line.
+"""
+
+import contextlib
+import faulthandler
+import json
+import os
+import selectors
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+NUM_LAYERS = 3
+START_S, ANSWER_S = 120, 60
+
+
+class Rank:
+    """A started rank."""
+
+    def __init__(self, number: int, size: int, endpoint: str) -> None:
+        self.number = number
+        self._text = b""
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.gpu.processes", str(number), str(size), endpoint],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+
+    @classmethod
+    def start_group(cls, size: int, stack: contextlib.ExitStack) -> list["Rank"]:
+        """Ranks that have met; ended with the stack."""
+        from vllm_dwdp.config import make_abstract_endpoint
+
+        endpoint = make_abstract_endpoint()
+        ranks = [cls(number, size, endpoint) for number in range(size)]
+        for rank in ranks:
+            stack.callback(rank.end)
+        for rank in ranks:
+            answer = rank.answer(START_S)
+            assert answer["met"] == size - 1, answer
+        return ranks
+
+    def ask(self, command: str) -> dict[str, Any]:
+        """Give a command and return the rank's answer, which must be good."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{command}\n".encode())
+        self.process.stdin.flush()
+        answer = self.answer(ANSWER_S)
+        assert answer["ok"], f"rank {self.number}, {command}: {answer}"
+        return answer
+
+    def answer(self, timeout_s: float) -> dict[str, Any]:
+        """The next line that is JSON; others are shown."""
+        assert self.process.stdout is not None
+        deadline = time.monotonic() + timeout_s
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stdout, selectors.EVENT_READ)
+            while True:
+                line, newline, rest = self._text.partition(b"\n")
+                if newline:
+                    self._text = rest
+                    if line.startswith(b"{"):
+                        found: dict[str, Any] = json.loads(line)
+                        return found
+                    print(f"rank {self.number}: {line.decode(errors='replace')}")
+                    continue
+                left = deadline - time.monotonic()
+                assert left > 0, f"rank {self.number} said nothing for {timeout_s} s"
+                if selector.select(left):
+                    data = os.read(self.process.stdout.fileno(), 65536)
+                    assert data, f"rank {self.number} ended with {self.process.wait()}"
+                    self._text += data
+
+    def end(self) -> None:
+        """Whatever state it is in."""
+        self.process.kill()
+        self.process.wait()
+
+
+def say(**content: Any) -> None:
+    print(json.dumps(content), flush=True)
+
+
+def fingerprint(size: int, page_bytes: int) -> Any:
+    from vllm_dwdp.distributed.fingerprint import Fingerprint
+
+    same = dict.fromkeys(
+        ("model", "revision", "checkpoint_digest", "config_digest", "dtype", "quantization"),
+        "made up",
+    )
+    return Fingerprint(
+        **same,
+        group_size=size,
+        experts_per_rank=0,
+        page_bytes=page_bytes,
+        vllm_version="none",
+        plugin_version="none",
+    )
+
+
+def check(rank: Any, direct: Any, rings: Any, gpu: Any) -> list[str]:
+    """What is wrong with either view of any layer."""
+    import torch
+
+    from vllm_dwdp.model_executor import ops
+    from vllm_dwdp.testing.expert_ranks import wrong_weights
+
+    tick = torch.zeros(1, device=gpu.device)
+    wrong = []
+    for layer in range(NUM_LAYERS):
+        expected = rank.whole(layer)
+        wrong += [f"direct {layer} {name}" for name in wrong_weights(direct[layer], expected)]
+        ops.wait_layer(tick, 0, layer)
+        wrong += [f"ring {layer} {name}" for name in wrong_weights(rings.views[layer], expected)]
+        ops.record_layer(tick, 0, layer)
+    return wrong
+
+
+def main() -> None:
+    """The rank's process."""
+    faulthandler.enable()
+    number, size, endpoint = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    import torch
+
+    from tests.gpu.scenarios import SHAPE
+    from vllm_dwdp.distributed.endpoint import Endpoint
+    from vllm_dwdp.distributed.rendezvous import Rendezvous
+    from vllm_dwdp.memory.device import Handles
+    from vllm_dwdp.testing.accelerator import accelerator
+    from vllm_dwdp.testing.expert_ranks import RankMemory
+    from vllm_dwdp.testing.ring_check import provoke_races
+
+    provoke_races(300)
+    gpu = accelerator()
+    spent = []
+    with contextlib.ExitStack() as stack:
+        memory = stack.enter_context(contextlib.closing(gpu.open_memory()))
+        rank = stack.enter_context(
+            contextlib.closing(RankMemory(memory, SHAPE, NUM_LAYERS, number, size))
+        )
+        rendezvous = stack.enter_context(
+            Rendezvous(
+                Endpoint.parse(endpoint),
+                group=0,
+                dwdp_rank=number,
+                group_size=size,
+                fingerprint=fingerprint(size, memory.page_bytes),
+                join_timeout_s=START_S - 20,
+            )
+        )
+        rendezvous.start()
+        handles = rank.shard.memory.export()
+        rendezvous.publish(handles.fds, handles.num_bytes)
+        for fd in handles.fds:
+            os.close(fd)
+        met = rendezvous.meet()
+        for peer, shard in met.items():
+            assert shard.handle_bytes == rank.handle_bytes(peer)
+        rank.connect(
+            {
+                peer: memory.open_peer(Handles(fds=shard.fds, num_bytes=shard.handle_bytes))
+                for peer, shard in met.items()
+            }
+        )
+        rendezvous.announce_ready(rank.shard.memory.digest())
+        assert not rendezvous.wait_ready()
+        direct, rings = rank.direct_views(), rank.rings()
+        rank.shard.memory.finish()
+        say(met=len(met))
+        for line in sys.stdin:
+            command = line.strip()
+            wrong = check(rank, direct, rings, gpu) if command == "check" else []
+            if command == "spend":
+                size_bytes = 2**20 if not gpu.is_real else 2**28
+                spent.append(torch.full((size_bytes,), 7, dtype=torch.uint8, device=gpu.device))
+            if command == "close":
+                break
+            say(ok=not wrong, wrong=wrong)
+        gpu.synchronize()
+        rings.queue.drain()
+    say(ok=True, closed=True)
+
+
+if __name__ == "__main__":
+    main()
