@@ -4,7 +4,8 @@
 DEVICE ?= cpu
 PY := .venv/bin/python
 
-.PHONY: setup native demo test test-unit test-native test-e2e lint format clean
+.PHONY: setup native demo test test-unit test-native test-e2e fuzz lint format clean
+.PHONY: gpu-minutes test-gpu bench-gpu native-gpu
 
 setup:
 	@scripts/setup.sh $(DEVICE)
@@ -26,6 +27,27 @@ test-native:
 
 test-e2e:
 	$(PY) -m pytest -q -m "e2e" tests/e2e
+
+# Coverage-guided fuzzing of the messages between ranks; needs `pip install -e .[fuzz]`.
+FUZZ_SECONDS ?= 60
+fuzz:
+	$(PY) -m tests.fuzz.fuzz_wire -max_total_time=$(FUZZ_SECONDS) -max_len=8192 -rss_limit_mb=2048
+
+# On a GPU machine, which may have neither .venv nor pytest nor vLLM (docs/gpu.md).
+GPU_PY ?= python3
+ON_GPU = PYTHONUNBUFFERED=1 PYTHONPATH=$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH)) $(GPU_PY)
+
+gpu-minutes: native-gpu
+	$(ON_GPU) scripts/gpu_first_minutes.py
+
+test-gpu: native-gpu
+	$(ON_GPU) -m tests.gpu
+
+bench-gpu: native-gpu
+	$(ON_GPU) benchmarks/bench_gpu.py
+
+native-gpu:
+	@test -e vllm_dwdp/libdwdp.so || $(GPU_PY) setup.py -q build_ext --inplace
 
 lint:
 	@$(PY) -m ruff check .
