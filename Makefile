@@ -26,7 +26,7 @@ test-native:
 	@scripts/test_native.sh
 
 test-e2e:
-	$(PY) -m pytest -q -m "e2e" tests/e2e
+	$(PY) -m pytest -q -m "e2e" --durations=20 tests/e2e
 
 # Coverage-guided fuzzing of the messages between ranks; needs `pip install -e .[fuzz]`.
 FUZZ_SECONDS ?= 60

@@ -46,7 +46,11 @@ def plan(
     input_tokens: Annotated[int, typer.Option(help="Per request.")] = 8192,
     output_tokens: Annotated[int, typer.Option(help="Per request.")] = 1024,
     variation: Annotated[
-        float, typer.Option(help="Standard deviation of a rank's tokens per step, over the mean.")
+        float,
+        typer.Option(
+            help="Standard deviation of a rank's tokens per step over their mean; near 0 where "
+            "chunked prefill fills every step."
+        ),
     ] = 0.2,
     max_num_batched_tokens: Annotated[int, typer.Option(help="vLLM's limit per step.")] = 16384,
     batch_size: Annotated[int, typer.Option(help="Sequences that decode together.")] = 64,

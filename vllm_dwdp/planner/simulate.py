@@ -1,9 +1,10 @@
 """Prefill ranks under traffic: DEP in lockstep against independent DWDP ranks. Discrete events.
 
-A rank takes whole prompts from its queue, up to `max_num_batched_tokens`, and steps. Under DEP all
-ranks step together: every layer waits for the slowest rank before the experts and for the busiest
-experts after them, and an idle rank runs along. Under DWDP each rank steps alone, and waits only for
-its own copies, which queue at their sources (`contention`). Deterministic for a seed.
+A rank fills each step from its queue up to `max_num_batched_tokens`, cutting prompts where a step is
+full, as vLLM's chunked prefill does by default. Under DEP all ranks step together: every layer waits
+for the slowest rank before the experts and for the busiest experts after them, and an idle rank runs
+along. Under DWDP each rank steps alone, and waits only for its own copies, which queue at their sources
+(`contention`). Deterministic for a seed.
 
 A rank's layers are alike, so a step is one layer's time as often as it has layers; the contention of a
 layer is simulated slice by slice once per ratio of compute to prefetch and looked up from then on.
@@ -46,12 +47,22 @@ class Outcome:
         return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
 
 
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens `[start, stop)` of a prompt, computed in one step."""
+
+    request: Request
+    start: int
+    stop: int
+
+
 class _Ranks:
     """The queues of all ranks; requests are dealt round-robin as they arrive."""
 
     def __init__(self, requests: Sequence[Request], num_ranks: int, max_tokens: int) -> None:
         self.queues: list[deque[Request]] = [deque() for _ in range(num_ranks)]
         self.max_tokens = max_tokens
+        self._computed = [0] * num_ranks  # tokens of the first prompt in each queue
         self.ttft_s: list[float] = []
         for index, request in enumerate(requests):
             self.queues[index % num_ranks].append(request)
@@ -59,24 +70,35 @@ class _Ranks:
     def next_arrival(self, rank: int) -> float:
         return self.queues[rank][0].arrival_s if self.queues[rank] else float("inf")
 
-    def take(self, rank: int, now: float) -> list[Request]:
-        """Prompts that have arrived, as many as fit a step, at least one."""
-        batch: list[Request] = []
+    def take(self, rank: int, now: float) -> list[Chunk]:
+        """What a step computes: prompts that have arrived, in order; the last one may be cut."""
+        chunks: list[Chunk] = []
         room, queue = self.max_tokens, self.queues[rank]
-        while queue and queue[0].arrival_s <= now and (not batch or queue[0].input_tokens <= room):
-            batch.append(queue.popleft())
-            room -= batch[-1].input_tokens
-        return batch
+        while room and queue and queue[0].arrival_s <= now:
+            request, start = queue[0], self._computed[rank]
+            stop = min(request.input_tokens, start + room)
+            chunks.append(Chunk(request, start, stop))
+            room -= stop - start
+            if stop == request.input_tokens:
+                queue.popleft()
+                stop = 0
+            self._computed[rank] = stop
+        return chunks
 
-    def answer(self, batch: list[Request], now: float) -> None:
-        self.ttft_s.extend(now - request.arrival_s for request in batch)
+    def answer(self, chunks: list[Chunk], now: float) -> None:
+        """A step is over: prompts that end with it have their first token."""
+        self.ttft_s.extend(
+            now - chunk.request.arrival_s
+            for chunk in chunks
+            if chunk.stop == chunk.request.input_tokens
+        )
 
 
-def step_of(batch: Sequence[Request]) -> Step:
-    """The prompts of a batch as one step."""
-    tokens = sum(request.input_tokens for request in batch)
-    squares = sum(request.input_tokens**2 for request in batch)
-    return Step(num_tokens=tokens, mean_keys=squares / tokens / 2)
+def step_of(chunks: Sequence[Chunk]) -> Step:
+    """The chunks as one step; a token attends to all of its prompt before it."""
+    tokens = sum(chunk.stop - chunk.start for chunk in chunks)
+    keys = sum((chunk.stop - chunk.start) * (chunk.start + chunk.stop) for chunk in chunks) / 2
+    return Step(num_tokens=tokens, mean_keys=keys / tokens)
 
 
 def default_pulls(model: CostModel, slice_bytes: int = 2 * 2**20) -> Pulls:
@@ -145,11 +167,11 @@ def simulate_dwdp(
     heapq.heapify(events)
     while events:
         now, rank = heapq.heappop(events)
-        batch = ranks.take(rank, now)
-        if batch:
-            seconds = dwdp_step(model, step_of(batch), pulls)
+        chunks = ranks.take(rank, now)
+        if chunks:
+            seconds = dwdp_step(model, step_of(chunks), pulls)
             now, busy = now + seconds, busy + seconds
-            ranks.answer(batch, now)
+            ranks.answer(chunks, now)
             num_steps, last = num_steps + 1, max(last, now)
         arrival = ranks.next_arrival(rank)
         if arrival < float("inf"):
@@ -169,12 +191,12 @@ def simulate_dep(
     now, num_steps, busy = 0.0, 0, 0.0
     while any(ranks.queues):
         now = max(now, min(ranks.next_arrival(rank) for rank in range(model.group_size)))
-        batches = [ranks.take(rank, now) for rank in range(model.group_size)]
-        steps = [step_of(batch) for batch in batches if batch]
+        taken = [ranks.take(rank, now) for rank in range(model.group_size)]
+        steps = [step_of(chunks) for chunks in taken if chunks]
         seconds = lockstep(model, steps, routing_skew)
         now, busy = now + seconds, busy + seconds
-        for batch in batches:
-            ranks.answer(batch, now)
+        for chunks in taken:
+            ranks.answer(chunks, now)
         num_steps += model.group_size
     return _outcome(requests, ranks, num_steps, now, busy)
 

@@ -17,7 +17,14 @@ from vllm_dwdp.planner.cost import Step
 from vllm_dwdp.planner.disaggregated import Service, end_to_end_gain, generation_batch
 from vllm_dwdp.planner.hardware import DEFAULT
 from vllm_dwdp.planner.paper import DEEPSEEK_R1
-from vllm_dwdp.planner.simulate import default_pulls, dwdp_step, simulate_dep, simulate_dwdp
+from vllm_dwdp.planner.simulate import (
+    Chunk,
+    default_pulls,
+    dwdp_step,
+    simulate_dep,
+    simulate_dwdp,
+    step_of,
+)
 from vllm_dwdp.planner.traffic import Request, poisson_traffic, read_trace
 
 
@@ -41,6 +48,29 @@ def test_a_long_prompt_holds_up_everybody_under_dep_and_nobody_under_dwdp() -> N
     lockstep = sorted(simulate_dep(model, prompts, max_tokens=32768).ttft_s)
     assert independent[0] < 0.5 * independent[-1]
     assert lockstep[0] == lockstep[-1]
+
+
+def test_steps_are_filled_by_cutting_prompts() -> None:
+    """Three prompts of 6,144 tokens are two steps of 8,192 and one of the rest, not three."""
+    model = r1_on_gb200(efficiency=DEFAULT)
+    prompts = [
+        Request(arrival_s=0.0, input_tokens=6144 if index % 4 == 0 else 1) for index in range(12)
+    ]
+    outcome = simulate_dwdp(model, prompts, max_tokens=8192, pulls=default_pulls(model))
+    chunks = [Chunk(prompts[0], 0, 6144), Chunk(prompts[4], 0, 2048)]
+    step = step_of(chunks)
+    assert (step.num_tokens, step.mean_keys) == (8192, (6144**2 + 2048**2) / 2 / 8192)
+    rest = step_of([Chunk(prompts[4], 2048, 6144)])
+    assert rest.mean_keys == 4096, "later tokens of a prompt attend to the earlier ones"
+    first = dwdp_step(model, step, default_pulls(model))
+    second = dwdp_step(
+        model,
+        step_of([Chunk(prompts[4], 2048, 6144), Chunk(prompts[8], 0, 4096)]),
+        default_pulls(model),
+    )
+    third = dwdp_step(model, step_of([Chunk(prompts[8], 4096, 6144)]), default_pulls(model))
+    long_ones = sorted(outcome.ttft_s)[-3:]
+    assert long_ones == pytest.approx([first, first + second, first + second + third])
 
 
 def test_the_same_seed_gives_the_same_answer() -> None:
@@ -103,7 +133,7 @@ def test_end_to_end_gains_less_than_the_context_servers() -> None:
 def test_72_ranks_and_10000_steps_within_a_minute() -> None:
     model = r1_on_gb200(efficiency=DEFAULT, group_size=72)
     traffic = poisson_traffic(
-        num_requests=720_000, requests_per_s=1e9, input_tokens=32768, smallest_share=0.8, seed=0
+        num_requests=810_000, requests_per_s=1e9, input_tokens=32768, smallest_share=0.8, seed=0
     )
     started = time.monotonic()
     outcome = simulate_dwdp(model, traffic, max_tokens=32768)
