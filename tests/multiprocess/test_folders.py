@@ -1,14 +1,17 @@
 """Folders that ranks meet in, in every bad state: one clear error each, or the right behaviour."""
 
+import json
 import multiprocessing
 import os
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -156,3 +159,60 @@ def test_groups_share_a_folder_without_meeting(tmp_path: Path) -> None:
     for group, listener in enumerate(listeners):
         place.forget(group, 0)
         listener.close()
+
+
+class Container:
+    """A rank with PIDs, network, IPC and mounts of its own; it shares nothing but the folder."""
+
+    NAMESPACES = ("--pid", "--net", "--ipc", "--uts", "--mount-proc", "--fork", "--kill-child")
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self.process = subprocess.Popen(
+            ["unshare", *self.NAMESPACES, sys.executable]
+            + ["-m", "tests.multiprocess.contained_rank", str(folder), str(number)],
+            cwd=Path(__file__).parents[2],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def hear(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        said: dict[str, Any] = json.loads(self.process.stdout.readline())
+        return said
+
+    def ask(self) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return self.hear()
+
+    def end(self) -> None:
+        """As a container runtime does after its patience: SIGKILL to all of it."""
+        self.process.kill()
+        self.process.communicate()
+
+
+def test_ranks_in_containers_share_memory_and_outlive_each_other(tmp_path: Path) -> None:
+    """Descriptors travel between PID namespaces, and a new container adopts the old one's memory."""
+    probe = ["unshare", *Container.NAMESPACES, "true"]
+    if subprocess.run(probe, capture_output=True, check=False).returncode:
+        pytest.skip("namespaces cannot be made here")
+    folder = tmp_path / "meet"
+    containers = [Container(folder, number) for number in (0, 1)]
+    try:
+        for number, container in enumerate(containers):
+            said = container.hear()
+            assert said["pid"] == 1, "it has PIDs of its own"
+            assert (said["own"], said["peer"]) == (f"from rank {number}", f"from rank {1 - number}")
+            assert (said["adopted"], said["states"]) == (False, ["ready"])
+        containers[0].end()
+        alone = containers[1].ask()
+        assert (alone["peer"], alone["states"]) == ("from rank 0", ["dead"])
+        containers[0] = Container(folder, 0)
+        back = containers[0].hear()
+        assert (back["own"], back["adopted"]) == ("from rank 0", True)
+        assert containers[1].ask()["states"] == ["ready"]
+    finally:
+        for container in containers:
+            container.end()
