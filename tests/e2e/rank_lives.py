@@ -269,7 +269,7 @@ class RandomKills:
         dice, told, back_after_s = random.Random(seed), list(self.first), []
         never_killed = set(range(self.NUM_RANKS))
         for _ in range(num_kills):
-            time.sleep(dice.uniform(0, 2))
+            time.sleep(dice.uniform(0, 1))
             rank = dice.randrange(self.NUM_RANKS)
             life, serving = self.lives[rank]
             os.kill(life.pid, signal.SIGKILL)
