@@ -33,7 +33,7 @@ STEPS = {
     "publishing": "vllm_dwdp.distributed.rendezvous:Rendezvous.publish",
     "meeting": "vllm_dwdp.distributed.rendezvous:Rendezvous.meet",
     "mapping a peer": f"{GROUP}:ExpertGroup._map_peer",
-    "edges": f"{GROUP}:ExpertGroup._fill_edges",
+    "edges": "vllm_dwdp.model_executor.expert_shard:ExpertShard.fill_edges",
     "announcing": "vllm_dwdp.distributed.rendezvous:Rendezvous.announce_ready",
     "slots": "vllm_dwdp.memory.host:HostSlots.__init__",
     "composites": "vllm_dwdp.memory.host:map_composite",

@@ -29,10 +29,10 @@ from vllm_dwdp.distributed.rendezvous import PeerShard, Rendezvous
 from vllm_dwdp.errors import PeerMismatchError
 from vllm_dwdp.logger import format_gib, init_logger
 from vllm_dwdp.memory.device import Device, Handles, PeerMemory, Shard
-from vllm_dwdp.memory.layout import LayerLayout, ModelLayout
+from vllm_dwdp.memory.layout import ModelLayout
 from vllm_dwdp.memory.limits import check_open_files
 from vllm_dwdp.model_executor.composites import CompositeMapper, LayerView
-from vllm_dwdp.model_executor.expert_shard import ExpertShard, ShardedLayer
+from vllm_dwdp.model_executor.expert_shard import ExpertShard
 from vllm_dwdp.model_executor.group_status import describe_group
 from vllm_dwdp.model_executor.measure import check_views, measure_costs
 from vllm_dwdp.model_executor.prefetch_rings import PrefetchRings
@@ -171,8 +171,7 @@ class ExpertGroup:
         self.rendezvous.publish(handles.fds, handles.num_bytes, handles.fabric)
         self._resources.callback(self._close_peers)
         self._map_peers(self.rendezvous.meet())
-        if not memory.is_adopted:
-            self._fill_edges()
+        self.shard.fill_edges(self.layout, self._peers)
         self.rendezvous.announce_ready(memory.digest())
         self._map_peers(self.rendezvous.wait_ready())
         logger.info(
@@ -221,19 +220,6 @@ class ExpertGroup:
 
     def _handle_bytes(self, rank: int) -> tuple[int, ...]:
         return self.device.handle_bytes(self.layout.piece_bytes(rank))
-
-    def _fill_edges(self) -> None:
-        """Copy the bytes that neighbours own on our first and last pages."""
-        for sharded, layer in self._layers():
-            for index, weight in enumerate(layer.weights):
-                pages = weight.shard_pages(self.dwdp_rank)
-                for edge in weight.edges(self.dwdp_rank):
-                    offset = layer.shard_offset(index, edge.source_rank, edge.span.start)
-                    self.device.copy(
-                        sharded.mappings[index].address + edge.span.start - pages.start,
-                        self._peers[edge.source_rank].address + offset,
-                        len(edge.span),
-                    )
 
     def _bind(self) -> None:
         """Build the views, hand them to the layers and drop our writable mappings."""
@@ -337,9 +323,6 @@ class ExpertGroup:
             self._mode = mode
             for entry, binding in zip(self.shard.published, self._bindings[mode], strict=True):
                 entry.layer.use(binding)
-
-    def _layers(self) -> list[tuple[ShardedLayer, LayerLayout]]:
-        return list(zip(self.shard.published, self.layout.layers, strict=True))
 
     def _status_while_starting(self) -> dict[str, Any]:
         return {"rank": self.rank, "mode": self.launch.config.mode, "state": "starting"}

@@ -13,7 +13,7 @@ import torch
 from vllm_dwdp.compat import moe
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.errors import DwdpUnsupportedError
-from vllm_dwdp.memory.device import Device, Mapping, Shard
+from vllm_dwdp.memory.device import Device, Mapping, PeerMemory, Shard
 from vllm_dwdp.memory.layout import ModelLayout, WeightLayout
 from vllm_dwdp.memory.tensor import tensor_at
 from vllm_dwdp.model_executor.expert_parameters import per_expert_parameters
@@ -134,6 +134,24 @@ class ExpertShard:
         return ModelLayout.plan(
             [(entry.layer.layer_name, tuple(entry.weights)) for entry in self._published]
         )
+
+    def fill_edges(self, layout: ModelLayout, peers: dict[int, PeerMemory]) -> None:
+        """Copy the bytes that neighbours own on our first and last pages; the shard is whole then.
+
+        Memory of an earlier life has them already.
+        """
+        if self.memory.is_adopted:
+            return
+        for sharded, layer in zip(self._published, layout.layers, strict=True):
+            for index, weight in enumerate(layer.weights):
+                pages = weight.shard_pages(self.dwdp_rank)
+                for edge in weight.edges(self.dwdp_rank):
+                    offset = layer.shard_offset(index, edge.source_rank, edge.span.start)
+                    self.device.copy(
+                        sharded.mappings[index].address + edge.span.start - pages.start,
+                        peers[edge.source_rank].address + offset,
+                        len(edge.span),
+                    )
 
     @property
     def published(self) -> list[ShardedLayer]:

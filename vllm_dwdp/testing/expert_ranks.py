@@ -149,16 +149,7 @@ class RankMemory:
         for rank, peer in peers.items():
             self.peers[rank] = peer
             self.resources.callback(peer.close)
-        for sharded, layer in zip(self.shard.published, self.layout.layers, strict=True):
-            for index, weight in enumerate(layer.weights):
-                pages = weight.shard_pages(self.dwdp_rank)
-                for edge in weight.edges(self.dwdp_rank):
-                    offset = layer.shard_offset(index, edge.source_rank, edge.span.start)
-                    self.device.copy(
-                        sharded.mappings[index].address + edge.span.start - pages.start,
-                        peers[edge.source_rank].address + offset,
-                        len(edge.span),
-                    )
+        self.shard.fill_edges(self.layout, self.peers)
 
     def mapper(self, peers: Mapping[int, PeerMemory] | None = None) -> CompositeMapper:
         """Makes views; `peers` may be something else than what was connected (copies only)."""

@@ -26,7 +26,7 @@ from vllm_dwdp.planner.estimates import (
 )
 from vllm_dwdp.planner.hardware import DEFAULT, PEAK, find_hardware, load_hardware
 from vllm_dwdp.planner.model_shape import shape_of
-from vllm_dwdp.planner.paper import DEEPSEEK_R1
+from vllm_dwdp.planner.paper import DEEPSEEK_R1, GPT_OSS_120B
 from vllm_dwdp.planner.plan import make_plan
 
 QWEN3_30B = {
@@ -43,20 +43,6 @@ QWEN3_30B = {
     "num_experts_per_tok": 8,
     "decoder_sparse_step": 1,
     "vocab_size": 151936,
-}
-GPT_OSS_120B = {
-    "architectures": ["GptOssForCausalLM"],
-    "model_type": "gpt_oss",
-    "hidden_size": 2880,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "intermediate_size": 2880,
-    "num_local_experts": 128,
-    "num_experts_per_tok": 4,
-    "vocab_size": 201088,
-    "quantization_config": {"quant_method": "mxfp4"},
 }
 MIXTRAL_8X7B = {
     "architectures": ["MixtralForCausalLM"],

@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 
-from tests.unit.planner.test_planner import GPT_OSS_120B, LLAMA4_MAVERICK, QWEN3_30B
+from tests.unit.planner.test_planner import LLAMA4_MAVERICK, QWEN3_30B
 from vllm_dwdp.errors import DwdpConfigError
 from vllm_dwdp.planner.model_shape import read_config, shape_of
-from vllm_dwdp.planner.paper import DEEPSEEK_R1
-from vllm_dwdp.planner.paper.factors import GPT_OSS_120B as GPT_OSS_AS_PUBLISHED
+from vllm_dwdp.planner.paper import DEEPSEEK_R1, GPT_OSS_120B
 from vllm_dwdp.planner.quantisation import Quantisation
 
 
@@ -28,14 +27,13 @@ def test_fp8_in_blocks_converts_all_but_what_it_lists() -> None:
 
 def test_mxfp4_of_the_experts_only() -> None:
     """gpt-oss lists its attention with a wildcard."""
-    gpt_oss = shape_of(GPT_OSS_AS_PUBLISHED)
+    gpt_oss = shape_of(GPT_OSS_120B)
     assert gpt_oss.expert_bits == 4.25
     assert gpt_oss.attention_bits == 16
     assert gpt_oss.experts_bytes + gpt_oss.dense_bytes == pytest.approx(65e9, rel=0.05)
     assert gpt_oss.sliding_share == 0.5
-    assert gpt_oss.kv_bytes_per_token(65536) < 0.51 * shape_of(GPT_OSS_120B).kv_bytes_per_token(
-        65536
-    )
+    all_layers_see_all = shape_of(GPT_OSS_120B | {"layer_types": None})
+    assert gpt_oss.kv_bytes_per_token(65536) < 0.51 * all_layers_see_all.kv_bytes_per_token(65536)
 
 
 def test_nvfp4_of_modelopt_and_its_older_file(tmp_path: Path) -> None:

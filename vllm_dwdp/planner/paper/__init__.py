@@ -12,13 +12,22 @@ What the model misses and what it does not speak to is listed with the reason (`
 `paper_rows.NOT_MODELLED`).
 """
 
-from vllm_dwdp.planner.paper.factors import DEEPSEEK_R1, DERIVED, FITTED, TOLERANCE, Factor, Row
+from vllm_dwdp.planner.paper.factors import (
+    DEEPSEEK_R1,
+    DERIVED,
+    FITTED,
+    GPT_OSS_120B,
+    TOLERANCE,
+    Factor,
+    Row,
+)
 from vllm_dwdp.planner.paper.rows import NOT_MODELLED, NUM_PUBLISHED, paper_rows, why_missed
 
 __all__ = [
     "DEEPSEEK_R1",
     "DERIVED",
     "FITTED",
+    "GPT_OSS_120B",
     "NOT_MODELLED",
     "NUM_PUBLISHED",
     "TOLERANCE",
