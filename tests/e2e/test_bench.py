@@ -1,7 +1,4 @@
-"""`vllm-dwdp bench`, in its smallest size: real ranks, driven by vLLM's own benchmark.
-
-Not in CI, which has other tests of the same engines to run in half an hour.
-"""
+"""`vllm-dwdp bench`, in its smallest size: real ranks, driven by vLLM's own benchmark."""
 
 import json
 import os
@@ -11,11 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [
-    pytest.mark.e2e,
-    pytest.mark.timeout(300),
-    pytest.mark.skipif(os.environ.get("DWDP_BENCH") != "1", reason="a minute: DWDP_BENCH=1"),
-]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 
 def test_bench_measures_ranks_alone_and_beside_long_prompts(tmp_path: Path) -> None:

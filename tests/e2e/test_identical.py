@@ -5,6 +5,7 @@ Prefetch cases run with slots overwritten before each fill and every copy delaye
 that did not wait would compute with 0xff.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -29,8 +30,12 @@ def cases(checkpoints: Checkpoints, experts: dict[str, int], **extra: Any) -> li
 
 @pytest.fixture(scope="module")
 def stock(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """Two engines beside each other, with half of the models each."""
     folder = tmp_path_factory.mktemp("stock")
-    return run_cases(folder, "stock", cases(checkpoints, EIGHT) + cases(checkpoints, UNEVEN))
+    listed = cases(checkpoints, EIGHT) + cases(checkpoints, UNEVEN)
+    with ThreadPoolExecutor(2) as pool:
+        halves = pool.map(lambda half: run_cases(folder, f"stock-{half}", listed[half::2]), (0, 1))
+        return {name: results for half in halves for name, results in half.items()}
 
 
 def check(stock: Results, results: Results, num_ranks: int) -> None:
