@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from vllm_dwdp.entrypoints.container import Limits, read_limits
-from vllm_dwdp.entrypoints.doctor import Finding, judge_container, judge_gpus
+from vllm_dwdp.entrypoints.doctor import Finding, judge_container, judge_gpus, judge_scheduler
 from vllm_dwdp.entrypoints.gpus import Gpu, Topology, find_topology, one_gpu_each
 from vllm_dwdp.errors import DwdpConfigError
 
@@ -68,6 +68,26 @@ def test_what_is_wrong_with_gpus(
 
 def test_more_ranks_than_gpus() -> None:
     assert verdicts(judge_gpus(topology(), 8)) == {"GPU": "warning"}
+
+
+@pytest.mark.parametrize(
+    ("release", "verdict"),
+    [
+        ("6.18.44-fc-v669", "warning"),
+        ("6.18.0", "warning"),
+        ("6.18.45+", "ok"),
+        ("6.18.50-amd64", "ok"),
+        ("6.17.9-amd64", "warning"),
+        ("6.19.2", "warning"),
+        ("6.12.90", "ok"),
+        ("7.0-rc1", "ok"),
+        ("7.0.1+", "ok"),
+    ],
+)
+def test_kernels_that_starve_their_own_threads(release: str, verdict: str) -> None:
+    finding = judge_scheduler(release)
+    assert (finding.verdict, bool(finding.advice)) == (verdict, verdict != "ok")
+    assert release in finding.seen
 
 
 class FabricInfo(ctypes.Structure):

@@ -105,7 +105,7 @@ def doctor(
     else:
         table = Table(title="vllm-dwdp doctor")
         for heading in ("check", "verdict", "seen", "what to do"):
-            table.add_column(heading)
+            table.add_column(heading, overflow="fold")
         colours = {"ok": "green", "warning": "yellow", "problem": "red"}
         for finding in findings:
             verdict = f"[{colours[finding.verdict]}]{finding.verdict}[/]"

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import resource
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -18,6 +19,7 @@ FILES_NEEDED = 4096
 MAPPINGS_NEEDED = 65530
 TASKS_PER_RANK = 256
 BATCHED_COPIES_CUDA = 12080
+FAIR_SCHEDULER_LINUX = (6, 18, 45)
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ def examine(*, group_size: int, expert_bytes: int) -> list[Finding]:
         _memory(expert_bytes),
         _memfd(),
         _cores(group_size),
+        judge_scheduler(platform.release()),
         _huge_pages(),
         _locked_memory(),
         *judge_container(read_limits(), group_size, expert_bytes),
@@ -121,8 +124,7 @@ def _memfd() -> Finding:
         return Finding(
             "sealed memory", "problem", str(error), "a kernel of 5.1 or later, no seccomp"
         )
-    release = tuple(int(part) for part in platform.release().split("-")[0].split(".")[:2])
-    if release < (5, 1):
+    if _linux_version(platform.release()) < (5, 1):
         return Finding(
             "sealed memory", "problem", f"Linux {platform.release()}", "Linux 5.1 or later"
         )
@@ -136,6 +138,30 @@ def _cores(group_size: int) -> Finding:
             "cores", "warning", f"{cores} for {group_size} ranks", "ranks will share cores"
         )
     return Finding("cores", "ok", f"{cores} for {group_size} ranks")
+
+
+def judge_scheduler(release: str) -> Finding:
+    """Whether this kernel may starve other threads beside ranks that wake each other (operations.md).
+
+    Source: Linux 6d71a9c61604 (6.13), reverted by 101f3498b4bd in 7.0, and in 6.18.45 of the series 6.18.
+    """
+    seen = f"Linux {release}"
+    version = _linux_version(release)
+    in_fixed_series = version[:2] == FAIR_SCHEDULER_LINUX[:2] and version >= FAIR_SCHEDULER_LINUX
+    if (6, 13) <= version < (7, 0) and not in_fixed_series:
+        fixed = ".".join(map(str, FAIR_SCHEDULER_LINUX))
+        return Finding(
+            "scheduler",
+            "warning",
+            f"{seen} may stall for minutes beside busy processes",
+            f"Linux {fixed} of the series 6.18, or 7.0; where no CPU cgroups are used, "
+            "sysctl kernel.sched_autogroup_enabled=0 helps as well",
+        )
+    return Finding("scheduler", "ok", seen)
+
+
+def _linux_version(release: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", release.split("-")[0]))
 
 
 def _huge_pages() -> Finding:

@@ -14,7 +14,7 @@ def show(title: str, headings: Iterable[str], rows: Iterable[Sequence[str]]) -> 
     """Print a table."""
     table = Table(title=title)
     for heading in headings:
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for row in rows:
         table.add_row(*row)
     console.print(table)
