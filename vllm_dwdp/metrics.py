@@ -20,6 +20,8 @@ from vllm_dwdp.logger import init_logger
 logger = init_logger(__name__)
 
 INTERVAL_S = 1.0
+TIMEOUT_S = 5.0
+"""For a rank's answer, in which it looks at its peers."""
 _LABELS = ("model_name", "engine")
 _PEER_STATES = ("missing", "published", "ready", "dead")
 
@@ -144,7 +146,7 @@ class StatusPoller:
                 Endpoint.of(self._launch),
                 self._launch.group(rank),
                 self._launch.dwdp_rank(rank),
-                timeout_s=INTERVAL_S,
+                timeout_s=TIMEOUT_S,
             )
         except (DwdpError, OSError) as error:
             logger.debug("rank %d does not report its status: %s", rank, error)

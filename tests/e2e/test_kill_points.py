@@ -87,6 +87,7 @@ def test_killed_at_random_moments(checkpoints: Checkpoints, tmp_path: Path) -> N
     assert found["num_different"] == 0 and not found["tokens_differ"]
     assert found["num_answers"] > 10 * NUM_KILLS
     assert log.count("adopted") == NUM_KILLS
+    assert max(found["kills_survived"]) >= NUM_KILLS // 2, "no life saw enough deaths to leak"
     for rank in grown:
         assert rank.pop("anonymous_bytes") < 16 * 2**20
         assert not any(rank.values()), grown

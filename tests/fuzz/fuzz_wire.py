@@ -1,148 +1,17 @@
-"""Coverage-guided fuzzing of all that a rank reads from others: `make fuzz` (needs atheris).
+"""Coverage-guided fuzzing of `tests.fuzz.readers`: `make fuzz` (needs atheris).
 
-The first byte of an input picks the reader, the rest is what a peer sends. Anything but the named
-errors is a finding, and atheris leaves the input in a file `crash-*`. The msgpack decoder itself is
-C and not instrumented; what is guided is our own code around it, from a corpus of real messages.
+A finding leaves its input in a file `crash-*`. The msgpack decoder itself is C and not instrumented;
+what is guided is our own code around it, from a corpus of real messages.
 """
 
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import atheris
 
 with atheris.instrument_imports(include=["vllm_dwdp.distributed"]):
-    from vllm_dwdp.distributed import messages
-    from vllm_dwdp.distributed.endpoint import Endpoint
-    from vllm_dwdp.distributed.rendezvous import Rendezvous
-    from vllm_dwdp.distributed.secure import SecureChannel
-
-from tests.unit.distributed.test_messages import fingerprint
-from vllm_dwdp.errors import RendezvousError
-
-SECRET = b"a secret of some length"
-HEADER = messages.Shard(1, 7, 4096, b"d" * 32, True, 0, 40)
-
-
-def make_member() -> Rendezvous:
-    """A rank that answers, without a socket."""
-    member = Rendezvous(
-        Endpoint.parse("abstract:fuzz"),
-        group=0,
-        dwdp_rank=0,
-        group_size=3,
-        fingerprint=fingerprint(),
-        join_timeout_s=1,
-    )
-    member.publish([], 4096, [b"f" * 64] * 3)
-    return member
-
-
-def read_request(data: bytes) -> None:
-    """A request, and the answer to it, which must be sendable."""
-    request = messages.decode_request(data)
-    if isinstance(request, messages.StatusRequest):
-        return
-    for packet, _ in MEMBER._answer(request):
-        messages.decode_reply(messages.encode(packet))
-
-
-def read_reply(data: bytes) -> None:
-    """A reply."""
-    messages.decode_reply(data)
-
-
-def read_handles(data: bytes) -> None:
-    """The messages that follow a shard, each after its length."""
-    rest = data
-
-    def receive() -> tuple[messages.Reply, list[int]]:
-        nonlocal rest
-        if not rest:
-            raise ConnectionResetError
-        length, rest = rest[0] * 16, rest[1:]
-        message, rest = rest[:length], rest[length:]
-        return messages.decode_reply(message), []
-
-    _, handles = messages.collect_handles(HEADER, receive)
-    assert len(handles) == HEADER.num_fabric_handles
-
-
-def read_handshake(data: bytes) -> None:
-    """What is sent before the secret is proved; nothing of it may be taken for a message."""
-    feed(SecureChannel(SECRET, b"rank 0", listens=True, max_bytes=4096), data)
-    feed(SecureChannel(SECRET, b"rank 0", listens=False, max_bytes=4096), data)
-
-
-def read_frames(data: bytes) -> None:
-    """What is sent afterwards, by somebody in between who does not know the secret."""
-    listener = SecureChannel(SECRET, b"rank 0", listens=True, max_bytes=4096)
-    dialler = SecureChannel(SECRET, b"rank 0", listens=False, max_bytes=4096)
-    for source, target in ((listener, dialler), (dialler, listener), (listener, dialler)):
-        target_takes = bytes(source.outgoing)
-        source.outgoing.clear()
-        feed(target, target_takes)
-    assert listener.is_open
-    feed(listener, data)
-
-
-def feed(channel: SecureChannel, data: bytes) -> None:
-    """Everything, in the portions that the channel wants."""
-    while data:
-        wanted = channel.num_wanted
-        assert 0 < wanted <= 4096 + 32
-        assert channel.feed(data[:wanted]) is None, "something forged was taken for a message"
-        data = data[wanted:]
-
-
-MEMBER = make_member()
-READERS: list[Callable[[bytes], None]] = [
-    read_request,
-    read_reply,
-    read_handles,
-    read_handshake,
-    read_frames,
-]
-
-
-def fuzz(data: bytes) -> None:
-    """One input."""
-    if not data:
-        return
-    with suppress(RendezvousError, ConnectionResetError):
-        READERS[data[0] % len(READERS)](data[1:])
-
-
-def write_corpus(folder: Path) -> None:
-    """Real messages to start from, for every reader."""
-    real: list[messages.Request | messages.Reply] = [
-        messages.Hello(1, 1, fingerprint()),
-        messages.Hello(1, 1, fingerprint(dtype="fp16")),
-        messages.Borrow(2, 1, fingerprint(), 1),
-        messages.Failed(1, 1, "reason"),
-        messages.StatusRequest(),
-        messages.NotYet(),
-        HEADER,
-        messages.Handles(0, (b"f" * 64,) * 3),
-        messages.Refused("reason"),
-        messages.Status({"a": [1, {"b": None}], "c": 1.5}),
-        messages.Accepted(),
-    ]
-    for number, message in enumerate(real):
-        data = messages.encode(message)
-        for reader in range(2):
-            (folder / f"{reader}-{number}").write_bytes(bytes([reader]) + data)
-        framed = bytes([-(-len(data) // 16)]) + data
-        (folder / f"2-{number}").write_bytes(b"\2" + framed)
-    dialler = SecureChannel(SECRET, b"rank 0", listens=False, max_bytes=4096)
-    listener = SecureChannel(SECRET, b"rank 0", listens=True, max_bytes=4096)
-    (folder / "3-greeting").write_bytes(b"\3" + bytes(listener.outgoing))
-    dialler.feed(bytes(listener.outgoing))
-    (folder / "3-proof").write_bytes(b"\3" + bytes(dialler.outgoing))
-    (folder / "4-frame").write_bytes(b"\4" + (16).to_bytes(4, "big") + bytes(48))
-
+    from tests.fuzz.readers import fuzz, write_corpus
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory(prefix="dwdp-fuzz-") as made:

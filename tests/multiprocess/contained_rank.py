@@ -20,7 +20,7 @@ NUM_BYTES = 4096
 def main(folder: str, number: int) -> None:
     device = HostDevice()
     with rank(Endpoint.parse(f"unix://{folder}"), number, join_timeout_s=30.0) as member:
-        kept = member.recover()
+        kept = next(member.recover(), None)
         if kept is None:
             shard = device.new_shard("contained")
             content = f"from rank {number}".encode()

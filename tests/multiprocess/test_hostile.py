@@ -291,6 +291,7 @@ def test_a_recorded_conversation_is_worth_nothing(victim: Victim) -> None:
 
         def __init__(self, connection: socket.socket) -> None:
             self.recv, self.close, self._send = connection.recv, connection.close, connection.send
+            self.settimeout = connection.settimeout
 
         def send(self, data: bytearray) -> int:
             count = self._send(data)

@@ -4,10 +4,12 @@ import multiprocessing
 import os
 import resource
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from vllm_dwdp.errors import (
     DwdpConfigError,
     JoinTimeoutError,
     PeerMismatchError,
+    ProtocolError,
     RendezvousError,
 )
 
@@ -192,8 +195,7 @@ def test_the_shard_of_a_dead_rank_comes_from_whoever_holds_it(endpoint: Endpoint
         members[victim].close()
         os.close(fds[victim])
     returned = rank(endpoint, 2, 3)
-    own = returned.recover()
-    assert own is not None
+    own = next(returned.recover())
     assert os.pread(own.fds[0], 1, 0) == b"2"
     assert own.digest == b"digest"
     returned.publish(own.fds, own.handle_bytes)
@@ -219,15 +221,14 @@ def test_a_shard_of_hundreds_of_descriptors_is_handed_over_and_lent(endpoint: En
     members = [rank(endpoint, number, 3) for number in range(3)]
     pages = [os.memfd_create(f"page-{number}") for number in range(700)]
     inodes = [os.fstat(page).st_ino for page in pages]
-    fabric = [number.to_bytes(64, "big") for number in range(messages.MAX_HANDLES)]
+    fabric = [number.to_bytes(64, "big") for number in range(700)]
     for member in members:
         member.publish(pages, [4096] * 700, fabric)
     meet_all(members)
     members[1].close()
     members[2].close()
     returned = rank(endpoint, 2, 3)
-    for shard in (returned.recover(), *(met := returned.meet()).values()):
-        assert shard is not None
+    for shard in (next(returned.recover()), *(met := returned.meet()).values()):
         assert [os.fstat(fd).st_ino for fd in shard.fds] == inodes
         assert list(shard.fabric_handles) == fabric
         assert not any(os.get_inheritable(fd) for fd in shard.fds)
@@ -262,7 +263,7 @@ def test_a_peer_that_restarts_before_it_was_ready_is_mapped_anew(endpoint: Endpo
         shard.close()
     members[1].close()
     reborn = rank(endpoint, 1)
-    assert reborn.recover() is None
+    assert not list(reborn.recover())
     new = os.memfd_create("second life")
     os.write(new, b"2")
     reborn.publish([new], [4096])
@@ -308,7 +309,7 @@ def test_a_shard_that_was_never_whole_is_not_lent(endpoint: Endpoint) -> None:
         shard.close()
     members[1].close()
     returned = rank(endpoint, 1)
-    assert returned.recover() is None
+    assert not list(returned.recover())
     for member in (returned, members[0]):
         member.close()
     for fd in fds:
@@ -322,7 +323,7 @@ def test_a_rank_that_returns_with_another_checkpoint_is_refused(endpoint: Endpoi
     members[1].close()
     returned = rank(endpoint, 1, fingerprint=fingerprint(checkpoint_digest="flipped"))
     with pytest.raises(PeerMismatchError, match="checkpoint_digest is"):
-        returned.recover()
+        list(returned.recover())
     assert members[0].peers()[1].state in ("ready", "dead"), "the survivor goes on"
     for member in (returned, members[0]):
         member.close()
@@ -470,3 +471,104 @@ def as_nobody(endpoint: Endpoint) -> None:
     except (OSError, RendezvousError):
         os._exit(0)
     os._exit(1)
+
+
+def test_another_user_that_takes_a_ranks_name_is_no_peer() -> None:
+    """Abstract names can be read in /proc/net/unix: what listens there must be ours as well."""
+    endpoint = Endpoint.parse(make_abstract_endpoint())
+    context = multiprocessing.get_context("fork")
+    listens, done = context.Event(), context.Event()
+    stranger = context.Process(target=listen_as_nobody, args=(endpoint, listens, done))
+    stranger.start()
+    assert listens.wait(10)
+    member = rank(endpoint, 0, join_timeout_s=0.5)
+    fd = publish(member)
+    with pytest.raises(JoinTimeoutError, match=r"user id 65534 listens as rank 1 of group 0"):
+        member.meet()
+    done.set()
+    stranger.join()
+    stranger.close()
+    member.close()
+    os.close(fd)
+
+
+def listen_as_nobody(endpoint: Endpoint, listens: Any, done: Any) -> None:
+    os.setuid(65534)
+    member = rank(endpoint, 1)
+    publish(member)
+    member.announce_ready(b"digest")
+    listens.set()
+    done.wait(20)
+    os._exit(0)
+
+
+def test_a_clock_that_was_set_back_does_not_keep_a_rank_out(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members = [rank(endpoint, number) for number in range(2)]
+    fds = [publish(member) for member in members]
+    meet_all(members)
+    members[1].close()
+    an_hour_ago = time.time_ns() - 3600 * 10**9
+    monkeypatch.setattr(time, "time_ns", lambda: an_hour_ago)
+    returned = rank(endpoint, 1)
+    assert returned.generation == an_hour_ago
+    own = next(returned.recover())
+    assert returned.generation == members[1].generation + 1
+    returned.publish(own.fds, own.handle_bytes)
+    for shard in (own, *returned.meet().values()):
+        shard.close()
+    assert members[0].peers()[1].generation == returned.generation
+    for member in (returned, members[0]):
+        member.close()
+    messages.close_all(fds)
+
+
+def test_a_peer_that_trickles_its_answer_holds_nobody_up(endpoint: Endpoint) -> None:
+    """Each packet comes in time, the whole never: the exchange has a deadline, and so has the wait."""
+    listener = endpoint.listen(0, 1)
+    listener.setblocking(True)
+    stop = threading.Event()
+    trickler = threading.Thread(target=trickle, args=(listener, stop))
+    trickler.start()
+    member = rank(endpoint, 0, join_timeout_s=1.0)
+    fd = publish(member)
+    started = time.monotonic()
+    with pytest.raises(JoinTimeoutError, match="took too long|timed out"):
+        member.meet()
+    assert time.monotonic() - started < 4
+    stop.set()
+    trickler.join()
+    endpoint.forget(0, 1)
+    listener.close()
+    member.close()
+    os.close(fd)
+
+
+def trickle(listener: socket.socket, stop: threading.Event) -> None:
+    """Announce a shard of many handles, and send one fabric handle at a time."""
+    listener.settimeout(0.1)
+    while not stop.is_set():
+        with suppress(OSError):
+            connection, _ = listener.accept()
+            with connection:
+                connection.settimeout(5)
+                connection.recv(2**17)
+                count = messages.MAX_HANDLES
+                header = messages.Shard(1, 1, (1,) * count, b"", b"", False, 0, count)
+                connection.send(messages.encode(header))
+                while not stop.wait(0.2):
+                    connection.send(messages.encode(messages.Handles(0, (b"f" * 64,))))
+
+
+def test_a_shard_must_come_in_as_many_handles_as_it_has_pieces(endpoint: Endpoint) -> None:
+    members = [rank(endpoint, number, join_timeout_s=0.5) for number in range(2)]
+    page = os.memfd_create("page")
+    members[1].publish([page], [4096, 4096])
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ProtocolError, match="1 descriptors .* shard in 2 pieces"):
+        members[0].meet()
+    assert len(os.listdir("/proc/self/fd")) == before
+    for member in members:
+        member.close()
+    os.close(page)

@@ -61,7 +61,7 @@ def endpoint(tmp_path: Path) -> Endpoint:
 
 
 def publish(member: Rendezvous, handles: list[bytes] = FABRIC) -> None:
-    member.publish([], [2**40], handles)
+    member.publish([], [2**40] * len(handles), handles)
 
 
 def meet_all(members: list[Rendezvous]) -> list[dict[int, tuple[bytes, ...]]]:
@@ -84,8 +84,8 @@ def test_fabric_handles_are_exchanged_and_a_rank_returns(endpoint: Endpoint) -> 
     assert members[0].peers()[1].state == "dead"
     assert members[0].status()["last_failure"] == "rank 1 died: it no longer listens"
     returned = rank(endpoint, 1)
-    own = returned.recover()
-    assert own is not None and own.fabric_handles == tuple(FABRIC) and own.digest == b"digest"
+    own = next(returned.recover())
+    assert own.fabric_handles == tuple(FABRIC) and own.digest == b"digest"
     returned.close()
     members[0].close()
 

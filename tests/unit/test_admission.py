@@ -7,7 +7,7 @@ import time
 import urllib.error
 import urllib.request
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
@@ -78,7 +78,7 @@ def test_a_crowd_that_says_nothing_does_not_grow_it(
         for connection in crowd[:100]:
             with suppress(ConnectionError):
                 connection.sendall(b"\xff" * 300 + b"\r\n")
-        assert threading.active_count() <= before + admission.MAX_CONNECTIONS
+        wait_until(lambda: threading.active_count() <= before + admission.MAX_CONNECTIONS)
         deadline = time.monotonic() + 30
         while True:
             with suppress(OSError):
@@ -90,6 +90,44 @@ def test_a_crowd_that_says_nothing_does_not_grow_it(
         for connection in crowd:
             connection.close()
         holder.stop()
+
+
+def test_a_crowd_that_never_finishes_its_requests_keeps_no_probe_out(bound: socket.socket) -> None:
+    """Each line comes in time, the request never ends: a liveness probe must get through."""
+    holder = admission.Holder(bound)
+    stop = threading.Event()
+    crowd = [
+        socket.create_connection(bound.getsockname(), timeout=20)
+        for _ in range(2 * admission.MAX_CONNECTIONS)
+    ]
+
+    def trickle() -> None:
+        while not stop.wait(0.1):
+            for number, connection in enumerate(crowd):
+                with suppress(OSError):
+                    connection.sendall(
+                        b"GET /v1/models HTTP/1.1\r\n" if number % 2 else b"X: y\r\n"
+                    )
+
+    trickler = threading.Thread(target=trickle)
+    trickler.start()
+    try:
+        for _ in range(20):
+            assert ask(bound, "/health")[0] == 200
+            time.sleep(0.05)
+    finally:
+        stop.set()
+        trickler.join()
+        for connection in crowd:
+            connection.close()
+        holder.stop()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_the_reason_is_what_the_ranks_say(tmp_path: Path, bound: socket.socket) -> None:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from vllm_dwdp.entrypoints.container import Limits, read_limits
 from vllm_dwdp.entrypoints.doctor import Finding, judge_container, judge_gpus, judge_scheduler
 from vllm_dwdp.entrypoints.gpus import Gpu, Topology, find_topology, one_gpu_each
 from vllm_dwdp.errors import DwdpConfigError
+from vllm_dwdp.memory.container import Limits, read_limits
 
 
 def topology(**changes: Any) -> Topology:

@@ -99,6 +99,8 @@ class Holder:
 
 
 class _Server(ThreadingHTTPServer):
+    """A thread per connection; of more than `MAX_CONNECTIONS` the oldest makes room for a new one."""
+
     daemon_threads = True
 
     def __init__(self, sock: socket.socket, holder: Holder) -> None:
@@ -106,7 +108,8 @@ class _Server(ThreadingHTTPServer):
         self.socket.close()
         self.socket = sock
         self.holder = holder
-        self._room = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._open: dict[socket.socket, None] = {}
+        self._lock = threading.Lock()
         sock.listen(BACKLOG)
         sock.setblocking(False)
 
@@ -116,16 +119,19 @@ class _Server(ThreadingHTTPServer):
         return connection, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if not self._room.acquire(blocking=False):
-            self.shutdown_request(request)
-            return
+        with self._lock:
+            while len(self._open) >= MAX_CONNECTIONS:
+                oldest = next(iter(self._open))
+                del self._open[oldest]
+                with contextlib.suppress(OSError):
+                    oldest.shutdown(socket.SHUT_RDWR)  # its thread ends, and closes it
+            self._open[request] = None
         super().process_request(request, client_address)
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._room.release()
+    def shutdown_request(self, request: Any) -> None:
+        with self._lock:
+            self._open.pop(request, None)
+        super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that hangs up or speaks no HTTP is no concern of ours."""

@@ -10,7 +10,8 @@ import msgspec
 
 SAMPLE_BYTES = 64 * 1024
 SAMPLES_PER_FILE = 16
-WHOLE_BYTES = 64 * 2**20
+WHOLE_BYTES = 16 * 2**30
+"""Of a whole checkpoint: some ten seconds of a core, and no more reading than the group does anyway."""
 PIECE_BYTES = 16 * 2**20
 MAX_HEADER_BYTES = 100 * 10**6  # as the safetensors format has it
 
@@ -59,12 +60,14 @@ def describe(differences: dict[str, tuple[object, object]]) -> str:
 def checkpoint_digest(files: Iterable[Path]) -> str:
     """Identity of checkpoint content: names, sizes, and every byte that more than one rank reads.
 
-    Files of up to `WHOLE_BYTES` are read whole. Of larger ones the header and all tensors but the
-    routed experts are; of the experts, of which a rank reads only its share, 16 samples at positions
-    that depend on nothing but the size. A byte of an expert that differs between samples is not seen.
+    Up to `WHOLE_BYTES` in all, every byte counts. Of the files of a larger checkpoint the header and all
+    tensors but the routed experts do; of the experts, of which a rank reads only its share, 16 samples
+    at positions that depend on nothing but the size. A byte of an expert that differs between samples
+    is not seen.
     """
     paths = sorted(files)
-    pieces = [(path, start, stop) for path in paths for start, stop in _spans_read(path)]
+    whole = sum(path.stat().st_size for path in paths) <= WHOLE_BYTES
+    pieces = [(path, *span) for path in paths for span in (_whole if whole else _spans_read)(path)]
     digest = hashlib.sha256()
     for path in paths:
         digest.update(f"{path.name}:{path.stat().st_size}".encode())
@@ -81,15 +84,17 @@ def _digest_of(piece: tuple[Path, int, int]) -> bytes:
         return hashlib.sha256(file.read(stop - start)).digest()
 
 
+def _whole(path: Path) -> Iterator[tuple[int, int]]:
+    """All of a file, in pieces of at most `PIECE_BYTES`."""
+    yield from _cut(0, path.stat().st_size)
+
+
 def _spans_read(path: Path) -> Iterator[tuple[int, int]]:
-    """The byte ranges of a file that make up its identity, none longer than `PIECE_BYTES`."""
+    """The byte ranges of a file of a large checkpoint that count, none longer than `PIECE_BYTES`."""
     size = path.stat().st_size
-    if size <= WHOLE_BYTES:
-        yield from _cut(0, size)
-        return
     for start, stop in _shared_spans(path):
         yield from _cut(start, min(stop, size))
-    for start in range(0, size, size // SAMPLES_PER_FILE):
+    for start in range(0, size, max(1, size // SAMPLES_PER_FILE)):
         yield start, min(start + SAMPLE_BYTES, size)
 
 

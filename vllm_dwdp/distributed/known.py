@@ -124,8 +124,9 @@ class Known:
         with self._lock:
             refusal = self._refusal(request)
             if refusal is not None:
-                return [(messages.Refused(refusal), ())]
+                return [(refusal, ())]
             rank = request.dwdp_rank
+            self._refusals.pop(rank, None)
             self._generations[rank] = request.generation
             if isinstance(request, messages.Failed):
                 self._failures[rank] = request.reason[:MAX_REASON]
@@ -141,11 +142,15 @@ class Known:
             return [(messages.NotYet(), ())]
         return list(shard.packets(with_handles=request.wants_handles))
 
-    def _refusal(self, request: messages.Hello | messages.Borrow | messages.Failed) -> str | None:
+    def _refusal(
+        self, request: messages.Hello | messages.Borrow | messages.Failed
+    ) -> messages.Refused | None:
         """Why we do not talk to this peer, or None."""
         rank = request.dwdp_rank
         if rank not in self.peer_ranks:
-            return f"there is no rank {rank} besides rank {self.dwdp_rank} of {self.group_size}"
+            return messages.Refused(
+                f"there is no rank {rank} besides rank {self.dwdp_rank} of {self.group_size}"
+            )
         if isinstance(request, messages.Hello | messages.Borrow):
             differences = self.fingerprint.differences(request.fingerprint)
             if differences:
@@ -154,12 +159,12 @@ class Known:
                 if rank not in self._held:
                     self._refusals[rank] = reason
                 self._note(f"rank {rank} was refused: {reason}")
-                return reason
+                return messages.Refused(reason)
         seen = self._generations.get(rank, 0)
         if request.generation < seen:
             reason = f"generation {request.generation} of rank {rank} is stale; {seen} was here"
             self._note(f"rank {rank} was refused: {reason}")
-            return reason
+            return messages.Refused(reason, seen)
         return None
 
     def _note_death(self, rank: int, alive: bool) -> None:

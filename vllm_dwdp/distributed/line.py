@@ -1,13 +1,15 @@
 """One connection that carries whole messages: a Unix seqpacket socket, or an authenticated TCP one.
 
-A line blocks as its socket does: the dialling side gives that a timeout, the answering thread makes
-it non-blocking. Closing a line closes its socket.
+A line blocks as its socket does: the dialling side gives the whole exchange a deadline, so that a peer
+which trickles bytes holds nobody up; the answering thread makes it non-blocking. Closing a line closes
+its socket.
 """
 
 import socket
 import struct
 import time
 from collections.abc import Sequence
+from typing import Self
 
 from vllm_dwdp.distributed import messages
 from vllm_dwdp.distributed.messages import MAX_MESSAGE_BYTES, close_all
@@ -18,13 +20,19 @@ READ_BYTES = 64 * 1024
 _INT = struct.Struct("i")
 
 
-class PacketLine:
-    """Messages over a Unix seqpacket socket; the kernel keeps them whole and carries descriptors."""
+class _SocketLine:
+    """What both kinds share.
 
-    def __init__(self, connection: socket.socket) -> None:
+    Args:
+        connection: connected; owned from now on.
+        deadline: of everything on this line, by the monotonic clock; None leaves the socket as it is.
+    """
+
+    def __init__(self, connection: socket.socket, deadline: float | None) -> None:
         self.connection = connection
+        self._deadline = deadline
 
-    def __enter__(self) -> "PacketLine":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -34,12 +42,32 @@ class PacketLine:
         """Hang up; what was sent still arrives."""
         self.connection.close()
 
+    def _limit_next_call(self) -> None:
+        """The next call on the socket takes at most what is left of the time.
+
+        Raises:
+            TimeoutError: nothing is left.
+        """
+        if self._deadline is not None:
+            left_s = self._deadline - time.monotonic()
+            if left_s <= 0:
+                raise TimeoutError("the peer took too long")
+            self.connection.settimeout(left_s)
+
+
+class PacketLine(_SocketLine):
+    """Messages over a Unix seqpacket socket; the kernel keeps them whole and carries descriptors."""
+
+    def __init__(self, connection: socket.socket, deadline: float | None = None) -> None:
+        super().__init__(connection, deadline)
+
     def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """Send one message and, with it, copies of `fds`.
 
         Raises:
             BlockingIOError: it was not sent; later.
         """
+        self._limit_next_call()
         if fds:
             socket.send_fds(self.connection, [data], list(fds))
         else:
@@ -57,6 +85,7 @@ class PacketLine:
             RendezvousError: this process may not open so many files.
             ConnectionError: the peer hung up.
         """
+        self._limit_next_call()
         # Not socket.recv_fds: it ignores its flags, and a child forked meanwhile would inherit.
         room = socket.CMSG_LEN(max_fds * _INT.size) if max_fds else 0
         try:
@@ -86,7 +115,7 @@ class PacketLine:
         )
 
 
-class SecureLine:
+class SecureLine(_SocketLine):
     """Messages over a TCP socket between two ends that know the secret; carries no descriptors.
 
     Args:
@@ -94,36 +123,30 @@ class SecureLine:
         secret: what both ends know.
         purpose: whom the dialler wants to reach.
         listens: whether this end accepted the connection.
+        deadline: of everything on this line, by the monotonic clock; None leaves the socket as it is.
     """
 
     def __init__(
-        self, connection: socket.socket, secret: bytes, purpose: bytes, *, listens: bool
+        self,
+        connection: socket.socket,
+        secret: bytes,
+        purpose: bytes,
+        *,
+        listens: bool,
+        deadline: float | None = None,
     ) -> None:
-        self.connection = connection
+        super().__init__(connection, deadline)
         self._channel = SecureChannel(secret, purpose, listens=listens, max_bytes=MAX_MESSAGE_BYTES)
 
-    def __enter__(self) -> "SecureLine":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Hang up; what was sent still arrives."""
-        self.connection.close()
-
-    def shake_hands(self, timeout_s: float) -> None:
+    def shake_hands(self) -> None:
         """Authenticate both ends (the dialling side, blocking).
 
         Raises:
             SecretMismatchError: one end does not know the other's secret.
             ProtocolError: no rank listens there.
-            OSError: the peer hung up or took longer than `timeout_s`.
+            OSError: the peer hung up or took too long.
         """
-        deadline = time.monotonic() + timeout_s
         while not self._channel.is_open:
-            if time.monotonic() > deadline:
-                raise TimeoutError("the peer does not finish its greeting")
             self._read()
             self.flush()
 
@@ -140,6 +163,7 @@ class SecureLine:
         outgoing = self._channel.outgoing
         try:
             while outgoing:
+                self._limit_next_call()
                 del outgoing[: self.connection.send(outgoing)]
         except BlockingIOError:
             return False
@@ -166,6 +190,7 @@ class SecureLine:
                 return payload, []
 
     def _read(self) -> bytes | None:
+        self._limit_next_call()
         data = self.connection.recv(min(self._channel.num_wanted, READ_BYTES))
         if not data:
             raise ConnectionResetError("the peer hung up")

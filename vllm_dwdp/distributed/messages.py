@@ -24,6 +24,7 @@ FABRIC_HANDLES_PER_MESSAGE = 1024
 FABRIC_HANDLE_BYTES = 64
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_HANDLES)]
+_Generation = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 _FabricHandle = Annotated[
     bytes, msgspec.Meta(min_length=FABRIC_HANDLE_BYTES, max_length=FABRIC_HANDLE_BYTES)
 ]
@@ -37,7 +38,7 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     """
 
     dwdp_rank: int
-    generation: int
+    generation: _Generation
     fingerprint: Fingerprint
     wants_handles: bool = True
 
@@ -46,7 +47,7 @@ class Borrow(msgspec.Struct, frozen=True, tag=True):
     """A peer asks for the shard of rank `wanted`, which does not answer (or is itself, restarted)."""
 
     dwdp_rank: int
-    generation: int
+    generation: _Generation
     fingerprint: Fingerprint
     wanted: int
     wants_handles: bool = True
@@ -56,7 +57,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     """A peer gives up its start, and says why."""
 
     dwdp_rank: int
-    generation: int
+    generation: _Generation
     reason: str
 
 
@@ -71,13 +72,14 @@ class NotYet(msgspec.Struct, frozen=True, tag=True):
 class Shard(msgspec.Struct, frozen=True, tag=True):
     """A shard, ours or one that we hold; its handles follow.
 
-    `handle_bytes` are the bytes behind each handle.
+    `handle_bytes` are the bytes behind each handle; `layout` tells what lies in them, on every rank.
     `ready` is true once its edge pages are whole; `digest` covers all of it then, and is empty before.
     """
 
     dwdp_rank: int
-    generation: int
+    generation: _Generation
     handle_bytes: Annotated[tuple[int, ...], msgspec.Meta(max_length=MAX_HANDLES)]
+    layout: bytes
     digest: bytes
     ready: bool
     num_fds: _Count
@@ -94,9 +96,13 @@ class Handles(msgspec.Struct, frozen=True, tag=True):
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
-    """We do not talk to you; `reason` is an error text."""
+    """We do not talk to you; `reason` is an error text.
+
+    `seen_generation` is that of a later start of your rank, if that is why; else 0.
+    """
 
     reason: str
+    seen_generation: _Generation = 0
 
 
 class Status(msgspec.Struct, frozen=True, tag=True):

@@ -19,8 +19,10 @@ class PeerShard:
         fds: read-only descriptors of its memory, in order.
         fabric_handles: CUDA fabric handles of its memory, in order.
         handle_bytes: bytes behind each handle, in order.
+        layout: identity of what lies in the shards of the group.
         digest: of its content; empty until it is whole.
         ready: whether it is whole.
+        is_lent: whether somebody else handed it to us, who had it from the peer.
     """
 
     peer_rank: int
@@ -28,8 +30,10 @@ class PeerShard:
     fds: tuple[int, ...]
     fabric_handles: tuple[bytes, ...]
     handle_bytes: tuple[int, ...]
+    layout: bytes
     digest: bytes
     ready: bool
+    is_lent: bool = False
 
     def close(self) -> None:
         """Close its descriptors; what is mapped stays."""
@@ -51,6 +55,7 @@ class PeerShard:
             self.peer_rank,
             self.generation,
             self.handle_bytes,
+            self.layout,
             self.digest,
             self.ready,
             len(fds),

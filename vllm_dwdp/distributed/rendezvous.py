@@ -5,8 +5,9 @@ a restarted peer finds everything it needs at the survivors. Dialling happens in
 only while it starts. Every wait has a deadline and names who is missing.
 """
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -30,7 +31,11 @@ logger = init_logger(__name__)
 
 POLL_INTERVAL_S = 0.05
 REPLY_TIMEOUT_S = 5.0
-LOOK_TIMEOUT_S = 1.0
+"""For one exchange with a peer, whole."""
+SHORTEST_TIMEOUT_S = 0.5
+"""The same where `join_timeout_s` has nearly passed."""
+LOOK_TIMEOUT_S = 0.25
+"""For a look whether peers listen, while somebody waits for our status."""
 WAITING_NOTICE_S = 10.0
 
 __all__ = ["PeerShard", "PeerState", "Rendezvous", "query_status"]
@@ -67,6 +72,7 @@ class Rendezvous:
         self.generation = time.time_ns()
         self.status_provider: Callable[[], dict[str, Any]] = dict
         self._doing = "loads its experts"
+        self._join_deadline = math.inf
         self._problems: dict[int, str] = {}
         self._known = Known(dwdp_rank, group_size, fingerprint)
         self._server: Server | None = None
@@ -103,25 +109,42 @@ class Rendezvous:
             server.close()
         self._known.close()
 
-    def recover(self) -> PeerShard | None:
-        """Our own shard of an earlier life, if a peer still holds it whole; the caller owns it.
+    def recover(self) -> Iterator[PeerShard]:
+        """Our own shard of an earlier life, as each peer holds it whole; the caller owns them.
+
+        Call before `publish`: a clock that was set back must not make us look like our past.
 
         Raises:
             PeerMismatchError: a peer serves another model, layout or version.
         """
+        self._outlive_earlier_starts()
         for rank in self.peer_ranks:
             shard = self._ask_for_shard(rank, self._borrowing(self.dwdp_rank), self.dwdp_rank)
             if shard is not None:
-                return shard
-        return None
+                yield shard
+
+    def _outlive_earlier_starts(self) -> None:
+        """Take a later generation than any that the peers have seen of us."""
+        for rank in self.peer_ranks:
+            reply = self._ask(rank, self._borrowing(self.dwdp_rank, wants_handles=False))
+            if isinstance(reply, messages.Refused) and reply.seen_generation > self.generation:
+                logger.warning(
+                    "DWDP rank %d: the clock of this host is behind an earlier start of this rank",
+                    self.dwdp_rank,
+                )
+                self.generation = reply.seen_generation + 1
 
     def publish(
         self,
         fds: Sequence[int],
         handle_bytes: Sequence[int],
         fabric_handles: Sequence[bytes] = (),
+        layout: bytes = b"",
     ) -> None:
         """Hand our shard to whoever asks; `fds` stay the caller's.
+
+        Args:
+            layout: identity of what lies in the shards of the group; peers compare it.
 
         Raises:
             RendezvousError: it has more handles than peers accept, none that can travel to them, or
@@ -143,6 +166,7 @@ class Rendezvous:
             fds=duplicates(fds) if self.endpoint.carries_fds else (),
             fabric_handles=tuple(fabric_handles),
             handle_bytes=tuple(handle_bytes),
+            layout=layout,
             digest=b"",
             ready=False,
         )
@@ -217,6 +241,7 @@ class Rendezvous:
         """Call `step(rank)` for every peer until all returned true, or the deadline passed."""
         started = noticed = time.monotonic()
         waiting = set(self.peer_ranks)
+        self._join_deadline = started + self.join_timeout_s
         while True:
             waiting = {rank for rank in waiting if not step(rank)}
             if not waiting:
@@ -227,7 +252,7 @@ class Rendezvous:
                 f"waits for ranks {sorted(waiting)} to {purpose} "
                 f"({now - started:.0f} s of {self.join_timeout_s:g} s)"
             )
-            if now - started > self.join_timeout_s:
+            if now > self._join_deadline:
                 raise self._timeout(sorted(waiting), purpose)
             if now - noticed > WAITING_NOTICE_S:
                 noticed = now
@@ -302,14 +327,22 @@ class Rendezvous:
         if reply.dwdp_rank != wanted:
             messages.close_all(handles[0])
             raise ProtocolError(f"rank {rank} sent the shard of {reply.dwdp_rank}, not {wanted}'s")
+        if {len(kind) for kind in handles if kind} != {len(reply.handle_bytes)}:
+            messages.close_all(handles[0])
+            raise ProtocolError(
+                f"rank {rank} sent {len(handles[0])} descriptors and {len(handles[1])} fabric handles "
+                f"of a shard in {len(reply.handle_bytes)} pieces"
+            )
         return PeerShard(
             peer_rank=wanted,
             generation=reply.generation,
             fds=tuple(handles[0]),
             fabric_handles=tuple(handles[1]),
             handle_bytes=reply.handle_bytes,
+            layout=reply.layout,
             digest=reply.digest,
             ready=reply.ready,
+            is_lent=rank != wanted,
         )
 
     def _raise_refusal(self, rank: int, reply: messages.Reply | None) -> None:
@@ -327,8 +360,10 @@ class Rendezvous:
         Args:
             handles: filled with those that follow a shard; without it none are expected.
         """
+        left_s = self._join_deadline - time.monotonic()
+        timeout_s = min(REPLY_TIMEOUT_S, max(left_s, SHORTEST_TIMEOUT_S))
         try:
-            line = self.endpoint.connect(self.group, rank, REPLY_TIMEOUT_S)
+            line = self.endpoint.connect(self.group, rank, timeout_s)
             if line is None:
                 return None
             with line:

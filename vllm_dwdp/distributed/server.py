@@ -131,9 +131,9 @@ class Server:
         except (OSError, RendezvousError) as error:
             self.num_dropped += 1
             self._warn("a connection was dropped: %s", error)
-        except Exception:
+        except Exception as error:  # a bug of ours, which the thread must outlive
             self.num_dropped += 1
-            logger.exception("DWDP rendezvous: answering failed")  # the thread must outlive it
+            self._warn("answering failed: %s", error, with_trace=True)
         self._hang_up(connection)
 
     def _go_on(self, connection: socket.socket, conversation: _Conversation) -> bool:
@@ -160,9 +160,9 @@ class Server:
             self._selector.unregister(connection)
         connection.close()
 
-    def _warn(self, text: str, error: Exception) -> None:
+    def _warn(self, text: str, error: Exception, *, with_trace: bool = False) -> None:
         """At most one line in ten seconds: a hostile peer must not fill the log."""
         now = time.monotonic()
         if now - self._last_warning > WARNING_INTERVAL_S:
             self._last_warning = now
-            logger.warning("DWDP rendezvous: " + text, error)
+            logger.warning("DWDP rendezvous: " + text, error, exc_info=with_trace)

@@ -21,6 +21,7 @@ from vllm_dwdp.errors import DwdpConfigError, ProtocolError, RendezvousError, Se
 
 MIN_SECRET_BYTES = 16
 MAX_SECRET_BYTES = 4096
+MAX_PORT = 65535
 POLL_S = 0.05
 _WILDCARDS = ("", "*", "0.0.0.0", "::", "0")
 
@@ -50,7 +51,7 @@ class TcpEndpoint(Endpoint):
         """
         listed, _, port = text.removeprefix("tcp://").rpartition(":")
         hosts = tuple(host.removeprefix("[").removesuffix("]") for host in listed.split(","))
-        if not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+        if not port.isascii() or not port.isdigit() or not 0 < int(port) <= MAX_PORT:
             raise DwdpConfigError(
                 f"dwdp rendezvous={text!r} is not a meeting place; use tcp://host:port, or "
                 "tcp://host,host:port with the hosts in the order of the ranks."
@@ -71,12 +72,25 @@ class TcpEndpoint(Endpoint):
                 "port could join the group. Make one with `openssl rand -hex 32` and copy it to "
                 "every host."
             )
-        return cls(hosts, int(port), group_size, read_secret(Path(secret_file)))
+        endpoint = cls(hosts, int(port), group_size, read_secret(Path(secret_file)))
+        endpoint.address(0, group_size - 1)
+        return endpoint
 
     def address(self, group: int, rank: int) -> tuple[str, int]:
-        """Host and port of a rank."""
+        """Host and port of a rank.
+
+        Raises:
+            DwdpConfigError: there is no such port.
+        """
         host = self.hosts[rank * len(self.hosts) // self.group_size]
-        return host, self.port + group * self.group_size + rank
+        port = self.port + group * self.group_size + rank
+        if port > MAX_PORT:
+            raise DwdpConfigError(
+                f"dwdp rendezvous={str(self)!r} gives rank {rank} of group {group} port {port}, and "
+                f"{MAX_PORT} is the highest: rank r of group g listens on port + g * "
+                f"{self.group_size} + r. Choose a lower port."
+            )
+        return host, port
 
     def listen(self, group: int, rank: int) -> socket.socket:
         """As `Endpoint.listen`."""
@@ -115,15 +129,18 @@ class TcpEndpoint(Endpoint):
             ProtocolError: no rank listens there but somebody else.
         """
         host, port = self.address(group, rank)
+        deadline = time.monotonic() + timeout_s
         try:
             client = socket.create_connection((host, port), timeout=timeout_s)
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise
             return None
-        line = SecureLine(client, self._secret, _purpose(group, rank), listens=False)
+        line = SecureLine(
+            client, self._secret, _purpose(group, rank), listens=False, deadline=deadline
+        )
         try:
-            line.shake_hands(timeout_s)
+            line.shake_hands()
         except (SecretMismatchError, ProtocolError) as error:
             line.close()
             raise type(error)(

@@ -1,7 +1,8 @@
 """Meeting places of one host: Unix seqpacket sockets, in a folder or under abstract names.
 
-Who may join is decided by the folder's mode and by the user id of the caller (SO_PEERCRED), so
-containers with separate PID namespaces that share the folder can meet.
+Who may join is decided by the folder's mode and by the user id at the other end (SO_PEERCRED), whoever
+dialled: so containers with separate PID namespaces that share the folder can meet, and nobody else can
+take a rank's place under a name that is not a secret.
 """
 
 import errno
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from vllm_dwdp.distributed.endpoint import BACKLOG, LINGER_S, Endpoint
 from vllm_dwdp.distributed.line import PacketLine
-from vllm_dwdp.errors import RendezvousError
+from vllm_dwdp.errors import ProtocolError, RendezvousError
 
 LOCK_TIMEOUT_S = 10.0
 POLL_S = 0.05
@@ -41,12 +42,14 @@ class _LocalEndpoint(Endpoint):
 
     def greet(self, connection: socket.socket, group: int, rank: int) -> PacketLine | None:
         """A line, if the other end runs as our user or as root."""
-        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        _, uid, _ = _UCRED.unpack(credentials)
-        return PacketLine(connection) if uid in (os.geteuid(), 0) else None
+        return PacketLine(connection) if _peer_uid(connection) in (os.geteuid(), 0) else None
 
     def connect(self, group: int, rank: int, timeout_s: float) -> PacketLine | None:
-        """As `Endpoint.connect`; a rank with a crowd before its door is waited for."""
+        """As `Endpoint.connect`; a rank with a crowd before its door is waited for.
+
+        Raises:
+            ProtocolError: another user listens there.
+        """
         deadline = time.monotonic() + timeout_s
         client = _socket()
         client.settimeout(timeout_s)
@@ -59,11 +62,26 @@ class _LocalEndpoint(Endpoint):
             client.close()
             raise
         if not error:
-            return PacketLine(client)
+            self._refuse_strangers(client, group, rank)
+            return PacketLine(client, deadline)
         client.close()
         if error in _NOBODY or error == errno.EAGAIN:
             return None
         raise OSError(error, os.strerror(error), self._address(group, rank))
+
+    def _refuse_strangers(self, client: socket.socket, group: int, rank: int) -> None:
+        uid, trusted = _peer_uid(client), {os.geteuid(), 0, *self._owners()}
+        if uid not in trusted:
+            client.close()
+            raise ProtocolError(
+                f"user id {uid} listens as rank {rank} of group {group} at {self}; ranks of user id "
+                f"{os.geteuid()} trust only themselves and root. End that process, or choose another "
+                "dwdp rendezvous."
+            )
+
+    def _owners(self) -> tuple[int, ...]:
+        """Further user ids whose ranks these are."""
+        return ()
 
     def listening(self, group: int, ranks: Iterable[int], timeout_s: float) -> set[int]:
         """As `Endpoint.listening`; a local connection is made or refused at once."""
@@ -120,6 +138,12 @@ class UnixEndpoint(_LocalEndpoint):
 
     def _address(self, group: int, rank: int) -> str:
         return f"{self.location}/g{group}-r{rank}.sock"
+
+    def _owners(self) -> tuple[int, ...]:
+        """The folder's owner, whom root may ask for a status."""
+        with suppress(OSError):
+            return (os.stat(self.location).st_uid,)
+        return ()
 
     def listen(self, group: int, rank: int) -> socket.socket:
         """As `Endpoint.listen`; takes the place of a dead predecessor's socket file.
@@ -214,6 +238,12 @@ class UnixEndpoint(_LocalEndpoint):
 
 def _socket() -> socket.socket:
     return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+def _peer_uid(connection: socket.socket) -> int:
+    """Of the process at the other end: the one that connected, or the one that listens."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    return int(_UCRED.unpack(credentials)[1])
 
 
 def _listening(server: socket.socket) -> socket.socket:

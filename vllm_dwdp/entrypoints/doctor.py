@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
-from vllm_dwdp.entrypoints.container import Limits, read_limits
 from vllm_dwdp.entrypoints.gpus import Topology, find_topology, has_driver
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.logger import format_gib
+from vllm_dwdp.memory.container import Limits, read_limits
 from vllm_dwdp.memory.limits import available_bytes
 
 TESTED_VLLM = ("0.32", "0.33")
@@ -141,9 +141,9 @@ def _cores(group_size: int) -> Finding:
 
 
 def judge_scheduler(release: str) -> Finding:
-    """Whether this kernel may starve other threads beside ranks that wake each other (operations.md).
+    """Whether this kernel may starve threads beside ranks that wake each other (docs/operations.md).
 
-    Source: Linux 6d71a9c61604 (6.13), reverted by 101f3498b4bd in 7.0, and in 6.18.45 of the series 6.18.
+    Source: Linux 6d71a9c61604 (6.13), reverted by 101f3498b4bd in 7.0, and in 6.18.45 for series 6.18.
     """
     seen = f"Linux {release}"
     version = _linux_version(release)
@@ -161,7 +161,7 @@ def judge_scheduler(release: str) -> Finding:
 
 
 def _linux_version(release: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", release.split("-")[0]))
+    return tuple(int(number) for number in re.findall(r"\d+", release.split("-", maxsplit=1)[0]))
 
 
 def _huge_pages() -> Finding:

@@ -1,6 +1,7 @@
 """What this rank says it is when it meets its peers."""
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,12 @@ from vllm_dwdp.config import DwdpLaunch
 from vllm_dwdp.distributed.endpoint import Endpoint
 from vllm_dwdp.distributed.fingerprint import Fingerprint, checkpoint_digest
 from vllm_dwdp.distributed.rendezvous import Rendezvous
+from vllm_dwdp.logger import init_logger
 from vllm_dwdp.memory.device import Device
+
+logger = init_logger(__name__)
+
+_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 
 
 def make_rendezvous(launch: DwdpLaunch, rank: int, vllm_config: Any, device: Device) -> Rendezvous:
@@ -35,7 +41,7 @@ def make_fingerprint(launch: DwdpLaunch, vllm_config: Any, page_bytes: int) -> F
         model=str(model.model),
         revision=str(model.revision),
         checkpoint_digest=_checkpoint_digest(vllm_config),
-        config_digest=_digest(model.hf_config.to_json_string(use_diff=False)),
+        config_digest=_config_digest(model.hf_config.to_dict()),
         dtype=str(model.dtype),
         quantization=str(model.quantization),
         group_size=launch.config.group_size,
@@ -47,13 +53,39 @@ def make_fingerprint(launch: DwdpLaunch, vllm_config: Any, page_bytes: int) -> F
 
 
 def _checkpoint_digest(vllm_config: Any) -> str:
-    """Content of a local checkpoint; for a name on a hub the revision must do."""
+    """Content of a local checkpoint, or the commit that a name on a hub stands for."""
+    model = vllm_config.model_config
     if vllm_config.load_config.load_format == "dummy":
-        return f"dummy-{vllm_config.model_config.seed}"
-    folder = Path(vllm_config.model_config.model)
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    return checkpoint_digest(files) if files else "not local"
+        return f"dummy-{model.seed}"
+    files = _weight_files(Path(model.model))
+    if files:
+        return checkpoint_digest(files)
+    commit = getattr(model.hf_config, "_commit_hash", None)
+    if commit is not None:
+        return f"commit {commit}"
+    logger.warning(
+        "DWDP: the content of %s cannot be compared between ranks (no local weight files, no commit of "
+        "a hub): make sure yourself that every rank loads the same",
+        model.model,
+    )
+    return "unknown"
 
 
-def _digest(text: str) -> str:
+def _weight_files(place: Path) -> list[Path]:
+    """The files of a checkpoint folder in the format that vLLM prefers; or `place` itself."""
+    if place.is_file():
+        return [place]
+    listed = (sorted(place.glob(pattern)) for pattern in _WEIGHT_FILES)
+    return next(filter(None, listed), [])
+
+
+def _config_digest(config: dict[str, Any]) -> str:
+    """Of a model's config, wherever it was read from."""
+    text = json.dumps(_without_path(config), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _without_path(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_path(each) for key, each in value.items() if key != "_name_or_path"}

@@ -48,6 +48,13 @@ class DwdpWorker:
             lambda device: make_rendezvous(launch, rank, vllm_config, device),
         )
 
+    def compile_or_warm_up_model(self) -> Any:
+        """As vLLM's; the rank serves afterwards."""
+        times = super().compile_or_warm_up_model()  # type: ignore[misc]
+        if self.expert_group is not None:
+            self.expert_group.is_warm = True
+        return times
+
     def execute_model(self, scheduler_output: Any) -> Any:
         """One scheduler step."""
         if self.expert_group is not None:

@@ -98,11 +98,16 @@ class CudaPeer:
 
     def __init__(self, memory: VirtualMemory, allocations: Allocations) -> None:
         self.allocations = allocations
+        self._memory = memory
         with ExitStack() as undo:
             undo.callback(allocations.release)
             self._view = memory.map_range(list(allocations), writable=False)
             undo.pop_all()
         self.address = self._view.address
+
+    def digest(self) -> bytes:
+        """As `CudaShard.digest`."""
+        return self._memory.digest(self._view)
 
     def close(self) -> None:
         """Unmap it and release the handles."""

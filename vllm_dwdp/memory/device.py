@@ -97,6 +97,9 @@ class PeerMemory(Protocol):
     def address(self) -> int:
         """Of the shard's first byte."""
 
+    def digest(self) -> bytes:
+        """As the `digest` of the shard that it is."""
+
     def close(self) -> None:
         """Give it back; composite tensors that map its pages keep them."""
 
@@ -159,10 +162,18 @@ class Device(Protocol):
         """An empty shard, owned by the caller."""
 
     def adopt_shard(self, handles: Handles) -> Shard:
-        """The memory of an earlier life of this rank; owns `handles` once it returns."""
+        """The memory of an earlier life of this rank; owns `handles` once it returns.
+
+        Raises:
+            DwdpMemoryError, TransferError: the handles cannot be used; they stay the caller's.
+        """
 
     def open_peer(self, handles: Handles) -> PeerMemory:
-        """A peer's whole shard; owns `handles` once it returns."""
+        """A peer's whole shard; owns `handles` once it returns.
+
+        Raises:
+            DwdpMemoryError, TransferError: as `adopt_shard`.
+        """
 
     def new_slots(self, num_slots: int, layout: SlotLayout) -> Slots:
         """Slots one after the other, each of `layout.num_bytes`."""

@@ -14,7 +14,7 @@ import mmap
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 import torch
@@ -240,6 +240,10 @@ class HostPeer:
         self._view = map_pages(fd, 0, num_bytes, writable=False)
         self.address = self._view.address
 
+    def digest(self) -> bytes:
+        """As `HostShard.digest`."""
+        return digest_of(self._view)
+
     def close(self) -> None:
         """Unmap it and close the fd."""
         self._view.unmap()
@@ -286,13 +290,11 @@ class HostDevice:
 
     def adopt_shard(self, handles: Handles) -> AdoptedShard:
         """The memfd of an earlier life."""
-        (fd,) = handles.fds
-        return AdoptedShard(fd, sum(handles.num_bytes))
+        return AdoptedShard(*_sealed_file(handles))
 
     def open_peer(self, handles: Handles) -> HostPeer:
         """A peer's memfd."""
-        (fd,) = handles.fds
-        return HostPeer(fd, sum(handles.num_bytes))
+        return HostPeer(*_sealed_file(handles))
 
     def new_slots(self, num_slots: int, layout: SlotLayout) -> HostSlots:
         """Slots in one memfd."""
@@ -319,6 +321,27 @@ class HostDevice:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+def _sealed_file(handles: Handles) -> tuple[int, int]:
+    """The descriptor of a shard and its bytes.
+
+    Raises:
+        DwdpMemoryError: it is no memfd of that size which nobody can resize or map writable any more.
+    """
+    num_bytes = sum(handles.num_bytes)
+    seals, size = 0, 0
+    if len(handles.fds) == 1:
+        size = os.fstat(handles.fds[0]).st_size
+        with suppress(OSError):  # EINVAL: no memfd
+            seals = fcntl.fcntl(handles.fds[0], fcntl.F_GET_SEALS)
+    if size != num_bytes or seals & _SEALS != _SEALS:
+        raise DwdpMemoryError(
+            f"a shard of {num_bytes} bytes came as {len(handles.fds)} descriptors of {size} bytes with "
+            f"seals {seals:#x}; one sealed memfd of that size is required. Start every rank with the "
+            "same version, and see who else listens at the rendezvous."
+        )
+    return handles.fds[0], num_bytes
 
 
 def digest_of(mapping: Mapping) -> bytes:

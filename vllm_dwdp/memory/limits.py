@@ -9,6 +9,10 @@ import psutil
 
 from vllm_dwdp.errors import DwdpMemoryError
 from vllm_dwdp.logger import format_gib
+from vllm_dwdp.memory.container import read_free_memory
+
+_FILES_PER_PEER = 4  # the peer's shard, a hello each way, a status request
+_FILES_AROUND = 64  # checkpoint files, sockets, the slots, and what vLLM opens meanwhile
 
 
 def check_available(num_bytes: int, purpose: str) -> None:
@@ -46,14 +50,19 @@ def check_open_files(num_files: int, purpose: str) -> None:
     )
 
 
+def files_needed(group_size: int, num_handles: int = 0) -> int:
+    """Files that a rank opens for a group of `group_size`, whose shards have `num_handles` handles.
+
+    Each handle is open as received, as held for others, and on its way to a peer.
+    """
+    return _FILES_PER_PEER * group_size + _FILES_AROUND + 3 * num_handles
+
+
 def available_bytes() -> int:
-    """Memory this process may still take: the host's, or the cgroup's when that is less."""
+    """Memory this process may still take: the host's, or its container's when that is less."""
     available = int(psutil.virtual_memory().available)
-    limit = _read_integer("/sys/fs/cgroup/memory.max")
-    used = _read_integer("/sys/fs/cgroup/memory.current")
-    if limit is not None and used is not None:
-        available = min(available, max(0, limit - used))
-    return available
+    allowed = read_free_memory()
+    return available if allowed is None else min(available, allowed)
 
 
 def proportional_set_bytes(pid: int | str = "self") -> int:
@@ -70,11 +79,3 @@ def release_free_heap() -> None:
     trim: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-def _read_integer(path: str) -> int | None:
-    try:
-        with open(path) as file:
-            return int(file.read())
-    except (OSError, ValueError):
-        return None

@@ -26,11 +26,11 @@ import torch
 
 from vllm_dwdp.config import DwdpLaunch
 from vllm_dwdp.distributed.rendezvous import PeerShard, Rendezvous
-from vllm_dwdp.errors import PeerMismatchError
+from vllm_dwdp.errors import DwdpMemoryError, PeerMismatchError, TransferError
 from vllm_dwdp.logger import format_gib, init_logger
 from vllm_dwdp.memory.device import Device, Handles, PeerMemory, Shard
 from vllm_dwdp.memory.layout import ModelLayout
-from vllm_dwdp.memory.limits import check_open_files
+from vllm_dwdp.memory.limits import check_open_files, files_needed
 from vllm_dwdp.model_executor.composites import CompositeMapper, LayerView
 from vllm_dwdp.model_executor.expert_shard import ExpertShard
 from vllm_dwdp.model_executor.group_status import describe_group
@@ -40,10 +40,6 @@ from vllm_dwdp.model_executor.routed_experts import Binding
 from vllm_dwdp.transfer.mode_policy import Mode, ModePolicy
 
 logger = init_logger(__name__)
-
-FILES_PER_PEER = 4  # the peer's shard, a hello each way, a status request
-FILES_AROUND = 64  # checkpoint files, sockets, the slots, and what vLLM opens meanwhile
-COPIES_OF_HANDLES = 3  # as received, as held for others, and on their way to a peer
 
 
 @dataclass
@@ -73,6 +69,7 @@ class ExpertGroup:
         self.steps: dict[str, int] = {}
         self.forwards = ForwardCounter()
         self.start_seconds = 0.0
+        self.is_warm = False
         self.rings: PrefetchRings | None = None
         self.policy: ModePolicy
         self.shard: ExpertShard
@@ -104,7 +101,7 @@ class ExpertGroup:
             DwdpError: any step failed; nothing is left open.
         """
         check_open_files(
-            FILES_PER_PEER * launch.config.group_size + FILES_AROUND,
+            files_needed(launch.config.group_size),
             f"a group of {launch.config.group_size} ranks",
         )
         started = time.monotonic()
@@ -117,6 +114,8 @@ class ExpertGroup:
             group._bind()
             group._couple(model)
             group.start_seconds = time.monotonic() - started
+            group._log_bound()
+            rendezvous.status_provider = group.status
             group._resources = undo.pop_all()
         return group
 
@@ -132,7 +131,8 @@ class ExpertGroup:
         self.steps[mode] = self.steps.get(mode, 0) + 1
 
     def close(self) -> None:
-        """Stop the ring, forget the peers and release all memory. Layers must not run again."""
+        """Stop answering, then the ring, and release all memory. Layers must not run again."""
+        self.rendezvous.close()  # first: who asks for our status reads the ring's counters
         self._resources.close()
 
     def status(self) -> dict[str, Any]:
@@ -143,13 +143,15 @@ class ExpertGroup:
 
     def _load(self, load_model: Callable[[], torch.nn.Module]) -> torch.nn.Module:
         """Load the model with our experts only, or adopt them from a survivor."""
-        adopted = _adopt_shard(self.device, self.rendezvous, self.rank)
+        adopted, layout = _adopt_shard(self.device, self.rendezvous, self.rank)
         self.shard = ExpertShard(self.launch.config, self.dwdp_rank, self.device, adopted)
         self._resources.callback(self.shard.close)
         started = time.monotonic()
         with self.shard.loading():
             model = load_model()
         self.layout = self.shard.finish_loading(model)
+        if adopted is not None and layout != self.shard.layout_digest():
+            raise PeerMismatchError(_other_layout("the experts that a peer kept for this rank"))
         logger.info(
             "DWDP rank %d %s %s of resident experts (of %s) in %.1f s",
             self.rank,
@@ -168,7 +170,9 @@ class ExpertGroup:
         self._resources.callback(handles.close)
         self.rendezvous.status_provider = self._status_while_starting
         self.device.synchronize()  # peers read our experts as soon as they are published
-        self.rendezvous.publish(handles.fds, handles.num_bytes, handles.fabric)
+        self.rendezvous.publish(
+            handles.fds, handles.num_bytes, handles.fabric, layout=self.shard.layout_digest()
+        )
         self._resources.callback(self._close_peers)
         self._map_peers(self.rendezvous.meet())
         self.shard.fill_edges(self.layout, self._peers)
@@ -183,9 +187,9 @@ class ExpertGroup:
 
     def _check_handles(self) -> None:
         """A device may pass a shard in hundreds of handles: refuse before they run out."""
-        ranks = range(self.launch.config.group_size)
-        handles = sum(len(self._handle_bytes(rank)) for rank in ranks)
-        check_open_files(COPIES_OF_HANDLES * handles + FILES_AROUND, f"{handles} memory handles")
+        group_size = self.launch.config.group_size
+        handles = sum(len(self._handle_bytes(rank)) for rank in range(group_size))
+        check_open_files(files_needed(group_size, handles), f"{handles} memory handles")
 
     def _map_peers(self, met: dict[int, PeerShard]) -> None:
         """Map these peers' shards, in place of earlier ones of theirs; takes over all handles."""
@@ -197,6 +201,8 @@ class ExpertGroup:
                 if rank in self._peers:
                     self._peers[rank].close()
                 self._peers[rank] = mapped
+                if peer.is_lent:
+                    self._check_lent(rank, peer.digest)
         finally:
             for peer in met.values():
                 peer.close()
@@ -216,7 +222,17 @@ class ExpertGroup:
                 f"{sum(expected)} in {len(expected)}. Start every rank with the same checkpoint, "
                 "dtype and options."
             )
+        if peer.layout != self.shard.layout_digest():
+            raise PeerMismatchError(_other_layout(f"the experts of rank {rank} of the group"))
         return self.device.open_peer(_handles_of(peer))
+
+    def _check_lent(self, rank: int, digest: bytes) -> None:
+        """What a survivor kept of a dead rank must be what that rank published."""
+        if self._peers[rank].digest() != digest:
+            raise PeerMismatchError(
+                f"the experts of rank {rank}, which is dead, are not what it published: the memory of "
+                "a survivor that kept them has changed. Restart all ranks of the group."
+            )
 
     def _handle_bytes(self, rank: int) -> tuple[int, ...]:
         return self.device.handle_bytes(self.layout.piece_bytes(rank))
@@ -248,8 +264,6 @@ class ExpertGroup:
             self._mode = mode
         self.shard.memory.finish()
         self.device.release_free_memory()
-        self.rendezvous.status_provider = self.status
-        self._log_bound()
 
     def _modes(self) -> tuple[Mode, ...]:
         """The modes that any step of this rank may run in."""
@@ -352,26 +366,44 @@ def _handles_of(peer: PeerShard) -> Handles:
     return Handles(fds=peer.fds, fabric=peer.fabric_handles, num_bytes=peer.handle_bytes)
 
 
-def _adopt_shard(device: Device, rendezvous: Rendezvous, rank: int) -> Shard | None:
-    """This rank's own shard of an earlier life, if a survivor holds it and its digest is right."""
-    kept = rendezvous.recover()
-    if kept is None:
-        return None
-    try:
-        adopted = device.adopt_shard(_handles_of(kept))
-    except BaseException:
-        kept.close()
-        raise
-    try:
+def _other_layout(whose: str) -> str:
+    return (
+        f"{whose} are laid out for other kernels or parameters than this rank's. Start every rank with "
+        "the same arguments and the same VLLM_* environment."
+    )
+
+
+def _adopt_shard(device: Device, rendezvous: Rendezvous, rank: int) -> tuple[Shard | None, bytes]:
+    """This rank's shard of an earlier life and its layout, from a survivor that has it intact."""
+    refused = False
+    for kept in rendezvous.recover():
+        adopted = _try_to_adopt(device, kept, rank)
+        if adopted is not None:
+            return adopted, kept.layout
+        refused = True
+    if refused:
+        logger.warning(
+            "DWDP rank %d loads its experts from disk; they are held twice until the peers restart",
+            rank,
+        )
+    return None, b""
+
+
+def _try_to_adopt(device: Device, kept: PeerShard, rank: int) -> Shard | None:
+    """The memory behind `kept`, which is taken over, or None if it is not what was published."""
+    with ExitStack() as undo:
+        undo.callback(kept.close)
+        try:
+            adopted = device.adopt_shard(_handles_of(kept))
+        except (DwdpMemoryError, TransferError) as error:
+            logger.warning("DWDP rank %d cannot use its experts at a peer: %s", rank, error)
+            return None
+        undo.pop_all()
+        undo.callback(adopted.close)
         if adopted.digest() == kept.digest:
+            undo.pop_all()
             return adopted
-    except BaseException:
-        adopted.close()
-        raise
-    adopted.close()
     logger.warning(
-        "DWDP rank %d: the shard that a peer kept for it has another digest than it had when it "
-        "was made; loading it from disk, which holds it twice until the peers restart",
-        rank,
+        "DWDP rank %d: the experts that a peer kept for it are not what it published", rank
     )
     return None

@@ -3,9 +3,11 @@
 Owns the `HostShard` and the list of layers. Nothing here knows of peers. Worker's main thread.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import torch
@@ -134,6 +136,24 @@ class ExpertShard:
         return ModelLayout.plan(
             [(entry.layer.layer_name, tuple(entry.weights)) for entry in self._published]
         )
+
+    def layout_digest(self) -> bytes:
+        """Identity of what lies in every rank's shard, and of the code that will read it.
+
+        Sizes alone would not tell apart two kernels that order the same bytes differently.
+        """
+        facts = [
+            (
+                entry.layer.layer_name,
+                type(entry.layer.quant_method).__name__,
+                [str(v) for v in vars(entry.layer.quant_method).values() if isinstance(v, Enum)],
+                [weight.name for weight in entry.weights],
+                [str(dtype) for dtype in entry.dtypes],
+                entry.shapes,
+            )
+            for entry in self._published
+        ]
+        return hashlib.sha256(repr(facts).encode()).digest()
 
     def fill_edges(self, layout: ModelLayout, peers: dict[int, PeerMemory]) -> None:
         """Copy the bytes that neighbours own on our first and last pages; the shard is whole then.

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 
 def describe_group(group: "ExpertGroup") -> dict[str, Any]:
-    """A JSON-compatible snapshot of a rank that serves."""
+    """A JSON-compatible snapshot of a rank that has its experts."""
     layout, rank, rings = group.layout, group.dwdp_rank, group.rings
     slot_bytes = rings.slot_bytes if rings is not None else 0
     resident_bytes = layout.resident_bytes(rank)
@@ -19,7 +19,7 @@ def describe_group(group: "ExpertGroup") -> dict[str, Any]:
             fetched[str(peer_rank)] = fetched.get(str(peer_rank), 0) + num_bytes
     return {
         "rank": group.rank,
-        "state": "serving",
+        "state": "serving" if group.is_warm else "warming up",
         "group": group.launch.group(group.rank),
         "dwdp_rank": rank,
         "group_size": group.launch.config.group_size,

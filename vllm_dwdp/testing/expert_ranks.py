@@ -5,6 +5,7 @@ the GPU tests, by `scripts/gpu_first_minutes.py` and by `benchmarks/bench_gpu.py
 fake driver.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -203,6 +204,10 @@ class HostPeer:
     def __init__(self, content: torch.Tensor) -> None:
         self._content = content
         self.address = content.data_ptr()
+
+    def digest(self) -> bytes:
+        """SHA-256 of the content."""
+        return hashlib.sha256(self._content.numpy()).digest()
 
     def close(self) -> None:
         """Nothing: the tensor owns the memory."""

@@ -75,7 +75,7 @@ def test_nonsense_is_refused_and_its_descriptors_are_closed(
     os.close(fd)
 
 
-HEADER = messages.Shard(1, 7, (4096,), b"d" * 32, True, 600, 1500)
+HEADER = messages.Shard(1, 7, (4096,), b"l" * 32, b"d" * 32, True, 600, 1500)
 FABRIC = [number.to_bytes(messages.FABRIC_HANDLE_BYTES, "big") for number in range(1500)]
 
 

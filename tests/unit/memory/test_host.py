@@ -11,7 +11,7 @@ import pytest
 
 from vllm_dwdp.errors import DwdpMemoryError
 from vllm_dwdp.memory import host, limits
-from vllm_dwdp.memory.device import Segment
+from vllm_dwdp.memory.device import Handles, Segment
 from vllm_dwdp.memory.layout import ByteRange
 
 PAGE = host.PAGE_BYTES
@@ -185,3 +185,31 @@ def test_proportional_memory_counts_a_shared_page_once() -> None:
     assert abs(limits.proportional_set_bytes() - before) < 64 * PAGE
     views[0].unmap()
     shard.close()
+
+
+@pytest.mark.parametrize("flaw", ["not sealed", "another size", "no memfd", "two descriptors"])
+def test_memory_that_its_maker_could_still_change_is_not_mapped(flaw: str, tmp_path: Path) -> None:
+    """Shrinking it would be a SIGBUS for whoever reads it."""
+    before = open_files()
+    shard = shard_with(b"1" * PAGE)
+    fds, num_bytes = (os.dup(shard.fd),), (PAGE,)
+    if flaw == "not sealed":
+        os.close(fds[0])
+        fds = (os.memfd_create("unsealed"),)
+        os.ftruncate(fds[0], PAGE)
+    elif flaw == "another size":
+        num_bytes = (2 * PAGE,)
+    elif flaw == "no memfd":
+        os.close(fds[0])
+        (tmp_path / "file").write_bytes(bytes(PAGE))
+        fds = (os.open(tmp_path / "file", os.O_RDONLY),)
+    else:
+        fds, num_bytes = (*fds, os.dup(fds[0])), (PAGE // 2, PAGE // 2)
+    handles = Handles(fds=fds, num_bytes=num_bytes)
+    device = host.HostDevice()
+    for take in (device.open_peer, device.adopt_shard):
+        with pytest.raises(DwdpMemoryError, match="one sealed memfd of that size is required"):
+            take(handles)
+    handles.close()
+    shard.close()
+    assert open_files() == before

@@ -1,0 +1,72 @@
+"""What a rank says its model is: content, not names; and the same wherever it lies."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_dwdp.config import DwdpConfig, DwdpLaunch
+from vllm_dwdp.distributed.fingerprint import Fingerprint
+from vllm_dwdp.executor import identity
+
+LAUNCH = DwdpLaunch(
+    config=DwdpConfig(group_size=2),
+    data_parallel_size=2,
+    first_rank=0,
+    local_size=2,
+    endpoint="abstract:x",
+)
+
+
+def fingerprint_of(model: str, load_format: str = "auto", **config: Any) -> Fingerprint:
+    commit = config.pop("commit", None)
+    content = {"_name_or_path": model, "text_config": {"_name_or_path": model}, **config}
+    hf_config = SimpleNamespace(to_dict=lambda: content)
+    if commit is not None:
+        hf_config._commit_hash = commit
+    model_config = SimpleNamespace(
+        model=model, revision=None, hf_config=hf_config, dtype="bf16", quantization=None, seed=0
+    )
+    vllm_config = SimpleNamespace(
+        model_config=model_config, load_config=SimpleNamespace(load_format=load_format)
+    )
+    return identity.make_fingerprint(LAUNCH, vllm_config, 4096)
+
+
+def folder_with(folder: Path, content: bytes, name: str = "model.safetensors") -> str:
+    folder.mkdir()
+    (folder / name).write_bytes(content)
+    return str(folder)
+
+
+def test_the_same_checkpoint_in_two_places_is_the_same(tmp_path: Path) -> None:
+    here = fingerprint_of(folder_with(tmp_path / "here", b"weights"), hidden_size=8)
+    there = fingerprint_of(folder_with(tmp_path / "there", b"weights"), hidden_size=8)
+    assert here.model != there.model
+    assert here.differences(there) == {}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model.gguf"])
+def test_other_weights_or_another_config_are_not(name: str, tmp_path: Path) -> None:
+    first = fingerprint_of(folder_with(tmp_path / "a", b"weights", name), hidden_size=8)
+    other = fingerprint_of(folder_with(tmp_path / "b", b"weightz", name), hidden_size=8)
+    assert set(first.differences(other)) == {"checkpoint_digest"}
+    config = fingerprint_of(str(tmp_path / "a"), hidden_size=16)
+    assert set(first.differences(config)) == {"config_digest"}
+
+
+def test_two_commits_of_a_name_on_a_hub_differ() -> None:
+    first, second = (fingerprint_of("org/model", commit=commit) for commit in ("1a", "2b"))
+    assert first.differences(second) == {"checkpoint_digest": ("commit 1a", "commit 2b")}
+
+
+def test_content_that_nobody_can_compare_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    identity.logger.addHandler(caplog.handler)
+    assert fingerprint_of("s3://bucket/model").checkpoint_digest == "unknown"
+    identity.logger.removeHandler(caplog.handler)
+    assert "s3://bucket/model cannot be compared between ranks" in caplog.text
+
+
+def test_dummy_weights_are_their_seed() -> None:
+    assert fingerprint_of("org/model", load_format="dummy").checkpoint_digest == "dummy-0"
