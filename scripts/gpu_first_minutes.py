@@ -519,7 +519,7 @@ def measured_costs() -> Answer:
 
     gpu = accelerator()
     with first_rank(gpu) as rank:
-        costs = measure_costs(rank.mapper(), rank.rings(), rank.direct_views()[0])
+        costs = measure_costs(rank.mapper(), rank.rings(), 0, rank.direct_views()[0])
     text = (
         f"copies {costs.copy_bytes_per_s / 1e9:.0f} GB/s, reads in place "
         f"{costs.direct_bytes_per_s / 1e9:.0f} GB/s, direct up to {costs.direct_max_tokens} tokens "

@@ -317,11 +317,6 @@ class CudaCopyQueue(_Native):
         """Whether a fill is one driver call (CUDA 12.8 or later); otherwise one per slice."""
         return bool(self._status(self._lib.dwdp_cuda_queue_uses_batch_copy))
 
-    @property
-    def busy_seconds(self) -> float:
-        """Always 0.0: events without timing are cheaper, and the copy engines need no thread."""
-        return 0.0
-
     def add_batch(self, slices: Sequence[tuple[int, int, int]]) -> int:
         """Register `(destination, source, num_bytes)` copies; returns the batch's handle.
 

@@ -96,7 +96,8 @@ class RankMetrics:
             for candidate in _PEER_STATES:
                 self._peer_state.labels(*labels, peer, candidate).set(state == candidate)
         for name, counter in self._counters.items():
-            self._advance(counter, labels, status.get(name, 0))
+            if (value := status.get(name, 0)) is not None:  # None: this device does not measure it
+                self._advance(counter, labels, value)
         for peer, num_bytes in status.get("fetched_bytes", {}).items():
             self._advance(self._fetched, (*labels, peer), num_bytes)
         for mode, num_steps in status.get("steps", {}).items():

@@ -264,3 +264,52 @@ def test_gpu_worker_hooks() -> None:
     assert "self.device = torch.device(" in source(Worker.init_device)
     # Shards and slots are no torch memory: they are seen only because free memory is what counts.
     assert "before_create.free_memory - result.after_profile.free_memory" in source(mem_utils)
+
+
+def test_weights_held_outside_are_part_of_the_memory_budget_and_need_not_be_free() -> None:
+    """A rank that returns finds its experts on its GPU: they must not refuse its start."""
+    from types import SimpleNamespace
+
+    from vllm.config import CacheConfig, LoadConfig
+    from vllm.model_executor.model_loader import get_model_loader
+    from vllm.v1.worker.gpu_worker import Worker
+    from vllm.v1.worker.utils import request_memory
+
+    from vllm_dwdp.compat.gpu import weights_held_outside
+
+    text = source(Worker.init_device)
+    asked = text.index("get_external_weight_memory(self.vllm_config)")
+    assert text.index("self.device = torch.device(") < asked < text.index("= request_memory(")
+    loader = get_model_loader(LoadConfig())
+    with weights_held_outside(lambda: 30 * 10**9):
+        kept_bytes = loader.get_external_weight_memory(None)
+    assert loader.get_external_weight_memory(None) == 0
+    snapshot: Any = SimpleNamespace(
+        total_memory=80 * 10**9, free_memory=49 * 10**9, device_="cuda:0"
+    )
+    cache_config = CacheConfig(gpu_memory_utilization=0.9)
+    with pytest.raises(ValueError, match="Free memory"):
+        request_memory(snapshot, cache_config)
+    assert request_memory(snapshot, cache_config, kept_bytes) == 42 * 10**9
+
+
+def test_models_are_loaded_one_by_one_through_the_base_loader() -> None:
+    """What numbers them, and so tells a drafter's layers from the target's."""
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+    from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+
+    for loader in (DefaultModelLoader, DummyModelLoader):
+        assert loader.load_model is BaseModelLoader.load_model
+    assert "self.create_model(" in source(BaseModelLoader.load_model)
+
+
+def test_expert_parameters_carry_the_layers_own_weight_loader() -> None:
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+    from vllm_dwdp.model_executor.routed_experts import DwdpRoutedExperts
+
+    parameters = list(inspect.signature(RoutedExperts.weight_loader).parameters)
+    assert parameters == list(inspect.signature(DwdpRoutedExperts.weight_loader).parameters)
+    assert '"weight_loader": self.weight_loader' in source(RoutedExperts)
+    assert RoutedExperts.weight_loader.supports_moe_loading

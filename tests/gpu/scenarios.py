@@ -243,7 +243,7 @@ def costs(_: str) -> None:
     """What the start measures is a speed that memory can have."""
     gpu = accelerator()
     with group(gpu, 2) as ranks:
-        found = measure_costs(ranks[0].mapper(), ranks[0].rings(), ranks[0].direct_views()[0])
+        found = measure_costs(ranks[0].mapper(), ranks[0].rings(), 0, ranks[0].direct_views()[0])
     print(found)
     slowest, fastest = (1e6, 1e13) if not gpu.is_real else (1e8, 1e13)
     assert slowest < found.copy_bytes_per_s < fastest

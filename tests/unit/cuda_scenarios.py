@@ -329,7 +329,6 @@ def eager_steps_never_see_poison() -> None:
             eager_step(layers, stream)
             stream.synchronize()
             assert layers.wrong_layers() == []
-        assert layers.queue.busy_seconds == 0.0
         assert layers.queue.uses_batch_copy == (os.environ.get("DWDP_FAKE_CUDA_VERSION") is None)
 
 

@@ -3,9 +3,10 @@
 Private names used: `ExpertMapManager._local_num_experts` and `._expert_map`,
 `FusedMoEConfig.num_local_experts`, `RoutedExperts.update_expert_map_info`, the layer registry
 `op_registry_oot`, `weights_already_processed`, `DefaultModelLoader._init_ep_weight_filter` and
-`.get_all_weights`.
+`.get_all_weights`, `BaseModelLoader.load_model`.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -126,6 +127,30 @@ def resident_weights(resident_experts: Callable[[], ResidentExperts]) -> Iterato
     finally:
         DefaultModelLoader._init_ep_weight_filter = stock_filter
         DefaultModelLoader.get_all_weights = stock_weights
+
+
+@contextmanager
+def numbered_models() -> Iterator[Callable[[], int]]:
+    """While active, tells which model is being built: 0 for the first, then 1 for its drafter, ...
+
+    A drafter's config may be the target's own (MTP, EAGLE), so nothing else tells their layers apart.
+    """
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    stock = BaseModelLoader.load_model
+    number = -1
+
+    @functools.wraps(stock)
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal number
+        number += 1
+        return stock(self, *args, **kwargs)
+
+    BaseModelLoader.load_model = load_model
+    try:
+        yield lambda: number
+    finally:
+        BaseModelLoader.load_model = stock
 
 
 def loads_fused_tensors_whole(layer: Any) -> bool:

@@ -109,6 +109,20 @@ class Rendezvous:
             server.close()
         self._known.close()
 
+    def kept_bytes(self) -> int:
+        """Bytes of our shard of an earlier life, if a peer holds it whole; may be asked before `start`.
+
+        Raises:
+            PeerMismatchError: as `recover`.
+        """
+        self._outlive_earlier_starts()
+        for rank in self.peer_ranks:
+            reply = self._ask(rank, self._borrowing(self.dwdp_rank, wants_handles=False))
+            self._raise_refusal(rank, reply)
+            if isinstance(reply, messages.Shard):
+                return sum(reply.handle_bytes)
+        return 0
+
     def recover(self) -> Iterator[PeerShard]:
         """Our own shard of an earlier life, as each peer holds it whole; the caller owns them.
 

@@ -1,5 +1,6 @@
 """What this rank says it is when it meets its peers."""
 
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -13,25 +14,22 @@ from vllm_dwdp.distributed.endpoint import Endpoint
 from vllm_dwdp.distributed.fingerprint import Fingerprint, checkpoint_digest
 from vllm_dwdp.distributed.rendezvous import Rendezvous
 from vllm_dwdp.logger import init_logger
-from vllm_dwdp.memory.device import Device
 
 logger = init_logger(__name__)
 
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 
 
-def make_rendezvous(launch: DwdpLaunch, rank: int, vllm_config: Any, device: Device) -> Rendezvous:
-    """A started rendezvous of this rank's group; the caller closes it."""
-    rendezvous = Rendezvous(
+def make_rendezvous(launch: DwdpLaunch, rank: int, vllm_config: Any, page_bytes: int) -> Rendezvous:
+    """This rank's side of its group, not started; the caller closes it."""
+    return Rendezvous(
         Endpoint.of(launch),
         group=launch.group(rank),
         dwdp_rank=launch.dwdp_rank(rank),
         group_size=launch.config.group_size,
-        fingerprint=make_fingerprint(launch, vllm_config, device.page_bytes),
+        fingerprint=make_fingerprint(launch, vllm_config, page_bytes),
         join_timeout_s=launch.config.join_timeout_s,
     )
-    rendezvous.start()
-    return rendezvous
 
 
 def make_fingerprint(launch: DwdpLaunch, vllm_config: Any, page_bytes: int) -> Fingerprint:
@@ -59,7 +57,7 @@ def _checkpoint_digest(vllm_config: Any) -> str:
         return f"dummy-{model.seed}"
     files = _weight_files(Path(model.model))
     if files:
-        return checkpoint_digest(files)
+        return _digest_once(tuple(files))
     commit = getattr(model.hf_config, "_commit_hash", None)
     if commit is not None:
         return f"commit {commit}"
@@ -69,6 +67,12 @@ def _checkpoint_digest(vllm_config: Any) -> str:
         model.model,
     )
     return "unknown"
+
+
+@functools.cache
+def _digest_once(files: tuple[Path, ...]) -> str:
+    """A worker may ask twice during its start."""
+    return checkpoint_digest(files)
 
 
 def _weight_files(place: Path) -> list[Path]:

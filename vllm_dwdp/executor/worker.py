@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from vllm_dwdp.compat import independent
+from vllm_dwdp.config import DwdpLaunch
+from vllm_dwdp.distributed.rendezvous import Rendezvous
 from vllm_dwdp.errors import DwdpUnsupportedError
 from vllm_dwdp.executor.identity import make_rendezvous
 from vllm_dwdp.logger import init_logger
@@ -26,11 +28,20 @@ class DwdpWorker:
         """Open the device that holds this rank's experts."""
         raise NotImplementedError
 
-    def load_model(self, **kwargs: Any) -> None:
-        """Load the model with this rank's experts only, meet the group, bind all experts."""
+    @property
+    def dwdp_place(self) -> tuple[DwdpLaunch, int]:
+        """What the front end decided, and our global data-parallel rank."""
         vllm_config = self.vllm_config  # type: ignore[attr-defined]
         launch = independent.launch_of(vllm_config)
-        rank = launch.rank(vllm_config.parallel_config.data_parallel_index)
+        return launch, launch.rank(vllm_config.parallel_config.data_parallel_index)
+
+    def make_rendezvous(self, page_bytes: int) -> Rendezvous:
+        """Our side of the group, not started; the caller closes it."""
+        return make_rendezvous(*self.dwdp_place, self.vllm_config, page_bytes)  # type: ignore[attr-defined]
+
+    def load_model(self, **kwargs: Any) -> None:
+        """Load the model with this rank's experts only, meet the group, bind all experts."""
+        launch, rank = self.dwdp_place
         if not launch.config.shares_experts:
             super().load_model(**kwargs)  # type: ignore[misc]
             logger.info("DWDP rank %d holds all experts itself (replica)", rank)
@@ -45,7 +56,7 @@ class DwdpWorker:
             rank,
             self.make_device,
             load,
-            lambda device: make_rendezvous(launch, rank, vllm_config, device),
+            lambda device: self.make_rendezvous(device.page_bytes),
         )
 
     def compile_or_warm_up_model(self) -> Any:

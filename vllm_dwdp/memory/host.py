@@ -9,11 +9,9 @@ Sources: memfd_create(2), fcntl(2) F_ADD_SEALS, mmap(2) MAP_FIXED.
 
 import ctypes
 import fcntl
-import hashlib
 import mmap
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
@@ -22,12 +20,12 @@ import torch
 from vllm_dwdp.errors import DwdpMemoryError
 from vllm_dwdp.logger import format_gib
 from vllm_dwdp.memory.device import Handles, Segment
+from vllm_dwdp.memory.digest import digest_pieces
 from vllm_dwdp.memory.limits import check_available, release_free_heap
 from vllm_dwdp.memory.slots import SlotLayout
 from vllm_dwdp.transfer.host_queue import HostCopyQueue
 
 PAGE_BYTES = mmap.PAGESIZE
-DIGEST_PIECE_BYTES = 16 * 2**20
 
 _SEALS = (
     fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | 0x0010  # F_SEAL_FUTURE_WRITE (Linux 5.1)
@@ -143,7 +141,7 @@ class HostShard:
         fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
 
     def digest(self) -> bytes:
-        """SHA-256 over the digests of its pieces of `DIGEST_PIECE_BYTES`, by several threads."""
+        """SHA-256 that depends on every byte."""
         whole = map_pages(self.fd, 0, self.num_bytes, writable=False)
         try:
             return digest_of(whole)
@@ -345,16 +343,12 @@ def _sealed_file(handles: Handles) -> tuple[int, int]:
 
 
 def digest_of(mapping: Mapping) -> bytes:
-    """SHA-256 over the SHA-256 of each piece of the range."""
+    """The digest of a whole range."""
 
-    def digest_piece(start: int) -> bytes:
-        num_bytes = min(DIGEST_PIECE_BYTES, mapping.num_bytes - start)
-        piece = (ctypes.c_char * num_bytes).from_address(mapping.address + start)
-        return hashlib.sha256(piece).digest()
+    def read(start: int, num_bytes: int) -> ctypes.Array[ctypes.c_char]:
+        return (ctypes.c_char * num_bytes).from_address(mapping.address + start)
 
-    with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
-        pieces = pool.map(digest_piece, range(0, mapping.num_bytes, DIGEST_PIECE_BYTES))
-        return hashlib.sha256(b"".join(pieces)).digest()
+    return digest_pieces(read, mapping.num_bytes)
 
 
 def _mmap(address: int, num_bytes: int, fd: int, offset: int, *, writable: bool, flags: int) -> int:

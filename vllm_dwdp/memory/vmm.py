@@ -4,7 +4,6 @@ Owns the choice of handle type, and the fallback where a driver maps nothing rea
 slots are made of it in `memory.cuda`. Source: CUDA driver API, section Virtual Memory Management.
 """
 
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -14,10 +13,9 @@ from vllm_dwdp.cuda_driver import CudaDevice, HandleType, ReadOnlyAccessError
 from vllm_dwdp.errors import DwdpMemoryError, DwdpUnsupportedError
 from vllm_dwdp.logger import format_gib, init_logger
 from vllm_dwdp.memory.device import Handles
+from vllm_dwdp.memory.digest import digest_pieces
 
 logger = init_logger(__name__)
-
-DIGEST_PIECE_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -147,12 +145,12 @@ class VirtualMemory:
         return Handles(fds=tuple(fds), num_bytes=num_bytes)
 
     def digest(self, mapping: CudaMapping) -> bytes:
-        """SHA-256 of a mapped range, read piece by piece."""
-        digest = hashlib.sha256()
-        for start in range(0, mapping.num_bytes, DIGEST_PIECE_BYTES):
-            size = min(DIGEST_PIECE_BYTES, mapping.num_bytes - start)
-            digest.update(self.device.read(mapping.address + start, size))
-        return digest.digest()
+        """The digest of a mapped range, as the host reads it."""
+
+        def read(start: int, num_bytes: int) -> bytes:
+            return self.device.read(mapping.address + start, num_bytes)
+
+        return digest_pieces(read, mapping.num_bytes)
 
     def _allow(self, address: int, num_bytes: int, *, writable: bool) -> None:
         """Set access; a driver that cannot map read-only gets a writable mapping, said once."""

@@ -95,7 +95,7 @@ class ExpertGroup:
             rank: our global data-parallel rank.
             make_device: opens the device that holds the experts.
             load_model: vLLM's own loading, run while layers are replaced.
-            make_rendezvous: a started rendezvous, so that peers learn of us while we load.
+            make_rendezvous: ours; it answers from now on, so that peers learn of us while we load.
 
         Raises:
             DwdpError: any step failed; nothing is left open.
@@ -108,6 +108,7 @@ class ExpertGroup:
         with ExitStack() as undo:
             device = undo.enter_context(closing(make_device()))
             rendezvous = undo.enter_context(make_rendezvous(device))
+            rendezvous.start()
             group = cls(launch, rank, device, rendezvous, undo)
             model = group._load(load_model)
             group._meet()
@@ -116,6 +117,7 @@ class ExpertGroup:
             group.start_seconds = time.monotonic() - started
             group._log_bound()
             rendezvous.status_provider = group.status
+            undo.callback(device.synchronize)  # kernels may still read what is given back
             group._resources = undo.pop_all()
         return group
 
@@ -253,10 +255,12 @@ class ExpertGroup:
         if Mode.DIRECT in modes:
             direct = [mapper.direct_view(index) for index in range(len(self.layout.layers))]
         if Mode.PREFETCH in modes:
-            self.rings = PrefetchRings(
-                mapper, self._ring_members(), self.launch.config.slice_bytes, self._resources
-            )
+            self.rings = PrefetchRings(mapper, self._ring_members(), self.launch.config.slice_bytes)
+            self._resources.callback(self.rings.close)
         self.policy = self._make_policy(mapper, direct)
+        if self.rings is not None and self.policy.only_mode is Mode.DIRECT:
+            self.rings.close()  # their slots are better spent on the KV cache
+            self.rings, modes = None, (Mode.DIRECT,)
         for mode in modes:
             self._bindings[mode] = [
                 self._bind_layer(index, mode, direct) for index in range(len(self.layout.layers))
@@ -270,7 +274,8 @@ class ExpertGroup:
         mode = self.launch.config.mode
         if mode != "auto":
             return (Mode(mode),)
-        if self.device.copies_share_compute:
+        has_remote = any(layer.remote_bytes(self.dwdp_rank) for layer in self.layout.layers)
+        if self.device.copies_share_compute or not has_remote:
             return (Mode.DIRECT,)
         return (Mode.DIRECT, Mode.PREFETCH)
 
@@ -279,10 +284,14 @@ class ExpertGroup:
         if config.mode != "auto":
             return ModePolicy.forced(Mode(config.mode))
         if self.rings is None:
-            return ModePolicy.on_host()
-        costs = measure_costs(mapper, self.rings, direct[0])
-        fetched = self._ring_members()[0][0]  # by the measurement
-        check_views(direct[fetched], self.rings.views[fetched])
+            return ModePolicy.direct_only(shares_compute=self.device.copies_share_compute)
+        measured = next(
+            index
+            for index, layer in enumerate(self.layout.layers)
+            if layer.remote_bytes(self.dwdp_rank)
+        )
+        costs = measure_costs(mapper, self.rings, measured, direct[measured])
+        check_views(direct[measured], self.rings.views[measured])
         return ModePolicy.from_costs(costs, config.direct_max_tokens)
 
     def _bind_layer(self, index: int, mode: Mode, direct: list[LayerView]) -> Binding:
@@ -298,9 +307,9 @@ class ExpertGroup:
     def _ring_members(self) -> list[list[int]]:
         """Indices into the layout of each model's layers, in the order in which they run."""
         position = {id(entry): index for index, entry in enumerate(self.shard.published)}
-        rings: dict[str, list[int]] = {}
+        rings: dict[int, list[int]] = {}
         for entry in self.shard.layers:
-            rings.setdefault(entry.model_key, []).append(position[id(entry)])
+            rings.setdefault(entry.model_number, []).append(position[id(entry)])
         return list(rings.values())
 
     def _couple(self, model: torch.nn.Module) -> None:

@@ -23,16 +23,6 @@ PER_EXPERT: dict[str, frozenset[str]] = {
             "w2_weight_scale_inv",
         }
     ),
-    "Mxfp4MoEMethod": frozenset(
-        {
-            "w13_weight",
-            "w2_weight",
-            "w13_bias",
-            "w2_bias",
-            "w13_weight_scale",
-            "w2_weight_scale",
-        }
-    ),
 }
 """`[num_experts, ...]` parameters by quantisation method (vLLM's class name)."""
 

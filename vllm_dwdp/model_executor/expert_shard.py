@@ -30,7 +30,7 @@ class ShardedLayer:
     Args:
         layer: vLLM's layer.
         placement: of its experts.
-        model_key: tells the layers of a drafter from those of the target model.
+        model_number: of the model that it belongs to; a drafter's layers run in an order of their own.
         weights: layout of each per-expert parameter, in the order of the shard.
         dtypes: of each parameter.
         shapes: of each parameter, `[num_experts, ...]`.
@@ -39,7 +39,7 @@ class ShardedLayer:
 
     layer: Any
     placement: Placement
-    model_key: str
+    model_number: int
     weights: list[WeightLayout] = field(default_factory=list)
     dtypes: list[torch.dtype] = field(default_factory=list)
     shapes: list[tuple[int, ...]] = field(default_factory=list)
@@ -65,10 +65,16 @@ class ExpertShard:
         self.memory = adopted or device.new_shard(f"dwdp-shard-{dwdp_rank}")
         self.layers: list[ShardedLayer] = []
         self._published: list[ShardedLayer] = []
+        self._current_model: Callable[[], int] = lambda: 0
 
     def close(self) -> None:
         """Release the shard; peers that mapped it keep their mappings."""
         self.memory.close()
+
+    @property
+    def is_adopted(self) -> bool:
+        """Whether the experts are those of an earlier life of this rank."""
+        return self.memory.is_adopted
 
     def placement(self, num_experts: int) -> Placement:
         """Placement of a layer with `num_experts` experts over our group."""
@@ -82,7 +88,7 @@ class ExpertShard:
     def add_layer(self, layer: DwdpRoutedExperts, placement: Placement) -> None:
         """A layer was built; remember the order, which is the order in which layers run."""
         self.layers.append(
-            ShardedLayer(layer=layer, placement=placement, model_key=_current_model_key())
+            ShardedLayer(layer=layer, placement=placement, model_number=self._current_model())
         )
 
     def publish_layer(self, layer: DwdpRoutedExperts) -> None:
@@ -90,6 +96,7 @@ class ExpertShard:
         sharded = next(entry for entry in self.layers if entry.layer is layer)
         for name, tensor in per_expert_parameters(layer):
             self._publish_parameter(sharded, name, tensor)
+        del name, tensor  # or the last one would outlive the release
         self._published.append(sharded)
         self.device.release_free_memory()
 
@@ -105,7 +112,7 @@ class ExpertShard:
         mapping = self.memory.append(pieces)
         address = mapping.address + weight.resident(self.dwdp_rank).start - pages.start
         resident = tensor_at(address, tensor.dtype, tuple(tensor.shape), self.device.torch_device)
-        if not self.memory.is_adopted:
+        if not self.is_adopted:
             resident.copy_(tensor)
         getattr(sharded.layer, name).data = resident
         sharded.weights.append(weight)
@@ -160,7 +167,7 @@ class ExpertShard:
 
         Memory of an earlier life has them already.
         """
-        if self.memory.is_adopted:
+        if self.is_adopted:
             return
         for sharded, layer in zip(self._published, layout.layers, strict=True):
             for index, weight in enumerate(layer.weights):
@@ -182,7 +189,11 @@ class ExpertShard:
     def loading(self) -> Iterator[None]:
         """While active, vLLM builds sharded layers and reads only their experts from disk."""
         replacement: Callable[[type], type] = lambda stock: shard_layer_class(stock, self)  # noqa: E731
-        with moe.replaced_layers(replacement), moe.resident_weights(self._before_reading):
+        with (
+            moe.replaced_layers(replacement),
+            moe.resident_weights(self._before_reading),
+            moe.numbered_models() as self._current_model,
+        ):
             yield
 
     def _before_reading(self) -> moe.ResidentExperts:
@@ -193,7 +204,7 @@ class ExpertShard:
             for parameter in entry.layer.parameters(recurse=False)
         )
         ranges = [entry.placement.resident[self.dwdp_rank] for entry in self.layers]
-        if self.memory.is_adopted:
+        if self.is_adopted:
             ranges = []
         else:
             self.device.check_room(resident_bytes, "this rank's share of the experts")
@@ -201,10 +212,3 @@ class ExpertShard:
             ids=frozenset(expert for span in ranges for expert in range(span.start, span.stop)),
             split_fused=any(moe.loads_fused_tensors_whole(entry.layer) for entry in self.layers),
         )
-
-
-def _current_model_key() -> str:
-    from vllm.config import get_current_vllm_config
-
-    model_config = get_current_vllm_config().model_config
-    return f"{model_config.model}:{','.join(model_config.architectures or [])}"

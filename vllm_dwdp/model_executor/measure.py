@@ -17,26 +17,29 @@ from vllm_dwdp.memory.layout import ByteRange
 from vllm_dwdp.memory.tensor import tensor_at
 from vllm_dwdp.model_executor.composites import CompositeMapper, LayerView
 from vllm_dwdp.model_executor.prefetch_rings import PrefetchRings
+from vllm_dwdp.model_executor.routed_experts import RingPosition
 from vllm_dwdp.transfer.mode_policy import LayerCosts
 
 logger = init_logger(__name__)
 
 ROUNDS = 5
+COMPARED_BYTES = 64 * 2**20
 
 
-def measure_costs(mapper: CompositeMapper, rings: PrefetchRings, direct: LayerView) -> LayerCosts:
-    """Costs of the layout's first layer, of which `direct` is the view in place."""
-    device, layer, rank = mapper.device, mapper.layout.layers[0], mapper.dwdp_rank
-    number = max(range(len(layer.weights)), key=lambda n: layer.weights[n].num_bytes)
+def measure_costs(
+    mapper: CompositeMapper, rings: PrefetchRings, index: int, direct: LayerView
+) -> LayerCosts:
+    """Costs of the layout's layer `index`, which has remote pages and of which `direct` is a view."""
+    device, layer, rank = mapper.device, mapper.layout.layers[index], mapper.dwdp_rank
+    number, remote = max(layer.remote_parts(rank), key=lambda part: len(part[1]))
     weight, address = layer.weights[number], direct.addresses[number]
-    remote = max(weight.remote_pages(rank), key=len, default=ByteRange(0, 0))
-    copy_bytes_per_s = _copy_speed(device, rings)
+    copy_bytes_per_s = _copy_speed(device, rings, rings.positions[index])
     direct_bytes_per_s = _read_speed(device, address, remote)
-    own_bytes_per_s = _read_speed(device, address, weight.shard_pages(rank))
+    own_bytes_per_s = _read_speed(device, address, weight.shard_pages(rank) or remote)
     layer_costs = LayerCosts(
         num_experts=weight.placement.num_experts,
         num_remote_experts=weight.placement.num_experts - len(weight.placement.resident[rank]),
-        experts_per_token=mapper.layers[0].layer.top_k,
+        experts_per_token=mapper.layers[index].layer.top_k,
         expert_bytes=sum(each.expert_bytes for each in layer.weights),
         copy_bytes_per_s=copy_bytes_per_s,
         direct_bytes_per_s=direct_bytes_per_s,
@@ -60,7 +63,7 @@ def check_views(direct: LayerView, ring: LayerView) -> None:
         TransferError: it does not; the device's memory cannot be trusted.
     """
     for name, tensor in direct.tensors.items():
-        if not torch.equal(tensor.view(torch.uint8), ring.tensors[name].view(torch.uint8)):
+        if not _same_bytes(tensor, ring.tensors[name]):
             raise TransferError(
                 f"{name} reads differently through copies than in place: this device or its driver "
                 "does not do what DWDP expects of it. Use stock vLLM, and report the GPU and the "
@@ -68,13 +71,19 @@ def check_views(direct: LayerView, ring: LayerView) -> None:
             )
 
 
-def _copy_speed(device: Device, rings: PrefetchRings) -> float:
+def _same_bytes(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Compared piece by piece: a comparison takes a byte of memory for each of its bytes."""
+    pieces = (tensor.view(-1).view(torch.uint8).split(COMPARED_BYTES) for tensor in (first, second))
+    return all(torch.equal(one, other) for one, other in zip(*pieces, strict=True))
+
+
+def _copy_speed(device: Device, rings: PrefetchRings, position: RingPosition) -> float:
     """Bytes per second of one layer's fill."""
-    pipeline = rings.pipelines[0]
-    num_bytes = sum(pipeline.layer_bytes(0).values())
+    pipeline = rings.pipelines[position.ring]
+    num_bytes = sum(pipeline.layer_bytes(position.index).values())
 
     def fill() -> None:
-        rings.queue.issue(pipeline.batches[0], None)
+        rings.queue.issue(pipeline.batches[position.index], None)
         rings.queue.drain()
 
     return num_bytes / _median_seconds(fill)

@@ -6,6 +6,7 @@ slots of its own; all share one copy queue. Built once at start; afterwards the 
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import cast
 
 from vllm_dwdp.compat import cuda_graphs
@@ -22,16 +23,22 @@ NUM_SLOTS = 2
 
 
 class PrefetchRings:
-    """The open rings; whatever they hold is given back by `resources`.
+    """The open rings; `close` gives slots, views and queue back and is idempotent.
 
     Args:
         mapper: makes the ring views.
         rings: indices of each model's layers, in the order in which they run.
         slice_bytes: size of one copy.
-        resources: closes queue, slots and hooks, in that order.
     """
 
     def __init__(
+        self, mapper: CompositeMapper, rings: Sequence[Sequence[int]], slice_bytes: int
+    ) -> None:
+        with ExitStack() as undo:
+            self._open(replace(mapper, resources=undo), rings, slice_bytes, undo)
+            self._resources = undo.pop_all()
+
+    def _open(
         self,
         mapper: CompositeMapper,
         rings: Sequence[Sequence[int]],
@@ -64,6 +71,10 @@ class PrefetchRings:
             self._rings = [*followers]
         resources.callback(ops.install_rings, [])
         ops.install_rings(self._rings)
+
+    def close(self) -> None:
+        """Let running copies finish and release everything; layers must not run over the views again."""
+        self._resources.close()
 
     def begin_forward(self) -> None:
         """A forward of the target model starts."""

@@ -13,6 +13,7 @@ import torch
 
 from vllm_dwdp.compat import moe
 from vllm_dwdp.model_executor import ops
+from vllm_dwdp.model_executor.expert_parameters import REPLICATED
 from vllm_dwdp.placement import Placement
 
 
@@ -25,6 +26,10 @@ class ShardRegistry(Protocol):
     @property
     def dwdp_rank(self) -> int:
         """This rank's position in its group."""
+
+    @property
+    def is_adopted(self) -> bool:
+        """Whether the experts are in memory already, and nothing of them is loaded."""
 
     def add_layer(self, layer: "DwdpRoutedExperts", placement: Placement) -> None:
         """The layer exists; nothing of it is loaded."""
@@ -86,21 +91,55 @@ class DwdpRoutedExperts:
             **kwargs,
         )
         self._publish_after_processing()
+        self._storage_bytes: dict[str, int] = {}
+        if registry.is_adopted:
+            self._give_up_storage()
         registry.add_layer(self, placement)
 
     def _publish_after_processing(self) -> None:
         """Publish the shard as soon as vLLM has brought this layer into its runtime format.
 
-        Per layer, so that the start never holds more than one layer twice.
+        Per layer, so that the start never holds more than one layer twice: a layer whose experts are
+        adopted takes memory of its own only while vLLM processes it.
         """
         method = self.quant_method  # type: ignore[attr-defined]
         self._process: Any = method.process_weights_after_loading
 
         def process_and_publish(layer: Any) -> None:
+            self._take_storage()
             self._process(layer)
             self.dwdp_registry.publish_layer(self)
 
         method.process_weights_after_loading = process_and_publish
+
+    def _give_up_storage(self) -> None:
+        for name, parameter in self.named_parameters(recurse=False):  # type: ignore[attr-defined]
+            if name not in REPLICATED:
+                self._storage_bytes[name] = parameter.untyped_storage().nbytes()
+                parameter.untyped_storage().resize_(0)
+
+    def _take_storage(self) -> None:
+        """Whatever it held is lost."""
+        for name, num_bytes in self._storage_bytes.items():
+            getattr(self, name).untyped_storage().resize_(num_bytes)
+
+    def weight_loader(
+        self,
+        param: torch.nn.Parameter,
+        loaded_weight: torch.Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int,
+        return_success: bool = False,
+    ) -> Any:
+        """vLLM's, for experts that are loaded; adopted ones have no memory to load into."""
+        if self._storage_bytes:
+            return True if return_success else None
+        return super().weight_loader(  # type: ignore[misc]
+            param, loaded_weight, weight_name, shard_id, expert_id, return_success
+        )
+
+    weight_loader.supports_moe_loading = True  # type: ignore[attr-defined]
 
     def bind(
         self, tensors: dict[str, torch.Tensor], ring_position: RingPosition | None = None

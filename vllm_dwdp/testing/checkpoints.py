@@ -7,6 +7,7 @@ are nonsense; that the nonsense is identical everywhere is what the tests need.
 
 import argparse
 import json
+import re
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +15,16 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 _CHAT_TEMPLATE = (
     "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"
 )
+
+FP8_BLOCK = 128
+"""Rows and columns that share a scale."""
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 512,
@@ -209,6 +214,57 @@ def make_checkpoint(
     _save_tokenizer(folder)
     done.touch()
     return folder
+
+
+def make_fp8_checkpoint(
+    folder: Path, architecture: str, num_experts: int = 8, seed: int = 0, **overrides: Any
+) -> Path:
+    """As `make_checkpoint`, with the experts in float8 and a scale for each block of them.
+
+    The format of DeepSeek-V3 and of Qwen's FP8 checkpoints, as vLLM's `Fp8MoEMethod` loads it. Everything
+    but the experts stays bf16, so that nothing but their kernel differs. Only for architectures whose
+    experts are saved one by one.
+    """
+    done = folder / "experts.fp8.done"
+    if not done.exists():
+        make_checkpoint(folder, architecture, num_experts, seed, **overrides)
+        _quantise_experts(folder)
+        done.touch()
+    return folder
+
+
+def _quantise_experts(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    tensors: dict[str, torch.Tensor] = {}
+    skipped = []
+    for name, tensor in load_file(path).items():
+        if re.search(r"\.experts\.\d+\.\w+\.weight$", name):
+            tensors[name], tensors[f"{name}_scale_inv"] = _quantise_blocks(tensor)
+            continue
+        tensors[name] = tensor
+        if name.endswith(".weight") and tensor.dim() == 2:
+            skipped.append(name.removesuffix(".weight"))
+    assert any(name.endswith("_scale_inv") for name in tensors), f"{path}: no expert of its own"
+    save_file(tensors, path, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
+        "modules_to_not_convert": skipped,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def _quantise_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float8 weights, and what to multiply each block by: `[rows / 128, columns / 128]`, float32."""
+    rows, columns = weight.shape
+    assert rows % FP8_BLOCK == columns % FP8_BLOCK == 0, (rows, columns)
+    blocks = weight.float().view(rows // FP8_BLOCK, FP8_BLOCK, columns // FP8_BLOCK, FP8_BLOCK)
+    scales = blocks.abs().amax(dim=(1, 3)) / torch.finfo(torch.float8_e4m3fn).max
+    scaled = (blocks / scales[:, None, :, None]).view(rows, columns)
+    return scaled.to(torch.float8_e4m3fn), scales
 
 
 def _save_model(folder: Path, config: transformers.PretrainedConfig, seed: int) -> None:

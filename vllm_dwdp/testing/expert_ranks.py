@@ -129,9 +129,7 @@ class RankMemory:
         resident = placement.resident[self.dwdp_rank]
         weights = make_experts(self.shape, number, resident, self.device.torch_device)
         layer: Any = BareLayer(f"layers.{number}", self.shape, weights)
-        self.shard.layers.append(
-            ShardedLayer(layer=layer, placement=placement, model_key="made up")
-        )
+        self.shard.layers.append(ShardedLayer(layer=layer, placement=placement, model_number=0))
         self.shard.publish_layer(layer)
         for name in weights:  # the tensors end with the shard's own mappings
             setattr(layer, name, None)
@@ -179,7 +177,9 @@ class RankMemory:
         """
         self._copied_from = peers
         members = [list(range(len(self.layout.layers)))]
-        return PrefetchRings(self.mapper(peers), members, slice_bytes, self.resources)
+        rings = PrefetchRings(self.mapper(peers), members, slice_bytes)
+        self.resources.callback(rings.close)
+        return rings
 
     def whole(self, layer: int) -> dict[str, torch.Tensor]:
         """What a view of the layer must equal, as torch allocates it: `torch.cat` over the ranks."""

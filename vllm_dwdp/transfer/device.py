@@ -35,8 +35,8 @@ class CopyQueue(Protocol):
         """Block the host until nothing is queued or running."""
 
     @property
-    def busy_seconds(self) -> float:
-        """Seconds spent copying; 0 where a device does not measure it."""
+    def busy_seconds(self) -> float | None:
+        """Seconds spent copying; None where a device does not measure it."""
 
     def close(self) -> None:
         """Finish what was issued and release the queue; its batches must not be used any more."""

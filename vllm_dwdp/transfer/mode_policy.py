@@ -98,12 +98,12 @@ class ModePolicy:
         return cls(direct_max_tokens=limit, reason=f"mode {mode.value!r} was asked for")
 
     @classmethod
-    def on_host(cls) -> "ModePolicy":
-        """`auto` on the host device."""
-        return cls(
-            direct_max_tokens=2**31,
-            reason="on the host, copies would share the computing cores and their memory",
-        )
+    def direct_only(cls, *, shares_compute: bool) -> "ModePolicy":
+        """`auto` where copies cannot win: on the host device, or if there is nothing to copy."""
+        reason = "this rank's memory holds all experts"
+        if shares_compute:
+            reason = "on the host, copies would share the computing cores and their memory"
+        return cls(direct_max_tokens=2**31, reason=reason)
 
     @classmethod
     def from_costs(cls, costs: LayerCosts, direct_max_tokens: int | None) -> "ModePolicy":

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_dwdp.errors import DwdpMemoryError
-from vllm_dwdp.memory import host, limits
+from vllm_dwdp.memory import digest, host, limits
 from vllm_dwdp.memory.device import Handles, Segment
 from vllm_dwdp.memory.layout import ByteRange
 
@@ -133,7 +133,7 @@ def fill(shard: host.AdoptedShard, num_bytes: int) -> None:
 
 
 def test_one_flipped_byte_changes_the_digest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "DIGEST_PIECE_BYTES", PAGE)
+    monkeypatch.setattr(digest, "PIECE_BYTES", PAGE)
     digests = set()
     for position in (None, 0, PAGE, 3 * PAGE - 1):
         content = bytearray(3 * PAGE)

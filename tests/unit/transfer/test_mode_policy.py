@@ -65,7 +65,10 @@ def test_forced_modes_obey() -> None:
 
 
 def test_the_host_reads_in_place() -> None:
-    assert ModePolicy.on_host().only_mode is Mode.DIRECT
+    for shares_compute in (True, False):
+        policy = ModePolicy.direct_only(shares_compute=shares_compute)
+        assert policy.only_mode is Mode.DIRECT
+        assert ("copies would share" in policy.reason) == shares_compute
 
 
 @given(costs(), st.integers(0, 10_000))

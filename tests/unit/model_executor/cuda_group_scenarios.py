@@ -1,0 +1,104 @@
+"""What `test_cuda_group.py` runs in child processes over the fake driver: `python -m ... NAMES`. NOT A GPU."""
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pytest
+
+from vllm_dwdp.config import DwdpConfig, DwdpLaunch
+from vllm_dwdp.model_executor import expert_group
+from vllm_dwdp.model_executor.expert_group import ExpertGroup
+from vllm_dwdp.testing.expert_ranks import ExpertShape, RankMemory, local_ranks
+from vllm_dwdp.testing.fake_cuda import live_objects
+from vllm_dwdp.testing.simulated_cuda import SimulatedCudaMemory
+from vllm_dwdp.transfer.mode_policy import LayerCosts, Mode
+
+LARGE = ExpertShape(num_experts=8, hidden_size=1024, intermediate_size=1024, top_k=2)
+SMALL = ExpertShape(num_experts=8, hidden_size=64, intermediate_size=64, top_k=2)
+"""Less than a page of 2 MiB a tensor: edges make every shard whole."""
+
+
+@contextmanager
+def bound_group(shape: ExpertShape, **options: Any) -> Iterator[tuple[ExpertGroup, dict[str, Any]]]:
+    """Rank 0 of two in `auto` mode, its views built; and what its layers were bound to, by mode."""
+    memory = SimulatedCudaMemory()
+    with ExitStack() as resources, local_ranks(memory, shape, 4, 2) as ranks:
+        group = group_of(ranks[0], resources, **options)
+        bound: dict[str, Any] = {}
+        for entry in group.shard.published:
+            entry.layer.bind = lambda tensors, position=None: bound.setdefault(
+                str(position), tensors
+            )
+        group._bind()
+        yield group, bound
+    memory.close()
+
+
+def group_of(rank: RankMemory, resources: ExitStack, **options: Any) -> ExpertGroup:
+    launch = DwdpLaunch(
+        config=DwdpConfig(group_size=2, **options),
+        data_parallel_size=2,
+        first_rank=0,
+        local_size=2,
+        endpoint="abstract:x",
+    )
+    group = ExpertGroup(launch, 0, rank.device, None, resources)  # type: ignore[arg-type]
+    group.shard, group.layout, group._peers = rank.shard, rank.layout, rank.peers
+    return group
+
+
+def a_rank_that_holds_every_page_reads_in_place() -> None:
+    """There is nothing to copy and nothing to measure, though experts are remote by number."""
+    with bound_group(SMALL) as (group, bound):
+        assert group.layout.layers[0].remote_bytes(0) == 0
+        assert group.policy.only_mode is Mode.DIRECT
+        assert group.policy.reason == "this rank's memory holds all experts"
+        assert group.rings is None and list(bound) == ["None"]
+
+
+def auto_measures_and_keeps_both_views() -> None:
+    with bound_group(LARGE, direct_max_tokens=5) as (group, bound):
+        assert group.policy.only_mode is None and group.mode == "auto"
+        assert group.rings is not None and group.rings.slot_bytes > 0
+        assert len(bound) == 1 + 4, "in place, and in the ring's four positions"
+
+
+def slots_are_given_back_where_direct_always_wins() -> None:
+    class Costs(LayerCosts):
+        @property
+        def direct_max_tokens(self) -> int:
+            return 2**31
+
+    slow_link = Costs(
+        num_experts=8,
+        num_remote_experts=4,
+        experts_per_token=2,
+        expert_bytes=1,
+        copy_bytes_per_s=1.0,
+        direct_bytes_per_s=9.0,
+        other_seconds=1.0,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(expert_group, "measure_costs", lambda *_: slow_link)
+        patch.setattr(expert_group, "check_views", lambda *_: None)
+        with bound_group(LARGE) as (group, bound):
+            assert group.policy.only_mode is Mode.DIRECT
+            assert group.rings is None and list(bound) == ["None"]
+            without = live_objects()
+    with bound_group(LARGE, mode="direct") as (group, _):
+        assert live_objects() == without, "slots, ring views or a copy stream were kept"
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        try:
+            globals()[name]()
+        except BaseException:
+            print(f"failed {name}", flush=True)
+            traceback.print_exc()
+            os._exit(1)
+        print(f"ok {name}", flush=True)
