@@ -1,4 +1,4 @@
-"""What `test_cuda_group.py` runs in child processes over the fake driver: `python -m ... NAMES`. NOT A GPU."""
+"""What `test_cuda_group.py` runs over the fake driver, in child processes: `python -m ... NAMES`."""
 
 import os
 import sys
