@@ -1,5 +1,6 @@
 """What a rank says its model is: content, not names; and the same wherever it lies."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ LAUNCH = DwdpLaunch(
 def fingerprint_of(model: str, load_format: str = "auto", **config: Any) -> Fingerprint:
     commit = config.pop("commit", None)
     content = {"_name_or_path": model, "text_config": {"_name_or_path": model}, **config}
-    hf_config = SimpleNamespace(to_dict=lambda: content)
+    hf_config = SimpleNamespace(to_json_string=lambda use_diff: json.dumps(content))
     if commit is not None:
         hf_config._commit_hash = commit
     model_config = SimpleNamespace(

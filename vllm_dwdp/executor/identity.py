@@ -39,7 +39,7 @@ def make_fingerprint(launch: DwdpLaunch, vllm_config: Any, page_bytes: int) -> F
         model=str(model.model),
         revision=str(model.revision),
         checkpoint_digest=_checkpoint_digest(vllm_config),
-        config_digest=_config_digest(model.hf_config.to_dict()),
+        config_digest=_config_digest(model.hf_config.to_json_string(use_diff=False)),
         dtype=str(model.dtype),
         quantization=str(model.quantization),
         group_size=launch.config.group_size,
@@ -83,10 +83,10 @@ def _weight_files(place: Path) -> list[Path]:
     return next(filter(None, listed), [])
 
 
-def _config_digest(config: dict[str, Any]) -> str:
+def _config_digest(config_json: str) -> str:
     """Of a model's config, wherever it was read from."""
-    text = json.dumps(_without_path(config), sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+    content = _without_path(json.loads(config_json))
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _without_path(value: Any) -> Any:
