@@ -63,7 +63,9 @@ class RankMetrics:
         }
         self._peer_state = _gauge("peer_state", "1 for the state each peer is in.", "peer", "state")
         self._fetched = _counter("fetched_bytes", "Bytes copied from each peer.", "peer")
-        self._steps = _counter("steps", "Scheduler steps by mode.", "mode")
+        self._steps = _counter(
+            "steps", "Scheduler steps by the mode that suits their tokens.", "mode"
+        )
         self._counters = {
             "prefetch_wait_seconds": _counter(
                 "prefetch_wait_seconds", "Seconds that layers waited for late copies."

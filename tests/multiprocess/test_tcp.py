@@ -90,6 +90,37 @@ def test_fabric_handles_are_exchanged_and_a_rank_returns(endpoint: Endpoint) -> 
     members[0].close()
 
 
+def test_a_rank_that_serves_asks_no_name_server(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would answer nobody meanwhile, and a name server may take longer than any look."""
+    members = [rank(endpoint, number) for number in range(2)]
+    for member in members:
+        publish(member)
+    meet_all(members)
+
+    def slow(*_: object, **__: object) -> None:
+        raise AssertionError("a name was looked up")
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    assert members[0].peers()[1].state == "ready"
+    members[1].close()
+    assert members[0].peers()[1].state == "dead"
+    members[0].close()
+
+
+def test_a_port_beyond_the_last_is_refused(tmp_path: Path) -> None:
+    """The kernel would take it for another one."""
+    secret = secret_file(tmp_path)
+    with pytest.raises(
+        DwdpConfigError, match=r"rank 1 of group 0 port 65536, and 65535 is the hig"
+    ):
+        Endpoint.parse("tcp://127.0.0.1:65535", group_size=2, secret_file=secret)
+    second_group = Endpoint.parse("tcp://127.0.0.1:65534", group_size=2, secret_file=secret)
+    with pytest.raises(DwdpConfigError, match="rank 0 of group 1 port 65536"):
+        second_group.listen(1, 0)
+
+
 def test_descriptors_alone_cannot_be_published(endpoint: Endpoint) -> None:
     with rank(endpoint, 0) as member:
         page = os.memfd_create("page")

@@ -37,6 +37,7 @@ class TcpEndpoint(Endpoint):
         self.port = port
         self.group_size = group_size
         self._secret = secret
+        self._reached: dict[tuple[int, int], tuple[int, tuple[str, int]]] = {}
 
     def __str__(self) -> str:
         hosts = ",".join(f"[{host}]" if ":" in host else host for host in self.hosts)
@@ -136,6 +137,7 @@ class TcpEndpoint(Endpoint):
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise
             return None
+        self._reached[group, rank] = client.family, client.getpeername()[:2]
         line = SecureLine(
             client, self._secret, _purpose(group, rank), listens=False, deadline=deadline
         )
@@ -156,14 +158,17 @@ class TcpEndpoint(Endpoint):
         return line
 
     def listening(self, group: int, ranks: Iterable[int], timeout_s: float) -> set[int]:
-        """As `Endpoint.listening`; all at once, since a host that is down takes the whole time."""
+        """As `Endpoint.listening`; all at once, since a host that is down takes the whole time.
+
+        Ranks that were reached before are looked for at that address: a name server may take longer.
+        """
         deadline = time.monotonic() + timeout_s
         alive: set[int] = set()
         with ExitStack() as opened:
             selector = opened.enter_context(selectors.DefaultSelector())
             for rank in ranks:
                 try:
-                    family, address = self._resolve(group, rank)
+                    family, address = self._reached.get((group, rank)) or self._resolve(group, rank)
                 except OSError:
                     continue
                 probe = opened.enter_context(socket.socket(family, socket.SOCK_STREAM))
