@@ -295,7 +295,7 @@ def test_launch_restarts_a_killed_rank_behind_the_router(
         wait_for(log, process, "restarts 1", 60)
         for _ in range(5):
             assert router.tokens(PROMPTS[2]) == expected, "the survivor answers meanwhile"
-        wait_for(log, process, "serving, pid", 200, after="starts again in")
+        wait_for(log, process, "all 2 ranks serve at", 200, after="starts again in")
         for _ in range(5):
             assert router.tokens(PROMPTS[2]) == expected
     finally:

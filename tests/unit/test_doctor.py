@@ -1,16 +1,26 @@
 """What `doctor` makes of machines that are not here: GPUs, fabrics, containers."""
 
 import ctypes
+import os
+import resource
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from vllm_dwdp.entrypoints.doctor import Finding, judge_container, judge_gpus, judge_scheduler
+from vllm_dwdp.entrypoints.doctor import (
+    Finding,
+    judge_container,
+    judge_gpus,
+    judge_open_files,
+    judge_scheduler,
+    judge_silent_driver,
+)
 from vllm_dwdp.entrypoints.gpus import Gpu, Topology, find_topology, one_gpu_each
-from vllm_dwdp.errors import DwdpConfigError
+from vllm_dwdp.errors import DwdpConfigError, DwdpMemoryError
 from vllm_dwdp.memory.container import Limits, read_limits
+from vllm_dwdp.memory.limits import check_open_files, files_needed
 
 
 def topology(**changes: Any) -> Topology:
@@ -88,6 +98,36 @@ def test_kernels_that_starve_their_own_threads(release: str, verdict: str) -> No
     finding = judge_scheduler(release)
     assert (finding.verdict, bool(finding.advice)) == (verdict, verdict != "ok")
     assert release in finding.seen
+
+
+@pytest.mark.parametrize("group_size", [2, 72])
+@pytest.mark.parametrize("spare", [-1, 0])
+def test_open_files_are_a_problem_exactly_where_a_start_is_refused(
+    group_size: int, spare: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_open = len(os.listdir("/proc/self/fd"))
+    hard = num_open + files_needed(group_size) + spare
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (hard, hard))
+    finding = judge_open_files(hard, hard, num_open, group_size)
+    assert finding.advice
+    if spare < 0:
+        assert finding.verdict == "problem"
+        with pytest.raises(DwdpMemoryError):
+            check_open_files(files_needed(group_size), "a group")
+    else:
+        assert finding.verdict == "warning"
+        check_open_files(files_needed(group_size), "a group")
+
+
+@pytest.mark.parametrize("hard", [4096 + 4 * 2, resource.RLIM_INFINITY])
+def test_enough_open_files(hard: int) -> None:
+    assert judge_open_files(1024, hard, 5, 2).verdict == "ok"
+    assert judge_open_files(1024, 4096, 5, 2).verdict == "warning"
+
+
+def test_a_driver_without_a_device_does_not_stop_the_cpu_build() -> None:
+    assert judge_silent_driver("not loaded", on_cpu=True).verdict == "warning"
+    assert judge_silent_driver("not loaded", on_cpu=False).verdict == "problem"
 
 
 class FabricInfo(ctypes.Structure):

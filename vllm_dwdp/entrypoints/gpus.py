@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dwdp.errors import DwdpConfigError
+from vllm_dwdp.logger import init_logger
+
+logger = init_logger(__name__)
 
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 IMEX_CHANNELS = Path("/dev/nvidia-caps-imex-channels")
@@ -97,7 +100,7 @@ def one_gpu_each(
 
 
 def count_gpus() -> int:
-    """GPUs of this machine, 0 without a driver.
+    """GPUs of this machine, 0 without a driver or where the driver finds no device.
 
     Raises:
         DwdpConfigError: there is a driver, and nvidia-ml-py to ask it is not installed.
@@ -111,11 +114,16 @@ def count_gpus() -> int:
             "this machine has an NVIDIA driver, and nvidia-ml-py, which counts its GPUs, is not "
             "installed. Install it with `pip install nvidia-ml-py` (the extra `cuda`)."
         ) from error
-    pynvml.nvmlInit()
     try:
-        return int(pynvml.nvmlDeviceGetCount())
-    finally:
-        pynvml.nvmlShutdown()
+        pynvml.nvmlInit()
+        try:
+            return int(pynvml.nvmlDeviceGetCount())
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError as error:
+        # Containers may have the driver's library without a device; a rank that needs one says so.
+        logger.warning("The NVIDIA driver does not answer (%s): no rank is given a GPU.", error)
+        return 0
 
 
 def find_topology(nvml: Any, imex_channels: Path = IMEX_CHANNELS) -> Topology:

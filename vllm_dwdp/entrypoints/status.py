@@ -8,7 +8,14 @@ from vllm_dwdp.distributed.endpoint import Endpoint
 from vllm_dwdp.distributed.rendezvous import query_status
 from vllm_dwdp.distributed.tcp import TcpEndpoint
 from vllm_dwdp.distributed.unix import UnixEndpoint
-from vllm_dwdp.errors import DwdpConfigError, RendezvousError
+from vllm_dwdp.errors import (
+    DwdpConfigError,
+    ProtocolError,
+    RendezvousError,
+    SecretMismatchError,
+)
+
+ANSWER_TIMEOUT_S = 2.0
 
 _SOCKET = re.compile(r"g(\d+)-r(\d+)\.sock")
 
@@ -16,7 +23,9 @@ _SOCKET = re.compile(r"g(\d+)-r(\d+)\.sock")
 def find_ranks(
     rendezvous: str, *, secret_file: str | None, group_size: int, num_groups: int
 ) -> list[dict[str, Any]]:
-    """Each rank's status, in order of group and rank; `state` is serving, starting or dead.
+    """Each rank's status, in order of group and rank.
+
+    `state` is serving, starting, not answering (somebody listens in its place) or dead.
 
     Args:
         rendezvous: where they meet.
@@ -49,6 +58,21 @@ def _listed(folder: Path) -> list[tuple[int, int]]:
 def _ask(endpoint: Endpoint, group: int, rank: int) -> dict[str, Any]:
     place: dict[str, Any] = {"group": group, "dwdp_rank": rank}
     try:
-        return query_status(endpoint, group, rank, timeout_s=2.0) | place
+        return query_status(endpoint, group, rank, timeout_s=ANSWER_TIMEOUT_S) | place
     except (RendezvousError, OSError) as error:
-        return place | {"state": "dead", "last_failure": str(error)}
+        if rank not in endpoint.listening(group, (rank,), ANSWER_TIMEOUT_S):
+            return place | {"state": "dead", "last_failure": str(error)}
+        explained = isinstance(error, (ProtocolError, SecretMismatchError))
+        silent = f"listens at {endpoint}, and did not say how it is in {ANSWER_TIMEOUT_S:g} s"
+        failure = str(error) if explained else silent
+        return place | {"state": "not answering", "last_failure": failure}
+
+
+def needs_attention(ranks: list[dict[str, Any]]) -> bool:
+    """Whether nobody is there, a rank is dead or silent, or one that answers has lost a peer.
+
+    A dead rank's socket may have been tidied away: then only its peers know of it.
+    """
+    states = [entry["state"] for entry in ranks]
+    states += [state for entry in ranks for state in entry.get("peers", {}).values()]
+    return not ranks or not {"dead", "not answering"}.isdisjoint(states)
