@@ -1,6 +1,7 @@
 """Who may share experts with whom: everything that must be equal on every rank of a group."""
 
 import hashlib
+import mmap
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,6 @@ SAMPLES_PER_FILE = 16
 WHOLE_BYTES = 16 * 2**30
 """Of a whole checkpoint: some ten seconds of a core, and no more reading than the group does anyway."""
 PIECE_BYTES = 16 * 2**20
-BLOCK_BYTES = 2**18
 MAX_HEADER_BYTES = 100 * 10**6  # as the safetensors format has it
 
 
@@ -79,15 +79,18 @@ def checkpoint_digest(files: Iterable[Path]) -> str:
 
 
 def _digest_of(piece: tuple[Path, int, int]) -> bytes:
-    """Read in small blocks: what a thread's heap once held, it keeps."""
+    """Mapped, not read: buffers would leave holes in the heap that is about to hold the model."""
     path, start, stop = piece
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        file.seek(start)
-        while start < stop and (block := file.read(min(BLOCK_BYTES, stop - start))):
-            digest.update(block)
-            start += len(block)
-    return digest.digest()
+    first_page = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    with (
+        path.open("rb") as file,
+        mmap.mmap(
+            file.fileno(), stop - first_page, access=mmap.ACCESS_READ, offset=first_page
+        ) as mapped,
+        memoryview(mapped) as pages,
+        pages[start - first_page :] as content,
+    ):
+        return hashlib.sha256(content).digest()
 
 
 def _whole(path: Path) -> Iterator[tuple[int, int]]:

@@ -30,11 +30,11 @@ REPLICATED = frozenset({"e_score_correction_bias", "hash_indices_table"})
 """Parameters that describe the router; every rank loads them whole."""
 
 
-def per_expert_parameters(layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the `[num_resident_experts, ...]` parameters of a layer, contiguous along dim 0.
+def declared_names(layer: Any) -> frozenset[str]:
+    """Names of the per-expert parameters that the layer's quantisation method may have.
 
     Raises:
-        DwdpUnsupportedError: the method or one of its parameters is not declared.
+        DwdpUnsupportedError: the method is not declared, or its kernels cannot be rebuilt.
     """
     method = layer.quant_method
     declared = PER_EXPERT.get(type(method).__name__)
@@ -45,13 +45,23 @@ def per_expert_parameters(layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
             'checkpoint with dwdp mode "replica", or declare the method in '
             "vllm_dwdp/model_executor/expert_parameters.py."
         )
+    return declared
+
+
+def per_expert_parameters(layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the `[num_resident_experts, ...]` parameters of a layer, contiguous along dim 0.
+
+    Raises:
+        DwdpUnsupportedError: the method or one of its parameters is not declared.
+    """
+    declared = declared_names(layer)
     for name, parameter in layer.named_parameters(recurse=False):
         if name in REPLICATED:
             continue
         if name not in declared:
             raise DwdpUnsupportedError(
                 f"{layer.layer_name}: parameter {name!r} {tuple(parameter.shape)} of "
-                f"{type(method).__name__} is not declared as per expert or replicated, so it could "
+                f"{type(layer.quant_method).__name__} is not declared as per expert or replicated, so it could "
                 'be shared wrongly. Use dwdp mode "replica", or declare it in '
                 "vllm_dwdp/model_executor/expert_parameters.py."
             )

@@ -18,7 +18,7 @@ from vllm_dwdp.errors import DwdpUnsupportedError
 from vllm_dwdp.memory.device import Device, Mapping, PeerMemory, Shard
 from vllm_dwdp.memory.layout import ModelLayout, WeightLayout
 from vllm_dwdp.memory.tensor import tensor_at
-from vllm_dwdp.model_executor.expert_parameters import per_expert_parameters
+from vllm_dwdp.model_executor.expert_parameters import declared_names, per_expert_parameters
 from vllm_dwdp.model_executor.routed_experts import DwdpRoutedExperts, shard_layer_class
 from vllm_dwdp.placement import Placement
 
@@ -86,7 +86,12 @@ class ExpertShard:
         )
 
     def add_layer(self, layer: DwdpRoutedExperts, placement: Placement) -> None:
-        """A layer was built; remember the order, which is the order in which layers run."""
+        """A layer was built; remember the order, which is the order in which layers run.
+
+        Raises:
+            DwdpUnsupportedError: its quantisation method cannot share experts; nothing is loaded yet.
+        """
+        declared_names(layer)
         self.layers.append(
             ShardedLayer(layer=layer, placement=placement, model_number=self._current_model())
         )
