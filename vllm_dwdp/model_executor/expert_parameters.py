@@ -61,8 +61,8 @@ def per_expert_parameters(layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
         if name not in declared:
             raise DwdpUnsupportedError(
                 f"{layer.layer_name}: parameter {name!r} {tuple(parameter.shape)} of "
-                f"{type(layer.quant_method).__name__} is not declared as per expert or replicated, so it could "
-                'be shared wrongly. Use dwdp mode "replica", or declare it in '
+                f"{type(layer.quant_method).__name__} is not declared as per expert or replicated, so "
+                'it could be shared wrongly. Use dwdp mode "replica", or declare it in '
                 "vllm_dwdp/model_executor/expert_parameters.py."
             )
         yield name, _checked(layer, name, parameter.data)
