@@ -23,12 +23,16 @@ from vllm_dwdp.entrypoints.bench_traffic import (
     Stream,
     figures,
     make_loads,
-    percentile,
     read_stream,
 )
+from vllm_dwdp.entrypoints.calibrate import ENTRY, entry
 from vllm_dwdp.entrypoints.pictures_draw import write_html, write_png
 from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.planner.hardware import find_hardware
+from vllm_dwdp.planner.percentiles import percentile
 from vllm_dwdp.testing.machine import OtherWork
+
+STREAM = Stream(input_tokens=8, output_tokens=8, concurrency=1, num_prompts=4)
 
 
 def test_loads_are_sized_to_the_seconds_asked_for() -> None:
@@ -142,6 +146,30 @@ def test_ratios_compare_runs_of_one_round() -> None:
     assert len(content["runs"]) == 12
 
 
+def test_a_figure_that_a_load_does_not_have_has_no_ratio() -> None:
+    result = made_result()
+    for run_ in result.runs:
+        run_.figures["tpot_p50_ms"] = 0.0
+    assert {ratio.figure for ratio in result.ratios()} == set(result.runs[0].figures) - {
+        "tpot_p50_ms"
+    }
+
+
+@pytest.mark.parametrize("name", ['a"b.toml', "a\\b.toml", "a\nb.toml", "a b.toml", "a\x7f.toml"])
+def test_a_calibration_is_toml_whatever_its_name(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "mine.toml"
+    figures_ = dict.fromkeys(
+        ("gemm", "memory_gb", "read", "copy", "attention", "products", "short", "long", "fixed"),
+        0.5,
+    )
+    path.write_text(
+        entry(
+            f"vllm-dwdp bench --calibrate '{name}'", Path(name), machine="m", direct=1, **figures_
+        )
+    )
+    assert find_hardware(ENTRY, path).efficiency.origin() == "calibrated"
+
+
 def test_the_report_says_whether_ranks_are_independent(tmp_path: Path) -> None:
     console = Console(width=150, record=True, file=(tmp_path / "out").open("w"))
     show_result(made_result(), console)
@@ -174,12 +202,12 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--rounds", "0"), "--rounds 0 must be at least 1."),
+        (("--rounds", "0"), "--rounds is 0; it must be a whole number from 1 to 1,000."),
         (("--model", "/nowhere/model"), "--model /nowhere/model: [Errno 2] No such file"),
-        (("--ranks", "1"), "--ranks 1 must be at least 2."),
+        (("--ranks", "1"), "--ranks is 1; it must be a whole number from 2 to 4,096."),
         (("--ranks", "4096"), "--ranks 4096 needs as many cores"),
-        (("--seconds", "-1"), "--seconds -1.0 must be positive."),
-        (("--seconds", "nan"), "--seconds nan must be positive."),
+        (("--seconds", "-1"), "--seconds is -1.0; it must be a number above 0 and at most 3,600."),
+        (("--seconds", "nan"), "--seconds is nan; it must be a number"),
         (
             ("--baseline", "magic"),
             "--baseline 'magic' is unknown; known are replica, tp, stock, prefetch, dp-ep.",
@@ -197,6 +225,38 @@ def test_wrong_input_is_one_line_and_exit_2(arguments: tuple[str, ...], message:
     assert len(ended.stderr.strip().splitlines()) == 1
 
 
+def answering(tmp_path: Path, program: str) -> BenchClient:
+    """A client whose process is ours: no vLLM is imported."""
+    client = BenchClient.__new__(BenchClient)
+    client.log = tmp_path / "log"
+    client.log.write_text("".join(f"line {number}\n" for number in range(99)))
+    client._process = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    return client
+
+
+@pytest.mark.parametrize(
+    ("completed", "answer", "message"),
+    [(3, "done", "3 of 4 requests were answered"), (4, "failed X", "failed X"), (4, "done", "")],
+)
+def test_a_run_with_failed_requests_is_refused(
+    tmp_path: Path, completed: int, answer: str, message: str
+) -> None:
+    """They take no time, so figures of the others would flatter."""
+    result = tmp_path / "result.json"
+    totals = {"duration": 2.0, "total_input_tokens": 6, "total_output_tokens": 4}
+    result.write_text(json.dumps(totals | {"completed": completed, "ttfts": [0.1], "itls": [[]]}))
+    with answering(tmp_path, f"print({answer!r})") as client:
+        if not message:
+            assert client.finish(STREAM, result).num_requests == 4
+            return
+        with pytest.raises(DwdpError, match=message) as caught:
+            client.finish(STREAM, result)
+    assert "line 98" in str(caught.value)
+    assert "line 50" not in str(caught.value)
+
+
 @pytest.mark.multiprocess
 def test_a_client_whose_run_fails_says_so(tmp_path: Path) -> None:
     """It is vLLM's own benchmark that fails here: nobody listens on that port."""
@@ -204,5 +264,8 @@ def test_a_client_whose_run_fails_says_so(tmp_path: Path) -> None:
     with BenchClient(cores, tmp_path / "log") as client:
         client.wait_until_ready()
         client.begin(["--no-such-option"])
-        with pytest.raises(DwdpError, match="vllm bench serve failed"):
-            client.finish()
+        with pytest.raises(DwdpError, match="vllm bench serve failed") as caught:
+            client.finish(STREAM, tmp_path / "result.json")
+        assert "--no-such-option" in str(caught.value), (
+            "the end of its log, which goes with the run"
+        )

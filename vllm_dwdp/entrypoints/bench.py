@@ -34,19 +34,20 @@ from vllm_dwdp.entrypoints.bench_result import BenchResult, Run
 from vllm_dwdp.entrypoints.bench_traffic import (
     Load,
     Shape,
+    Stream,
     StreamResult,
     figures,
     long_probe_load,
     make_loads,
-    percentile,
     probe_load,
-    read_stream,
 )
-from vllm_dwdp.errors import DwdpConfigError
-from vllm_dwdp.planner.model_shape import read_config
+from vllm_dwdp.planner.checked import MOST_RANKS, real, whole
+from vllm_dwdp.planner.config_fields import read_config
+from vllm_dwdp.planner.percentiles import percentile
 from vllm_dwdp.testing.machine import OtherWork, describe_machine
 
 Say = Callable[[str], None]
+MOST_ROUNDS, MOST_SECONDS = 1000, 3600
 SERVE_ARGUMENTS = ("--max-model-len", "2048", "--no-enable-prefix-caching")
 SERVE_ARGUMENTS_CPU = ("--kv-cache-memory-bytes", str(256 * 2**20))
 
@@ -74,14 +75,11 @@ class BenchOptions:
     warms_up: bool = True
 
     def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise DwdpConfigError(f"--rounds {self.rounds} must be at least 1.")
+        whole("--rounds", self.rounds, 1, MOST_ROUNDS)
         if self.model is not None and self.model.startswith((".", "/")):
             read_config(Path(self.model))
-        if self.num_ranks < 2:
-            raise DwdpConfigError(f"--ranks {self.num_ranks} must be at least 2.")
-        if not 0 < self.shape.seconds < float("inf"):
-            raise DwdpConfigError(f"--seconds {self.shape.seconds} must be positive.")
+        whole("--ranks", self.num_ranks, 2, MOST_RANKS)
+        real("--seconds", self.shape.seconds, 0, MOST_SECONDS, above=True)
         check_baselines(self.baselines, self.num_ranks)
 
     @classmethod
@@ -214,19 +212,20 @@ class _Bench:
 
     def drive(self, deployment: Deployment, load: Load, seed: int = 0) -> dict[int, StreamResult]:
         """One load on one deployment; the others are suspended. Results by rank."""
-        paths = {}
+        sent: dict[int, tuple[Stream, Path]] = {}
         with deployment.running():
             for rank, stream in enumerate(load.streams):
                 if stream is not None:
-                    paths[rank] = self._folder / f"run{self._num_runs}-{rank}.json"
-                    arguments = stream.arguments(
-                        deployment.url(rank), self._tokenizer, paths[rank], 97 * seed + rank
+                    path = self._folder / f"run{self._num_runs}-{rank}.json"
+                    sent[rank] = stream, path
+                    self._clients[rank].begin(
+                        stream.arguments(
+                            deployment.url(rank), self._tokenizer, path, 97 * seed + rank
+                        )
                     )
-                    self._clients[rank].begin(arguments)
-            for rank in paths:
-                self._clients[rank].finish()
+            found = {rank: self._clients[rank].finish(*what) for rank, what in sent.items()}
         self._num_runs += 1
-        return {rank: read_stream(path) for rank, path in paths.items()}
+        return found
 
 
 def _facts(deployment: Deployment) -> dict[str, Any]:

@@ -15,9 +15,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from vllm_dwdp.entrypoints.bench_traffic import Stream, StreamResult, read_stream
 from vllm_dwdp.errors import DwdpError
 
 _DONE, _FAILED = "done", "failed"
+_LOG_LINES = 20
 
 
 class BenchClient:
@@ -78,20 +80,36 @@ class BenchClient:
         self._process.stdin.write(json.dumps(arguments) + "\n")
         self._process.stdin.flush()
 
-    def finish(self) -> None:
-        """Return once the run has ended.
+    def finish(self, stream: Stream, result: Path) -> StreamResult:
+        """What the run showed, once it has ended.
+
+        Args:
+            result: the file that the arguments named.
 
         Raises:
-            DwdpError: it failed; names the log.
+            DwdpError: it failed, or answered fewer requests than it sent: failed ones take no time, so
+                that figures without them would flatter. Shows the end of the log.
         """
         self._answer()
+        found = read_stream(result)
+        if found.num_requests != stream.num_prompts:
+            raise self._failure(
+                f"{found.num_requests} of {stream.num_prompts} requests were answered"
+            )
+        return found
 
     def _answer(self) -> None:
         assert self._process.stdout is not None
         if (line := self._process.stdout.readline().strip()) != _DONE:
-            raise DwdpError(
-                f"vllm bench serve failed ({line or 'its process ended'}); see {self.log}."
-            )
+            raise self._failure(line or "its process ended")
+
+    def _failure(self, what: str) -> DwdpError:
+        """The log lies in a folder that goes with the benchmark, so its end is in the message."""
+        lines = self.log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
+        return DwdpError(
+            f"vllm bench serve failed ({what}). The end of its log, {self.log}:\n"
+            + "\n".join(lines)
+        )
 
 
 def main() -> None:

@@ -77,8 +77,6 @@ def _show_ratios(ratios: Sequence[Ratio], baseline: str, console: Console) -> No
         table.add_column(heading)
     previous = ""
     for ratio in ratios:
-        if ratio.other == 0:
-            continue  # e.g. no inter-token latency where one token is generated
         table.add_row(
             ratio.load if ratio.load != previous else "",
             _SHOWN[ratio.figure],
@@ -143,7 +141,7 @@ def bench_pictures(result: BenchResult) -> list[Picture]:
             log_x=_is_wide([ratio for all_ in independence.values() for ratio in all_]),
         )
     ]
-    ratios = [r for r in result.ratios() if r.figure in _PICTURED and r.load != ALONE and r.other]
+    ratios = [r for r in result.ratios() if r.figure in _PICTURED and r.load != ALONE]
     if ratios:
         pictures.append(
             Bars(

@@ -48,14 +48,18 @@ class BenchResult:
         }
 
     def ratios(self) -> list["Ratio"]:
-        """Every figure of DWDP over the same of each baseline, round by round."""
-        return [
+        """Every figure of DWDP over the same of each baseline, round by round.
+
+        Not those that a load does not have, e.g. an inter-token latency where one token is generated.
+        """
+        found = [
             _ratio(self.runs, baseline, load.name, figure)
             for load in self.loads
             for baseline in self.deployments
             if baseline != DWDP
             for figure in self.runs[0].figures
         ]
+        return [ratio for ratio in found if ratio is not None]
 
     def independence(self) -> dict[str, list[float]]:
         """P99 inter-token latency of the last rank beside long prompts over that alone, by round."""
@@ -84,13 +88,15 @@ class Ratio:
     high: float
 
 
-def _ratio(runs: Sequence[Run], baseline: str, load: str, figure: str) -> Ratio:
+def _ratio(runs: Sequence[Run], baseline: str, load: str, figure: str) -> Ratio | None:
     ours, theirs = (
         {run.round: run.figures[figure] for run in runs
          if run.deployment == name and run.load == load}
         for name in (DWDP, baseline)
     )  # fmt: skip
-    ratios = [ours[number] / theirs[number] if theirs[number] else 1.0 for number in sorted(ours)]
+    if not all((*ours.values(), *theirs.values())):
+        return None
+    ratios = [ours[number] / theirs[number] for number in sorted(ours)]
     return Ratio(
         load=load,
         baseline=baseline,

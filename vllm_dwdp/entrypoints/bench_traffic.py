@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vllm_dwdp.planner.percentiles import percentile
+
 PERCENTILES = (50, 99)
 
 
@@ -169,14 +171,6 @@ def read_stream(path: Path) -> StreamResult:
         tpot_s=tuple(statistics.mean(request) for request in gaps if request),
         itl_s=tuple(gap for request in gaps for gap in request),
     )
-
-
-def percentile(values: Sequence[float], percent: float) -> float:
-    """The smallest value that at least `percent` of the values do not exceed; 0 of none."""
-    if not values:
-        return 0.0
-    ordered = sorted(values)
-    return ordered[max(0, -int(-len(ordered) * percent // 100) - 1)]
 
 
 def figures(

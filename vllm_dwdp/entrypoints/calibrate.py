@@ -6,6 +6,7 @@ real server, by the difference between long and short prompts, so that what a st
 size drops out. Every figure is the best of several repeats: noise only ever slows a machine down.
 """
 
+import json
 import os
 import tempfile
 import time
@@ -18,10 +19,11 @@ import psutil
 
 from vllm_dwdp.entrypoints.bench import SERVE_ARGUMENTS, SERVE_ARGUMENTS_CPU, default_model
 from vllm_dwdp.entrypoints.bench_client import BenchClient
-from vllm_dwdp.entrypoints.bench_traffic import Stream, read_stream
-from vllm_dwdp.entrypoints.pictures import check_writable
+from vllm_dwdp.entrypoints.bench_traffic import Stream
+from vllm_dwdp.entrypoints.pictures import check_writable, refusing
 from vllm_dwdp.errors import DwdpConfigError
-from vllm_dwdp.planner.model_shape import ModelShape, read_config, shape_of
+from vllm_dwdp.planner.config_fields import read_config
+from vllm_dwdp.planner.model_shape import ModelShape, shape_of
 from vllm_dwdp.testing.machine import describe_machine
 from vllm_dwdp.testing.server import Server
 
@@ -37,13 +39,13 @@ _TEMPLATE = """# Measured on {machine}
 # One core, as one rank. plan and simulate read it: --hardware {path} --gpu {entry}
 
 [{entry}]
-bf16_tflops = {gemm:.4g}  # fp32 products: this CPU has no faster unit for 16 bits
-fp8_tflops = {gemm:.4g}  # nor for 8
+bf16_tflops = {gemm:.4g}  # the fastest seen: fp32 products, or what a model reaches in 16 bits
+fp8_tflops = {gemm:.4g}  # no faster unit for 8
 fp4_tflops = 0
 memory_gb = {memory_gb:.4g}
 memory_gbps = {read:.4g}
 link_gbps = {copy:.4g}  # ranks of one host copy with a core
-source = "measured: {command}"
+source = {source}
 
 [{entry}.efficiency]
 attention = {attention:.3g}
@@ -73,23 +75,44 @@ def calibrate_machine(path: Path, command: str, say: Callable[[str], None]) -> N
     short, long = _step_seconds(model, cores[-1], say)
     measured = _micro(cores[-1], say)
     shape = shape_of(read_config(Path(model)))
-    products = _products(shape, long - short, measured["attention"] * measured["gemm"])
+    attention = measured["attention"] * measured["gemm"]
+    products = _products(shape, long - short, attention)
+    # Where 16 bits have a faster unit than fp32, the loop in fp32 is no peak.
+    peak = max(measured["gemm"], attention, products / 1e12)
     more = (LONG_PROMPT - SHORT_PROMPT) / (long - short)
-    text = _TEMPLATE.format(
+    text = entry(
+        command,
+        path,
+        **measured | {"gemm": peak, "attention": attention / peak},
         machine=describe_machine(),
-        command=command,
-        path=path,
-        entry=ENTRY,
         memory_gb=psutil.virtual_memory().total / 1e9 / len(cores),
-        products=products / (measured["gemm"] * 1e12),
+        products=products / (peak * 1e12),
         short=1e3 * short,
         long=1e3 * long,
+        fixed=1e3 * max(0.0, short - SHORT_PROMPT / more),
+    )
+    with refusing("--calibrate", path):
+        path.write_text(text, encoding="utf-8")
+
+
+def entry(command: str, path: Path, *, machine: str, **figures: float) -> str:
+    """The TOML text, whatever characters the command line and the path hold."""
+    return _TEMPLATE.format(
+        machine=_printable(machine),
+        command=_printable(command),
+        path=_printable(str(path)),
+        # TOML's basic strings are escaped as JSON's are.
+        source=json.dumps(f"measured: {_printable(command)}"),
+        entry=ENTRY,
         num_short=SHORT_PROMPT,
         num_long=LONG_PROMPT,
-        fixed=1e3 * max(0.0, short - SHORT_PROMPT / more),
-        **measured,
+        **figures,
     )
-    path.write_text(text)
+
+
+def _printable(text: str) -> str:
+    """On one line: a comment ends with it."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _step_seconds(model: str, core: int, say: Callable[[str], None]) -> tuple[float, float]:
@@ -109,8 +132,7 @@ def _step_seconds(model: str, core: int, say: Callable[[str], None]) -> tuple[fl
             )
             result = folder / f"{tokens}.json"
             client.begin(stream.arguments(server.url, model, result, seed=0))
-            client.finish()
-            best.append(min(read_stream(result).ttft_s))
+            best.append(min(client.finish(stream, result).ttft_s))
             say(f"a prompt of {tokens} tokens alone: {1e3 * best[-1]:.0f} ms")
     return best[0], best[1]
 

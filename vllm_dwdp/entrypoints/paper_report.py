@@ -4,8 +4,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from rich.text import Text
+
 from vllm_dwdp.entrypoints.pictures import Pictures
-from vllm_dwdp.entrypoints.tables import console, show
+from vllm_dwdp.entrypoints.tables import say, show
 from vllm_dwdp.planner import paper
 
 
@@ -25,11 +27,11 @@ def show_paper(pictures: Pictures, as_json: bool) -> None:
         for name, factor in paper.FITTED.items()
     ]
     show("fitted factors", ("factor", "value", "meaning", "fitted on"), factors)
-    _say(_summary(rows), "Missed:")
+    say(_summary(rows), "Missed:")
     for row in rows:
         if not row.is_reached:
-            _say(f"- {row.source}, {row.quantity}: {paper.why_missed(row)}")
-    _say("Not modelled:", *(f"- {what}: {why}" for what, why in paper.NOT_MODELLED))
+            say(f"- {row.source}, {row.quantity}: {paper.why_missed(row)}")
+    say("Not modelled:", *(f"- {what}: {why}" for what, why in paper.NOT_MODELLED))
 
 
 def _content(rows: Sequence[paper.Row]) -> dict[str, Any]:
@@ -49,11 +51,9 @@ def _content(rows: Sequence[paper.Row]) -> dict[str, Any]:
     }
 
 
-def _shown(row: paper.Row) -> tuple[str, ...]:
-    colour = "green" if row.is_reached else "red"
-    error = f"[{colour}]{100 * row.error:+.1f} %[/]"
-    figures = (f"{row.published:g}", f"{row.model:.4g}", error)
-    return row.source, row.quantity, *figures, row.kind
+def _shown(row: paper.Row) -> tuple[str | Text, ...]:
+    error = Text(f"{100 * row.error:+.1f} %", style="green" if row.is_reached else "red")
+    return row.source, row.quantity, f"{row.published:g}", f"{row.model:.4g}", error, row.kind
 
 
 def _summary(rows: Sequence[paper.Row]) -> str:
@@ -73,8 +73,3 @@ def _by_kind(rows: Sequence[paper.Row]) -> str:
         f"{sum(row.kind == kind for row in rows)}"
         for kind in kinds
     )
-
-
-def _say(*sentences: str) -> None:
-    for sentence in sentences:
-        console.print(sentence, soft_wrap=True, markup=False)

@@ -2,7 +2,8 @@
 
 import importlib.util
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,13 +96,20 @@ class Pictures:
             check_writable(option, path)
 
     def write(self, draw: Callable[[], Sequence[Picture]]) -> None:
-        """Draw and write what was asked for."""
+        """Draw and write what was asked for.
+
+        Raises:
+            DwdpConfigError: a file cannot be written after all.
+        """
         from vllm_dwdp.entrypoints.pictures_draw import write_html, write_png
 
-        if self._html is not None:
-            write_html(draw(), self._html)
-        if self._png is not None:
-            write_png(draw(), self._png)
+        for option, path, write in (
+            ("--html", self._html, write_html),
+            ("--png", self._png, write_png),
+        ):
+            if path is not None:
+                with refusing(option, path):
+                    write(draw(), path)
 
 
 def check_writable(option: str, path: Path) -> None:
@@ -110,26 +118,34 @@ def check_writable(option: str, path: Path) -> None:
     Raises:
         DwdpConfigError: its folder is missing or may not be written, or it is a folder itself.
     """
-    is_new = not path.exists()
-    try:
+    with refusing(option, path):
+        is_new = not path.exists()
         with path.open("a"):
             pass
         if is_new:
             path.unlink()
+
+
+@contextmanager
+def refusing(option: str, path: Path) -> Iterator[None]:
+    """Says in a line that a file cannot be written.
+
+    Raises:
+        DwdpConfigError: in place of an OSError.
+    """
+    try:
+        yield
     except OSError as error:
         raise DwdpConfigError(
             f"{option} {path} cannot be written ({error.strerror}): give a file in a writable folder."
         ) from error
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(option: str, path: Path, content: Any) -> None:
     """Write a result file.
 
     Raises:
         DwdpConfigError: the path cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=1) + "\n")
-    except OSError as error:
-        raise DwdpConfigError(f"{path} cannot be written: {error.strerror}.") from error
+    with refusing(option, path):
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -27,8 +27,9 @@ def write_png(pictures: Sequence[Picture], path: Path) -> None:
     for picture, (part,) in zip(pictures, parts, strict=True):
         title = textwrap.fill(picture.title, _TITLE_WIDTH)
         part.suptitle(title, x=0.01, ha="left", size=11, weight="bold")
-        part.supxlabel(picture.x_label, size=10, x=0.01, ha="left")
         axes = part.subplots()
+        # Long labels of bars leave narrow axes; to the right there is no room.
+        axes.set_xlabel(picture.x_label, size=10, loc="right")
         axes.spines[["top", "right"]].set_visible(False)
         if isinstance(picture, Lines):
             _draw_lines(axes, picture)

@@ -5,31 +5,36 @@ from dataclasses import replace
 
 from vllm_dwdp.entrypoints.pictures import Bar, Bars, Lines, Picture
 from vllm_dwdp.planner.cost import CostModel
-from vllm_dwdp.planner.estimates import Traffic, break_even_tokens, parts, speedups
+from vllm_dwdp.planner.estimates import (
+    Traffic,
+    auto_step,
+    break_even_tokens,
+    parts,
+    speedups,
+)
 from vllm_dwdp.planner.paper import TOLERANCE, Row
 from vllm_dwdp.planner.simulate import Outcome
 
 _NUM_POINTS = 400
+_SMALLEST = 256
 NEAR = 0.02
 
 
 def plan_pictures(model: CostModel, traffic: Traffic) -> list[Picture]:
     """The gain over DEP by the size of a step, and where it comes from."""
-    needed = break_even_tokens(model, traffic.input_tokens)
-    largest = 4 * max(needed, traffic.max_num_batched_tokens)
-    sizes = [round(2 ** (k / 8)) for k in range(8 * 8, 8 * 20) if 2 ** (k / 8) <= largest]
+    needed = break_even_tokens(model, traffic.input_tokens).number
+    largest = 4 * max(needed or 0, traffic.max_num_batched_tokens, _SMALLEST)
+    sizes = [round(2 ** (k / 8)) for k in range(8 * 20) if _SMALLEST <= 2 ** (k / 8) <= largest]
     gains = [speedups(model, replace(traffic, max_num_batched_tokens=size)) for size in sizes]
     wins = next((size for size, gain in zip(sizes, gains, strict=True) if _best(gain) >= 1), None)
     said = f"wins from {wins:,} tokens per step on" if wins else "wins at no size of a step"
     lines = Lines(
         title=f"{_title(model)}: under uneven load DWDP {said}",
         x_label="tokens per prefill step and rank (K: 1,024)",
-        y_label=f"throughput over DEP ({model.efficiency.origin()})",
+        y_label=f"throughput over DEP ({model.efficiency.origin(assumed=True)})",
         series={name: (sizes, [gain[name] for gain in gains]) for name in gains[0]},
-        marks={
-            f"break-even, {needed:,}": float(needed),
-            "max_num_batched_tokens": float(traffic.max_num_batched_tokens),
-        },
+        marks=({f"break-even, {needed:,}": float(needed)} if needed else {})
+        | {"max_num_batched_tokens": float(traffic.max_num_batched_tokens)},
         level=1.0,
         log_x=True,
     )
@@ -46,12 +51,12 @@ def _best(gain: Mapping[str, float]) -> float:
 
 
 def _gain_bars(model: CostModel, traffic: Traffic) -> Bars:
-    values, dwdp = speedups(model, traffic), model.dwdp_layer(traffic.prefill_step)
+    values, dwdp = speedups(model, traffic), auto_step(model, traffic.prefill_step)
     low, high = min(values.values()), max(values.values())
     return Bars(
         title=f"Prefill with {traffic.max_num_batched_tokens:,} tokens: DWDP is {low:.2f} to "
         f"{high:.2f}x as fast as DEP",
-        x_label="saved over DEP, % of a DWDP layer",
+        x_label="saved over DEP, % of a DWDP step",
         bars=[
             Bar(
                 label=name.replace(

@@ -4,20 +4,25 @@ from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.table import Table
-
-from vllm_dwdp.planner.estimates import ANY_STEP
+from rich.text import Text
 
 console = Console()
 
 
-def show(title: str, headings: Iterable[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table."""
-    table = Table(title=title)
+def show(title: str, headings: Iterable[str], rows: Iterable[Sequence[str | Text]]) -> None:
+    """Print a table; strings as they are, whatever brackets they hold."""
+    table = Table(title=Text(title, style="table.title"))
     for heading in headings:
-        table.add_column(heading, overflow="fold")
+        table.add_column(Text(heading), overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
     console.print(table)
+
+
+def say(*sentences: str) -> None:
+    """Print sentences, as they are."""
+    for sentence in sentences:
+        console.print(sentence, soft_wrap=True, markup=False)
 
 
 def text(value: object) -> str:
@@ -27,6 +32,4 @@ def text(value: object) -> str:
 
 def figure(value: float) -> str:
     """A number with four digits, or all of a large one."""
-    if value >= ANY_STEP:
-        return "any"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -22,6 +22,8 @@ from functools import lru_cache
 JITTER = 0.1
 """Layers of real steps differ in length: compute is drawn from 1 +- this."""
 RATIOS = (0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0)
+MOST_SLICES = 400_000
+"""Simulated for all ratios together: one to two seconds."""
 
 
 class PullOrder(StrEnum):
@@ -48,6 +50,17 @@ class Pulls:
     order: PullOrder = PullOrder.ROTATED
 
 
+def num_layers(group_size: int) -> int:
+    """Layers of each rank that a ratio is simulated with."""
+    return 40 if group_size <= 16 else 12
+
+
+def finest_slices(group_size: int) -> int:
+    """Most slices per peer that are simulated."""
+    per_slice = len(RATIOS) * num_layers(group_size) * group_size * (group_size - 1)
+    return max(1, MOST_SLICES // per_slice)
+
+
 @lru_cache(maxsize=256)
 def layer_time(pulls: Pulls, compute: float, seed: int = 0) -> float:
     """Mean time of a layer, in units of the ideal time of its pull.
@@ -57,8 +70,7 @@ def layer_time(pulls: Pulls, compute: float, seed: int = 0) -> float:
     """
     if pulls.group_size < 3:  # one source each: nobody else pulls from it
         return max(compute, 1.0)
-    num_layers = 40 if pulls.group_size <= 16 else 12
-    dice = random.Random(seed)
+    count, dice = num_layers(pulls.group_size), random.Random(seed)
     piece = 1.0 / ((pulls.group_size - 1) * pulls.slices_per_peer)
     source_free = [0.0] * pulls.group_size
     ranks = [_Rank(rank, pulls, compute, dice) for rank in range(pulls.group_size)]
@@ -68,11 +80,11 @@ def layer_time(pulls: Pulls, compute: float, seed: int = 0) -> float:
         now, number = heapq.heappop(events)
         rank = ranks[number]
         following = rank.advance(now, source_free, piece)
-        if len(rank.computed_at) < num_layers:
+        if len(rank.computed_at) < count:
             heapq.heappush(events, (following, number))
-    warm = num_layers // 4
+    warm = count // 4
     return statistics.mean(
-        (rank.computed_at[-1] - rank.computed_at[warm]) / (num_layers - 1 - warm) for rank in ranks
+        (rank.computed_at[-1] - rank.computed_at[warm]) / (count - 1 - warm) for rank in ranks
     )
 
 

@@ -3,19 +3,27 @@
 The roofline of arXiv 2604.01621, sections 3 and 4.3.1: an operator takes the larger of its operations
 and its bytes; a DWDP layer the larger of its compute and the prefetch of the next; a DEP layer its
 compute and an exchange of tokens before and after the experts. While copies flow, compute beside them
-is slower, so `T_DWDP = max(T_prefetch, T_compute + (1 - beside_copies) * T_prefetch)`.
+is slower, so `T_DWDP = max(T_prefetch, T_compute + (1 - beside_copies) * T_prefetch)`. Layers without
+experts compute too while the copies of the next ones flow (`layer_kinds.dense_beside`).
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import cached_property
 from math import comb
 
 from vllm_dwdp.planner.hardware import Efficiency, Hardware
 from vllm_dwdp.planner.model_shape import ModelShape
+from vllm_dwdp.planner.quantisation import Precision
 
-DISPATCH_BITS = 4.5
+DISPATCH_BITS: Mapping[int, float] = {4: 4.5, 8: 8.0, 16: 16.0}
+"""Sent per hidden element to an expert whose products run in so many bits; an assumption."""
 COMBINE_BITS = 16.0
+"""Sent back, likewise."""
 OTHER_BYTES = 2
+QUERY_TILE = 128.0
+"""Tokens of a prompt that share one reading of the keys before them."""
 
 
 class Exchange(StrEnum):
@@ -28,20 +36,30 @@ class Exchange(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One forward step of a rank: `num_tokens` new tokens, each attending to `mean_keys` keys."""
+    """One forward step of a rank: `num_tokens` new tokens, each attending to `mean_keys` keys.
+
+    Args:
+        tokens_per_reading: tokens that share one reading of their keys: `QUERY_TILE` of a prompt; one
+            if each belongs to a sequence of its own.
+    """
 
     num_tokens: float
     mean_keys: float
+    tokens_per_reading: float = QUERY_TILE
 
     @classmethod
     def prefill(cls, num_tokens: float, input_tokens: float) -> "Step":
-        """Whole prompts of `input_tokens`, causal: a token sees half of its prompt on average."""
-        return cls(num_tokens=num_tokens, mean_keys=min(input_tokens, num_tokens) / 2)
+        """Prompts of `input_tokens`, causal: a token sees half of its prompt on average.
+
+        Also where a prompt takes several steps: the later ones see the keys of the earlier ones, and
+        this is the mean of them all.
+        """
+        return cls(num_tokens=num_tokens, mean_keys=input_tokens / 2)
 
     @classmethod
     def decode(cls, batch_size: float, context_tokens: float) -> "Step":
         """One new token of each of `batch_size` sequences."""
-        return cls(num_tokens=batch_size, mean_keys=context_tokens)
+        return cls(num_tokens=batch_size, mean_keys=context_tokens, tokens_per_reading=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +87,15 @@ class LayerSeconds:
     def compute(self) -> float:
         """All of it."""
         return self.before_experts + self.experts
+
+    def and_feed_forward(self, *, linear: float, experts: float) -> "LayerSeconds":
+        """With the products of a feed-forward."""
+        return LayerSeconds(
+            linear=self.linear + linear,
+            attention=self.attention,
+            experts=self.experts + experts,
+            other=self.other,
+        )
 
     def times(self, number: float) -> "LayerSeconds":
         """That many layers."""
@@ -105,18 +132,18 @@ class CostModel:
     extra_experts: int = 0
     exchange: Exchange = Exchange.PER_RANK
 
-    @property
+    @cached_property
     def resident_experts(self) -> int:
         """Per layer and rank."""
         even = -(-self.shape.num_experts // self.group_size)
         return min(self.shape.num_experts, even + self.extra_experts)
 
-    @property
+    @cached_property
     def remote_bytes(self) -> float:
         """Fetched per layer."""
         return (self.shape.num_experts - self.resident_experts) * self.shape.expert_bytes
 
-    @property
+    @cached_property
     def prefetch(self) -> float:
         """Seconds to fetch a layer's remote experts from sources that serve nobody else."""
         return self.remote_bytes / self.link_bytes_per_s
@@ -131,27 +158,35 @@ class CostModel:
         """Seconds that the copies of a layer add to the compute beside them."""
         return (1.0 - self.efficiency.beside_copies) * self.prefetch
 
+    @cached_property
+    def dispatch_bits(self) -> float:
+        """Sent per hidden element to an expert: its activations' format, in the mean over the layers."""
+        return sum(
+            share * DISPATCH_BITS[self.hardware.product_bits(form)]
+            for form, share in self.shape.expert_precision.parts
+        )
+
     def layer(self, step: Step, num_experts_read: float) -> LayerSeconds:
         """Compute seconds of an MoE layer whose kernel reads at most `num_experts_read` experts."""
-        shape, reached = self.shape, self.efficiency
-        routed_flops = 2 * step.num_tokens * shape.experts_per_token * shape.expert_params
-        touched = self.touched_experts(step.num_tokens, num_experts_read)
-        outside = self._outside_experts(step)
-        shared = self._linear(step, shape.shared_params, shape.shared_bits)
-        experts = self._operator(
-            routed_flops,
-            self.hardware.flops(shape.expert_bits) * reached.grouped_gemm,
-            touched * shape.expert_bytes,
-        )
-        return replace(outside, linear=outside.linear + shared, experts=experts)
+        return self._with_experts(step, self._outside_experts(step), num_experts_read)
+
+    def _with_experts(self, step: Step, outside: LayerSeconds, read: float) -> LayerSeconds:
+        shared = self._linear(step, self.shape.shared_params, self.shape.shared_precision)
+        routed = self._routed(step, self.touched_experts(step.num_tokens, read))
+        return outside.and_feed_forward(linear=shared, experts=routed)
+
+    def dense_layer(self, step: Step) -> LayerSeconds:
+        """Compute seconds of a layer without routed experts."""
+        return self._without_experts(step, self._outside_experts(step))
+
+    def _without_experts(self, step: Step, outside: LayerSeconds) -> LayerSeconds:
+        shape = self.shape
+        feed_forward = self._linear(step, shape.dense_mlp_params, shape.dense_mlp_precision)
+        return outside.and_feed_forward(linear=feed_forward, experts=0.0)
 
     def dense_layers(self, step: Step) -> LayerSeconds:
-        """Compute seconds of all layers without routed experts."""
-        outside = self._outside_experts(step)
-        feed_forward = self._linear(step, self.shape.dense_mlp_params, self.shape.dense_mlp_bits)
-        return replace(outside, linear=outside.linear + feed_forward).times(
-            self.shape.num_layers - self.shape.num_moe_layers
-        )
+        """The same of all of these layers."""
+        return self.dense_layer(step).times(self.shape.num_layers - self.shape.num_moe_layers)
 
     def step_seconds(self, step: Step) -> LayerSeconds:
         """Compute seconds of a step, all experts at hand, nothing beside it."""
@@ -166,7 +201,30 @@ class CostModel:
     def dwdp_layer(self, step: Step) -> float:
         """Seconds of a DWDP layer in prefetch mode, no contention at the sources."""
         compute = self.layer(step, self.shape.num_experts).compute
-        return max(self.prefetch, compute + self.interference)
+        return self.uncontended(compute + self.interference)
+
+    def uncontended(self, compute: float) -> float:
+        """Seconds of a layer that computes so long beside a copy from sources that serve nobody else."""
+        return max(self.prefetch, compute)
+
+    def dwdp_step(self, step: Step, layer_seconds: Callable[[float], float] | None = None) -> float:
+        """Seconds of a DWDP step in prefetch mode.
+
+        Args:
+            layer_seconds: of an MoE layer and the dense layers beside its copy, by their compute; None
+                for `uncontended`.
+        """
+        seconds, outside = layer_seconds or self.uncontended, self._outside_experts(step)
+        compute = self._with_experts(step, outside, self.shape.num_experts).compute
+        compute += self.interference
+        dense = self._without_experts(step, outside).compute
+        return sum(
+            count * seconds(compute + beside * dense) for beside, count in self.shape.dense_beside
+        )
+
+    def dep_step(self, step: Step) -> float:
+        """Seconds of a balanced DEP step."""
+        return self.shape.num_moe_layers * self.dep_layer(step) + self.dense_layers(step).compute
 
     def dep_layer(self, step: Step) -> float:
         """Seconds of a balanced DEP layer: own attention, a share of everybody's routed tokens."""
@@ -177,15 +235,10 @@ class CostModel:
         own = self.layer(step, self.shape.num_experts)
         local = self.shape.num_experts / self.group_size
         touched = self.touched_experts(step.num_tokens * self.group_size, local)
-        routed = self._operator(
-            2 * step.num_tokens * self.shape.experts_per_token * self.shape.expert_params,
-            self.hardware.flops(self.shape.expert_bits) * self.efficiency.grouped_gemm,
-            touched * self.shape.expert_bytes,
-        )
-        return replace(own, experts=routed)
+        return replace(own, experts=self._routed(step, touched))
 
     def all_to_all(self, step: Step) -> float:
-        """Seconds of dispatch (4-bit blocks) and combine (16 bits), or of gathering everything."""
+        """Seconds of dispatch and combine, or of gathering everything."""
         others = self.group_size - 1
         hidden = step.num_tokens * self.shape.hidden_size / 8
         if self.exchange is Exchange.ALL_GATHER:
@@ -195,36 +248,53 @@ class CostModel:
             copies = chosen * others / self.group_size
         else:
             copies = others * (1.0 - (1.0 - 1.0 / self.group_size) ** chosen)
-        return copies * hidden * (DISPATCH_BITS + COMBINE_BITS) / self.link_bytes_per_s
+        return copies * hidden * (self.dispatch_bits + COMBINE_BITS) / self.link_bytes_per_s
 
     def _outside_experts(self, step: Step) -> LayerSeconds:
         """Attention and the memory-bound rest of any layer."""
         shape = self.shape
-        keys = step.mean_keys * (1.0 - shape.sliding_share)
-        keys += min(step.mean_keys, shape.sliding_window) * shape.sliding_share
-        # A prompt's keys are read once for many queries, a decoded token's for itself alone.
-        kv_bytes = step.num_tokens * keys * shape.kv_elements * shape.kv_bits / 8
+        keys = shape.keys_seen(step.mean_keys)
+        readings = step.num_tokens / max(1.0, min(step.num_tokens, step.tokens_per_reading))
         attention = self._operator(
             2 * step.num_tokens * keys * shape.core_dim,
             self.hardware.flops(16) * self.efficiency.attention,
-            kv_bytes / max(1.0, min(step.num_tokens, 128.0)),
+            readings * keys * shape.kv_elements * shape.kv_bits / 8,
         )
         other_bytes = (
             self.efficiency.other_passes * step.num_tokens * shape.hidden_size * OTHER_BYTES
         )
         return LayerSeconds(
-            linear=self._linear(step, shape.attention_params, shape.attention_bits),
+            linear=self._linear(step, shape.attention_params, shape.attention_precision),
             attention=attention,
             experts=0.0,
             other=other_bytes / (self.hardware.memory_gbps * 1e9),
         )
 
-    def _linear(self, step: Step, num_params: int, bits: float) -> float:
-        return self._operator(
-            2 * step.num_tokens * num_params,
-            self.hardware.flops(bits) * self.efficiency.dense_gemm,
-            num_params * bits / 8,
+    def _routed(self, step: Step, touched: float) -> float:
+        """Products of a rank's routed tokens, `touched` experts read."""
+        shape = self.shape
+        flops = 2 * step.num_tokens * shape.experts_per_token * shape.expert_params
+        return self._products(
+            flops,
+            touched * shape.expert_params,
+            shape.expert_precision,
+            self.efficiency.grouped_gemm,
         )
+
+    def _linear(self, step: Step, num_params: int, precision: Precision) -> float:
+        flops = 2 * step.num_tokens * num_params
+        return self._products(flops, num_params, precision, self.efficiency.dense_gemm)
+
+    def _products(
+        self, flops: float, params_read: float, precision: Precision, reached: float
+    ) -> float:
+        """Seconds of matrix products, in the mean over the layers and their formats."""
+        seconds = 0.0
+        for form, share in precision.parts:
+            peak = self.hardware.flops(self.hardware.product_bits(form))
+            bytes_read = params_read * form.bits / 8
+            seconds += share * self._operator(flops, peak * reached, bytes_read)
+        return seconds
 
     def _operator(self, flops: float, flops_per_s: float, num_bytes: float) -> float:
         memory = self.hardware.memory_gbps * 1e9 * self.efficiency.memory

@@ -7,7 +7,7 @@ tokens per second and user; DWDP changes the context side only.
 
 from dataclasses import dataclass, replace
 
-from vllm_dwdp.errors import DwdpConfigError
+from vllm_dwdp.planner.checked import MOST_OF_ANYTHING, MOST_TOKENS, real
 from vllm_dwdp.planner.cost import CostModel, Step
 
 GENERATION_GPUS = 16
@@ -28,10 +28,8 @@ class Service:
     tokens_per_user: float
 
     def __post_init__(self) -> None:
-        if self.output_tokens < 1:
-            raise DwdpConfigError(f"--output-tokens {self.output_tokens} must be at least 1.")
-        if not 0 < self.tokens_per_user < float("inf"):
-            raise DwdpConfigError(f"--tokens-per-user {self.tokens_per_user} must be positive.")
+        real("--output-tokens", self.output_tokens, 1, MOST_TOKENS)
+        real("--tokens-per-user", self.tokens_per_user, 0, MOST_OF_ANYTHING, above=True)
 
 
 def generation_batch(model: CostModel, service: Service) -> float:
@@ -42,15 +40,10 @@ def generation_batch(model: CostModel, service: Service) -> float:
     """
     context = service.input_tokens + service.output_tokens / 2
 
-    def step_seconds(batch: float) -> float:
-        step = Step.decode(batch, context)
-        layers = model.shape.num_moe_layers
-        return layers * model.dep_layer(step) + model.dense_layers(step).compute
-
     low, high = 0.0, 4096.0
     while high - low > 1e-3:
         middle = (low + high) / 2
-        fits = step_seconds(middle) * service.tokens_per_user <= 1.0
+        fits = model.dep_step(Step.decode(middle, context)) * service.tokens_per_user <= 1.0
         low, high = (middle, high) if fits else (low, middle)
     return low
 

@@ -4,9 +4,11 @@ import random
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
-from vllm_dwdp.errors import DwdpConfigError
-from vllm_dwdp.planner.cost import CostModel, Step
+from vllm_dwdp.planner.checked import MOST_SEQUENCES, MOST_TOKENS, real, whole
+from vllm_dwdp.planner.cost import COMBINE_BITS, CostModel, Step
+from vllm_dwdp.planner.layer_kinds import NUM_SLOTS
 from vllm_dwdp.transfer.mode_policy import LayerCosts
 
 USABLE_MEMORY = 0.9
@@ -14,9 +16,14 @@ KV_RESERVE = 0.1
 """Of the memory, kept for the KV cache when spare memory is given away."""
 ROUTING_SKEW = 1.1
 """Load of the busiest expert-parallel rank over the mean; an assumption."""
-NUM_SLOTS = 2
-ANY_STEP = 2**31
-"""What the mode policy gives as the largest step where reading in place always wins."""
+LARGEST_STEP = 1 << 20
+"""Tokens up to which a break-even is looked for."""
+LENGTHS, SKEW = (
+    "synchronisation saved, lengths",
+    f"synchronisation saved, routing skew {ROUTING_SKEW}",
+)
+_ROUNDING = 1e-9
+_ANY_STEP = 2**31  # what the mode policy gives where reading in place always wins
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,15 +44,11 @@ class Traffic:
     batch_size: int
 
     def __post_init__(self) -> None:
-        for name in ("input_tokens", "max_num_batched_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise DwdpConfigError(
-                    f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1."
-                )
-        if self.output_tokens < 0:
-            raise DwdpConfigError(f"--output-tokens {self.output_tokens} must not be negative.")
-        if not 0 <= self.variation <= 1:
-            raise DwdpConfigError(f"--variation {self.variation} must lie in [0, 1].")
+        whole("--input-tokens", self.input_tokens, 1, MOST_TOKENS)
+        whole("--output-tokens", self.output_tokens, 0, MOST_TOKENS)
+        whole("--max-num-batched-tokens", self.max_num_batched_tokens, 1, MOST_TOKENS)
+        whole("--batch-size", self.batch_size, 1, MOST_SEQUENCES)
+        real("--variation", self.variation, 0, 1)
 
     @property
     def prefill_step(self) -> Step:
@@ -56,6 +59,21 @@ class Traffic:
     def decode_step(self) -> Step:
         """At half of the answer."""
         return Step.decode(self.batch_size, self.input_tokens + self.output_tokens / 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """A number of tokens per step and rank, or what to say where there is none.
+
+    Args:
+        number: None if `instead` says why.
+    """
+
+    number: int | None
+    instead: str = ""
+
+
+ALWAYS = Tokens(number=None, instead="any step")
 
 
 def memory_bytes(model: CostModel) -> dict[str, float]:
@@ -82,17 +100,61 @@ def replica_fits(model: CostModel) -> bool:
     return replica_kv_bytes(model) >= KV_RESERVE * model.hardware.memory_gb * 1e9
 
 
-def break_even_tokens(model: CostModel, input_tokens: int) -> int:
-    """Smallest prefill step whose layers compute as long as the next layer's experts take."""
+def kv_tokens(model: CostModel, context_tokens: float) -> float:
+    """Tokens of sequences of `context_tokens` that fit the KV cache of a rank."""
+    room = max(0.0, memory_bytes(model)["KV cache"])
+    return room / model.shape.kv_bytes_per_token(context_tokens)
+
+
+def break_even_tokens(model: CostModel, input_tokens: int) -> Tokens:
+    """Smallest prefill step that computes long enough to hide its copies."""
+    if model.remote_bytes == 0:
+        return Tokens(number=None, instead="does not apply: every expert is resident")
+    if direct_crossover(model) == ALWAYS:
+        return Tokens(number=None, instead="does not apply: reading in place always wins")
+    if model.efficiency.beside_copies == 0:
+        return Tokens(number=None, instead="does not apply: compute stops beside copies")
 
     def hides_the_copies(num_tokens: int) -> bool:
-        step = Step.prefill(num_tokens, input_tokens)
-        compute = model.layer(step, model.shape.num_experts).compute
-        return compute + model.interference >= model.prefetch
+        return exposed_seconds(model, Step.prefill(num_tokens, input_tokens)) == 0
 
-    return _smallest(hides_the_copies, 1 << 20)
+    if not hides_the_copies(LARGEST_STEP):
+        return Tokens(number=None, instead=f"never: not up to {LARGEST_STEP:,} tokens")
+    return Tokens(number=_smallest(hides_the_copies, LARGEST_STEP))
 
 
+def exposed_seconds(model: CostModel, step: Step) -> float:
+    """Seconds that a DWDP step in prefetch mode waits for its copies."""
+    interference, whole_step = (
+        model.shape.num_moe_layers * model.interference,
+        model.dwdp_step(step),
+    )
+    waited = whole_step - interference - model.step_seconds(step).compute
+    return waited if waited > _ROUNDING * whole_step else 0.0
+
+
+def direct_step(model: CostModel, step: Step) -> float:
+    """Seconds of a DWDP step that reads its remote experts in place, as its kernels get to them."""
+    touched = model.touched_experts(step.num_tokens, model.shape.num_experts)
+    remote = touched * (1.0 - model.resident_experts / model.shape.num_experts)
+    link = model.hardware.link_gbps * 1e9 * model.efficiency.direct
+    layer = model.layer(step, model.resident_experts).compute
+    layer += remote * model.shape.expert_bytes / link
+    return model.shape.num_moe_layers * layer + model.dense_layers(step).compute
+
+
+def reads_in_place(model: CostModel, step: Step) -> bool:
+    """Whether mode `auto` reads in place in such a step."""
+    crossover = direct_crossover(model)
+    return crossover == ALWAYS or step.num_tokens <= (crossover.number or 0)
+
+
+def auto_step(model: CostModel, step: Step) -> float:
+    """Seconds of a DWDP step in mode `auto`."""
+    return (direct_step if reads_in_place(model, step) else CostModel.dwdp_step)(model, step)
+
+
+@lru_cache(maxsize=64)
 def synchronisation(group_size: int, variation: float, seed: int = 0) -> float:
     """Mean of the busiest rank's tokens over the mean rank's: what every DEP step waits for."""
     if variation == 0 or group_size == 1:
@@ -100,37 +162,45 @@ def synchronisation(group_size: int, variation: float, seed: int = 0) -> float:
     dice = random.Random(seed)
     half_width = min(1.0, variation * 3**0.5)
     ratios = []
-    for _ in range(2000):
+    for _ in range(min(2000, 400_000 // group_size)):
         loads = [dice.uniform(1 - half_width, 1 + half_width) for _ in range(group_size)]
         ratios.append(max(loads) / statistics.mean(loads))
     return statistics.mean(ratios)
 
 
 def parts(model: CostModel, traffic: Traffic) -> dict[str, float]:
-    """Seconds per layer of a full prefill step that DWDP saves (or loses, if negative) over DEP.
+    """Seconds per full prefill step that DWDP saves (or loses, if negative) over DEP.
 
-    They add up to the difference of the two layers with uneven lengths and routing.
+    They add up to the difference of the two steps with uneven lengths and routing.
     """
-    step = traffic.prefill_step
+    step, layers = traffic.prefill_step, model.shape.num_moe_layers
     own, shared = model.layer(step, model.shape.num_experts), model.dep_compute(step)
     waiting = synchronisation(model.group_size, traffic.variation) - 1
-    hidden = own.compute + model.interference
+    before = layers * own.before_experts + model.dense_layers(step).compute
     return {
-        "all-to-all saved": model.all_to_all(step),
-        "synchronisation saved, lengths": waiting * own.before_experts,
-        f"synchronisation saved, routing skew {ROUTING_SKEW}": (ROUTING_SKEW - 1) * shared.experts,
-        "interference of copies": -model.interference,
-        "exposed prefetch": min(0.0, hidden - model.prefetch),
-        "experts read once per rank, not once per group": shared.experts - own.experts,
+        "all-to-all saved": layers * model.all_to_all(step),
+        LENGTHS: waiting * before,
+        SKEW: (ROUTING_SKEW - 1) * layers * shared.experts,
+        **_cost_of_remote_experts(model, step),
+        "experts read once per rank, not once per group": layers * (shared.experts - own.experts),
+    }
+
+
+def _cost_of_remote_experts(model: CostModel, step: Step) -> dict[str, float]:
+    if reads_in_place(model, step):
+        in_place = model.step_seconds(step).compute - direct_step(model, step)
+        return {"reading peers in place": in_place}
+    return {
+        "interference of copies": 0.0 - model.shape.num_moe_layers * model.interference,
+        "exposed prefetch": 0.0 - exposed_seconds(model, step),
     }
 
 
 def speedups(model: CostModel, traffic: Traffic) -> dict[str, float]:
     """DEP seconds over DWDP seconds of a full prefill step: balanced, with lengths, with skew."""
     saved = parts(model, traffic)
-    dwdp = model.dwdp_layer(traffic.prefill_step)
-    lengths = saved.pop("synchronisation saved, lengths")
-    skew = saved.pop(f"synchronisation saved, routing skew {ROUTING_SKEW}")
+    dwdp = auto_step(model, traffic.prefill_step)
+    lengths, skew = saved.pop(LENGTHS), saved.pop(SKEW)
     balanced = dwdp + sum(saved.values())
     return {
         "balanced": balanced / dwdp,
@@ -139,24 +209,53 @@ def speedups(model: CostModel, traffic: Traffic) -> dict[str, float]:
     }
 
 
-def direct_crossover(model: CostModel) -> int:
-    """Steps of at most this many tokens should read in place; 0 if none, ANY_STEP if all."""
+def direct_crossover(model: CostModel) -> Tokens:
+    """Steps of at most this many tokens read in place in mode `auto`."""
     num_remote = model.shape.num_experts - model.resident_experts
     if num_remote == 0:
-        return 0
+        return Tokens(number=0)
     link = model.hardware.link_gbps * 1e9
-    return LayerCosts(
+    most = LayerCosts(
         num_experts=model.shape.num_experts,
         num_remote_experts=num_remote,
         experts_per_token=model.shape.experts_per_token,
-        expert_bytes=int(model.shape.expert_bytes),
+        expert_bytes=max(1, int(model.shape.expert_bytes)),
         copy_bytes_per_s=link * model.efficiency.link,
         direct_bytes_per_s=link * model.efficiency.direct,
         other_seconds=model.layer(Step.decode(1, 1024), 0).compute,
     ).direct_max_tokens
+    return ALWAYS if most >= _ANY_STEP else Tokens(number=most)
 
 
-def redundancy(model: CostModel, traffic: Traffic) -> tuple[int, float, int]:
+def decode_steps(model: CostModel, step: Step) -> dict[str, float]:
+    """Seconds of a decode step in each mode and deployment."""
+    return {
+        "DWDP prefetch": model.dwdp_step(step),
+        "DWDP direct": direct_step(model, step),
+        "DEP balanced": model.dep_step(step),
+        "full replica": model.step_seconds(step).compute,
+    }
+
+
+def assumptions(model: CostModel) -> list[str]:
+    """What figures rest on that nobody measured."""
+    forms = [form for form, _ in model.shape.expert_precision.parts]
+    dequantised = [f for f in forms if f.bits < 16 and model.hardware.product_bits(f) == 16]
+    said = [
+        f"Expert parallelism sends {model.dispatch_bits:.3g} bits per hidden element to an expert "
+        f"(what its products run in) and {COMBINE_BITS:g} back; routing is uniform but for a busiest "
+        "rank where its skew is named.",
+        f"vLLM uses {100 * USABLE_MEMORY:.0f} % of the memory.",
+    ]
+    if dequantised:
+        said.append(
+            f"Experts in {dequantised[0].bits:.4g} bits are dequantised in their kernel on "
+            f"{model.hardware.name}, so their products run at the bf16 peak."
+        )
+    return said
+
+
+def redundancy(model: CostModel, traffic: Traffic) -> tuple[int, float, Tokens]:
     """Experts that spare memory holds per layer and rank, the part of copies saved, the break-even."""
     spare_bytes = memory_bytes(model)["KV cache"] - KV_RESERVE * model.hardware.memory_gb * 1e9
     num_remote = model.shape.num_experts - model.resident_experts
@@ -168,7 +267,7 @@ def redundancy(model: CostModel, traffic: Traffic) -> tuple[int, float, int]:
 
 
 def _smallest(holds: Callable[[int], bool], largest: int) -> int:
-    """The smallest number up to `largest` for which monotone `holds` is true, else `largest`."""
+    """The smallest number for which monotone `holds` is true; it is for `largest`."""
     low, high = 1, largest
     while low < high:
         middle = (low + high) // 2

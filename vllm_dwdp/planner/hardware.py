@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dwdp.errors import DwdpConfigError
+from vllm_dwdp.planner.checked import MOST_OF_ANYTHING, real
+from vllm_dwdp.planner.quantisation import Format
 
 BUILT_IN = Path(__file__).with_name("hardware.toml")
 
@@ -40,13 +42,17 @@ class Hardware:
         values: dict[str, Any] = dict(self.measured)
         return replace(DEFAULT, **values, calibrated=frozenset(values))
 
-    def flops(self, bits: float) -> float:
-        """Peak operations per second for weights of `bits`, on the fastest unit that takes them."""
-        if bits <= 5 and self.fp4_tflops:
+    def product_bits(self, form: Format) -> int:
+        """What products of such weights run in: 4, 8, or 16 where their kernel dequantises them."""
+        if form.activation_bits == 4 and self.fp4_tflops:
+            return 4
+        return 8 if form.activation_bits == 8 else 16
+
+    def flops(self, product_bits: int) -> float:
+        """Peak operations per second of products in so many bits."""
+        if product_bits == 4:
             return self.fp4_tflops * 1e12
-        if bits <= 9:
-            return self.fp8_tflops * 1e12
-        return self.bf16_tflops * 1e12
+        return (self.fp8_tflops if product_bits == 8 else self.bf16_tflops) * 1e12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,13 +84,17 @@ class Efficiency:
     calibrated: frozenset[str] = frozenset()
     is_peak: bool = False
 
-    def origin(self, *names: str) -> str:
-        """What a figure rests on that uses these fields (all, if none is named)."""
+    def origin(self, *names: str, assumed: bool = False) -> str:
+        """What a figure rests on that uses these fields (all, if none is named).
+
+        Args:
+            assumed: it also rests on a constant that nobody measured, so it is never calibrated.
+        """
         used = set(names or MEASURABLE)
         if self.is_peak:
             return "peak"
         if used <= self.calibrated:
-            return "calibrated"
+            return "part default" if assumed else "calibrated"
         return "part default" if used & self.calibrated else "default"
 
 
@@ -135,10 +145,17 @@ def find_hardware(name: str, extra: Path | None = None) -> Hardware:
 
 def _read(path: Path) -> dict[str, Hardware]:
     try:
-        content = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise DwdpConfigError(f"--hardware {path}: {error}.") from error
-    return {name.lower(): _entry(path, name, entry) for name, entry in content.items()}
+    table: dict[str, Hardware] = {}
+    for name, entry in content.items():
+        if name.lower() in table:
+            raise DwdpConfigError(
+                f"--hardware {path}: {name!r} is there twice; names differ by more than their case."
+            )
+        table[name.lower()] = _entry(path, name, entry)
+    return table
 
 
 def _entry(path: Path, name: str, entry: Any) -> Hardware:
@@ -154,23 +171,26 @@ def _entry(path: Path, name: str, entry: Any) -> Hardware:
         raise DwdpConfigError(
             f"--hardware {path}: {name}.efficiency may have {', '.join(MEASURABLE)} and nothing else."
         )
+    where = f"--hardware {path}: {name}"
     return Hardware(
         name=name.lower(),
         source=str(entry.get("source", "data sheet")),
         measured=tuple(
-            (key, _number(path, f"{name}.efficiency", key, value)) for key, value in reached.items()
+            (key, _reached(f"{where}.efficiency.{key}", key, value))
+            for key, value in reached.items()
         ),
-        **{key: _number(path, name, key, entry[key]) for key in wanted},
+        **{key: _peak(f"{where}.{key}", key, entry[key]) for key in sorted(wanted)},
     )
 
 
-_MAY_BE_ZERO = ("fp4_tflops", "other_passes", "beside_copies")
+def _peak(what: str, key: str, value: object) -> float:
+    return real(what, value, 0, MOST_OF_ANYTHING, above=key != "fp4_tflops")
 
 
-def _number(path: Path, name: str, key: str, value: object) -> float:
-    number = value if isinstance(value, int | float) and not isinstance(value, bool) else -1
-    if not 0 <= number < float("inf") or (number == 0 and key not in _MAY_BE_ZERO):
-        raise DwdpConfigError(
-            f"--hardware {path}: {name}.{key} is {value!r}; it must be a positive number."
-        )
-    return float(number)
+_MOST = {"other_passes": 1e6, "direct": 100.0}
+"""Efficiencies that may exceed one: a count, and reads in place, which copies of one core may halve."""
+_MAY_BE_ZERO = ("other_passes", "beside_copies")
+
+
+def _reached(what: str, key: str, value: object) -> float:
+    return real(what, value, 0, _MOST.get(key, 1.0), above=key not in _MAY_BE_ZERO)

@@ -1,12 +1,16 @@
 """The sizes of an MoE model that matter for its speed, from a Hugging Face config.json."""
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 from vllm_dwdp.errors import DwdpConfigError
-from vllm_dwdp.planner.quantisation import BITS, Quantisation
+from vllm_dwdp.planner.checked import MOST_LAYERS, shown
+from vllm_dwdp.planner.config_fields import ConfigFields
+from vllm_dwdp.planner.layer_kinds import dense_beside, moe_layers, narrow_layers
+from vllm_dwdp.planner.quantisation import FORMATS, UNQUANTISED, Precision, Quantisation
+
+_UNQUANTISED = Precision.of(UNQUANTISED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +19,8 @@ class ModelShape:
 
     Args:
         name: architecture.
-        num_layers, num_moe_layers: all layers, and those with routed experts.
+        num_layers: all of them.
+        moe_layers: those with routed experts, ascending.
         num_experts, experts_per_token: of an MoE layer.
         expert_params: of one routed expert.
         shared_params: of the shared experts of a layer.
@@ -26,13 +31,15 @@ class ModelShape:
         kv_elements: of the KV cache, per token and layer.
         embedding_params: embeddings and head, in 16 bits.
         hidden_size: of the residual stream.
-        expert_bits, shared_bits, dense_mlp_bits, attention_bits, kv_bits: of each weight or element.
+        expert_precision, shared_precision, dense_mlp_precision, attention_precision: of the weights.
+        kv_bits: of an element of the KV cache.
         sliding_share, sliding_window: part of the layers whose tokens see at most so many keys.
+        sliding_is_chunk: these see what their chunk holds so far, half of it in the mean.
     """
 
     name: str
     num_layers: int
-    num_moe_layers: int
+    moe_layers: tuple[int, ...]
     num_experts: int
     experts_per_token: int
     expert_params: int
@@ -43,13 +50,44 @@ class ModelShape:
     kv_elements: int
     embedding_params: int
     hidden_size: int
-    expert_bits: float
-    shared_bits: float = 16.0
-    dense_mlp_bits: float = 16.0
-    attention_bits: float = 16.0
-    kv_bits: float = 16.0
+    expert_precision: Precision
+    shared_precision: Precision = _UNQUANTISED
+    dense_mlp_precision: Precision = _UNQUANTISED
+    attention_precision: Precision = _UNQUANTISED
+    kv_bits: float = UNQUANTISED.bits
     sliding_share: float = 0.0
     sliding_window: int = 0
+    sliding_is_chunk: bool = False
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Layers with routed experts."""
+        return len(self.moe_layers)
+
+    @cached_property
+    def dense_beside(self) -> tuple[tuple[float, int], ...]:
+        """Dense layers that hide a copy beside an MoE layer, and how many MoE layers have so many."""
+        return dense_beside(self.moe_layers, self.num_layers)
+
+    @cached_property
+    def expert_bits(self) -> float:
+        """Of a weight of a routed expert, in the mean over the layers."""
+        return self.expert_precision.bits
+
+    @cached_property
+    def shared_bits(self) -> float:
+        """The same of the shared experts."""
+        return self.shared_precision.bits
+
+    @cached_property
+    def dense_mlp_bits(self) -> float:
+        """The same of feed-forwards without experts."""
+        return self.dense_mlp_precision.bits
+
+    @cached_property
+    def attention_bits(self) -> float:
+        """The same of attention's linear weights."""
+        return self.attention_precision.bits
 
     @property
     def expert_bytes(self) -> float:
@@ -72,6 +110,11 @@ class ModelShape:
         )
         return bits / 8
 
+    def keys_seen(self, mean_keys: float) -> float:
+        """Keys that a query meets in a layer, in the mean over the layers."""
+        narrow = self.sliding_window / 2 if self.sliding_is_chunk else self.sliding_window
+        return mean_keys * (1 - self.sliding_share) + min(mean_keys, narrow) * self.sliding_share
+
     def kv_bytes_per_token(self, context_tokens: float) -> float:
         """Of the KV cache, all layers, of a sequence of `context_tokens`."""
         seen = min(1.0, self.sliding_window / max(1.0, context_tokens))
@@ -79,80 +122,43 @@ class ModelShape:
         return layers * self.kv_elements * self.kv_bits / 8
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """A config.json, or the one in a model folder.
-
-    Raises:
-        DwdpConfigError: it cannot be read, or is no JSON object.
-    """
-    file = path / "config.json" if path.is_dir() else path
-    config = _read_object(file)
-    beside = file.with_name("hf_quant_config.json")  # ModelOpt's older exports
-    if "quantization_config" not in config and beside.is_file():
-        config["quantization_config"] = _read_object(beside).get("quantization")
-    inner = config.get("text_config")
-    if isinstance(inner, dict):
-        config = {key: value for key, value in config.items() if key != "text_config"} | inner
-    return config
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DwdpConfigError(f"--model {file}: {error}.") from error
-    if not isinstance(content, dict):
-        raise DwdpConfigError(f"--model {file}: it must be a JSON object.")
-    return content
-
-
 def shape_of(
-    config: dict[str, Any], expert_dtype: str | None = None, kv_dtype: str | None = None
+    config: dict[str, Any],
+    expert_dtype: str | None = None,
+    kv_dtype: str | None = None,
+    dense_dtype: str | None = None,
 ) -> ModelShape:
     """The shape of DeepSeek-V2/V3, Qwen2/3-MoE, gpt-oss, Mixtral, GLM-4-MoE, Llama-4 and their like.
 
     Args:
         config: of the text model.
-        expert_dtype, kv_dtype: override what `quantization_config` says of the routed experts and
-            of the KV cache; keys of `BITS`.
+        expert_dtype, kv_dtype, dense_dtype: override what `quantization_config` says of the routed
+            experts, of the KV cache, and of all other linear weights; keys of `FORMATS`.
 
     Raises:
-        DwdpConfigError: the config describes no routed experts, or a field is missing.
+        DwdpConfigError: the config describes no routed experts, or a field is missing or wrong.
     """
-    fields = _Fields(config)
-    num_experts = fields.first("n_routed_experts", "num_experts", "num_local_experts", default=0)
-    if num_experts < 2:
-        raise DwdpConfigError(
-            f"{fields.architecture} has no routed experts: there is nothing to share, and vLLM runs "
-            "the data-parallel ranks of a dense model independently."
-        )
+    fields = ConfigFields(config)
+    num_experts, experts_per_token = _routing(fields)
     hidden = fields.first("hidden_size")
-    dense_size = fields.first("intermediate_size_mlp", "intermediate_size", default=0)
-    expert_size = fields.first("moe_intermediate_size", default=0) or fields.first(
-        "intermediate_size"
-    )
-    num_layers = fields.first("num_hidden_layers")
-    num_moe_layers = _count_moe_layers(fields, num_layers)
-    shared_size = fields.first("shared_expert_intermediate_size", default=0) or (
-        expert_size * fields.first("n_shared_experts", default=int("llama4" in fields.model_type))
-    )
-    attention = _mla(fields, hidden) if "kv_lora_rank" in config else _gqa(fields, hidden)
-    vocabulary = fields.first("vocab_size")
-    quantisation = Quantisation.of(config.get("quantization_config"))
-    sliding_share, sliding_window = _sliding(config, fields, num_layers)
-    tied = 1 if config.get("tie_word_embeddings") else 2
-    experts_per_token = fields.first("num_experts_per_tok", "experts_per_token", "moe_top_k")
-    if not 1 <= experts_per_token <= num_experts:
-        raise DwdpConfigError(
-            f"{fields.architecture}: config.json routes a token to {experts_per_token} of "
-            f"{num_experts} experts; it must be at least one, and no more than there are."
-        )
-    if num_moe_layers < 1:
+    num_layers = fields.first("num_hidden_layers", high=MOST_LAYERS)
+    with_experts = moe_layers(fields, num_layers)
+    if not with_experts:
         raise DwdpConfigError(f"{fields.architecture}: config.json leaves no layer with experts.")
+    expert_size, shared_size, dense_size = _feed_forward_sizes(fields)
+    attention = (_gqa if config.get("kv_lora_rank") is None else _mla)(fields, hidden)
+    quantisation = Quantisation.of(config.get("quantization_config"))
+    experts, dense = (
+        _override("--expert-dtype", expert_dtype),
+        _override("--dense-dtype", dense_dtype),
+    )
+    kv_cache = _override("--kv-dtype", kv_dtype)
+    without_experts = sorted(set(range(num_layers)) - set(with_experts))
+    sliding_share, sliding_window, sliding_is_chunk = narrow_layers(fields, num_layers)
     return ModelShape(
         name=fields.architecture,
         num_layers=num_layers,
-        num_moe_layers=num_moe_layers,
+        moe_layers=with_experts,
         num_experts=num_experts,
         experts_per_token=experts_per_token,
         expert_params=3 * hidden * expert_size,
@@ -161,60 +167,48 @@ def shape_of(
         core_dim=attention[1],
         kv_elements=attention[2],
         dense_mlp_params=3 * hidden * dense_size,
-        embedding_params=tied * vocabulary * hidden,
+        embedding_params=(1 if config.get("tie_word_embeddings") else 2)
+        * fields.first("vocab_size")
+        * hidden,
         hidden_size=hidden,
-        expert_bits=_override("--expert-dtype", expert_dtype)
-        or quantisation.bits("experts", num_layers),
-        shared_bits=_override("--expert-dtype", expert_dtype)
-        or quantisation.bits("shared", num_layers),
-        dense_mlp_bits=quantisation.bits("dense", num_layers),
-        attention_bits=quantisation.bits("attention", num_layers),
-        kv_bits=_override("--kv-dtype", kv_dtype) or quantisation.kv_bits,
+        expert_precision=experts or quantisation.precision("experts", with_experts),
+        shared_precision=dense or quantisation.precision("shared", with_experts),
+        dense_mlp_precision=dense or quantisation.precision("dense", without_experts),
+        attention_precision=dense or quantisation.precision("attention", range(num_layers)),
+        kv_bits=kv_cache.bits if kv_cache else quantisation.kv_bits,
         sliding_share=sliding_share,
         sliding_window=sliding_window,
+        sliding_is_chunk=sliding_is_chunk,
     )
 
 
-class _Fields:
-    """Integer fields of a config, whatever the family calls them."""
-
-    def __init__(self, config: dict[str, Any]) -> None:
-        self._config = config
-        self.model_type = str(config.get("model_type", ""))
-        self.architecture = str((config.get("architectures") or [self.model_type or "model"])[0])
-
-    def first(self, *names: str, default: int | None = None) -> int:
-        for name in names:
-            value = self._config.get(name)
-            if isinstance(value, int) and not isinstance(value, bool):
-                if value < (0 if default is not None else 1):
-                    raise DwdpConfigError(
-                        f"{self.architecture}: {name} in config.json is {value}; it must be positive."
-                    )
-                return value
-        if default is None:
-            raise DwdpConfigError(f"{self.architecture}: config.json has no {' or '.join(names)}.")
-        return default
-
-    def listed(self, name: str) -> list[int]:
-        value = self._config.get(name)
-        return list(value) if isinstance(value, list) else []
+def _routing(fields: ConfigFields) -> tuple[int, int]:
+    """Experts of a layer, and those that a token is routed to."""
+    num_experts = fields.first("n_routed_experts", "num_experts", "num_local_experts", default=0)
+    if num_experts < 2:
+        raise DwdpConfigError(
+            f"{fields.architecture} has no routed experts: there is nothing to share, and vLLM runs "
+            "the data-parallel ranks of a dense model independently."
+        )
+    per_token = fields.first("num_experts_per_tok", "experts_per_token", "moe_top_k")
+    if per_token > num_experts:
+        raise DwdpConfigError(
+            f"{fields.architecture}: config.json routes a token to {per_token} of {num_experts} "
+            "experts; it must be no more than there are."
+        )
+    return num_experts, per_token
 
 
-def _count_moe_layers(fields: _Fields, num_layers: int) -> int:
-    listed = fields.listed("moe_layers")
-    if listed:
-        return len(listed)
-    dense_first = fields.first("first_k_dense_replace", default=0)
-    every = fields.first("decoder_sparse_step", "interleave_moe_layer_step", default=1)
-    dense = set(fields.listed("mlp_only_layers"))
-    return sum(
-        layer >= dense_first and (layer + 1) % every == 0 and layer not in dense
-        for layer in range(num_layers)
-    )
+def _feed_forward_sizes(fields: ConfigFields) -> tuple[int, int, int]:
+    """Intermediate sizes of a routed expert, of a layer's shared experts, of a layer without experts."""
+    expert = fields.first("moe_intermediate_size", default=0) or fields.first("intermediate_size")
+    num_shared = fields.first("n_shared_experts", default=int("llama4" in fields.model_type))
+    shared = fields.first("shared_expert_intermediate_size", default=0) or expert * num_shared
+    dense = fields.first("intermediate_size_mlp", "intermediate_size", default=0)
+    return expert, shared, dense
 
 
-def _mla(fields: _Fields, hidden: int) -> tuple[int, int, int]:
+def _mla(fields: ConfigFields, hidden: int) -> tuple[int, int, int]:
     """Multi-head latent attention: parameters, core size, KV elements per token."""
     heads = fields.first("num_attention_heads")
     nope, rope = fields.first("qk_nope_head_dim"), fields.first("qk_rope_head_dim")
@@ -229,28 +223,20 @@ def _mla(fields: _Fields, hidden: int) -> tuple[int, int, int]:
     return query + key_value + heads * value * hidden, heads * (nope + rope + value), latent + rope
 
 
-def _gqa(fields: _Fields, hidden: int) -> tuple[int, int, int]:
+def _gqa(fields: ConfigFields, hidden: int) -> tuple[int, int, int]:
     """Grouped-query attention: parameters, core size, KV elements per token."""
     heads = fields.first("num_attention_heads")
     groups = fields.first("num_key_value_heads", default=heads)
-    size = fields.first("head_dim", default=hidden // heads)
+    size = fields.first("head_dim", default=max(1, hidden // heads), low=1)
     parameters = 2 * hidden * heads * size + 2 * hidden * groups * size
     return parameters, 2 * heads * size, 2 * groups * size
 
 
-def _sliding(config: dict[str, Any], fields: _Fields, num_layers: int) -> tuple[float, int]:
-    """The part of the layers with a window (or chunks), and its tokens."""
-    window = fields.first("sliding_window", "attention_chunk_size", default=0)
-    types = config.get("layer_types")
-    if not window or not isinstance(types, list):
-        return 0.0, 0
-    narrow = sum(kind in ("sliding_attention", "chunked_attention") for kind in types)
-    return min(1.0, narrow / num_layers), window
-
-
-def _override(option: str, dtype: str | None) -> float | None:
+def _override(option: str, dtype: str | None) -> Precision | None:
     if dtype is None:
         return None
-    if dtype not in BITS:
-        raise DwdpConfigError(f"{option} {dtype!r} is unknown; known are {', '.join(BITS)}.")
-    return BITS[dtype]
+    if dtype not in FORMATS:
+        raise DwdpConfigError(
+            f"{option} {shown(dtype)} is unknown; known are {', '.join(FORMATS)}."
+        )
+    return Precision.of(FORMATS[dtype])

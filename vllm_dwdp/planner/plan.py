@@ -7,10 +7,16 @@ from vllm_dwdp.errors import DwdpConfigError
 from vllm_dwdp.planner.advice import advise
 from vllm_dwdp.planner.cost import CostModel
 from vllm_dwdp.planner.estimates import (
-    ROUTING_SKEW,
+    LENGTHS,
+    SKEW,
+    Tokens,
     Traffic,
+    assumptions,
+    auto_step,
     break_even_tokens,
+    decode_steps,
     direct_crossover,
+    kv_tokens,
     memory_bytes,
     parts,
     redundancy,
@@ -22,6 +28,22 @@ _LINEAR = ("dense_gemm", "attention", "other_passes")
 _COMPUTE = (*_LINEAR, "grouped_gemm", "memory")
 _PREFETCH = ("link",)
 _ALL = (*_COMPUTE, *_PREFETCH, "beside_copies")
+_USED = {
+    "all-to-all saved": _PREFETCH,
+    LENGTHS: _LINEAR,
+    SKEW: ("grouped_gemm", "memory"),
+    "interference of copies": ("beside_copies", *_PREFETCH),
+    "exposed prefetch": _ALL,
+    "reading peers in place": (*_COMPUTE, "direct"),
+    "experts read once per rank, not once per group": ("grouped_gemm", "memory"),
+    "DWDP prefetch": _ALL,
+    "DWDP direct": (*_COMPUTE, "direct"),
+    "DEP balanced": (*_COMPUTE, *_PREFETCH),
+    "full replica": _COMPUTE,
+}
+"""Efficiencies that a figure uses."""
+_ASSUMED = frozenset({"all-to-all saved", SKEW, "experts read once per rank, not once per group"})
+"""Parts that also rest on `estimates.assumptions`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,16 +51,18 @@ class Line:
     """One statement: `low` and `high` are equal where there is no range.
 
     Args:
+        low, high: None where there is no such number, and `reason` says why.
         origin: `config` (counted from the model's config), `spec` (also the data sheet's memory),
             `peak`, `default`, `calibrated` or `part default`.
     """
 
     topic: str
     quantity: str
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     unit: str
     origin: str
+    reason: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -51,6 +75,7 @@ class Plan:
 
     lines: tuple[Line, ...]
     advice: tuple[str, ...]
+    assumptions: tuple[str, ...]
 
 
 def make_plan(model: CostModel, traffic: Traffic) -> Plan:
@@ -74,7 +99,11 @@ def make_plan(model: CostModel, traffic: Traffic) -> Plan:
         *_decode_lines(model, traffic),
         *_redundancy_lines(model, traffic),
     ]
-    return Plan(lines=tuple(lines), advice=tuple(advise(model, traffic)))
+    return Plan(
+        lines=tuple(lines),
+        advice=tuple(advise(model, traffic)),
+        assumptions=tuple(assumptions(model)),
+    )
 
 
 def _memory_lines(model: CostModel, traffic: Traffic) -> list[Line]:
@@ -89,8 +118,7 @@ def _memory_lines(model: CostModel, traffic: Traffic) -> list[Line]:
     return [
         *lines,
         _line(topic, "KV cache per token", per_token / 1e3, "kB", "config"),
-        _line(topic, "tokens that fit the KV cache", max(0.0, sizes["KV cache"]) / per_token,
-              "tokens", "spec"),
+        _line(topic, "tokens that fit the KV cache", kv_tokens(model, context), "tokens", "spec"),
         _line(topic, "weights of a full replica", weights / 1e9, "GB", "config"),
         _line(topic, "KV cache of a full replica", replica_kv_bytes(model) / 1e9, "GB", "spec"),
     ]  # fmt: skip
@@ -106,68 +134,38 @@ def _time_lines(model: CostModel, traffic: Traffic) -> list[Line]:
     return [
         _line(topic, "prefetch per layer", model.prefetch * 1e3, "ms", origin(*_PREFETCH)),
         _line(topic, "prefetch per step", model.prefetch * layers * 1e3, "ms", origin(*_PREFETCH)),
-        _line(topic, "compute per layer, full step", compute * 1e3, "ms", origin(*_COMPUTE)),
-        _line(topic, "break-even tokens per step and rank",
-              break_even_tokens(model, traffic.input_tokens), "tokens", origin(*_ALL)),
-        _line(topic, "read in place (direct) up to", direct_crossover(model), "tokens",
-              origin(*_COMPUTE, *_PREFETCH, "direct")),
+        _line(topic, "compute per MoE layer, full step", compute * 1e3, "ms", origin(*_COMPUTE)),
+        _tokens(topic, "break-even tokens per step and rank",
+                break_even_tokens(model, traffic.input_tokens), origin(*_ALL)),
+        _tokens(topic, "read in place (direct) up to", direct_crossover(model),
+                model.efficiency.origin(*_COMPUTE, *_PREFETCH, "direct", assumed=True)),
     ]  # fmt: skip
 
 
 def _comparison_lines(model: CostModel, traffic: Traffic) -> list[Line]:
     topic, values = "prefill, DWDP over DEP", speedups(model, traffic)
-    dwdp = model.dwdp_layer(traffic.prefill_step)
-    saved = parts(model, traffic)
-    lines = [
-        Line(
-            topic=topic,
-            quantity="throughput, range",
-            low=min(values.values()),
-            high=max(values.values()),
-            unit="x",
-            origin=model.efficiency.origin(*_ALL),
-        )
-    ]
-    lines += [
-        _line(topic, f"throughput, {name}", value, "x", model.efficiency.origin(*_ALL))
-        for name, value in values.items()
-    ]
-    used = {
-        "all-to-all saved": _PREFETCH,
-        "synchronisation saved, lengths": _LINEAR,
-        f"synchronisation saved, routing skew {ROUTING_SKEW}": ("grouped_gemm", "memory"),
-        "interference of copies": ("beside_copies", *_PREFETCH),
-        "exposed prefetch": _ALL,
-        "experts read once per rank, not once per group": ("grouped_gemm", "memory"),
-    }
-    return lines + [
-        _line(topic, name, 100 * value / dwdp, "% of a DWDP layer",
-              model.efficiency.origin(*used[name]))
-        for name, value in saved.items()
+    dwdp, saved = auto_step(model, traffic.prefill_step), parts(model, traffic)
+    used = {field for name in saved for field in _USED[name]}
+    origin = model.efficiency.origin(*used, assumed=True)
+    low, high = min(values.values()), max(values.values())
+    return [
+        Line(topic=topic, quantity="throughput, range", low=low, high=high, unit="x", origin=origin),
+        *(_line(topic, f"throughput, {name}", value, "x", origin) for name, value in values.items()),
+        *(
+            _line(topic, name, 100 * value / dwdp, "% of a DWDP step",
+                  model.efficiency.origin(*_USED[name], assumed=name in _ASSUMED))
+            for name, value in saved.items()
+        ),
     ]  # fmt: skip
 
 
 def _decode_lines(model: CostModel, traffic: Traffic) -> list[Line]:
-    topic, layers = f"decode, {traffic.batch_size} sequences", model.shape.num_moe_layers
-    step = traffic.decode_step
-    dense = model.dense_layers(step).compute
-    resident = model.layer(step, model.shape.num_experts).compute
-    touched = model.touched_experts(step.num_tokens, model.shape.num_experts)
-    remote_share = 1.0 - model.resident_experts / model.shape.num_experts
-    link = model.hardware.link_gbps * 1e9 * model.efficiency.direct
-    # Resident experts come from memory, the others from the peers, as the kernel gets to them.
-    own = model.layer(step, model.resident_experts).compute
-    direct = own + touched * remote_share * model.shape.expert_bytes / link
-    values = {
-        "step, DWDP prefetch": (model.dwdp_layer(step), _ALL),
-        "step, DWDP direct": (direct, (*_COMPUTE, "direct")),
-        "step, DEP balanced": (model.dep_layer(step), (*_COMPUTE, *_PREFETCH)),
-        "step, full replica": (resident, _COMPUTE),
-    }
+    topic = f"decode, {traffic.batch_size} sequences"
     return [
-        _line(topic, name, (layers * value + dense) * 1e3, "ms", model.efficiency.origin(*used))
-        for name, (value, used) in values.items()
-    ]
+        _line(topic, f"step, {name}", 1e3 * seconds, "ms",
+              model.efficiency.origin(*_USED[name], assumed=True))
+        for name, seconds in decode_steps(model, traffic.decode_step).items()
+    ]  # fmt: skip
 
 
 def _redundancy_lines(model: CostModel, traffic: Traffic) -> list[Line]:
@@ -176,9 +174,21 @@ def _redundancy_lines(model: CostModel, traffic: Traffic) -> list[Line]:
     return [
         _line(topic, "more experts per layer and rank", spare, "experts", "spec"),
         _line(topic, "of the copies saved", 100 * saved, "%", "spec"),
-        _line(topic, "break-even tokens then", tokens, "tokens", model.efficiency.origin(*_ALL)),
+        _tokens(topic, "break-even tokens then", tokens, model.efficiency.origin(*_ALL)),
     ]
 
 
 def _line(topic: str, quantity: str, value: float, unit: str, origin: str) -> Line:
     return Line(topic=topic, quantity=quantity, low=value, high=value, unit=unit, origin=origin)
+
+
+def _tokens(topic: str, quantity: str, tokens: Tokens, origin: str) -> Line:
+    return Line(
+        topic=topic,
+        quantity=quantity,
+        low=tokens.number,
+        high=tokens.number,
+        unit="tokens",
+        origin=origin,
+        reason=tokens.instead,
+    )

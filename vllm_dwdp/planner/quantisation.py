@@ -1,42 +1,70 @@
 """How many bits each kind of weight takes, from the quantisation that a config.json describes.
 
 Understands the forms that checkpoints of MoE models use: `fp8` (per tensor, or in blocks), `mxfp4`,
-ModelOpt's `NVFP4` and `FP8`, `compressed-tensors` (config groups), `awq` and `gptq`. What a checkpoint
-leaves out of it (`ignore`, `ignored_layers`, `modules_to_not_convert`, `exclude_modules`) stays in 16
-bits: the names of a layer's modules are looked up there, layer by layer, so a partly converted kind
-has bits in between.
+ModelOpt's `NVFP4` and `FP8`, `compressed-tensors` (config groups and their targets), `awq` and `gptq`.
+What a checkpoint leaves out of it (`ignore`, `ignored_layers`, `modules_to_not_convert`,
+`exclude_modules`) stays in 16 bits: the names of a layer's modules are looked up there (`module_names`),
+layer by layer, so that a kind may have several formats.
 """
 
-import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
 from vllm_dwdp.errors import DwdpConfigError
+from vllm_dwdp.planner.checked import MOST_OF_ANYTHING, shown, whole
+from vllm_dwdp.planner.module_names import ModuleNames, names_of
 
-BITS = {
-    "bf16": 16.0,
-    "fp16": 16.0,
-    "fp8": 8.0,
-    "int8": 8.0,
-    "int4": 4.125,  # one 16-bit scale for 128 values
-    "mxfp4": 4.25,  # one 8-bit scale for 32 values
-    "nvfp4": 4.5,  # one 8-bit scale for 16 values
-}
-UNQUANTISED = 16.0
-KINDS: Mapping[str, tuple[str, ...]] = {
-    "attention": ("self_attn.q_proj", "self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa",
-                  "self_attn.k_proj", "self_attn.o_proj"),
-    "experts": ("mlp.experts.0.gate_proj", "mlp.experts.0.down_proj",
-                "block_sparse_moe.experts.0.w1", "feed_forward.experts.0.gate_proj"),
-    "shared": ("mlp.shared_experts.gate_proj", "mlp.shared_expert.gate_proj",
-               "feed_forward.shared_expert.gate_proj"),
-    "dense": ("mlp.gate_proj", "mlp.down_proj", "feed_forward.gate_proj"),
-}  # fmt: skip
-"""Modules that stand for each kind of weight, after `model.layers.N.`; each family has some of them."""
 _LISTS = ("ignore", "ignored_layers", "modules_to_not_convert", "exclude_modules")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """How a weight is stored, and what its products run in.
+
+    Args:
+        bits: of a weight, its scales included.
+        activation_bits: 4 or 8 where activations are quantised too; 16 where the kernel dequantises
+            the weights (weight-only formats).
+    """
+
+    bits: float
+    activation_bits: int = 16
+
+
+FORMATS: Mapping[str, Format] = {
+    "bf16": Format(bits=16.0),
+    "fp16": Format(bits=16.0),
+    "fp8": Format(bits=8.0, activation_bits=8),
+    "int8": Format(bits=8.0, activation_bits=8),
+    "int4": Format(bits=4.125),  # one 16-bit scale for 128 values; AWQ and GPTQ, weights only
+    "mxfp4": Format(bits=4.25, activation_bits=4),  # one 8-bit scale for 32 values
+    "nvfp4": Format(bits=4.5, activation_bits=4),  # one 8-bit scale for 16 values
+}
+UNQUANTISED = FORMATS["bf16"]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The formats of one kind of weight.
+
+    Args:
+        parts: each format, and its share of the layers; the shares add up to one.
+    """
+
+    parts: tuple[tuple[Format, float], ...]
+
+    @classmethod
+    def of(cls, form: Format) -> "Precision":
+        """The same in every layer."""
+        return cls(((form, 1.0),))
+
+    @property
+    def bits(self) -> float:
+        """Of a weight, in the mean over the layers."""
+        return sum(form.bits * share for form, share in self.parts)
 
 
 @dataclass(frozen=True)
@@ -58,89 +86,127 @@ class Quantisation:
         """
         if not isinstance(entry, dict | None):
             raise DwdpConfigError(
-                f"quantization_config of config.json is {str(entry)[:40]!r}; it must be an object."
+                f"quantization_config of config.json is {shown(entry)}; it must be an object."
             )
         return cls(entry or {})
 
-    def bits(self, kind: str, num_layers: int) -> float:
-        """Mean bits of a weight of this kind, a key of `KINDS`, its scales included."""
-        if not self.config:
-            return UNQUANTISED
-        kept = sum(self._is_kept(kind, layer) for layer in range(num_layers)) / max(1, num_layers)
-        return kept * UNQUANTISED + (1.0 - kept) * self.quantised_bits
+    def precision(self, kind: str, layers: Sequence[int]) -> Precision:
+        """The formats of a kind, a key of `module_names.KINDS`.
 
-    @cached_property
-    def quantised_bits(self) -> float:
-        """Of a weight that is quantised.
+        Args:
+            layers: that have this kind.
 
         Raises:
             DwdpConfigError: the form is unknown.
         """
-        weights = self._group_weights()
-        method = str(self.config.get("quant_method", "")).lower()
-        algorithm = str(self.config.get("quant_algo", "")).lower()
-        text = f"{method} {algorithm} {self.config.get('format', '')}".lower()
-        for name in ("mxfp4", "nvfp4"):
-            if name in text:
-                return BITS[name]
-        bits = weights.get("num_bits") or self.config.get("bits") or self.config.get("w_bit")
-        if isinstance(bits, int):
-            return bits + _scale_bits(weights.get("group_size") or self.config.get("group_size"))
-        if "fp8" in text:
-            block = self.config.get("weight_block_size")
-            sizes = block if isinstance(block, list) and len(block) == 2 else []
-            whole = all(isinstance(size, int) and size > 0 for size in sizes)
-            return 8.0 + (32.0 / (sizes[0] * sizes[1]) if sizes and whole else 0.0)
-        raise DwdpConfigError(
-            f"quantization_config of config.json has quant_method {method or 'none'!r}, which the "
-            f"planner does not know. Give the precision with --expert-dtype ({', '.join(BITS)})."
-        )
+        if not self.config or not layers:
+            return Precision.of(UNQUANTISED)
+        counts = Counter(self._format(kind, layer) for layer in layers)
+        return Precision(tuple((form, count / len(layers)) for form, count in counts.items()))
 
     @property
     def kv_bits(self) -> float:
         """Of an element of the KV cache, as the checkpoint asks."""
+        if "fp8" in str(self.config.get("kv_cache_quant_algo", "")).lower():
+            return 8.0
         scheme = self.config.get("kv_cache_scheme")
         bits = scheme.get("num_bits") if isinstance(scheme, dict) else None
-        if "fp8" in str(self.config.get("kv_cache_quant_algo", "")).lower():
-            bits = 8
-        return float(bits) if isinstance(bits, int) else UNQUANTISED
+        return UNQUANTISED.bits if bits is None else float(_bits("kv_cache_scheme.num_bits", bits))
 
-    def _group_weights(self) -> Mapping[str, Any]:
-        """The weights entry of compressed-tensors' first group."""
-        groups = self.config.get("config_groups")
-        first: Any = next(iter(groups.values()), {}) if isinstance(groups, dict) else {}
-        weights = first.get("weights") if isinstance(first, dict) else None
-        return weights if isinstance(weights, dict) else {}
+    def _format(self, kind: str, layer: int) -> Format:
+        names = names_of(kind, layer)
+        if self._kept.has(names):
+            return UNQUANTISED
+        if not self._groups:
+            return self._whole
+        found = [form for targets, form in self._groups if targets.covers(kind, names)]
+        return found[0] if found else UNQUANTISED
 
     @cached_property
-    def _kept(self) -> tuple[str, ...]:
+    def _kept(self) -> ModuleNames:
         listed = [self.config.get(name) for name in _LISTS]
-        return tuple(str(name) for names in listed if isinstance(names, list) for name in names)
+        return ModuleNames(
+            tuple(str(name) for names in listed if isinstance(names, list) for name in names)
+        )
 
-    def _is_kept(self, kind: str, layer: int) -> bool:
-        names = [f"model.layers.{layer}.{module}" for module in KINDS[kind]]
-        return any(_matches(pattern, names) for pattern in self._kept)
+    @cached_property
+    def _whole(self) -> Format:
+        """Of everything that is quantised, where there are no groups."""
+        return self._read({}, is_group=False)
+
+    @cached_property
+    def _groups(self) -> list[tuple[ModuleNames, Format]]:
+        """compressed-tensors' groups: what each covers, and in which format."""
+        groups = self.config.get("config_groups")
+        entries = groups.values() if isinstance(groups, dict) else ()
+        return [
+            (_targets(group), self._read(group, is_group=True))
+            for group in entries
+            if isinstance(group, dict) and isinstance(group.get("weights"), dict)
+        ]
+
+    def _read(self, group: Mapping[str, Any], is_group: bool) -> Format:
+        weights = group.get("weights", {})
+        inputs = group.get("input_activations")
+        method = str(self.config.get("quant_method", "")).lower()
+        words = (
+            method,
+            self.config.get("quant_algo"),
+            self.config.get("format"),
+            group.get("format"),
+        )
+        text = " ".join(str(word) for word in words).lower()
+        for name in ("mxfp4", "nvfp4"):
+            if name in text:
+                is_weight_only = is_group and inputs is None
+                return Format(bits=FORMATS[name].bits, activation_bits=16 if is_weight_only else 4)
+        given = (weights.get("num_bits"), self.config.get("bits"), self.config.get("w_bit"))
+        bits = next((value for value in given if value is not None), None)
+        if bits is not None:
+            scale = _scale_bits(weights.get("group_size") or self.config.get("group_size"))
+            return Format(
+                bits=_bits("bits", bits) + scale, activation_bits=_activation_bits(inputs)
+            )
+        if "fp8" in text:
+            return Format(bits=8.0 + self._block_bits(), activation_bits=8)
+        raise DwdpConfigError(
+            f"quantization_config of config.json has quant_method {shown(method or 'none')}, which the "
+            f"planner does not know. Give both --expert-dtype and --dense-dtype ({', '.join(FORMATS)})."
+        )
+
+    def _block_bits(self) -> float:
+        """Of the scales of fp8 in blocks, per weight."""
+        block = self.config.get("weight_block_size")
+        if not isinstance(block, list) or len(block) != 2:
+            return 0.0
+        sizes = [_entry("weight_block_size", size, MOST_OF_ANYTHING) for size in block]
+        return 32.0 / (sizes[0] * sizes[1])
+
+
+def _targets(group: Mapping[str, Any]) -> ModuleNames:
+    """What a group covers: every linear layer, if it does not say."""
+    targets = group.get("targets")
+    return ModuleNames(tuple(map(str, targets)) if isinstance(targets, list) else ("Linear",))
+
+
+def _activation_bits(inputs: Any) -> int:
+    bits = inputs.get("num_bits") if isinstance(inputs, dict) else None
+    if bits is None:
+        return 16
+    exact = _bits("input_activations.num_bits", bits)
+    return 4 if exact <= 4 else 8 if exact <= 8 else 16
 
 
 def _scale_bits(group_size: Any) -> float:
-    return 16.0 / group_size if isinstance(group_size, int) and group_size > 0 else 0.0
+    """One 16-bit scale per group; -1 is one per channel, which is next to none."""
+    if group_size in (None, -1):
+        return 0.0
+    return 16.0 / _entry("group_size", group_size, MOST_OF_ANYTHING)
 
 
-def _matches(pattern: str, names: Iterable[str]) -> bool:
-    """Whether a list entry means one of the modules: a regex, a wildcard, a name or a parent's."""
-    if pattern.startswith("re:"):
-        try:
-            return any(re.match(pattern[3:], name) for name in names)
-        except re.error as error:
-            raise DwdpConfigError(
-                f"quantization_config of config.json leaves out {pattern!r}: {error}."
-            ) from error
-    pattern = pattern.replace("language_model.model.", "model.")
-    pattern = pattern.replace("model.language_model.", "model.")
-    if "*" in pattern:
-        return any(
-            fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*") for name in names
-        )
-    if "." not in pattern:
-        return any(pattern in name.split(".") for name in names)
-    return any(name == pattern or name.startswith(f"{pattern}.") for name in names)
+def _bits(name: str, value: Any) -> int:
+    return _entry(name, value, 32)
+
+
+def _entry(name: str, value: Any, high: int) -> int:
+    return whole(f"quantization_config of config.json: {name}", value, 1, high)

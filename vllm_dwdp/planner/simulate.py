@@ -11,18 +11,23 @@ layer is simulated slice by slice once per ratio of compute to prefetch and look
 """
 
 import heapq
+import random
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from vllm_dwdp.errors import DwdpConfigError
-from vllm_dwdp.planner.contention import PullOrder, Pulls, contended_layer
+from vllm_dwdp.planner.checked import MOST_TOKENS, real, whole
+from vllm_dwdp.planner.contention import PullOrder, Pulls, contended_layer, finest_slices
 from vllm_dwdp.planner.cost import CostModel, Step
+from vllm_dwdp.planner.percentiles import percentile
 from vllm_dwdp.planner.traffic import Request
 
 MOST_RANKS = 72
-MOST_SLICES = 64
-"""Slices per peer times ranks: finer ones take long and change nothing that the simulator shows."""
+MOST_STEPS = 5_000_000
+"""Of all ranks; some minutes."""
+SLICE_MIB = 2.0
+"""As the runtime and TensorRT-LLM slice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +48,7 @@ class Outcome:
 
     def percentile(self, percent: float) -> float:
         """Of the time to first token, seconds."""
-        ordered = sorted(self.ttft_s)
-        return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
+        return percentile(self.ttft_s, percent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,7 @@ class Chunk:
     stop: int
 
 
-class _Ranks:
+class Ranks:
     """The queues of all ranks; requests are dealt round-robin as they arrive."""
 
     def __init__(self, requests: Sequence[Request], num_ranks: int, max_tokens: int) -> None:
@@ -66,6 +70,11 @@ class _Ranks:
         self.ttft_s: list[float] = []
         for index, request in enumerate(requests):
             self.queues[index % num_ranks].append(request)
+
+    def begin_apart(self, dice: random.Random) -> None:
+        """Begin anywhere in the first prompts, as ranks that have run for long do."""
+        for rank, queue in enumerate(self.queues):
+            self._computed[rank] = dice.randrange(queue[0].input_tokens)
 
     def next_arrival(self, rank: int) -> float:
         return self.queues[rank][0].arrival_s if self.queues[rank] else float("inf")
@@ -101,12 +110,15 @@ def step_of(chunks: Sequence[Chunk]) -> Step:
     return Step(num_tokens=tokens, mean_keys=keys / tokens)
 
 
-def default_pulls(model: CostModel, slice_bytes: int = 2 * 2**20) -> Pulls:
-    """Rotated order, slices of `slice_bytes`."""
-    share = model.remote_bytes / max(1, model.group_size - 1)
-    finest = max(1, MOST_SLICES // model.group_size)
-    slices = min(finest, max(1, round(share / slice_bytes)))
+def default_pulls(model: CostModel, slice_mib: float = SLICE_MIB) -> Pulls:
+    """Rotated order, slices of `slice_mib`, or the finest that are simulated (`finest_slices`)."""
+    slices = min(finest_slices(model.group_size), max(1, round(_share_mib(model) / slice_mib)))
     return Pulls(group_size=model.group_size, slices_per_peer=slices)
+
+
+def _share_mib(model: CostModel) -> float:
+    """Of a layer, that one peer sends."""
+    return model.remote_bytes / max(1, model.group_size - 1) / 2**20
 
 
 def pulls_for(model: CostModel, slice_mib: float, order: str) -> Pulls:
@@ -117,18 +129,28 @@ def pulls_for(model: CostModel, slice_mib: float, order: str) -> Pulls:
         order: `rotated` or `random`.
 
     Raises:
-        DwdpConfigError: a negative slice, or another order.
+        DwdpConfigError: a slice or an order that cannot be.
     """
     names = {"rotated": PullOrder.ROTATED, "random": PullOrder.RANDOM}
     if order not in names:
         raise DwdpConfigError(f"--pull-order {order!r} is unknown; known are {', '.join(names)}.")
-    if not 0 <= slice_mib < float("inf"):
-        raise DwdpConfigError(f"--slice-mib {slice_mib} must be 0 or positive.")
     if slice_mib == 0:
         return Pulls(
             group_size=model.group_size, slices_per_peer=1, in_flight=1, order=names[order]
         )
-    return replace(default_pulls(model, max(1, int(slice_mib * 2**20))), order=names[order])
+    real("--slice-mib", slice_mib, 1e-6, 1e6)
+    return replace(default_pulls(model, slice_mib), order=names[order])
+
+
+def coarsened(model: CostModel, slice_mib: float, pulls: Pulls) -> str:
+    """What to say where copies are simulated in larger slices than was asked for; else empty."""
+    simulated = _share_mib(model) / pulls.slices_per_peer
+    if slice_mib == 0 or simulated < 1.5 * slice_mib:
+        return ""
+    return (
+        f"Slices of {slice_mib:g} MiB are simulated as {pulls.slices_per_peer} of {simulated:.3g} MiB "
+        "per peer: finer ones take long to simulate and change a layer by less than 2 %."
+    )
 
 
 def check_sizes(num_ranks: int, max_tokens: int, routing_skew: float) -> None:
@@ -137,19 +159,28 @@ def check_sizes(num_ranks: int, max_tokens: int, routing_skew: float) -> None:
     Raises:
         DwdpConfigError: too few or too many ranks, a step without tokens, a skew below 1.
     """
-    if not 2 <= num_ranks <= MOST_RANKS:
-        raise DwdpConfigError(f"--ranks {num_ranks} must lie between 2 and {MOST_RANKS}.")
-    if max_tokens < 1:
-        raise DwdpConfigError(f"--max-num-batched-tokens {max_tokens} must be at least 1.")
-    if not 1 <= routing_skew < float("inf"):
-        raise DwdpConfigError(f"--routing-skew {routing_skew} must be at least 1.")
+    whole("--ranks", num_ranks, 2, MOST_RANKS)
+    whole("--max-num-batched-tokens", max_tokens, 1, MOST_TOKENS)
+    real("--routing-skew", routing_skew, 1, MOST_RANKS)
+
+
+def check_length(requests: Sequence[Request], max_tokens: int) -> None:
+    """Refuse what would take hours.
+
+    Raises:
+        DwdpConfigError: the prompts take too many steps.
+    """
+    steps = sum(-(-request.input_tokens // max_tokens) for request in requests)
+    if steps > MOST_STEPS:
+        raise DwdpConfigError(
+            f"The prompts take {steps:,} steps of {max_tokens:,} tokens; at most {MOST_STEPS:,} are "
+            "simulated. Give fewer or shorter prompts, or a larger --max-num-batched-tokens."
+        )
 
 
 def dwdp_step(model: CostModel, step: Step, pulls: Pulls) -> float:
-    """Seconds of a DWDP step: layers that wait for contended copies, and the layers without experts."""
-    compute = model.layer(step, model.shape.num_experts).compute + model.interference
-    layer = contended_layer(pulls, compute, model.prefetch)
-    return model.shape.num_moe_layers * layer + model.dense_layers(step).compute
+    """Seconds of a DWDP step whose layers wait for contended copies."""
+    return model.dwdp_step(step, lambda compute: contended_layer(pulls, compute, model.prefetch))
 
 
 def simulate_dwdp(
@@ -160,7 +191,7 @@ def simulate_dwdp(
     pulls: Pulls | None = None,
 ) -> Outcome:
     """Every rank on its own clock."""
-    ranks = _Ranks(requests, model.group_size, max_tokens)
+    ranks = Ranks(requests, model.group_size, max_tokens)
     pulls = pulls or default_pulls(model)
     num_steps, last, busy = 0, 0.0, 0.0
     events = [(ranks.next_arrival(rank), rank) for rank in range(model.group_size)]
@@ -187,7 +218,7 @@ def simulate_dep(
     routing_skew: float = 1.0,
 ) -> Outcome:
     """All ranks in lockstep."""
-    ranks = _Ranks(requests, model.group_size, max_tokens)
+    ranks = Ranks(requests, model.group_size, max_tokens)
     now, num_steps, busy = 0.0, 0, 0.0
     while any(ranks.queues):
         now = max(now, min(ranks.next_arrival(rank) for rank in range(model.group_size)))
@@ -217,7 +248,7 @@ def lockstep(model: CostModel, steps: Sequence[Step], routing_skew: float = 1.0)
 
 
 def _outcome(
-    requests: Sequence[Request], ranks: _Ranks, num_steps: int, last: float, busy_s: float
+    requests: Sequence[Request], ranks: Ranks, num_steps: int, last: float, busy_s: float
 ) -> Outcome:
     tokens = sum(request.input_tokens for request in requests)
     seconds = last - requests[0].arrival_s

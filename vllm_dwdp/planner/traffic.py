@@ -1,11 +1,13 @@
 """Requests of a simulation: drawn from a distribution, or read from a trace."""
 
-import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vllm_dwdp.errors import DwdpConfigError
+from vllm_dwdp.planner.checked import MOST_OF_ANYTHING, MOST_TOKENS, parse_json, real, whole
+
+MOST_REQUESTS = 5_000_000
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -29,12 +31,10 @@ def poisson_traffic(
     Raises:
         DwdpConfigError: a rate, length or share that cannot be.
     """
-    if not requests_per_s > 0:
-        raise DwdpConfigError(f"--rate {requests_per_s} must be positive.")
-    if input_tokens < 1 or num_requests < 1:
-        raise DwdpConfigError("--input-tokens and --requests must be at least 1.")
-    if not 0 < smallest_share <= 1:
-        raise DwdpConfigError(f"--smallest-share {smallest_share} must lie in (0, 1].")
+    real("--rate", requests_per_s, 1e-6, MOST_OF_ANYTHING)
+    whole("--input-tokens", input_tokens, 1, MOST_TOKENS)
+    whole("--requests", num_requests, 1, MOST_REQUESTS)
+    real("--smallest-share", smallest_share, 0, 1, above=True)
     dice, now, requests = random.Random(seed), 0.0, []
     for _ in range(num_requests):
         now += dice.expovariate(requests_per_s)
@@ -44,32 +44,37 @@ def poisson_traffic(
 
 
 def read_trace(path: Path) -> list[Request]:
-    """A JSON-lines trace: `{"arrival_s": 0.25, "input_tokens": 812}` per line.
+    """A JSON-lines trace: `{"arrival_s": 0.25, "input_tokens": 812}` per line; other keys are not read.
+
+    Returns:
+        By arrival, counted from the first one.
 
     Raises:
         DwdpConfigError: the file cannot be read, or a line is broken; names its number.
     """
     try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as error:
         raise DwdpConfigError(f"--trace {path}: {error}.") from error
-    requests = [_trace_line(path, number, line) for number, line in enumerate(lines, 1) if line]
+    requests = sorted(
+        _trace_line(path, number, line) for number, line in enumerate(lines, 1) if line.strip()
+    )
     if not requests:
         raise DwdpConfigError(f"--trace {path} holds no request.")
-    return sorted(requests)
+    first = requests[0].arrival_s
+    return [replace(request, arrival_s=request.arrival_s - first) for request in requests]
 
 
 def _trace_line(path: Path, number: int, line: str) -> Request:
+    where = f"--trace {path}, line {number}"
     try:
-        entry = json.loads(line)
-        arrival, tokens = float(entry["arrival_s"]), int(entry["input_tokens"])
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        entry = parse_json(line)
+        arrival, tokens = entry["arrival_s"], entry["input_tokens"]
+    except (ValueError, KeyError, TypeError) as error:
         raise DwdpConfigError(
-            f"--trace {path}, line {number}: {line[:60]!r} is not "
-            '{"arrival_s": seconds, "input_tokens": count}.'
+            f'{where}: {line[:60]!r} is not {{"arrival_s": seconds, "input_tokens": count}}.'
         ) from error
-    if not 0 <= arrival < float("inf") or tokens < 1:
-        raise DwdpConfigError(
-            f"--trace {path}, line {number}: {line[:60]!r} needs a finite time from 0 on and a token."
-        )
-    return Request(arrival_s=arrival, input_tokens=tokens)
+    return Request(
+        arrival_s=real(f"{where}: arrival_s", arrival, 0, 10 * MOST_OF_ANYTHING),
+        input_tokens=whole(f"{where}: input_tokens", tokens, 1, MOST_TOKENS),
+    )

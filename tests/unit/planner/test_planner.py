@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ import pytest
 from vllm_dwdp.errors import DwdpConfigError
 from vllm_dwdp.planner.cost import CostModel, Exchange, Step, contention
 from vllm_dwdp.planner.estimates import (
-    ANY_STEP,
+    ALWAYS,
+    Tokens,
     Traffic,
     break_even_tokens,
+    decode_steps,
     direct_crossover,
+    kv_tokens,
     memory_bytes,
     parts,
     redundancy,
@@ -27,7 +31,8 @@ from vllm_dwdp.planner.estimates import (
 from vllm_dwdp.planner.hardware import DEFAULT, PEAK, find_hardware, load_hardware
 from vllm_dwdp.planner.model_shape import shape_of
 from vllm_dwdp.planner.paper import DEEPSEEK_R1, GPT_OSS_120B
-from vllm_dwdp.planner.plan import make_plan
+from vllm_dwdp.planner.plan import Line, make_plan
+from vllm_dwdp.planner.quantisation import FORMATS, Precision
 
 QWEN3_30B = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -92,10 +97,21 @@ TRAFFIC = Traffic(
 )
 
 
+def tokens_of(found: Tokens) -> int:
+    assert found.number is not None, found.instead
+    return found.number
+
+
+def break_even(model: CostModel, input_tokens: int = 8192) -> int:
+    return tokens_of(break_even_tokens(model, input_tokens))
+
+
 def r1_on_gb200(**changes: Any) -> CostModel:
     """DeepSeek-R1 in NVFP4 on four GB200, at the plain roofline."""
     settings: dict[str, Any] = {
-        "shape": shape_of(DEEPSEEK_R1, "nvfp4"),
+        "shape": replace(
+            shape_of(DEEPSEEK_R1, "nvfp4"), shared_precision=Precision.of(FORMATS["nvfp4"])
+        ),
         "hardware": find_hardware("gb200"),
         "efficiency": PEAK,
         "group_size": 4,
@@ -186,9 +202,13 @@ def test_every_family_on_every_machine(config: dict[str, Any], gpu: str) -> None
     made = make_plan(model, TRAFFIC)
     topics = {line.topic for line in made.lines}
     assert {"memory per rank", "prefill", "prefill, DWDP over DEP"} < topics
-    assert all(math.isfinite(line.low) and math.isfinite(line.high) for line in made.lines)
+    assert all(is_finite(line) or line.reason for line in made.lines)
     fits = memory_bytes(model)["KV cache"] > 0
     assert fits != any("It does not fit" in sentence for sentence in made.advice)
+
+
+def is_finite(line: Line) -> bool:
+    return None not in (line.low, line.high) and math.isfinite(line.low + line.high)  # type: ignore
 
 
 def test_where_a_replica_fits_the_planner_says_so() -> None:
@@ -209,12 +229,12 @@ def test_memory_adds_up() -> None:
 
 def test_break_even_is_where_compute_meets_prefetch() -> None:
     model = r1_on_gb200(efficiency=DEFAULT)
-    tokens = break_even_tokens(model, 8192)
+    tokens = break_even(model)
     assert 4_000 < tokens < 40_000
     warned = make_plan(model, Traffic(**(vars(TRAFFIC) | {"max_num_batched_tokens": 1024}))).advice
     assert any(f"below the break-even of {tokens}" in line for line in warned)
     redundant = r1_on_gb200(efficiency=DEFAULT, extra_experts=64)
-    assert break_even_tokens(redundant, 8192) < tokens
+    assert break_even(redundant) < tokens
 
 
 def test_uneven_lengths_cost_dep_and_not_dwdp() -> None:
@@ -222,6 +242,8 @@ def test_uneven_lengths_cost_dep_and_not_dwdp() -> None:
     assert 1.0 < synchronisation(4, 0.1) < synchronisation(4, 0.3) < synchronisation(16, 0.3)
     lines = make_plan(r1_on_gb200(efficiency=DEFAULT), TRAFFIC).lines
     (speed,) = [line for line in lines if line.quantity == "throughput, range"]
+    assert speed.low is not None
+    assert speed.high is not None
     assert speed.low < speed.high
     assert {line.origin for line in lines} == {"config", "spec", "default"}
 
@@ -231,11 +253,11 @@ def test_the_parts_add_up_to_the_gain(tokens: int) -> None:
     """Exposed copies included: at 2,048 tokens they are most of a layer."""
     model = r1_on_gb200(efficiency=DEFAULT)
     traffic = Traffic(**(vars(TRAFFIC) | {"max_num_batched_tokens": tokens}))
-    dwdp, saved = model.dwdp_layer(traffic.prefill_step), parts(model, traffic)
+    dwdp, saved = model.dwdp_step(traffic.prefill_step), parts(model, traffic)
     gains = speedups(model, traffic)
     assert 1 + sum(saved.values()) / dwdp == pytest.approx(gains["with routing skew too"])
-    assert gains["balanced"] == pytest.approx(model.dep_layer(traffic.prefill_step) / dwdp)
-    assert (saved["exposed prefetch"] < 0) == (tokens < break_even_tokens(model, 8192))
+    assert gains["balanced"] == pytest.approx(model.dep_step(traffic.prefill_step) / dwdp)
+    assert (saved["exposed prefetch"] < 0) == (tokens < break_even(model))
 
 
 def test_spare_memory_buys_redundancy() -> None:
@@ -243,7 +265,7 @@ def test_spare_memory_buys_redundancy() -> None:
     spare, saved, tokens = redundancy(roomy, TRAFFIC)
     assert spare > 11
     assert saved == pytest.approx(spare / 192)
-    assert tokens < break_even_tokens(roomy, TRAFFIC.input_tokens)
+    assert tokens_of(tokens) < break_even(roomy)
     richer = r1_on_gb200(efficiency=DEFAULT, hardware=find_hardware("gb300"), extra_experts=spare)
     assert memory_bytes(richer)["KV cache"] > 0
 
@@ -267,7 +289,7 @@ def test_what_was_calibrated_is_marked(tmp_path: Path) -> None:
     lines = make_plan(r1_on_gb200(hardware=mine, efficiency=mine.efficiency), TRAFFIC).lines
     origins = {line.quantity: line.origin for line in lines}
     assert origins["prefetch per layer"] == "calibrated"
-    assert origins["compute per layer, full step"] == "default"
+    assert origins["compute per MoE layer, full step"] == "default"
     assert origins["throughput, range"] == "part default"
     path.write_text(f"[mine]\n{peaks}[mine.efficiency]\nspeed = 1\n")
     with pytest.raises(DwdpConfigError, match="efficiency may have attention"):
@@ -280,11 +302,119 @@ def test_this_cpu_is_in_the_table_and_measured() -> None:
     assert cpu.efficiency.origin() == "calibrated"
 
 
+@pytest.mark.parametrize(
+    ("config", "dtype", "gpu", "ranks", "milliseconds"),
+    [(GLM_4_5, "fp8", "h200", 8, 75.7), (MIXTRAL_8X7B, None, "h100", 2, 45.5)],
+)
+def test_each_decoding_sequence_reads_its_own_keys(
+    config: dict[str, Any], dtype: str | None, gpu: str, ranks: int, milliseconds: float
+) -> None:
+    hardware, shape = find_hardware(gpu), shape_of(config, dtype)
+    model = CostModel(
+        shape=shape, hardware=hardware, efficiency=hardware.efficiency, group_size=ranks
+    )
+    traffic = Traffic(**(vars(TRAFFIC) | {"output_tokens": 1024}))
+    step = traffic.decode_step
+    kv_bytes = 64 * 8704 * shape.kv_bytes_per_token(8704)
+    read = kv_bytes / (hardware.memory_gbps * 1e9 * hardware.efficiency.memory)
+    steps = decode_steps(model, step)
+    assert steps["DEP balanced"] == pytest.approx(milliseconds / 1e3, rel=0.01)
+    assert all(seconds > read for seconds in steps.values())
+    assert model.step_seconds(Step.prefill(64, 17408)).attention < read / 10, "of one prompt: once"
+
+
+def test_prompts_of_several_steps_see_their_earlier_chunks() -> None:
+    model = r1_on_gb200(efficiency=DEFAULT)
+    assert Step.prefill(8192, 131072).mean_keys == 65536
+    assert break_even(model, 131072) < break_even(model, 32768) < break_even(model, 8192)
+
+
+def test_one_layer_in_16_bits_does_not_slow_the_others() -> None:
+    def experts_seconds(num_kept: int) -> float:
+        kept = [f"model.layers.{60 - layer}.mlp.experts*" for layer in range(num_kept)]
+        quantised = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": kept}
+        model = r1_on_gb200(shape=shape_of(DEEPSEEK_R1 | {"quantization_config": quantised}))
+        return model.layer(TRAFFIC.prefill_step, 256).experts
+
+    none, two, three = (experts_seconds(count) for count in (0, 2, 3))
+    assert two / none == pytest.approx(1 + 3 * 2 / 58)
+    assert three / none == pytest.approx(1 + 3 * 3 / 58)
+
+
+def test_weight_only_formats_compute_in_16_bits_and_dispatch_follows() -> None:
+    def on(gpu: str, dtype: str) -> CostModel:
+        return r1_on_gb200(hardware=find_hardware(gpu), shape=shape_of(DEEPSEEK_R1, dtype))
+
+    step = TRAFFIC.prefill_step
+    in_bf16 = on("h200", "bf16").layer(step, 256).experts
+    for dtype in ("mxfp4", "nvfp4", "int4"):
+        model = on("h200", dtype)
+        assert model.layer(step, 256).experts == pytest.approx(in_bf16)
+        assert model.dispatch_bits == 16
+        assert any("are dequantised" in said for said in make_plan(model, TRAFFIC).assumptions)
+    assert on("h200", "fp8").layer(step, 256).experts < 0.6 * in_bf16
+    assert on("h200", "fp8").dispatch_bits == 8
+    assert on("gb200", "nvfp4").dispatch_bits == 4.5
+    assert on("gb200", "int4").dispatch_bits == 16
+
+
+def on_cpu(**changes: Any) -> CostModel:
+    cpu = find_hardware("epyc-2core")
+    return r1_on_gb200(hardware=cpu, efficiency=cpu.efficiency, **changes)
+
+
+def test_where_direct_always_wins_there_is_no_break_even_and_no_advice_against_it() -> None:
+    heavy = Traffic(**(vars(TRAFFIC) | {"output_tokens": 8192, "max_num_batched_tokens": 1024}))
+    made = make_plan(on_cpu(), heavy)
+    lines = {line.quantity: line for line in made.lines}
+    line = lines["break-even tokens per step and rank"]
+    assert (line.low, line.high) == (None, None)
+    assert line.reason == "does not apply: reading in place always wins"
+    assert lines["read in place (direct) up to"].reason == "any step"
+    assert not any("separate prefill" in said for said in made.advice)
+    saved = parts(on_cpu(), heavy)
+    assert "interference of copies" not in saved
+    assert "reading peers in place" in saved
+
+
+def test_no_break_even_is_a_reason_and_not_a_number() -> None:
+    def instead(**efficiencies: float) -> str:
+        model = r1_on_gb200(efficiency=replace(DEFAULT, **efficiencies))
+        found = break_even_tokens(model, 8192)
+        assert found.number is None
+        return found.instead
+
+    assert instead(beside_copies=0) == "does not apply: compute stops beside copies"
+    assert instead(link=1e-6, direct=1e-7) == "never: not up to 1,048,576 tokens"
+    resident = r1_on_gb200(extra_experts=192)
+    assert "every expert is resident" in break_even_tokens(resident, 8192).instead
+    assert make_plan(resident, TRAFFIC).lines
+
+
+def test_what_rests_on_an_assumption_is_not_calibrated() -> None:
+    made = make_plan(on_cpu(), TRAFFIC)
+    origins = {line.quantity: line.origin for line in made.lines}
+    for quantity in ("all-to-all saved", "throughput, balanced", "step, DEP balanced"):
+        assert origins[quantity] == "part default"
+    assert origins["synchronisation saved, routing skew 1.1"] == "part default"
+    assert origins["prefetch per layer"] == "calibrated"
+    assert any("16 bits per hidden element" in said for said in made.assumptions)
+
+
+def test_a_batch_beyond_the_kv_cache_is_said_to_be() -> None:
+    model = r1_on_gb200(efficiency=DEFAULT)
+    most = int(kv_tokens(model, 8192) // 8192)
+    for batch_size, is_short in ((most - 1, False), (2 * most, True)):
+        traffic = Traffic(**(vars(TRAFFIC) | {"batch_size": batch_size}))
+        advice = make_plan(model, traffic).advice
+        assert any("need a KV cache of" in said for said in advice) == is_short
+
+
 def test_small_steps_read_in_place() -> None:
-    assert 20 < direct_crossover(r1_on_gb200(efficiency=DEFAULT)) < 500
+    assert 20 < tokens_of(direct_crossover(r1_on_gb200(efficiency=DEFAULT))) < 500
     cpu = find_hardware("epyc-2core")
     host = r1_on_gb200(hardware=cpu, efficiency=cpu.efficiency)
-    assert direct_crossover(host) == ANY_STEP, "on a host, peers' memory is memory"
+    assert direct_crossover(host) == ALWAYS, "on a host, peers' memory is memory"
     steps = {line.quantity: line.low for line in make_plan(host, TRAFFIC).lines}
     assert steps["step, DWDP direct"] == pytest.approx(steps["step, full replica"], rel=0.1)
 
@@ -319,7 +449,9 @@ def test_the_command(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_R1))
     common = ("--model", str(tmp_path), "--gpu", "gb200", "--expert-dtype", "nvfp4")
     answer = json.loads(run(*common, "--json").stdout)
-    assert {"topic", "quantity", "low", "high", "unit", "origin"} == set(answer["lines"][0])
+    assert {"topic", "quantity", "low", "high", "unit", "origin", "reason"} == set(
+        answer["lines"][0]
+    )
     shown = run(*common).stdout
     assert "break-even tokens" in shown
     assert "default" in shown
@@ -331,20 +463,23 @@ def test_the_command(tmp_path: Path) -> None:
         ({"--gpu": "tpu"}, "--gpu 'tpu' is unknown; known are b200"),
         ({"--model": "/nowhere"}, "--model /nowhere"),
         ({"--expert-dtype": "int3"}, "--expert-dtype 'int3' is unknown"),
-        ({"--variation": "-1"}, "--variation -1.0 must lie in"),
+        ({"--variation": "-1"}, "--variation is -1.0; it must be a number from 0 to 1."),
         ({"--kv-dtype": "fp3"}, "--kv-dtype 'fp3' is unknown"),
-        ({"--ranks": "1"}, "--ranks 1 must be at least 2"),
+        ({"--ranks": "1"}, "--ranks is 1; it must be at least 2"),
         (
             {"--experts-per-rank": "500"},
-            "--experts-per-rank 500 must lie between an even share, 64",
+            "--experts-per-rank is 500; it must be a whole number from 64 to 256.",
         ),
-        ({"--max-num-batched-tokens": "0"}, "--max-num-batched-tokens 0 must be at least 1"),
-        ({"--batch-size": "-3"}, "--batch-size -3 must be at least 1"),
+        (
+            {"--max-num-batched-tokens": "0"},
+            "--max-num-batched-tokens is 0; it must be a whole",
+        ),
+        ({"--batch-size": "-3"}, "--batch-size is -3; it must be a whole number from 1"),
         ({"--hardware": "/nowhere.toml"}, "--hardware /nowhere.toml"),
         ({"--png": "/nowhere/plan.png"}, "--png /nowhere/plan.png cannot be written"),
         ({"--html": "/proc"}, "--html /proc cannot be written"),
-        ({"--input-tokens": "0"}, "--input-tokens 0 must be at least 1"),
-        ({"--output-tokens": "-5"}, "--output-tokens -5 must not be negative"),
+        ({"--input-tokens": "0"}, "--input-tokens is 0; it must be a whole number from 1"),
+        ({"--output-tokens": "-5"}, "--output-tokens is -5; it must be a whole number from 0"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_2(
@@ -361,7 +496,7 @@ def test_wrong_input_is_one_line_and_exit_2(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_size": 0}, "hidden_size in config.json is 0; it must be positive"),
+        ({"hidden_size": 0}, "hidden_size in config.json is 0; it must be a whole number from 1"),
         ({"num_experts_per_tok": 300}, "routes a token to 300 of 256 experts"),
         ({"first_k_dense_replace": 61}, "leaves no layer with experts"),
         ({"vocab_size": None}, "config.json has no vocab_size"),

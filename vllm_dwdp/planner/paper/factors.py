@@ -7,6 +7,7 @@ from typing import Any
 from vllm_dwdp.planner.cost import CostModel, Exchange
 from vllm_dwdp.planner.hardware import DEFAULT, PEAK, find_hardware
 from vllm_dwdp.planner.model_shape import shape_of
+from vllm_dwdp.planner.quantisation import FORMATS, Precision
 
 TOLERANCE = 0.05
 DEEPSEEK_R1: dict[str, Any] = {
@@ -174,7 +175,9 @@ def kind_of(source: str, quantity: str) -> str:
 def roofline_model() -> CostModel:
     """DeepSeek-R1 on four GB200 at data-sheet peaks; projections in bf16, as the roofline counts."""
     return CostModel(
-        shape=shape_of(DEEPSEEK_R1, "nvfp4"),
+        shape=replace(
+            shape_of(DEEPSEEK_R1, "nvfp4"), shared_precision=Precision.of(FORMATS["nvfp4"])
+        ),
         hardware=find_hardware("gb200"),
         efficiency=PEAK,
         group_size=4,
@@ -184,9 +187,11 @@ def roofline_model() -> CostModel:
 
 def r1_model(group_size: int = 4) -> CostModel:
     """DeepSeek-R1 on GB200, all linear weights in NVFP4, as the published kernel times imply."""
-    shape = replace(shape_of(DEEPSEEK_R1, "nvfp4"), attention_bits=4.5, dense_mlp_bits=4.5)
     return CostModel(
-        shape=shape, hardware=find_hardware("gb200"), efficiency=DEFAULT, group_size=group_size
+        shape=shape_of(DEEPSEEK_R1, "nvfp4", dense_dtype="nvfp4"),
+        hardware=find_hardware("gb200"),
+        efficiency=DEFAULT,
+        group_size=group_size,
     )
 
 

@@ -62,8 +62,9 @@ _REASONS = (
     (
         "end to end",
         "TPS/GPU",
-        "few sequences decode at once, and the model's expert parallelism decodes too fast for want of "
-        "latencies, so it gives the context servers too large a part",
+        "published is a loss, and a model that changes the context servers only cannot give one; its "
+        "generation servers also pay no latencies, so that the few sequences of this point decode too "
+        "fast and the context servers weigh too much",
     ),
 )
 

@@ -1,0 +1,147 @@
+"""Which layers have experts, and what the layers without them hide."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.unit.planner.test_planner import LLAMA4_MAVERICK, QWEN3_30B, TRAFFIC, break_even
+from vllm_dwdp.errors import DwdpConfigError
+from vllm_dwdp.planner.cost import CostModel
+from vllm_dwdp.planner.estimates import parts, speedups
+from vllm_dwdp.planner.hardware import find_hardware
+from vllm_dwdp.planner.layer_kinds import NUM_SLOTS, dense_beside
+from vllm_dwdp.planner.model_shape import ModelShape, shape_of
+from vllm_dwdp.planner.paper import DEEPSEEK_R1
+
+MAVERICK = LLAMA4_MAVERICK | {
+    "attention_chunk_size": 8192,
+    "quantization_config": {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {
+            "group_0": {
+                "weights": {"num_bits": 8, "type": "float"},
+                "input_activations": {"num_bits": 8},
+                "targets": ["Linear"],
+            }
+        },
+        "ignore": [
+            "re:.*self_attn",
+            "re:.*shared_expert",
+            "re:.*feed_forward.(gate|up|down)_proj",
+        ],
+    },
+}
+
+
+def maverick_on_h200() -> CostModel:
+    hardware = find_hardware("h200")
+    return CostModel(
+        shape=shape_of(MAVERICK), hardware=hardware, efficiency=hardware.efficiency, group_size=8
+    )
+
+
+def ring_seconds(shape: ModelShape, prefetch: float, compute: float, dense: float) -> float:
+    """One step of a ring of slots in its steady state, copy by copy (`transfer.schedule`)."""
+    layers, now, copies_done = shape.moe_layers, 0.0, 0.0
+    copied = [0.0] * NUM_SLOTS  # when the next layer of each slot is there
+    begun = 0.0
+    for _ in range(6):
+        begun = now
+        for order, layer in enumerate(layers):
+            before = layers[order - 1] if order else -1
+            now = max(now + dense * (layer - before - 1), copied[order % NUM_SLOTS]) + compute
+            copies_done = max(now, copies_done) + prefetch
+            copied[order % NUM_SLOTS] = copies_done
+        now += dense * (shape.num_layers - 1 - layers[-1])
+    return now - begun
+
+
+def pattern(kinds: str) -> ModelShape:
+    """A shape whose layers are dense (D) or have experts (M)."""
+    layers = [layer for layer, kind in enumerate(kinds) if kind == "M"]
+    sizes = {"num_hidden_layers": len(kinds), "moe_layers": layers}
+    return shape_of(LLAMA4_MAVERICK | sizes)
+
+
+@pytest.mark.parametrize("kinds", ["M" * 8, "DDD" + "M" * 8, "DM" * 6, "MD" * 6, "DDMM" * 4])
+@settings(max_examples=40, deadline=None)
+@given(prefetch=st.floats(0.1, 10), compute=st.floats(0.1, 10), dense=st.floats(0, 10))
+def test_a_step_takes_what_the_ring_takes(
+    kinds: str, prefetch: float, compute: float, dense: float
+) -> None:
+    shape = pattern(kinds)
+    ours = sum(
+        count * max(prefetch, compute + beside * dense) for beside, count in shape.dense_beside
+    )
+    assert ours == pytest.approx(ring_seconds(shape, prefetch, compute, dense), rel=0.03)
+
+
+def test_dense_layers_help_the_copies_that_have_a_slot() -> None:
+    assert dense_beside((3, 4, 5, 6), 7) == ((0.0, 2), (1.5, 2))
+    assert dense_beside((1, 3, 5), 6) == ((1.0, 3),)
+    assert dense_beside((0, 1), 4) == ((1.0, 2),), "those after the last one help the next step"
+    assert dense_beside((0, 1, 2), 3) == ((0.0, 3),)
+
+
+def test_the_dense_layers_of_maverick_hide_copies_too() -> None:
+    model = maverick_on_h200()
+    assert break_even(model) == pytest.approx(11_550, rel=0.01)
+    long = type(TRAFFIC)(**(vars(TRAFFIC) | {"max_num_batched_tokens": 16384}))
+    assert speedups(model, long)["balanced"] == pytest.approx(0.83, abs=0.01)
+    step = long.prefill_step
+    saved = parts(model, long)
+    assert saved["exposed prefetch"] == 0
+    assert model.dwdp_step(step) > model.dense_layers(step).compute, "they are part of the step"
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"moe_layer_freq": 1}, list(range(3, 61))),
+        ({"moe_layer_freq": 2, "first_k_dense_replace": 0}, list(range(0, 61, 2))),
+        ({"moe_layer_freq": [0] * 31 + [1] * 30, "first_k_dense_replace": 0}, list(range(31, 61))),
+    ],
+)
+def test_the_frequency_of_layers_with_experts(change: dict[str, Any], expected: list[int]) -> None:
+    assert list(shape_of(DEEPSEEK_R1 | change).moe_layers) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "share"),
+    [
+        ({"attention_chunk_size": 8192}, 0.75),
+        ({"attention_chunk_size": 8192, "no_rope_layers": []}, 0.75),
+        ({"attention_chunk_size": 8192, "no_rope_layers": [1, 0] * 24}, 0.5),
+        ({"attention_chunk_size": 8192, "layer_types": ["chunked_attention"] * 48}, 1.0),
+        ({"attention_chunk_size": None}, 0.0),
+        ({"sliding_window": 4096}, 0.0),
+    ],
+)
+def test_chunked_attention(config: dict[str, Any], share: float) -> None:
+    """As Llama-4's published configs say it: by layers without rotary embedding, or not at all."""
+    shape = shape_of(LLAMA4_MAVERICK | config)
+    assert shape.sliding_share == share
+    full = 65536 * (1 - share)
+    assert shape.keys_seen(65536) == pytest.approx(full + share * 4096), "half a chunk in the mean"
+    assert shape.keys_seen(100) == 100
+
+
+@pytest.mark.parametrize(
+    ("base", "change", "message"),
+    [
+        (LLAMA4_MAVERICK, {"moe_layers": list(range(60))}, "an entry is 48; .* from 0 to 47"),
+        (LLAMA4_MAVERICK, {"moe_layers": [1, 1]}, "names a layer twice"),
+        (LLAMA4_MAVERICK, {"attention_chunk_size": 9, "no_rope_layers": [1]}, "has 1 entries"),
+        (QWEN3_30B, {"mlp_only_layers": ["a"]}, "an entry is 'a'; it must be a whole number"),
+        (QWEN3_30B, {"mlp_only_layers": 3}, "mlp_only_layers in config.json is 3; .* a list"),
+        (QWEN3_30B, {"decoder_sparse_step": 0}, "decoder_sparse_step in config.json is 0"),
+        (DEEPSEEK_R1, {"moe_layer_freq": [1, 2]}, "moe_layer_freq in config.json has 2 entries"),
+        (DEEPSEEK_R1, {"moe_layer_freq": 0}, "moe_layer_freq in config.json is 0"),
+    ],
+)
+def test_layers_that_cannot_be(base: dict[str, Any], change: dict[str, Any], message: str) -> None:
+    with pytest.raises(DwdpConfigError, match=message):
+        shape_of(base | change)
