@@ -56,6 +56,7 @@ from vllm_dwdp.testing.expert_ranks import (
     same_bytes,
 )
 from vllm_dwdp.testing.moe_kernels import choose_kernel, grouped_moe
+from vllm_dwdp.transfer.copy_plan import plan_layer_copies
 
 ROOT = Path(__file__).parents[1]
 STEPS_PER_ROUND = 3
@@ -89,7 +90,7 @@ def run_case(name: str, options: argparse.Namespace) -> None:
             "kernel": kernel_name,
             "device": gpu.describe(),
             "copies": copies_against_plain(gpu, rank, rings, on_host=case.on_host),
-            "host_us": host_us(gpu, rings),
+            "host_us": host_us(gpu, rings) | issue_us(rank, rings),
         }
         for num_tokens in options.tokens or case.tokens:
             model = Model(gpu, rank, mapper, rings, direct, kernel, num_tokens)
@@ -288,6 +289,23 @@ def host_us(gpu: Accelerator, rings: PrefetchRings) -> dict[str, float]:
     }
 
 
+def issue_us(rank: RankMemory, rings: PrefetchRings) -> dict[str, float]:
+    """Microseconds of the host for `issue` of one layer's real slices, which every layer costs.
+
+    The copy stream is idle each time, as in a step whose copies are hidden.
+    """
+    pipeline, queue = rings.pipelines[0], rings.queue
+    times = []
+    for number in range(5 * NUM_LAYERS + 2):
+        queue.drain()
+        started = time.perf_counter()
+        queue.issue(pipeline.batches[number % NUM_LAYERS], None)
+        times.append((time.perf_counter() - started) * 1e6)
+    queue.drain()  # the last two were layers 0 and 1, which the ring believes in its slots
+    num_slices = len(plan_layer_copies(rank.layout.layers[0], rank.dwdp_rank, SLICE_BYTES))
+    return {"issue": statistics.median(times[2:]), "slices": num_slices}
+
+
 # --- the table -----------------------------------------------------------------------------------
 
 
@@ -362,6 +380,14 @@ def run_together(
     return rows, left
 
 
+def print_issue_times(rows: list[dict[str, Any]]) -> None:
+    """Of the host, beside the table's: what a layer's copies cost to enqueue."""
+    print(f"\n{'issue of one layer':<26}{'2 MiB slices':>13}{'us':>8}{'us per slice':>14}")
+    for row in {row["case"]: row for row in rows}.values():
+        us, slices = row["host_us"]["issue"], row["host_us"]["slices"]
+        print(f"{row['case']:<26}{slices:>13}{us:>8.1f}{us / max(1, slices):>14.2f}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -387,6 +413,7 @@ def main() -> int:
         more, order = run_together(order, options, deadline)
         rows += more
     print_table(rows)
+    print_issue_times(rows)
     broken = broken_promises(rows)
     for line in broken:
         print(f"BROKEN: {line}")

@@ -1,11 +1,12 @@
 """The first minutes on a GPU: one line per question that the CUDA device rests on.
 
-    PYTHONPATH=. python3 scripts/gpu_first_minutes.py            # about two minutes
-    PYTHONPATH=. python3 scripts/gpu_first_minutes.py --vllm     # and the bundle's smoke script
+    PYTHONPATH=. python3 scripts/gpu_first_minutes.py              # two minutes, and vLLM's smoke script
+    PYTHONPATH=. python3 scripts/gpu_first_minutes.py --no-vllm    # without that
 
 Every question is a process of its own with a timeout, so that one crash does not hide the others.
-`yes` and `no` answer a question of which the product needs the yes; `fact` is worth knowing either way.
-Exits 1 if a needed yes is missing. Writes `first_minutes.json` to $OUT if that is set.
+`yes` and `no` answer a question of which the product needs the yes; `fact` is worth knowing either way,
+and for those that may hang for ever no answer is one. Exits 1 if a needed yes is missing. Writes
+`first_minutes.json` to $OUT if that is set.
 
 Nothing of this has run on a GPU yet. Over the fake driver (`simulated_environment()`) it runs, which
 shows that the questions are asked, not how a GPU answers.
@@ -15,8 +16,10 @@ import argparse
 import contextlib
 import ctypes
 import faulthandler
+import importlib.util
 import json
 import os
+import shlex
 import signal
 import socket
 import statistics
@@ -32,6 +35,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from tests.gpu import external_nodes
 from vllm_dwdp.compat import cuda_graphs
 from vllm_dwdp.cuda_driver import CudaCopyQueue, CudaDevice, ReadOnlyAccessError
 from vllm_dwdp.errors import DwdpError, TransferError
@@ -64,6 +68,7 @@ LARGE = ExpertShape(num_experts=8, hidden_size=2048, intermediate_size=2048, top
 SIMULATED = os.environ.get(SIMULATED_ENV) == "1"
 ROUNDS = 2 if SIMULATED else 8
 CAPTURE_UNSUPPORTED = 900
+SMOKE_S = 200.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -359,13 +364,28 @@ def eager_order() -> Answer:
 
 
 def piecewise_order() -> Answer:
-    """Do external event nodes order host-issued copies across three graphs?"""
+    """Do waits before and records behind three graphs order host-issued copies between them?"""
     return ordered("piecewise")
 
 
 def full_order() -> Answer:
     """Do captured copies on VMM addresses, in a branch of one graph, keep the order?"""
     return ordered("full")
+
+
+def external_waits() -> Answer:
+    """When does an external wait node look at its event: at the launch of its graph or when it runs?"""
+    accelerator()
+    return Answer(good=None, text=external_nodes.when_waits_look())
+
+
+def external_order() -> Answer:
+    """Do external event nodes order host-issued copies across three graphs? The product has none."""
+    accelerator()
+    wrong = external_nodes.wrong_layers_of_three_graphs()
+    return Answer(
+        good=None, text=f"no: wrong layers {wrong}" if wrong else "yes, every layer is right"
+    )
 
 
 def batch_copy_under_capture() -> Answer:
@@ -562,6 +582,8 @@ QUESTIONS: dict[str, Callable[[], Answer]] = {
         eager_order,
         piecewise_order,
         full_order,
+        external_waits,
+        external_order,
         batch_copy_under_capture,
         graph_seam,
         nothing_left,
@@ -570,6 +592,8 @@ QUESTIONS: dict[str, Callable[[], Answer]] = {
         measured_costs,
     )
 }
+MAY_HANG_S = {"external_waits": 30.0, "external_order": 30.0}
+"""Questions about what the product does not use; no answer in this time is an answer."""
 ALONE = ("nothing_left", "no_join", "copy_speed", "measured_costs")
 """Asked one after the other, with nothing else on the device."""
 
@@ -589,6 +613,7 @@ def answer_here(name: str) -> int:
 def ask(name: str, timeout_s: float) -> dict[str, Any]:
     """Answer one question in a child."""
     started = time.monotonic()
+    timeout_s = min(timeout_s, MAY_HANG_S.get(name, timeout_s))
     command = [sys.executable, __file__, "--ask", name]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -599,13 +624,16 @@ def ask(name: str, timeout_s: float) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         output = process.communicate()[0]
-        found = {"good": False, "text": f"no answer in {timeout_s:.0f} s"}
+        hangs = "; it hangs" if name in MAY_HANG_S else ""
+        found = {"good": False, "text": f"no answer in {timeout_s:.0f} s{hangs}"}
     else:
         try:
             found = json.loads(output.strip().splitlines()[-1])
         except (IndexError, json.JSONDecodeError):
             tail = " | ".join(output.strip().splitlines()[-4:])
             found = {"good": False, "text": f"died with {process.returncode}: {tail}"}
+    if name in MAY_HANG_S:
+        found["good"] = None
     return {
         "name": name,
         "question": (QUESTIONS[name].__doc__ or "").strip(),
@@ -628,20 +656,40 @@ def report(result: dict[str, Any]) -> None:
             print(f"       | {line[:300]}", flush=True)
 
 
-def run_smoke(bundle: Path) -> dict[str, Any]:
-    """The bundle's own script: does vLLM generate here, without us?"""
+def run_smoke(bundle: Path) -> dict[str, Any] | None:
+    """The bundle's own script: does vLLM generate here, without us? None where there is none to ask."""
+    script = bundle / "smoke.py"
+    if SIMULATED or not script.exists():
+        reason = "there is no GPU" if SIMULATED else f"{script} is missing (see docs/gpu.md)"
+        print(f"     vllm_smoke was NOT ASKED: {reason}", flush=True)
+        return None
     started = time.monotonic()
     logs = Path(os.environ.get("OUT", "/tmp")) / "smoke"
-    command = [sys.executable, str(bundle / "smoke.py"), "--logs", str(logs)]
-    result = subprocess.run(command, check=False, capture_output=True, text=True)
-    lines = result.stdout.strip().splitlines() or [result.stderr[-500:]]
+    command = [sys.executable, str(script), "--logs", str(logs)]
+    prefix = ""
+    if importlib.util.find_spec("vllm") is None:
+        prefix, command[0] = f". {shlex.quote(str(bundle / 'activate.sh'))} && ", "python3"
+    process = subprocess.Popen(
+        ["bash", "-c", prefix + shlex.join(command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        output, ended = process.communicate(timeout=SMOKE_S)[0], ""
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, ended = process.communicate()[0], f"no end in {SMOKE_S:.0f} s; "
+    lines = [line for line in output.strip().splitlines() if not line.startswith("     |")]
     return {
         "name": "vllm_smoke",
         "question": "Does vLLM from the bundle generate?",
         "seconds": round(time.monotonic() - started, 1),
-        "output": result.stdout + result.stderr,
-        "good": result.returncode == 0,
-        "text": " / ".join(line for line in lines if not line.startswith("     |")),
+        "output": output,
+        "good": process.returncode == 0,
+        "text": ended + " / ".join(lines)[:2000],
     }
 
 
@@ -650,7 +698,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=QUESTIONS, default=list(QUESTIONS))
     parser.add_argument("--jobs", type=int, default=3, help="questions asked at a time")
     parser.add_argument("--timeout-s", type=float, default=75, help="of one question")
-    parser.add_argument("--vllm", action="store_true", help="also run the bundle's smoke script")
+    parser.add_argument("--no-vllm", action="store_true", help="leave vLLM's smoke script out")
     parser.add_argument("--bundle", type=Path, default=ROOT / "vllm-bundle")
     parser.add_argument("--ask", choices=QUESTIONS, help=argparse.SUPPRESS)
     parser.add_argument("--export", nargs=2, type=int, help=argparse.SUPPRESS)
@@ -672,9 +720,10 @@ def main() -> int:
         if name in ALONE:
             results.append(ask(name, options.timeout_s))
             report(results[-1])
-    if options.vllm:
-        results.append(run_smoke(options.bundle))
-        report(results[-1])
+    asks_all = options.only == list(QUESTIONS)
+    if asks_all and not options.no_vllm and (smoke := run_smoke(options.bundle)):
+        results.append(smoke)
+        report(smoke)
     missing = [result["name"] for result in results if result["good"] is False]
     print(f"{len(results)} questions, {len(missing)} without the needed yes: {missing}")
     if "OUT" in os.environ:

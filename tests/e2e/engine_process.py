@@ -66,18 +66,18 @@ def begin_together(place: Path, case: dict[str, Any], rank: int) -> None:
     """Return when every rank of the case is here: a failed one must not shift the others."""
     ranks = range(case.get("num_ranks", 1))
     place.with_suffix(f".begun{rank}").touch()
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + case.get("begin_s", 120)
     while not all(place.with_suffix(f".begun{other}").exists() for other in ranks):
         assert time.monotonic() < deadline, f"the other ranks do not begin {case['name']}"
         time.sleep(0.02)
 
 
 def run_case(case: dict[str, Any], rank: int) -> dict[str, Any]:
-    """Build the engine, generate greedily one request at a time, and tear everything down."""
-    num_ranks = case.get("num_ranks", 1)
-    os.environ["VLLM_DP_SIZE"] = str(num_ranks)
-    os.environ["VLLM_DP_RANK"] = os.environ["VLLM_DP_RANK_LOCAL"] = str(rank)
-    os.environ["VLLM_DP_MASTER_PORT"] = str(case["port"])
+    """Build the engine, generate greedily one request at a time, and tear everything down.
+
+    `report` names a function whose findings about the worker join the result.
+    """
+    take_place(case, rank)
     started = time.monotonic()
     engine = make_engine(case)
     try:
@@ -87,13 +87,23 @@ def run_case(case: dict[str, Any], rank: int) -> dict[str, Any]:
         else:
             result["tokens"] = [generate(engine, n, text) for n, text in enumerate(PROMPTS)]
         worker = engine.model_executor.driver_worker.worker
-        if num_ranks > 1:
+        if case.get("num_ranks", 1) > 1:
             result["status"] = worker.dwdp_status()
         result["weights"] = digest_of_weights(worker)
+        if "report" in case:
+            owner, name = find(case["report"])
+            result |= getattr(owner, name)(worker)
         result["seconds"] = time.monotonic() - started
         return result
     finally:
         close_engine(engine)
+
+
+def take_place(case: dict[str, Any], rank: int) -> None:
+    """Make this process `rank` of the case, in vLLM's SPMD offline style."""
+    os.environ["VLLM_DP_SIZE"] = str(case.get("num_ranks", 1))
+    os.environ["VLLM_DP_RANK"] = os.environ["VLLM_DP_RANK_LOCAL"] = str(rank)
+    os.environ["VLLM_DP_MASTER_PORT"] = str(case["port"])
 
 
 def run_failing_case(case: dict[str, Any], rank: int) -> dict[str, Any]:

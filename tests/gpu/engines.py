@@ -7,12 +7,14 @@ as a module, this file is that process. Needs vLLM, on a machine without it the 
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from vllm_dwdp.testing.server import free_ports
 
 ROOT = Path(__file__).parents[2]
 ENGINES_S = 280
@@ -22,7 +24,6 @@ CHECKPOINT = {
     "hidden_size": 512,
     "intermediate_size": 512,
     "moe_intermediate_size": 1408,
-    "num_hidden_layers": 4,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
     "head_dim": 64,
@@ -35,83 +36,167 @@ GPU_ARGS = {
     "seed": 0,
 }
 SIZES = [1, 2, 4, 8, 16, 32, 64]
-MODES: dict[str, dict[str, Any]] = {
-    "eager": {"enforce_eager": True},
-    "full": {
-        "enforce_eager": False,
-        "compilation_config": {
-            "mode": 0,
-            "cudagraph_mode": "FULL_DECODE_ONLY",
-            "cudagraph_capture_sizes": [1, 2, 4],
-        },
+SIMULATED_MEMORY = [
+    "vllm_dwdp.executor.cpu_worker:DwdpCPUWorker.make_device",
+    "tests.e2e.engine_process:make_simulated_device",
+]
+"""`replace` of a case: the CUDA device over the fake driver, under a CPU worker."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineMode:
+    """How both the stock engine and the ranks run.
+
+    Args:
+        arguments: of the engine.
+        environment: of its process.
+        fp8: whether the experts are float8.
+        num_layers: of the model.
+        sharing: dwdp modes that are compared with the stock engine.
+    """
+
+    arguments: dict[str, Any]
+    environment: dict[str, str] = field(default_factory=dict)
+    fp8: bool = False
+    num_layers: int = 4
+    sharing: tuple[str, ...] = ("prefetch", "direct", "auto")
+
+
+EAGER = {"enforce_eager": True}
+FULL = {
+    "enforce_eager": False,
+    "compilation_config": {
+        "mode": 0,
+        "cudagraph_mode": "FULL_DECODE_ONLY",
+        "cudagraph_capture_sizes": [1, 2, 4],
     },
-    "piecewise": {
-        "enforce_eager": False,
-        "compilation_config": {
-            "mode": 3,
-            "cudagraph_mode": "PIECEWISE",
-            "cudagraph_capture_sizes": SIZES,
-        },
+}
+PIECEWISE = {
+    "enforce_eager": False,
+    "compilation_config": {
+        "mode": 3,
+        "cudagraph_mode": "PIECEWISE",
+        "cudagraph_capture_sizes": SIZES,
     },
-    "default": {
-        "enforce_eager": False,
-        "compilation_config": {"cudagraph_capture_sizes": SIZES},
-    },
+}
+MODES: dict[str, EngineMode] = {
+    "eager": EngineMode(arguments=EAGER),
+    "full": EngineMode(arguments=FULL),
+    "piecewise": EngineMode(arguments=PIECEWISE),
+    "default": EngineMode(
+        arguments={
+            "enforce_eager": False,
+            "compilation_config": {"cudagraph_capture_sizes": SIZES},
+        }
+    ),
+    "full_v1": EngineMode(arguments=FULL, environment={"VLLM_USE_V2_MODEL_RUNNER": "0"}),
+    "fp8": EngineMode(arguments=FULL, fp8=True, num_layers=3, sharing=("prefetch", "auto")),
+    "async": EngineMode(
+        arguments=FULL | {"async_scheduling": True, "max_num_seqs": 4},
+        sharing=("prefetch", "auto"),
+    ),
+    "drafter": EngineMode(
+        arguments=EAGER
+        | {"speculative_config": {"method": "draft_model", "num_speculative_tokens": 3}},
+        sharing=("prefetch", "auto"),
+    ),
+}
+SHARING = {
+    "prefetch": {"mode": "prefetch"},
+    "direct": {"mode": "direct"},
+    "auto": {"mode": "auto", "direct_max_tokens": 8},
 }
 
 
-def compare_engines(mode: str) -> None:
-    """Tokens and weights of both ranks equal those of a stock engine of the same mode.
-
-    Args:
-        mode: a key of `MODES`; with ", runner V1" on vLLM's older model runner.
-    """
+def is_simulated() -> bool:
     from vllm_dwdp.testing.accelerator import SIMULATED_ENV
-    from vllm_dwdp.testing.checkpoints import make_checkpoint
 
-    name, _, runner = mode.partition(", ")
-    environment = {
-        "DWDP_DEBUG_POISON": "1",
-        "DWDP_DEBUG_MAX_DELAY_US": "2000",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    }
-    if runner == "runner V1":
-        environment["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    return os.environ.get(SIMULATED_ENV) == "1"
+
+
+def compare_engines(name: str) -> None:
+    """Tokens and weights of both ranks equal those of a stock engine of the same mode."""
+    mode = MODES[name]
+    environment = {"DWDP_DEBUG_POISON": "1", "DWDP_DEBUG_MAX_DELAY_US": "2000"} | mode.environment
     with tempfile.TemporaryDirectory() as folder:
-        model = str(make_checkpoint(Path(folder, "qwen3-moe"), "qwen3_moe", 8, **CHECKPOINT))
-        simulated = os.environ.get(SIMULATED_ENV) == "1"
-        common = {"model": model, "engine_args": MODES[name] | ({} if simulated else GPU_ARGS)}
-        sharing: dict[str, Any] = common | {"num_ranks": 2}
-        if simulated:
-            sharing["replace"] = [
-                "vllm_dwdp.executor.cpu_worker:DwdpCPUWorker.make_device",
-                "tests.e2e.engine_process:make_simulated_device",
-            ]
+        common = {
+            "model": str(
+                make_model(
+                    Path(folder, "qwen3-moe"), fp8=mode.fp8, num_hidden_layers=mode.num_layers
+                )
+            ),
+            "engine_args": mode.arguments | ({} if is_simulated() else GPU_ARGS),
+            "report": "tests.gpu.engines:what_ran",
+        }
+        if name == "drafter":
+            speculation = mode.arguments["speculative_config"] | {
+                "model": str(make_model(Path(folder, "drafter"), num_hidden_layers=2, seed=1))
+            }
+            common["engine_args"] |= {"speculative_config": speculation}
+        sharing = common | {"num_ranks": 2, "begin_s": ENGINES_S}
+        if is_simulated():
+            sharing["replace"] = SIMULATED_MEMORY
         cases = [common | {"name": "stock"}]
-        cases += [
-            sharing | {"name": "prefetch", "dwdp": {"mode": "prefetch"}},
-            sharing | {"name": "direct", "dwdp": {"mode": "direct"}},
-            sharing | {"name": "auto", "dwdp": {"mode": "auto", "direct_max_tokens": 8}},
-        ]
+        cases += [sharing | {"name": each, "dwdp": SHARING[each]} for each in mode.sharing]
         results = run_ranks(Path(folder), cases, environment)
     stock = results["stock"][0]
-    for case in ("prefetch", "direct", "auto"):
+    for case in mode.sharing:
         assert [result["rank"] for result in results[case]] == [0, 1]
         for result in results[case]:
-            where = (mode, case, result["rank"])
+            where = (name, case, result["rank"])
             fetched = sum(result["status"]["fetched_bytes"].values())
             print(f"{where}: steps {result['status']['steps']}, fetched {fetched / 2**20:.0f} MiB")
             assert result["weights"] == stock["weights"], where
             assert result["tokens"] == stock["tokens"], (where, result["tokens"], stock["tokens"])
             assert (fetched > 0) == (case != "direct"), (where, fetched)
+            check_what_ran(name, case, result["ran"])
+
+
+def make_model(folder: Path, *, fp8: bool = False, **overrides: Any) -> Path:
+    """A small qwen3_moe."""
+    from vllm_dwdp.testing.checkpoints import make_checkpoint, make_fp8_checkpoint
+
+    make = make_fp8_checkpoint if fp8 else make_checkpoint
+    return make(folder, "qwen3_moe", 8, **(CHECKPOINT | overrides))
+
+
+def what_ran(worker: Any) -> dict[str, Any]:
+    """`report` of a case: what must not have been left out silently."""
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+    group = getattr(worker, "expert_group", None)
+    rings = group.rings if group is not None else None
+    return {
+        "ran": {
+            "async": bool(worker.vllm_config.scheduler_config.async_scheduling),
+            "rings": [len(pipeline.batches) for pipeline in rings.pipelines] if rings else [],
+            "experts": sorted(
+                {
+                    type(module.quant_method).__name__
+                    for module in worker.model_runner.get_model().modules()
+                    if isinstance(module, RoutedExperts)
+                }
+            ),
+        }
+    }
+
+
+def check_what_ran(name: str, case: str, ran: dict[str, Any]) -> None:
+    """The mode was what its name says, or equal tokens would prove something else."""
+    layers = [MODES[name].num_layers] + ([2] if name == "drafter" else [])
+    assert ran["rings"] == (layers if case != "direct" else []), ran
+    method = "Fp8MoEMethod" if MODES[name].fp8 else "UnquantizedFusedMoEMethod"
+    assert len(ran["experts"]) == 1 and ran["experts"][0].endswith(method), ran
+    if name == "async":
+        assert ran["async"], "vLLM turned asynchronous scheduling off"
 
 
 def run_ranks(
     folder: Path, cases: list[dict[str, Any]], environment: dict[str, str]
 ) -> dict[str, list[dict[str, Any]]]:
     """Results of every case, by rank; a process that fails shows the end of its log."""
-    for case in cases:
-        case["port"] = free_port()
+    for case, port in zip(cases, free_ports(len(cases)), strict=True):
+        case["port"] = port
     listing = folder / "cases.json"
     listing.write_text(json.dumps(cases))
     processes = []
@@ -143,12 +228,6 @@ def run_ranks(
     return results
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 def digest_of_weights(worker: Any) -> dict[str, str]:
     """SHA-256 of every expert parameter as kernels see it, wherever it lies.
 
@@ -178,13 +257,27 @@ def digest_of_weights(worker: Any) -> dict[str, str]:
     return digests
 
 
-def main() -> None:
-    """One rank's process: the plugin may not be installed here, so it is registered by hand."""
+def prepare_process() -> None:
+    """Before an engine: the plugin may not be installed here, so it is registered by hand."""
     import vllm_dwdp
     from tests.e2e import engine_process
+    from tests.gpu import fp8_stand_in, kv_sizing
 
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     vllm_dwdp.register()
     engine_process.digest_of_weights = digest_of_weights
+    if is_simulated():
+        os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+        fp8_stand_in.install()
+    if kv_sizing.TURNS_ENV in os.environ:
+        kv_sizing.take_turns(Path(os.environ[kv_sizing.TURNS_ENV]), int(sys.argv[2]))
+
+
+def main() -> None:
+    """One rank's process."""
+    prepare_process()
+    from tests.e2e import engine_process
+
     engine_process.main()
 
 

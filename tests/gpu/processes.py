@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 ROOT = Path(__file__).parents[2]
 NUM_LAYERS = 3
@@ -21,16 +21,25 @@ START_S, ANSWER_S = 120, 60
 
 
 class Rank:
-    """A started rank."""
+    """A started rank.
 
-    def __init__(self, number: int, size: int, endpoint: str) -> None:
+    Args:
+        number: of the rank.
+        module: what it runs, with `arguments`.
+        log: for what it writes to its standard error; by default it is shown.
+    """
+
+    def __init__(
+        self, number: int, module: str, *arguments: str, log: IO[bytes] | None = None
+    ) -> None:
         self.number = number
         self._text = b""
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.gpu.processes", str(number), str(size), endpoint],
+            [sys.executable, "-m", module, *arguments],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=log,
         )
 
     @classmethod
@@ -39,7 +48,10 @@ class Rank:
         from vllm_dwdp.config import make_abstract_endpoint
 
         endpoint = make_abstract_endpoint()
-        ranks = [cls(number, size, endpoint) for number in range(size)]
+        ranks = [
+            cls(number, "tests.gpu.processes", str(number), str(size), endpoint)
+            for number in range(size)
+        ]
         for rank in ranks:
             stack.callback(rank.end)
         for rank in ranks:
@@ -47,12 +59,12 @@ class Rank:
             assert answer["met"] == size - 1, answer
         return ranks
 
-    def ask(self, command: str) -> dict[str, Any]:
+    def ask(self, command: str, timeout_s: float = ANSWER_S) -> dict[str, Any]:
         """Give a command and return the rank's answer, which must be good."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{command}\n".encode())
         self.process.stdin.flush()
-        answer = self.answer(ANSWER_S)
+        answer = self.answer(timeout_s)
         assert answer["ok"], f"rank {self.number}, {command}: {answer}"
         return answer
 

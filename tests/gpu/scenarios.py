@@ -9,7 +9,9 @@ import faulthandler
 import os
 import random
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
@@ -68,12 +70,13 @@ def views(argument: str) -> None:
     provoke_races(500)
     per_rank_or_even = int(per_rank) if per_rank else None
     with group(gpu, int(size), 3, per_rank_or_even, WIDE) as ranks:
+        whole = [ranks[0].whole(layer) for layer in range(3)]
         for rank in ranks:
             direct, rings = rank.direct_views(), rank.rings()
             tick = torch.zeros(1, device=gpu.device)
             for step in range(2):
                 for layer in range(3):
-                    expected = rank.whole(layer)
+                    expected = whole[layer]
                     assert not wrong_weights(direct[layer], expected), (rank.dwdp_rank, layer)
                     ops.wait_layer(tick, 0, layer)
                     wrong = wrong_weights(rings.views[layer], expected)
@@ -83,6 +86,20 @@ def views(argument: str) -> None:
             assert fetched and set(fetched) <= set(rank.peers) and all(fetched.values()), fetched
             gpu.synchronize()
             rings.queue.drain()
+
+
+def writable_peers(_: str) -> None:
+    """Views over peers that are mapped writable, as where a driver maps nothing read-only."""
+    gpu = accelerator()
+    memory: CudaMemory = gpu.open_memory()
+    memory.memory._read_only_works = False
+    try:
+        with local_ranks(memory, SHAPE, 2, 3) as ranks:
+            for rank in ranks:
+                for layer, view in enumerate(rank.direct_views()):
+                    assert not wrong_weights(view, rank.whole(layer)), (rank.dwdp_rank, layer)
+    finally:
+        memory.close()
 
 
 def adoption(_: str) -> None:
@@ -297,6 +314,14 @@ def reference(scenario: str) -> None:
     getattr(cuda_scenarios, scenario)()
 
 
+def external_nodes(scenario: str) -> None:
+    """As `reference`, of nodes that the product does not use: a fact, whatever it is."""
+    reference(scenario)
+
+
+# --- vLLM ----------------------------------------------------------------------------------------
+
+
 def engines(mode: str) -> None:
     """Two vLLM ranks on one GPU give the tokens of one stock engine; see `tests.gpu.engines`."""
     from tests.gpu.engines import compare_engines
@@ -304,11 +329,50 @@ def engines(mode: str) -> None:
     compare_engines(mode)
 
 
+def a_rank_returns(_: str) -> None:
+    """A killed rank adopts its experts inside vLLM, without room for a second copy of them."""
+    from tests.gpu.returning import kill_and_return
+
+    kill_and_return()
+
+
+def kv_sizing(_: str) -> None:
+    """vLLM's KV cache leaves room for the shards and slots that torch knows nothing of."""
+    from tests.gpu.kv_sizing import compare_sizes
+
+    compare_sizes()
+
+
+def dual_batch_overlap(_: str) -> None:
+    """Refused by the front end, on the configuration that vLLM makes for this device."""
+    import vllm_dwdp
+    from tests.gpu.engines import make_model
+    from vllm_dwdp.errors import DwdpUnsupportedError
+
+    vllm_dwdp.register()
+    from vllm import EngineArgs
+
+    with tempfile.TemporaryDirectory() as folder:
+        args = EngineArgs(
+            model=str(make_model(Path(folder, "qwen3-moe"), num_hidden_layers=1)),
+            distributed_executor_backend="dwdp",
+            data_parallel_size=2,
+            enable_dbo=True,
+        )
+        refusal = ""
+        try:
+            args.create_engine_config()
+        except DwdpUnsupportedError as error:
+            refusal = str(error)
+        assert "--enable-dbo" in refusal, refusal or "dual-batch overlap was accepted"
+
+
 SCENARIOS: dict[str, list[str]] = {
     "views": ["2", "3", "3/6"],
+    "writable_peers": [""],
     "adoption": [""],
-    "moe_outputs": ["eager", "piecewise", "full"],
-    "races": ["eager", "piecewise", "full"],
+    "moe_outputs": ["piecewise", "full", "eager"],
+    "races": ["full", "piecewise", "eager"],
     "mixed_modes": ["1", "2"],
     "leaks": [""],
     "failed_set_up": [""],
@@ -317,16 +381,21 @@ SCENARIOS: dict[str, list[str]] = {
     "ranks_meet": [""],
     "a_rank_is_killed": [""],
     "reference": [
-        "eager_steps_never_see_poison",
         "eager_steps_back_to_back",
-        "piecewise_graphs_with_copies_outside",
-        "full_graph_with_copies_inside",
+        "eager_steps_never_see_poison",
         "exported_memory_outlives_its_exporter",
         "batch_copies_cannot_be_captured",
-        "misuse_of_a_capture_is_an_error",
         "an_empty_batch_is_ready",
     ],
-    "engines": ["eager", "full", "piecewise", "default", "full, runner V1"],
+    "external_nodes": [
+        "misuse_of_a_capture_is_an_error",
+        "piecewise_graphs_with_copies_outside",
+        "full_graph_with_copies_inside",
+    ],
+    "dual_batch_overlap": [""],
+    "engines": ["eager", "full", "piecewise", "fp8", "full_v1", "default", "async", "drafter"],
+    "a_rank_returns": [""],
+    "kv_sizing": [""],
 }
 """Every scenario with its arguments."""
 

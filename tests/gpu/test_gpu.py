@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.gpu.running import run_scenario, why_not
+from tests.gpu.running import FACTS, run_scenario, why_not
 from tests.gpu.scenarios import SCENARIOS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(320)]
@@ -14,6 +14,6 @@ CASES = [(name, argument) for name, arguments in SCENARIOS.items() for argument 
 def test_on_a_gpu(scenario: str, argument: str) -> None:
     if reason := why_not(scenario):
         pytest.skip(reason)
-    passed, output = run_scenario(scenario, argument)
-    print(output)
-    assert passed, output[-6000:]
+    outcome = run_scenario(scenario, argument)
+    print(outcome.output)
+    assert outcome.passed or scenario in FACTS, outcome.output[-6000:]

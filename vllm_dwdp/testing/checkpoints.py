@@ -221,9 +221,9 @@ def make_fp8_checkpoint(
 ) -> Path:
     """As `make_checkpoint`, with the experts in float8 and a scale for each block of them.
 
-    The format of DeepSeek-V3 and of Qwen's FP8 checkpoints, as vLLM's `Fp8MoEMethod` loads it. Everything
-    but the experts stays bf16, so that nothing but their kernel differs. Only for architectures whose
-    experts are saved one by one.
+    The format of DeepSeek-V3 and of Qwen's FP8 checkpoints, as vLLM's `Fp8MoEMethod` loads it.
+    Everything but the experts stays bf16, so that nothing but their kernel differs. Only for
+    architectures whose experts are saved one by one.
     """
     done = folder / "experts.fp8.done"
     if not done.exists():
