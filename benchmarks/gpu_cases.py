@@ -67,7 +67,14 @@ def all_cases() -> dict[str, Case]:
 
 
 def _toy(case: Case) -> Case:
-    """Small enough for a CPU."""
-    shape = replace(case.shape, num_experts=8, hidden_size=256, intermediate_size=320, top_k=2)
+    """Small enough for a CPU, with experts of more than a page where a rank lacks only one of them."""
+    hidden, intermediate = (1024, 1280) if case.on_host else (256, 320)
+    shape = replace(
+        case.shape,
+        num_experts=8,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        top_k=2,
+    )
     per_rank = 7 if case.on_host else None
     return replace(case, shape=shape, group_size=2, tokens=(4, 33), experts_per_rank=per_rank)

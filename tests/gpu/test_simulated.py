@@ -73,11 +73,14 @@ assert "ld.global.v4.b32" in ptx and "st.global.v4.b32" in ptx, ptx
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
-def test_the_benchmark_runs_and_its_ring_gives_the_bits_of_resident_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", ["qwen3-30b-a3b bf16", "qwen3-30b-a3b bf16 host"])
+def test_the_benchmark_runs_and_its_ring_gives_the_bits_of_resident_weights(
+    case: str, tmp_path: Path
+) -> None:
     target = tmp_path / "bench.json"
     command = [sys.executable, "benchmarks/bench_gpu.py", "--json", str(target), "--tokens", "5"]
     result = subprocess.run(
-        [*command, "--cases", "qwen3-30b-a3b bf16"],
+        [*command, "--cases", case],
         cwd=ROOT,
         env=simulated_environment() | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
