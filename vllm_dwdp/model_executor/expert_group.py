@@ -26,11 +26,12 @@ import torch
 
 from vllm_dwdp.config import DwdpLaunch
 from vllm_dwdp.distributed.rendezvous import PeerShard, Rendezvous
-from vllm_dwdp.errors import DwdpMemoryError, PeerMismatchError, TransferError
+from vllm_dwdp.errors import PeerMismatchError
 from vllm_dwdp.logger import format_gib, init_logger
-from vllm_dwdp.memory.device import Device, Handles, PeerMemory, Shard
+from vllm_dwdp.memory.device import Device, PeerMemory
 from vllm_dwdp.memory.layout import ModelLayout
 from vllm_dwdp.memory.limits import check_open_files, files_needed
+from vllm_dwdp.model_executor.adoption import adopt_shard, handles_of
 from vllm_dwdp.model_executor.composites import CompositeMapper, LayerView
 from vllm_dwdp.model_executor.expert_shard import ExpertShard
 from vllm_dwdp.model_executor.group_status import describe_group
@@ -145,7 +146,7 @@ class ExpertGroup:
 
     def _load(self, load_model: Callable[[], torch.nn.Module]) -> torch.nn.Module:
         """Load the model with our experts only, or adopt them from a survivor."""
-        adopted, layout = _adopt_shard(self.device, self.rendezvous, self.rank)
+        adopted, layout = adopt_shard(self.device, self.rendezvous, self.rank)
         self.shard = ExpertShard(self.launch.config, self.dwdp_rank, self.device, adopted)
         self._resources.callback(self.shard.close)
         started = time.monotonic()
@@ -226,7 +227,7 @@ class ExpertGroup:
             )
         if peer.layout != self.shard.layout_digest():
             raise PeerMismatchError(_other_layout(f"the experts of rank {rank} of the group"))
-        return self.device.open_peer(_handles_of(peer))
+        return self.device.open_peer(handles_of(peer))
 
     def _check_lent(self, rank: int, digest: bytes) -> None:
         """What a survivor kept of a dead rank must be what that rank published."""
@@ -371,48 +372,8 @@ def _num_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     return 0
 
 
-def _handles_of(peer: PeerShard) -> Handles:
-    return Handles(fds=peer.fds, fabric=peer.fabric_handles, num_bytes=peer.handle_bytes)
-
-
 def _other_layout(whose: str) -> str:
     return (
         f"{whose} are laid out for other kernels or parameters than this rank's. Start every rank with "
         "the same arguments and the same VLLM_* environment."
     )
-
-
-def _adopt_shard(device: Device, rendezvous: Rendezvous, rank: int) -> tuple[Shard | None, bytes]:
-    """This rank's shard of an earlier life and its layout, from a survivor that has it intact."""
-    refused = False
-    for kept in rendezvous.recover():
-        adopted = _try_to_adopt(device, kept, rank)
-        if adopted is not None:
-            return adopted, kept.layout
-        refused = True
-    if refused:
-        logger.warning(
-            "DWDP rank %d loads its experts from disk; they are held twice until the peers restart",
-            rank,
-        )
-    return None, b""
-
-
-def _try_to_adopt(device: Device, kept: PeerShard, rank: int) -> Shard | None:
-    """The memory behind `kept`, which is taken over, or None if it is not what was published."""
-    with ExitStack() as undo:
-        undo.callback(kept.close)
-        try:
-            adopted = device.adopt_shard(_handles_of(kept))
-        except (DwdpMemoryError, TransferError) as error:
-            logger.warning("DWDP rank %d cannot use its experts at a peer: %s", rank, error)
-            return None
-        undo.pop_all()
-        undo.callback(adopted.close)
-        if adopted.digest() == kept.digest:
-            undo.pop_all()
-            return adopted
-    logger.warning(
-        "DWDP rank %d: the experts that a peer kept for it are not what it published", rank
-    )
-    return None

@@ -14,7 +14,7 @@ from vllm_dwdp.distributed.peer import PeerShard
 from vllm_dwdp.errors import DwdpMemoryError, PeerMismatchError
 from vllm_dwdp.memory.device import Handles
 from vllm_dwdp.memory.host import HostDevice
-from vllm_dwdp.model_executor import expert_group
+from vllm_dwdp.model_executor import adoption
 from vllm_dwdp.model_executor.expert_group import ExpertGroup
 from vllm_dwdp.testing.expert_ranks import ExpertShape, RankMemory
 
@@ -92,7 +92,7 @@ def test_a_survivor_whose_copy_is_bad_is_passed_over(monkeypatch: pytest.MonkeyP
     device, rank = HostDevice(), RankMemory(HostDevice(), SHAPE, 1, 0, 2)
     kept = [published(rank, digest=b"changed"), published(rank), published(rank)]
     rendezvous: Any = SimpleNamespace(recover=lambda: iter(kept))
-    shard, layout = expert_group._adopt_shard(device, rendezvous, 0)
+    shard, layout = adoption.adopt_shard(device, rendezvous, 0)
     assert shard is not None and shard.digest() == rank.shard.memory.digest()
     assert layout == rank.shard.layout_digest()
     shard.close()
@@ -103,7 +103,7 @@ def test_a_survivor_whose_copy_is_bad_is_passed_over(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(device, "adopt_shard", refuse)
     kept = [published(rank)]
-    assert expert_group._adopt_shard(device, rendezvous, 0) == (None, b""), "it loads from disk"
+    assert adoption.adopt_shard(device, rendezvous, 0) == (None, b""), "it loads from disk"
     rank.close()
 
 
