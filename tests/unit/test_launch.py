@@ -95,6 +95,7 @@ def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LaunchPlan:
 def run(plan: LaunchPlan, folder: Path, react: Callable[[str, list[str]], None]) -> list[str]:
     """Launch until `react` ends it; it sees each reported line, and all so far."""
     lines: list[str] = []
+    before = psutil.Process().children()  # other tests' resource tracker
 
     def report(line: str) -> None:
         lines.append(line)
@@ -103,7 +104,7 @@ def run(plan: LaunchPlan, folder: Path, react: Callable[[str, list[str]], None])
     try:
         launch.launch(plan, folder / "logs", report)
     finally:
-        assert not psutil.Process().children(), "left behind"
+        assert psutil.Process().children() == before, "left behind"
     return lines
 
 
