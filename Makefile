@@ -47,7 +47,7 @@ bench-gpu: native-gpu
 	$(ON_GPU) benchmarks/bench_gpu.py
 
 native-gpu:
-	@test -e vllm_dwdp/libdwdp.so || $(GPU_PY) setup.py -q build_ext --inplace
+	@test -e vllm_dwdp/device/libdwdp.so || $(GPU_PY) setup.py -q build_ext --inplace
 
 lint:
 	@$(PY) -m ruff check .
@@ -58,4 +58,4 @@ format:
 	@$(PY) -m ruff check -q --fix . ; $(PY) -m ruff format .
 
 clean:
-	rm -rf build *.egg-info vllm_dwdp/libdwdp.so
+	rm -rf build *.egg-info vllm_dwdp/device/libdwdp.so

@@ -1,4 +1,4 @@
-"""Builds `csrc/` into `vllm_dwdp/libdwdp.so`: plain C++17, no torch, no CUDA toolkit.
+"""Builds `csrc/` into `vllm_dwdp/device/libdwdp.so`: plain C++17, no torch, no CUDA toolkit.
 
 One shared library with a C ABI serves every Python and every torch, so the wheel is `py3-none`.
 """
@@ -59,6 +59,6 @@ class UniversalWheel(bdist_wheel):
 
 
 setup(
-    ext_modules=[Extension("vllm_dwdp.libdwdp", sources=sorted(glob("csrc/*.cpp")))],
+    ext_modules=[Extension("vllm_dwdp.device.libdwdp", sources=sorted(glob("csrc/*.cpp")))],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": UniversalWheel},
 )

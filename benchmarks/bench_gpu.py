@@ -45,18 +45,18 @@ import torch
 from benchmarks.gpu_cases import NUM_LAYERS, SIMULATED, all_cases
 from benchmarks.gpu_model import MODES, SLICE_BYTES, WAYS, Model
 from benchmarks.gpu_table import broken_promises, print_table
-from vllm_dwdp.memory.tensor import tensor_at
-from vllm_dwdp.model_executor import ops
-from vllm_dwdp.model_executor.prefetch_rings import PrefetchRings
-from vllm_dwdp.testing.accelerator import Accelerator, accelerator
-from vllm_dwdp.testing.expert_ranks import (
+from gpu_checks.accelerator import Accelerator, accelerator
+from gpu_checks.expert_ranks import (
     RankMemory,
     local_ranks,
     peers_on_host,
     same_bytes,
 )
-from vllm_dwdp.testing.moe_kernels import choose_kernel, grouped_moe
-from vllm_dwdp.transfer.copy_plan import plan_layer_copies
+from gpu_checks.moe_kernels import choose_kernel, grouped_moe
+from vllm_dwdp.device.tensor import tensor_at
+from vllm_dwdp.model_executor import ops
+from vllm_dwdp.model_executor.rings import PrefetchRings
+from vllm_dwdp.prefetch.copy_plan import plan_layer_copies
 
 ROOT = Path(__file__).parents[1]
 STEPS_PER_ROUND = 3

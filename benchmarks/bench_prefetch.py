@@ -31,12 +31,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from vllm_dwdp.memory.layout import ModelLayout, WeightLayout
-from vllm_dwdp.placement import Placement
-from vllm_dwdp.testing.machine import describe_machine
-from vllm_dwdp.transfer.copy_plan import bytes_by_peer, plan_layer_copies
-from vllm_dwdp.transfer.host_queue import HostCopyQueue
-from vllm_dwdp.transfer.pipeline import PrefetchPipeline
+from vllm_dwdp.device.host_queue import HostCopyQueue
+from vllm_dwdp.entrypoints.bench.machine import describe_machine
+from vllm_dwdp.layout.composite import ModelLayout, WeightLayout
+from vllm_dwdp.layout.placement import Placement
+from vllm_dwdp.prefetch.copy_plan import bytes_by_peer, plan_layer_copies
+from vllm_dwdp.prefetch.ring import PrefetchPipeline
 
 SLICE_BYTES = 2 * 2**20
 LAYER_BYTES = 96 * 2**20

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_dwdp.memory.layout import ByteRange
+from vllm_dwdp.layout.composite import ByteRange
 from vllm_dwdp.model_executor.composites import CompositeMapper, LayerView
 
 CHUNK_BYTES = 64 * 1024

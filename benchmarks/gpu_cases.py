@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from vllm_dwdp.testing.accelerator import SIMULATED_ENV
-from vllm_dwdp.testing.expert_ranks import ExpertShape
+from gpu_checks.accelerator import SIMULATED_ENV
+from gpu_checks.expert_ranks import ExpertShape
 
 SIMULATED = os.environ.get(SIMULATED_ENV) == "1"
 NUM_LAYERS = 4  # even, so that the two slots alternate across the end of a step as well

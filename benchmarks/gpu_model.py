@@ -12,14 +12,14 @@ import torch.nn.functional as F
 
 from benchmarks.expert_gather import ExpertGather
 from benchmarks.gpu_cases import NUM_LAYERS
-from vllm_dwdp.cuda_driver import CudaCopyQueue
+from gpu_checks.accelerator import Accelerator
+from gpu_checks.expert_ranks import RankMemory
+from gpu_checks.moe_kernels import MoeKernel, Routing
+from vllm_dwdp.device.cuda_driver import CudaCopyQueue
 from vllm_dwdp.model_executor import ops
 from vllm_dwdp.model_executor.composites import CompositeMapper, LayerView
-from vllm_dwdp.model_executor.prefetch_rings import PrefetchRings
-from vllm_dwdp.testing.accelerator import Accelerator
-from vllm_dwdp.testing.expert_ranks import RankMemory
-from vllm_dwdp.testing.moe_kernels import MoeKernel, Routing
-from vllm_dwdp.transfer.copy_plan import plan_layer_copies
+from vllm_dwdp.model_executor.rings import PrefetchRings
+from vllm_dwdp.prefetch.copy_plan import plan_layer_copies
 
 SLICE_BYTES = 2 * 2**20
 MODES = ("eager", "piecewise", "full")

@@ -17,9 +17,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from vllm_dwdp.testing.checkpoints import make_checkpoint
-from vllm_dwdp.testing.machine import describe_machine
-from vllm_dwdp.testing.server import Server
+from vllm_dwdp.entrypoints.bench.checkpoints import make_checkpoint
+from vllm_dwdp.entrypoints.bench.machine import describe_machine
+from vllm_dwdp.entrypoints.launch.server import Server
 
 SHAPE = {"hidden_size": 1024, "moe_intermediate_size": 256, "num_hidden_layers": 8}
 HEADS = {"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64}

@@ -1,4 +1,4 @@
-// The C ABI that `vllm_dwdp/native.py` calls through ctypes. Bump the version with every change,
+// The C ABI that `vllm_dwdp/device/native.py` calls through ctypes. Bump the version with every change,
 // also of `cuda_abi.cpp`.
 #include "abi.h"
 

@@ -20,9 +20,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 
-from vllm_dwdp.memory.limits import proportional_set_bytes
-from vllm_dwdp.testing.checkpoints import make_checkpoint
-from vllm_dwdp.testing.server import Server, ServerError
+from vllm_dwdp.device.limits import proportional_set_bytes
+from vllm_dwdp.entrypoints.bench.checkpoints import make_checkpoint
+from vllm_dwdp.entrypoints.launch.server import Server, ServerError
 
 NUM_RANKS = 2
 CHECKPOINT = Path(os.environ.get("DEMO_CHECKPOINT", "/tmp/vllm-dwdp-demo/qwen3-moe"))

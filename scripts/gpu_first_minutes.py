@@ -35,30 +35,30 @@ from typing import Any, NoReturn
 
 import torch
 
-from tests.gpu import external_nodes
-from vllm_dwdp.compat import cuda_graphs
-from vllm_dwdp.cuda_driver import CudaCopyQueue, CudaDevice, ReadOnlyAccessError
-from vllm_dwdp.errors import DwdpError, TransferError
-from vllm_dwdp.memory.tensor import tensor_at
-from vllm_dwdp.model_executor import ops
-from vllm_dwdp.model_executor.prefetch_rings import PrefetchRings
-from vllm_dwdp.testing.accelerator import SIMULATED_ENV, Accelerator, accelerator
-from vllm_dwdp.testing.expert_ranks import (
+from gpu_checks.accelerator import SIMULATED_ENV, Accelerator, accelerator
+from gpu_checks.expert_ranks import (
     ExpertShape,
     RankMemory,
     local_ranks,
     peers_on_host,
     same_bytes,
 )
-from vllm_dwdp.testing.fake_cuda import ComputeStream
-from vllm_dwdp.testing.moe_kernels import Routing, choose_kernel
-from vllm_dwdp.testing.ring_check import (
+from gpu_checks.fake_cuda import ComputeStream
+from gpu_checks.moe_kernels import Routing, choose_kernel
+from gpu_checks.ring_check import (
     RingCheck,
     provoke_races,
     without_records,
     without_waits,
 )
-from vllm_dwdp.transfer.graph_ring import RingGraph
+from tests.gpu import external_nodes
+from vllm_dwdp.compat.worker import cuda_graphs
+from vllm_dwdp.device.cuda_driver import CudaCopyQueue, CudaDevice, ReadOnlyAccessError
+from vllm_dwdp.device.tensor import tensor_at
+from vllm_dwdp.errors import DwdpError, TransferError
+from vllm_dwdp.model_executor import ops
+from vllm_dwdp.model_executor.rings import PrefetchRings
+from vllm_dwdp.prefetch.captured_ring import RingGraph
 
 ROOT = Path(__file__).parents[1]
 PAGE = 2 * 2**20

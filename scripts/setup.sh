@@ -55,7 +55,7 @@ if ! [ -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
   touch "$stamp"
 fi
 # The library is rebuilt whenever a source is newer than it.
-if [ -n "$(find csrc setup.py -newer vllm_dwdp/libdwdp.so 2>/dev/null || echo missing)" ]; then
+if [ -n "$(find csrc setup.py -newer vllm_dwdp/device/libdwdp.so 2>/dev/null || echo missing)" ]; then
   say "building the copy engine"
   .venv/bin/python setup.py -q build_ext --inplace
 fi

@@ -11,7 +11,7 @@ __all__ = ["LLM", "__version__", "register"]
 
 def register() -> None:
     """vLLM's plugin entry point: teach `EngineArgs` the backend name `dwdp`. Idempotent."""
-    from vllm_dwdp.compat.engine_args import install
+    from vllm_dwdp.compat.frontend.engine_args import install
 
     install()
 

@@ -29,7 +29,7 @@ def test_vllm_is_in_the_tested_range() -> None:
 def test_engine_args_has_every_field_that_is_refused_with_the_neutral_value_as_default() -> None:
     from vllm import EngineArgs
 
-    from vllm_dwdp.compat.engine_args import _REFUSED
+    from vllm_dwdp.compat.frontend.engine_args import _REFUSED
 
     defaults = {field.name: field.default for field in dataclasses.fields(EngineArgs)}
     for field, flag, neutral, _ in _REFUSED:
@@ -58,14 +58,14 @@ def test_independence_is_keyed_on_is_moe() -> None:
 def test_the_independent_config_pickles_by_reference() -> None:
     import pickletools
 
-    from vllm_dwdp.compat.independent import IndependentModelConfig
+    from vllm_dwdp.compat.worker.independent import IndependentModelConfig
 
     strings = [
         argument
         for _, argument, _ in pickletools.genops(__import__("pickle").dumps(IndependentModelConfig))
         if isinstance(argument, str)
     ]
-    assert strings == ["vllm_dwdp.compat.independent", "IndependentModelConfig"]
+    assert strings == ["vllm_dwdp.compat.worker.independent", "IndependentModelConfig"]
 
 
 def test_expert_map_fields() -> None:
@@ -137,7 +137,7 @@ def test_checkpoint_reader_hooks() -> None:
 def test_wrappable_classes_exist() -> None:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
-    from vllm_dwdp.compat.moe import wrappable_classes
+    from vllm_dwdp.compat.worker.moe import wrappable_classes
 
     assert all(issubclass(cls, RoutedExperts) for cls in wrappable_classes())
 
@@ -152,7 +152,7 @@ def test_cpu_worker_sizes_by_resident_memory() -> None:
 def test_cpu_binding_variable() -> None:
     from vllm import envs
 
-    from vllm_dwdp.compat.cpu import BIND_ENV
+    from vllm_dwdp.compat.worker.cpu import BIND_ENV
 
     assert BIND_ENV in envs.environment_variables
     assert envs.environment_variables[BIND_ENV]() == "auto"
@@ -180,7 +180,7 @@ def test_servers_bind_through_setup_server_and_listen_once_engines_are_up() -> N
 
     from vllm.entrypoints.launchers import launcher
 
-    from vllm_dwdp.compat.admission import SERVER_MODULES
+    from vllm_dwdp.compat.frontend.admission import SERVER_MODULES
 
     for name in SERVER_MODULES:
         module = import_module(name)
@@ -236,7 +236,7 @@ def test_executor_and_worker_hooks() -> None:
 
 
 def test_graphs_are_captured_and_replayed_through_torchs_class() -> None:
-    """All of vLLM's Python: what `compat.cuda_graphs` wraps is all there is; a miss is named."""
+    """All of vLLM's Python: what `compat.worker.cuda_graphs` wraps is all there is; a miss is named."""
     import vllm
 
     root = Path(vllm.__file__).parent
@@ -371,7 +371,7 @@ def test_weights_held_outside_are_part_of_the_memory_budget_and_need_not_be_free
     from vllm.v1.worker.gpu_worker import Worker
     from vllm.v1.worker.utils import request_memory
 
-    from vllm_dwdp.compat.gpu import weights_held_outside
+    from vllm_dwdp.compat.worker.gpu import weights_held_outside
 
     text = source(Worker.init_device)
     asked = text.index("get_external_weight_memory(self.vllm_config)")

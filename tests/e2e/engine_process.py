@@ -48,7 +48,7 @@ def run(case: dict[str, Any], rank: int) -> dict[str, Any]:
     with replaced(case["replace"]) if "replace" in case else contextlib.nullcontext():
         result = run_case(case, rank)
     if "simulated" in json.dumps(case):
-        from vllm_dwdp.testing.fake_cuda import live_objects
+        from gpu_checks.fake_cuda import live_objects
 
         gc.collect()
         result["cuda_left"] = dataclasses.asdict(live_objects())
@@ -57,7 +57,7 @@ def run(case: dict[str, Any], rank: int) -> dict[str, Any]:
 
 def make_simulated_device(worker: Any) -> Any:
     """In the place of `DwdpCPUWorker.make_device`."""
-    from vllm_dwdp.testing.simulated_cuda import SimulatedCudaMemory
+    from gpu_checks.simulated_cuda import SimulatedCudaMemory
 
     return SimulatedCudaMemory()
 
@@ -251,7 +251,7 @@ def make_engine(case: dict[str, Any]) -> Any:
 def make_executor_class(dwdp: bool) -> type:
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-    from vllm_dwdp.compat import independent
+    from vllm_dwdp.compat.worker import independent
 
     class InProcessExecutor(UniProcExecutor):
         """The worker in this process; `DwdpExecutor` would start another one."""

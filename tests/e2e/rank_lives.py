@@ -23,23 +23,23 @@ from typing import Any
 from tests.e2e import engine_process
 from tests.e2e.engine_process import PROMPTS, close_engine, find, footprint, generate, make_engine
 from vllm_dwdp.distributed.endpoint import Endpoint
-from vllm_dwdp.distributed.rendezvous import query_status
-from vllm_dwdp.testing.server import free_ports
+from vllm_dwdp.distributed.membership import query_status
+from vllm_dwdp.entrypoints.launch.server import free_ports
 
-GROUP = "vllm_dwdp.model_executor.expert_group:ExpertGroup"
+GROUP = "vllm_dwdp.model_executor.group:ExpertGroup"
 JOIN_TIMEOUT_S = 8.0
 """Of the ranks that can only give up: more than two starts differ, on a busy machine too."""
 LIFE_TIMEOUT_S = 90.0
 
 BEFORE_SERVING = {
-    "hello": "vllm_dwdp.distributed.rendezvous:Rendezvous.meet",
+    "hello": "vllm_dwdp.distributed.membership:Rendezvous.meet",
     "mapping": f"{GROUP}._map_peer",
-    "completing": "vllm_dwdp.distributed.rendezvous:Rendezvous.announce_ready",
+    "completing": "vllm_dwdp.distributed.membership:Rendezvous.announce_ready",
 }
 """Rank 0 is killed here, and rank 1 can only give up by its deadline."""
 
 WHILE_SERVING = {
-    "first prefetch": ("vllm_dwdp.transfer.pipeline:PrefetchPipeline.begin_forward", 0),
+    "first prefetch": ("vllm_dwdp.prefetch.ring:PrefetchPipeline.begin_forward", 0),
     "hand-over": (f"{GROUP}._meet", 0),
     "binding": (f"{GROUP}._bind", 0),
     "steady state": ("vllm_dwdp.executor.worker:DwdpWorker.execute_model", 7),

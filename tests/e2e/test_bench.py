@@ -15,7 +15,7 @@ def test_bench_measures_ranks_alone_and_beside_long_prompts(tmp_path: Path) -> N
     output, picture = tmp_path / "result.json", tmp_path / "result.png"
     ended = subprocess.run(
         [
-            *(sys.executable, "-m", "vllm_dwdp.entrypoints.cli", "bench", "--smoke"),
+            *(sys.executable, "-m", "vllm_dwdp.entrypoints.cli.main", "bench", "--smoke"),
             *("--output", str(output), "--png", str(picture)),
         ],
         capture_output=True,

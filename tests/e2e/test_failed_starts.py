@@ -18,28 +18,28 @@ import pytest
 
 from tests.e2e.conftest import Checkpoints
 from tests.e2e.matrix import run_cases
-from vllm_dwdp.entrypoints.status import find_ranks
-from vllm_dwdp.testing.server import VLLM, free_ports
+from vllm_dwdp.entrypoints.cli.status import find_ranks
+from vllm_dwdp.entrypoints.launch.server import VLLM, free_ports
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
-GROUP = "vllm_dwdp.model_executor.expert_group"
+GROUP = "vllm_dwdp.model_executor.group"
 STEPS = {
-    "making the shard": "vllm_dwdp.memory.host:HostShard.append",
+    "making the shard": "vllm_dwdp.device.host:HostShard.append",
     "publishing a layer": "vllm_dwdp.model_executor.expert_shard:ExpertShard.publish_layer",
-    "sealing": "vllm_dwdp.memory.host:HostShard.seal",
-    "reopening read-only": "vllm_dwdp.memory.host:HostShard.export",
-    "listening": "vllm_dwdp.distributed.rendezvous:Rendezvous.start",
-    "publishing": "vllm_dwdp.distributed.rendezvous:Rendezvous.publish",
-    "meeting": "vllm_dwdp.distributed.rendezvous:Rendezvous.meet",
+    "sealing": "vllm_dwdp.device.host:HostShard.seal",
+    "reopening read-only": "vllm_dwdp.device.host:HostShard.export",
+    "listening": "vllm_dwdp.distributed.membership:Rendezvous.start",
+    "publishing": "vllm_dwdp.distributed.membership:Rendezvous.publish",
+    "meeting": "vllm_dwdp.distributed.membership:Rendezvous.meet",
     "mapping a peer": f"{GROUP}:ExpertGroup._map_peer",
     "edges": "vllm_dwdp.model_executor.expert_shard:ExpertShard.fill_edges",
-    "announcing": "vllm_dwdp.distributed.rendezvous:Rendezvous.announce_ready",
-    "slots": "vllm_dwdp.memory.host:HostSlots.__init__",
-    "composites": "vllm_dwdp.memory.host:map_composite",
+    "announcing": "vllm_dwdp.distributed.membership:Rendezvous.announce_ready",
+    "slots": "vllm_dwdp.device.host:HostSlots.__init__",
+    "composites": "vllm_dwdp.device.host:map_composite",
     "binding": "vllm_dwdp.model_executor.routed_experts:DwdpRoutedExperts.bind",
-    "copy threads": "vllm_dwdp.memory.host:HostCopyQueue",
-    "the ring": "vllm_dwdp.model_executor.prefetch_rings:PrefetchPipeline",
+    "copy threads": "vllm_dwdp.device.host:HostCopyQueue",
+    "the ring": "vllm_dwdp.model_executor.rings:PrefetchPipeline",
 }
 
 
@@ -101,7 +101,7 @@ def test_models_and_parameters_that_cannot_be_shared_are_refused(
     listed = [
         common
         | {"name": "class", "model": checkpoints("mixtral", 8)}
-        | {"replace": ["vllm_dwdp.compat.moe:wrappable_classes", "builtins:tuple"]},
+        | {"replace": ["vllm_dwdp.compat.worker.moe:wrappable_classes", "builtins:tuple"]},
         common
         | {"name": "bias", "model": checkpoints("gpt_oss", 8)}
         | {"replace": [declared, {"UnquantizedFusedMoEMethod": ["w13_weight", "w2_weight"]}]},

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from gpu_checks.accelerator import simulated_environment
 from tests.gpu.running import VLLM, run_scenario
 from tests.gpu.scenarios import SCENARIOS
-from vllm_dwdp.testing.accelerator import simulated_environment
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(330)]

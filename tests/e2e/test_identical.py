@@ -12,7 +12,7 @@ import pytest
 
 from tests.e2e.conftest import Checkpoints
 from tests.e2e.matrix import run_cases
-from vllm_dwdp.testing.checkpoints import ARCHITECTURES
+from vllm_dwdp.entrypoints.bench.checkpoints import ARCHITECTURES
 
 pytestmark = pytest.mark.e2e
 

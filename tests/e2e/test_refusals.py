@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import Checkpoints
-from vllm_dwdp import native
+from vllm_dwdp.device import native
+from vllm_dwdp.entrypoints.launch.server import VLLM
 from vllm_dwdp.errors import DwdpConfigError, DwdpUnsupportedError, NativeLibraryError
-from vllm_dwdp.testing.server import VLLM
 
 pytestmark = pytest.mark.e2e
 
@@ -82,7 +82,7 @@ def test_prefetch_without_the_native_library(
 def test_a_device_without_an_implementation(
     checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vllm_dwdp.compat.engine_args._device_type", lambda: "tpu")
+    monkeypatch.setattr("vllm_dwdp.compat.frontend.engine_args._device_type", lambda: "tpu")
     with pytest.raises(DwdpUnsupportedError, match=r"runs on CPUs and NVIDIA GPUs.*for 'tpu'"):
         configure(checkpoints("qwen3_moe"))
 
@@ -91,7 +91,7 @@ def test_on_a_gpu_its_worker_is_chosen_with_a_warning(
     checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only the answer of the platform is replaced: what no GPU has run must not look as if it had."""
-    from vllm_dwdp.compat import engine_args
+    from vllm_dwdp.compat.frontend import engine_args
 
     said: list[str] = []
     monkeypatch.setattr(engine_args, "_device_type", lambda: "cuda")
@@ -105,7 +105,7 @@ def test_on_a_gpu_its_worker_is_chosen_with_a_warning(
 def test_a_dense_model(tmp_path: Any) -> None:
     import transformers
 
-    from vllm_dwdp.testing import checkpoints
+    from vllm_dwdp.entrypoints.bench.run import checkpoints
 
     config = transformers.Qwen3Config(
         **(checkpoints._COMMON | {"intermediate_size": 64, "num_hidden_layers": 1})

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import Checkpoints
-from vllm_dwdp.memory.limits import proportional_set_bytes
-from vllm_dwdp.testing.server import Server, serving
+from vllm_dwdp.device.limits import proportional_set_bytes
+from vllm_dwdp.entrypoints.launch.server import Server, serving
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 

@@ -1,6 +1,6 @@
 """Real engines on CPU kernels, whose expert memory is the CUDA device's over the fake driver.
 
-No evidence about hardware: what runs here is `memory.cuda`, the handles between processes (hundreds of
+No evidence about hardware: what runs here is `device.cuda`, the handles between processes (hundreds of
 descriptors), edges at 2 MiB pages, pooled slots, the copy queue's order, both views of `auto`.
 """
 
@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from gpu_checks.fake_cuda import fake_cuda_environment
 from tests.e2e.conftest import Checkpoints
 from tests.e2e.matrix import run_cases
-from vllm_dwdp.testing.fake_cuda import fake_cuda_environment
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 

@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from tests.e2e.conftest import Checkpoints
-from vllm_dwdp.testing.server import Server, ServerError, free_ports
+from vllm_dwdp.entrypoints.launch.server import Server, ServerError, free_ports
 
 NUM_KILLS = int(os.environ.get("DWDP_KILLS", "1"))
 SEED = int(os.environ.get("DWDP_SEED", "5"))
@@ -274,7 +274,7 @@ def test_launch_restarts_a_killed_rank_behind_the_router(
     pytest.importorskip("vllm_router")
     (port,) = free_ports(1)
     log = tmp_path / "launch.log"
-    command = [sys.executable, "-m", "vllm_dwdp.entrypoints.cli", "launch"]
+    command = [sys.executable, "-m", "vllm_dwdp.entrypoints.cli.main", "launch"]
     command += [checkpoints("mixtral", 8), "--ranks", "2", "--port", str(port)]
     command += ["--logs", str(tmp_path / "logs"), *SETTINGS]
     with log.open("wb") as output:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import Checkpoints
-from vllm_dwdp.testing.server import Server
+from vllm_dwdp.entrypoints.launch.server import Server
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.unit.distributed.test_messages import fingerprint
 from vllm_dwdp.distributed import messages
 from vllm_dwdp.distributed.endpoint import Endpoint
-from vllm_dwdp.distributed.rendezvous import Rendezvous
+from vllm_dwdp.distributed.membership import Rendezvous
 from vllm_dwdp.distributed.secure import SecureChannel
 from vllm_dwdp.errors import RendezvousError
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_dwdp.testing.server import free_ports
+from vllm_dwdp.entrypoints.launch.server import free_ports
 
 ROOT = Path(__file__).parents[2]
 ENGINES_S = 280
@@ -109,7 +109,7 @@ SHARING = {
 
 
 def is_simulated() -> bool:
-    from vllm_dwdp.testing.accelerator import SIMULATED_ENV
+    from gpu_checks.accelerator import SIMULATED_ENV
 
     return os.environ.get(SIMULATED_ENV) == "1"
 
@@ -154,7 +154,7 @@ def compare_engines(name: str) -> None:
 
 def make_model(folder: Path, *, fp8: bool = False, **overrides: Any) -> Path:
     """A small qwen3_moe."""
-    from vllm_dwdp.testing.checkpoints import make_checkpoint, make_fp8_checkpoint
+    from vllm_dwdp.entrypoints.bench.checkpoints import make_checkpoint, make_fp8_checkpoint
 
     make = make_fp8_checkpoint if fp8 else make_checkpoint
     return make(folder, "qwen3_moe", 8, **(CHECKPOINT | overrides))

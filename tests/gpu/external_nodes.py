@@ -1,7 +1,7 @@
 """External event nodes: what a graph that waits for, or records, a copy queue's events would do.
 
 Nothing documents whether such a node looks at its event when its graph is launched or when it runs.
-The product does not use them (`vllm_dwdp.transfer.graph_ring` says why), so that every answer is a
+The product does not use them (`vllm_dwdp.prefetch.captured_ring` says why), so that every answer is a
 fact, also none: where nodes look when they run, graphs and refills may wait for each other for ever.
 Ask only in a process with a time limit. The fake driver can play both.
 """
@@ -9,8 +9,8 @@ Ask only in a process with a time limit. The fake driver can play both.
 import contextlib
 from collections.abc import Iterator
 
-from vllm_dwdp.cuda_driver import CudaCopyQueue, CudaDevice
-from vllm_dwdp.testing.fake_cuda import ComputeStream, Graph
+from gpu_checks.fake_cuda import ComputeStream, Graph
+from vllm_dwdp.device.cuda_driver import CudaCopyQueue, CudaDevice
 
 PAGE = 2 * 2**20
 NUM_LAYERS, LAYERS_PER_GRAPH, NUM_SLOTS = 6, 2, 2

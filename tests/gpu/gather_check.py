@@ -2,10 +2,10 @@
 
 import torch
 
+from gpu_checks.accelerator import accelerator
+from gpu_checks.expert_ranks import ExpertShape, local_ranks, same_bytes
+from gpu_checks.moe_kernels import Routing
 from vllm_dwdp.model_executor import ops
-from vllm_dwdp.testing.accelerator import accelerator
-from vllm_dwdp.testing.expert_ranks import ExpertShape, local_ranks, same_bytes
-from vllm_dwdp.testing.moe_kernels import Routing
 
 
 def check_gather() -> None:

@@ -121,8 +121,8 @@ def check(rank: Any, direct: Any, rings: Any, gpu: Any) -> list[str]:
     """What is wrong with either view of any layer."""
     import torch
 
+    from gpu_checks.expert_ranks import wrong_weights
     from vllm_dwdp.model_executor import ops
-    from vllm_dwdp.testing.expert_ranks import wrong_weights
 
     tick = torch.zeros(1, device=gpu.device)
     wrong = []
@@ -141,13 +141,13 @@ def main() -> None:
     number, size, endpoint = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     import torch
 
+    from gpu_checks.accelerator import accelerator
+    from gpu_checks.expert_ranks import RankMemory
+    from gpu_checks.ring_check import provoke_races
     from tests.gpu.scenarios import SHAPE
+    from vllm_dwdp.device.base import Handles
     from vllm_dwdp.distributed.endpoint import Endpoint
-    from vllm_dwdp.distributed.rendezvous import Rendezvous
-    from vllm_dwdp.memory.device import Handles
-    from vllm_dwdp.testing.accelerator import accelerator
-    from vllm_dwdp.testing.expert_ranks import RankMemory
-    from vllm_dwdp.testing.ring_check import provoke_races
+    from vllm_dwdp.distributed.membership import Rendezvous
 
     provoke_races(300)
     gpu = accelerator()

@@ -15,26 +15,26 @@ from pathlib import Path
 
 import torch
 
-from tests.gpu.processes import Rank
-from vllm_dwdp.memory.cuda import CudaMemory
-from vllm_dwdp.memory.device import Handles
-from vllm_dwdp.model_executor import ops
-from vllm_dwdp.model_executor.measure import measure_costs
-from vllm_dwdp.testing.accelerator import Accelerator, accelerator
-from vllm_dwdp.testing.expert_ranks import (
+from gpu_checks.accelerator import Accelerator, accelerator
+from gpu_checks.expert_ranks import (
     ExpertShape,
     RankMemory,
     local_ranks,
     same_bytes,
     wrong_weights,
 )
-from vllm_dwdp.testing.moe_kernels import Routing, choose_kernel
-from vllm_dwdp.testing.ring_check import (
+from gpu_checks.moe_kernels import Routing, choose_kernel
+from gpu_checks.ring_check import (
     RingCheck,
     provoke_races,
     without_records,
     without_waits,
 )
+from tests.gpu.processes import Rank
+from vllm_dwdp.device.base import Handles
+from vllm_dwdp.device.cuda import CudaMemory
+from vllm_dwdp.model_executor import ops
+from vllm_dwdp.model_executor.measure import measure_costs
 
 # Experts of 0.69 and 0.34 MiB: many end within a page of 2 MiB, and none on its end.
 SHAPE = ExpertShape(num_experts=7, hidden_size=256, intermediate_size=704, top_k=2)
@@ -309,7 +309,7 @@ def a_rank_is_killed(_: str) -> None:
 
 def reference(scenario: str) -> None:
     """What the fake driver assumes of a real one; if it fails, the fake is wrong somewhere."""
-    from tests.unit import cuda_scenarios
+    from tests.unit.device import cuda_scenarios
 
     getattr(cuda_scenarios, scenario)()
 

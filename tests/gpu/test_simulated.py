@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from gpu_checks.accelerator import simulated_environment
 from tests.gpu import __main__ as runner
 from tests.gpu.kv_sizing import MIB, SHARING, check_sizing
 from tests.gpu.returning import check_memory
 from tests.gpu.running import VLLM, Outcome, run_scenario
 from tests.gpu.scenarios import SCENARIOS
-from vllm_dwdp.testing.accelerator import simulated_environment
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(200)]

@@ -10,9 +10,9 @@ import os
 import sys
 
 from tests.multiprocess.test_rendezvous import rank
+from vllm_dwdp.device.base import Handles
+from vllm_dwdp.device.host import HostDevice
 from vllm_dwdp.distributed.endpoint import Endpoint
-from vllm_dwdp.memory.device import Handles
-from vllm_dwdp.memory.host import HostDevice
 
 NUM_BYTES = 4096
 

@@ -22,9 +22,9 @@ from tests.multiprocess.test_tcp import base_port, secret_file
 from tests.unit.distributed.test_messages import fingerprint
 from vllm_dwdp.config import make_abstract_endpoint
 from vllm_dwdp.distributed import messages, server
+from vllm_dwdp.distributed.connection import PacketLine
 from vllm_dwdp.distributed.endpoint import Endpoint
-from vllm_dwdp.distributed.line import PacketLine
-from vllm_dwdp.distributed.rendezvous import query_status
+from vllm_dwdp.distributed.membership import query_status
 from vllm_dwdp.distributed.tcp import TcpEndpoint
 from vllm_dwdp.errors import RendezvousError, SecretMismatchError
 

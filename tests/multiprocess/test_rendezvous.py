@@ -20,7 +20,7 @@ from tests.unit.distributed.test_messages import fingerprint
 from vllm_dwdp.config import make_abstract_endpoint
 from vllm_dwdp.distributed import messages
 from vllm_dwdp.distributed.endpoint import Endpoint
-from vllm_dwdp.distributed.rendezvous import Rendezvous, query_status
+from vllm_dwdp.distributed.membership import Rendezvous, query_status
 from vllm_dwdp.errors import (
     DwdpConfigError,
     JoinTimeoutError,

@@ -16,15 +16,15 @@ import pytest
 from tests.multiprocess.test_rendezvous import nothing_leaks, rank  # noqa: F401
 from vllm_dwdp.distributed import messages
 from vllm_dwdp.distributed.endpoint import Endpoint
-from vllm_dwdp.distributed.rendezvous import Rendezvous, query_status
+from vllm_dwdp.distributed.membership import Rendezvous, query_status
 from vllm_dwdp.distributed.tcp import TcpEndpoint
+from vllm_dwdp.entrypoints.launch.server import free_ports
 from vllm_dwdp.errors import (
     DwdpConfigError,
     JoinTimeoutError,
     RendezvousError,
     SecretMismatchError,
 )
-from vllm_dwdp.testing.server import free_ports
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(60)]
 

@@ -2,8 +2,8 @@
 
 from hypothesis import strategies as st
 
-from vllm_dwdp.memory.layout import ModelLayout, WeightLayout
-from vllm_dwdp.placement import Placement
+from vllm_dwdp.layout.composite import ModelLayout, WeightLayout
+from vllm_dwdp.layout.placement import Placement
 
 
 @st.composite

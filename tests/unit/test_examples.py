@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import yaml
 
-from vllm_dwdp import metrics
+from vllm_dwdp.compat.frontend import metrics
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.distributed.endpoint import Endpoint
-from vllm_dwdp.entrypoints import launch
-from vllm_dwdp.entrypoints.launch import LaunchPlan
+from vllm_dwdp.entrypoints.launch import launcher as launch
+from vllm_dwdp.entrypoints.launch.launcher import LaunchPlan
 
 DEPLOY = Path(__file__).parents[2] / "examples" / "deploy"
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from typing import ClassVar
 
 from vllm_dwdp.config import DwdpLaunch
-from vllm_dwdp.distributed.line import Line
+from vllm_dwdp.distributed.connection import Line
 from vllm_dwdp.errors import DwdpConfigError
 
 BACKLOG = 128

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
-from vllm_dwdp.distributed import line as lines
+from vllm_dwdp.distributed import connection as lines
 from vllm_dwdp.distributed import messages
-from vllm_dwdp.distributed.line import Line
+from vllm_dwdp.distributed.connection import Line
 from vllm_dwdp.errors import RendezvousError
 from vllm_dwdp.logger import init_logger
 

@@ -15,8 +15,8 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
+from vllm_dwdp.distributed.connection import SecureLine
 from vllm_dwdp.distributed.endpoint import BACKLOG, LINGER_S, Endpoint
-from vllm_dwdp.distributed.line import SecureLine
 from vllm_dwdp.errors import DwdpConfigError, ProtocolError, RendezvousError, SecretMismatchError
 
 MIN_SECRET_BYTES = 16

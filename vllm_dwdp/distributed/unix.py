@@ -17,8 +17,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from vllm_dwdp.distributed.connection import PacketLine
 from vllm_dwdp.distributed.endpoint import BACKLOG, LINGER_S, Endpoint
-from vllm_dwdp.distributed.line import PacketLine
 from vllm_dwdp.errors import ProtocolError, RendezvousError
 
 LOCK_TIMEOUT_S = 10.0

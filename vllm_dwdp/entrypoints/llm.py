@@ -5,8 +5,8 @@ from typing import Any
 
 import vllm
 
-from vllm_dwdp.compat.engine_args import BACKEND, install, offline_data_parallel
-from vllm_dwdp.compat.offline import rank_client
+from vllm_dwdp.compat.frontend.engine_args import BACKEND, install, offline_data_parallel
+from vllm_dwdp.compat.frontend.offline import rank_client
 from vllm_dwdp.errors import DwdpConfigError
 
 

@@ -2,10 +2,10 @@
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_dwdp.compat import cpu
+from vllm_dwdp.compat.worker import cpu
+from vllm_dwdp.device.base import Device
+from vllm_dwdp.device.host import HostDevice
 from vllm_dwdp.executor.worker import DwdpWorker
-from vllm_dwdp.memory.device import Device
-from vllm_dwdp.memory.host import HostDevice
 
 
 class DwdpCPUWorker(DwdpWorker, CPUWorker):

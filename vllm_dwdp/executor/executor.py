@@ -8,7 +8,7 @@ from vllm import envs
 from vllm.platforms import current_platform
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
-from vllm_dwdp.compat import cpu, independent
+from vllm_dwdp.compat.worker import cpu, independent
 from vllm_dwdp.logger import init_logger
 
 logger = init_logger(__name__)

@@ -5,11 +5,11 @@ from contextlib import closing
 import torch
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_dwdp.compat import gpu
+from vllm_dwdp.compat.worker import gpu
+from vllm_dwdp.device.base import Device
+from vllm_dwdp.device.cuda import CudaMemory
 from vllm_dwdp.distributed.endpoint import Endpoint
 from vllm_dwdp.executor.worker import DwdpWorker
-from vllm_dwdp.memory.cuda import CudaMemory
-from vllm_dwdp.memory.device import Device
 
 
 class DwdpGPUWorker(DwdpWorker, Worker):

@@ -12,7 +12,7 @@ import vllm_dwdp
 from vllm_dwdp.config import DwdpLaunch
 from vllm_dwdp.distributed.endpoint import Endpoint
 from vllm_dwdp.distributed.fingerprint import Fingerprint, checkpoint_digest
-from vllm_dwdp.distributed.rendezvous import Rendezvous
+from vllm_dwdp.distributed.membership import Rendezvous
 from vllm_dwdp.logger import init_logger
 
 logger = init_logger(__name__)

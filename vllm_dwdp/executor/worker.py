@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from vllm_dwdp.compat import independent
+from vllm_dwdp.compat.worker import independent
 from vllm_dwdp.config import DwdpLaunch
-from vllm_dwdp.distributed.rendezvous import Rendezvous
+from vllm_dwdp.device.base import Device
+from vllm_dwdp.distributed.membership import Rendezvous
 from vllm_dwdp.errors import DwdpUnsupportedError
 from vllm_dwdp.executor.identity import make_rendezvous
 from vllm_dwdp.logger import init_logger
-from vllm_dwdp.memory.device import Device
-from vllm_dwdp.model_executor.expert_group import ExpertGroup
+from vllm_dwdp.model_executor.group import ExpertGroup
 
 logger = init_logger(__name__)
 

@@ -6,10 +6,10 @@ the rank loads from disk.
 
 from contextlib import ExitStack
 
-from vllm_dwdp.distributed.rendezvous import PeerShard, Rendezvous
+from vllm_dwdp.device.base import Device, Handles, Shard
+from vllm_dwdp.distributed.membership import PeerShard, Rendezvous
 from vllm_dwdp.errors import DwdpMemoryError, TransferError
 from vllm_dwdp.logger import init_logger
-from vllm_dwdp.memory.device import Device, Handles, Shard
 
 logger = init_logger(__name__)
 

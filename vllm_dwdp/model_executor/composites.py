@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_dwdp.memory.device import Device, PeerMemory, Segment, Shard, Slots
-from vllm_dwdp.memory.layout import LayerLayout, ModelLayout
-from vllm_dwdp.memory.slots import SlotLayout
-from vllm_dwdp.memory.tensor import tensor_at
+from vllm_dwdp.device.base import Device, PeerMemory, Segment, Shard, Slots
+from vllm_dwdp.device.tensor import tensor_at
+from vllm_dwdp.layout.composite import LayerLayout, ModelLayout
+from vllm_dwdp.layout.slots import SlotLayout
 from vllm_dwdp.model_executor.expert_shard import ShardedLayer
 
 

@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from vllm_dwdp.compat import moe
+from vllm_dwdp.compat.worker import moe
 from vllm_dwdp.config import DwdpConfig
+from vllm_dwdp.device.base import Device, Mapping, PeerMemory, Shard
+from vllm_dwdp.device.tensor import tensor_at
 from vllm_dwdp.errors import DwdpUnsupportedError
-from vllm_dwdp.memory.device import Device, Mapping, PeerMemory, Shard
-from vllm_dwdp.memory.layout import ModelLayout, WeightLayout
-from vllm_dwdp.memory.tensor import tensor_at
+from vllm_dwdp.layout.composite import ModelLayout, WeightLayout
+from vllm_dwdp.layout.placement import Placement
 from vllm_dwdp.model_executor.expert_parameters import declared_names, per_expert_parameters
 from vllm_dwdp.model_executor.routed_experts import DwdpRoutedExperts, shard_layer_class
-from vllm_dwdp.placement import Placement
 
 
 @dataclass(kw_only=True)

@@ -4,7 +4,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm_dwdp.model_executor.expert_group import ExpertGroup
+    from vllm_dwdp.model_executor.group import ExpertGroup
 
 
 def describe_group(group: "ExpertGroup") -> dict[str, Any]:

@@ -10,15 +10,15 @@ from collections.abc import Callable
 
 import torch
 
+from vllm_dwdp.device.base import Device
+from vllm_dwdp.device.tensor import tensor_at
 from vllm_dwdp.errors import TransferError
+from vllm_dwdp.layout.composite import ByteRange
 from vllm_dwdp.logger import init_logger
-from vllm_dwdp.memory.device import Device
-from vllm_dwdp.memory.layout import ByteRange
-from vllm_dwdp.memory.tensor import tensor_at
 from vllm_dwdp.model_executor.composites import CompositeMapper, LayerView
-from vllm_dwdp.model_executor.prefetch_rings import PrefetchRings
+from vllm_dwdp.model_executor.rings import PrefetchRings
 from vllm_dwdp.model_executor.routed_experts import RingPosition
-from vllm_dwdp.transfer.mode_policy import LayerCosts
+from vllm_dwdp.prefetch.mode_policy import LayerCosts
 
 logger = init_logger(__name__)
 

@@ -11,10 +11,10 @@ from typing import Any, Protocol
 
 import torch
 
-from vllm_dwdp.compat import moe
+from vllm_dwdp.compat.worker import moe
+from vllm_dwdp.layout.placement import Placement
 from vllm_dwdp.model_executor import ops
 from vllm_dwdp.model_executor.expert_parameters import REPLICATED
-from vllm_dwdp.placement import Placement
 
 
 class ShardRegistry(Protocol):

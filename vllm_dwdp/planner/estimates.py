@@ -9,7 +9,7 @@ from functools import lru_cache
 from vllm_dwdp.planner.checked import MOST_SEQUENCES, MOST_TOKENS, real, whole
 from vllm_dwdp.planner.cost import COMBINE_BITS, CostModel, Step
 from vllm_dwdp.planner.layer_kinds import NUM_SLOTS
-from vllm_dwdp.transfer.mode_policy import LayerCosts
+from vllm_dwdp.prefetch.mode_policy import LayerCosts
 
 USABLE_MEMORY = 0.9
 KV_RESERVE = 0.1

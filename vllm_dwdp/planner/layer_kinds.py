@@ -47,7 +47,7 @@ def dense_beside(layers: Sequence[int], num_layers: int) -> tuple[tuple[float, i
     """How many dense layers hide a copy beside an MoE layer: pairs of that, and of MoE layers.
 
     While dense layers run, the copies go on into the slots that are free: those of the next
-    `NUM_SLOTS` MoE layers, and no others (`transfer.schedule`). So the dense layers before a run of MoE
+    `NUM_SLOTS` MoE layers, and no others (`prefetch.schedule`). So the dense layers before a run of MoE
     layers help its first two, and those after the last one help the next step.
 
     Args:

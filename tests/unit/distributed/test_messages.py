@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_dwdp.distributed import line as lines
+from vllm_dwdp.distributed import connection as lines
 from vllm_dwdp.distributed import messages
+from vllm_dwdp.distributed.connection import PacketLine
 from vllm_dwdp.distributed.fingerprint import Fingerprint
-from vllm_dwdp.distributed.line import PacketLine
 from vllm_dwdp.errors import ProtocolError, RendezvousError
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
+from gpu_checks.expert_ranks import ExpertShape, RankMemory, local_ranks
+from gpu_checks.fake_cuda import live_objects
+from gpu_checks.simulated_cuda import SimulatedCudaMemory
 from vllm_dwdp.config import DwdpConfig, DwdpLaunch
-from vllm_dwdp.model_executor import expert_group
-from vllm_dwdp.model_executor.expert_group import ExpertGroup
-from vllm_dwdp.testing.expert_ranks import ExpertShape, RankMemory, local_ranks
-from vllm_dwdp.testing.fake_cuda import live_objects
-from vllm_dwdp.testing.simulated_cuda import SimulatedCudaMemory
-from vllm_dwdp.transfer.mode_policy import LayerCosts, Mode
+from vllm_dwdp.model_executor import group as expert_group
+from vllm_dwdp.model_executor.group import ExpertGroup
+from vllm_dwdp.prefetch.mode_policy import LayerCosts, Mode
 
 LARGE = ExpertShape(num_experts=8, hidden_size=1024, intermediate_size=1024, top_k=2)
 SMALL = ExpertShape(num_experts=8, hidden_size=64, intermediate_size=64, top_k=2)

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from vllm_dwdp.testing.fake_cuda import fake_cuda_environment
+from gpu_checks.fake_cuda import fake_cuda_environment
 
 ROOT = Path(__file__).parents[3]
 SCENARIOS = (

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from vllm_dwdp.layout.placement import Placement
 from vllm_dwdp.model_executor.routed_experts import shard_layer_class
-from vllm_dwdp.placement import Placement
 
 
 class Method:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.planner.test_planner import GLM_4_5, r1_on_gb200
-from vllm_dwdp.entrypoints.simulation_report import SimulationReport
+from vllm_dwdp.entrypoints.cli.simulation_report import SimulationReport
 from vllm_dwdp.planner.capacity import backlog, dep_capacity, dwdp_capacity
 from vllm_dwdp.planner.disaggregated import Service
 from vllm_dwdp.planner.hardware import DEFAULT
@@ -110,7 +110,7 @@ def test_a_later_chunk_costs_the_same_in_plan_and_in_simulate() -> None:
 
 def test_a_model_that_does_not_fit_is_said_to(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(GLM_4_5))
-    command = [sys.executable, "-m", "vllm_dwdp.entrypoints.cli", "simulate"]
+    command = [sys.executable, "-m", "vllm_dwdp.entrypoints.cli.main", "simulate"]
     command += ["--model", str(tmp_path), "--gpu", "h100", "--ranks", "2", "--requests", "3"]
     ended = subprocess.run(
         [*command, "--json"], capture_output=True, text=True, check=True, timeout=120

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.unit.planner.test_planner import MIXTRAL_8X7B
-from vllm_dwdp.entrypoints import cli
+from vllm_dwdp.entrypoints.cli import main as cli
 from vllm_dwdp.errors import DwdpConfigError
 from vllm_dwdp.planner.checked import parse_json, real, shown, whole
 

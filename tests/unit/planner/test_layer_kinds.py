@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 
 from tests.unit.planner.test_planner import LLAMA4_MAVERICK, QWEN3_30B, TRAFFIC, break_even
 from vllm_dwdp.errors import DwdpConfigError
+from vllm_dwdp.paper import DEEPSEEK_R1
 from vllm_dwdp.planner.cost import CostModel
 from vllm_dwdp.planner.estimates import parts, speedups
 from vllm_dwdp.planner.hardware import find_hardware
 from vllm_dwdp.planner.layer_kinds import NUM_SLOTS, dense_beside
 from vllm_dwdp.planner.model_shape import ModelShape, shape_of
-from vllm_dwdp.planner.paper import DEEPSEEK_R1
 
 MAVERICK = LLAMA4_MAVERICK | {
     "attention_chunk_size": 8192,
@@ -44,7 +44,7 @@ def maverick_on_h200() -> CostModel:
 
 
 def ring_seconds(shape: ModelShape, prefetch: float, compute: float, dense: float) -> float:
-    """One step of a ring of slots in its steady state, copy by copy (`transfer.schedule`)."""
+    """One step of a ring of slots in its steady state, copy by copy (`prefetch.schedule`)."""
     layers, now, copies_done = shape.moe_layers, 0.0, 0.0
     copied = [0.0] * NUM_SLOTS  # when the next layer of each slot is there
     begun = 0.0

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from vllm_dwdp.errors import DwdpConfigError
+from vllm_dwdp.paper import DEEPSEEK_R1, GPT_OSS_120B
 from vllm_dwdp.planner.cost import CostModel, Exchange, Step, contention
 from vllm_dwdp.planner.estimates import (
     ALWAYS,
@@ -30,7 +31,6 @@ from vllm_dwdp.planner.estimates import (
 )
 from vllm_dwdp.planner.hardware import DEFAULT, PEAK, find_hardware, load_hardware
 from vllm_dwdp.planner.model_shape import shape_of
-from vllm_dwdp.planner.paper import DEEPSEEK_R1, GPT_OSS_120B
 from vllm_dwdp.planner.plan import Line, make_plan
 from vllm_dwdp.planner.quantisation import FORMATS, Precision
 
@@ -436,7 +436,7 @@ def test_your_own_accelerator(tmp_path: Path) -> None:
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "vllm_dwdp.entrypoints.cli", "plan", *arguments],
+        [sys.executable, "-m", "vllm_dwdp.entrypoints.cli.main", "plan", *arguments],
         capture_output=True,
         text=True,
         timeout=60,

@@ -12,11 +12,11 @@ import pytest
 
 from tests.unit.planner.test_planner import r1_on_gb200
 from vllm_dwdp.errors import DwdpConfigError
+from vllm_dwdp.paper import DEEPSEEK_R1
 from vllm_dwdp.planner.contention import PullOrder, Pulls, contended_layer, layer_time
 from vllm_dwdp.planner.cost import Step
 from vllm_dwdp.planner.disaggregated import Service, end_to_end_gain, generation_batch
 from vllm_dwdp.planner.hardware import DEFAULT
-from vllm_dwdp.planner.paper import DEEPSEEK_R1
 from vllm_dwdp.planner.simulate import (
     Chunk,
     default_pulls,
@@ -163,7 +163,7 @@ def test_a_trace_counts_from_its_first_request(tmp_path: Path) -> None:
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "vllm_dwdp.entrypoints.cli", *arguments],
+        [sys.executable, "-m", "vllm_dwdp.entrypoints.cli.main", *arguments],
         capture_output=True,
         text=True,
         check=False,

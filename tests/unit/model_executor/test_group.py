@@ -1,0 +1,117 @@
+"""What a rank checks before it maps a peer's experts, and the order in which it leaves."""
+
+import os
+from contextlib import ExitStack
+from enum import Enum
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from gpu_checks.expert_ranks import ExpertShape, RankMemory
+from vllm_dwdp.config import DwdpConfig, DwdpLaunch
+from vllm_dwdp.device.base import Handles
+from vllm_dwdp.device.host import HostDevice
+from vllm_dwdp.distributed.published_shard import PeerShard
+from vllm_dwdp.errors import DwdpMemoryError, PeerMismatchError
+from vllm_dwdp.model_executor import adoption
+from vllm_dwdp.model_executor.group import ExpertGroup
+
+SHAPE = ExpertShape(num_experts=4, hidden_size=64, intermediate_size=32, top_k=2)
+LAUNCH = DwdpLaunch(
+    config=DwdpConfig(group_size=2),
+    data_parallel_size=2,
+    first_rank=0,
+    local_size=2,
+    endpoint="abstract:x",
+)
+
+
+def group_of(rank: RankMemory, rendezvous: Any = None) -> ExpertGroup:
+    """Rank 0, as far as its experts are loaded."""
+    group = ExpertGroup(LAUNCH, 0, rank.device, rendezvous, ExitStack())
+    group.shard, group.layout = rank.shard, rank.layout
+    return group
+
+
+def published(rank: RankMemory, **changes: Any) -> PeerShard:
+    handles = rank.shard.memory.export()
+    facts = {
+        "peer_rank": 1,
+        "generation": 1,
+        "fds": handles.fds,
+        "fabric_handles": (),
+        "handle_bytes": handles.num_bytes,
+        "layout": rank.shard.layout_digest(),
+        "digest": rank.shard.memory.digest(),
+        "ready": True,
+    }
+    return PeerShard(**facts | changes)
+
+
+def test_experts_in_another_order_or_for_another_kernel_are_not_mapped() -> None:
+    """Equal sizes are not enough: the bytes would be read as something else."""
+    device = HostDevice()
+    ranks = [RankMemory(device, SHAPE, 2, number, 2) for number in range(2)]
+    group = group_of(ranks[0])
+    mapped = group._map_peer(1, published(ranks[1]))
+    mapped.close()
+
+    class Backend(Enum):
+        TRITON = 1
+
+    ranks[1].shard.published[1].layer.quant_method.backend = Backend.TRITON
+    other_kernel = ranks[1].shard.layout_digest()
+    ranks[1].shard.published[1].dtypes[0] = torch.float16
+    for layout in (other_kernel, ranks[1].shard.layout_digest(), b""):
+        peer = published(ranks[1], layout=layout)
+        with pytest.raises(PeerMismatchError, match=r"rank 1 .* laid out for other .*VLLM_"):
+            group._map_peer(1, peer)
+        peer.close()
+    for rank in ranks:
+        rank.close()
+
+
+def test_a_lent_shard_must_be_what_its_dead_owner_published() -> None:
+    device = HostDevice()
+    ranks = [RankMemory(device, SHAPE, 2, number, 2) for number in range(2)]
+    group = group_of(ranks[0])
+    num_files = len(os.listdir("/proc/self/fd"))
+    group._map_peers({1: published(ranks[1], is_lent=True)})
+    changed = {1: published(ranks[1], is_lent=True, digest=b"as it was")}
+    with pytest.raises(PeerMismatchError, match="a survivor that kept them has changed"):
+        group._map_peers(changed)
+    group._close_peers()
+    assert len(os.listdir("/proc/self/fd")) == num_files
+    for rank in ranks:
+        rank.close()
+
+
+def test_a_survivor_whose_copy_is_bad_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, rank = HostDevice(), RankMemory(HostDevice(), SHAPE, 1, 0, 2)
+    kept = [published(rank, digest=b"changed"), published(rank), published(rank)]
+    rendezvous: Any = SimpleNamespace(recover=lambda: iter(kept))
+    shard, layout = adoption.adopt_shard(device, rendezvous, 0)
+    assert shard is not None and shard.digest() == rank.shard.memory.digest()
+    assert layout == rank.shard.layout_digest()
+    shard.close()
+    kept[2].close()
+
+    def refuse(handles: Handles) -> None:
+        raise DwdpMemoryError("no such handle")
+
+    monkeypatch.setattr(device, "adopt_shard", refuse)
+    kept = [published(rank)]
+    assert adoption.adopt_shard(device, rendezvous, 0) == (None, b""), "it loads from disk"
+    rank.close()
+
+
+def test_nobody_is_answered_any_more_when_the_ring_goes() -> None:
+    """A status request reads the ring's counters in another thread."""
+    order: list[str] = []
+    rendezvous: Any = SimpleNamespace(close=lambda: order.append("rendezvous"))
+    group = ExpertGroup(LAUNCH, 0, HostDevice(), rendezvous, ExitStack())
+    group._resources.callback(lambda: order.append("ring"))
+    group.close()
+    assert order == ["rendezvous", "ring"]

@@ -1,0 +1,163 @@
+"""Our rings on our CUDA queue over the fake driver: `python -m ... NAMES`. NOT A GPU.
+
+A layer's kernels are a copy from its slot to an output, on a stream of its own; slots are overwritten
+with 0xff before each fill, and the fake delays every operation at random.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+
+from gpu_checks.fake_cuda import ComputeStream, Graph, LiveObjects, live_objects
+from vllm_dwdp.compat.worker.cuda_graphs import followed_by
+from vllm_dwdp.device.cuda import CudaMemory
+from vllm_dwdp.device.cuda_queue import CudaQueue
+from vllm_dwdp.prefetch.captured_ring import GraphRing
+from vllm_dwdp.prefetch.ring import PrefetchPipeline
+
+NUM_LAYERS, NUM_SLOTS, NUM_BYTES = 7, 2, 4096
+PAGE = 2 << 20
+
+
+class Model:
+    """Seven layers on one ring; what layer n reads must be n + 1 in every byte."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self.memory = CudaMemory(0, torch_device=torch.device("cpu"), clear_cache=lambda: None)
+        stack.callback(self.memory.close)
+        page = self.memory.memory.allocate(PAGE, "a page", shared=False)
+        stack.callback(self.memory.device.release, page.handle)
+        mapping = self.memory.memory.map_range([page], writable=True)
+        stack.callback(mapping.unmap)
+        self.sources, self.slots, self.outputs = (
+            mapping.address + part * 64 * NUM_BYTES for part in range(3)
+        )
+        for layer in range(NUM_LAYERS):
+            self.memory.device.write(self._at(self.sources, layer), self.content(layer))
+        self.stream = stack.enter_context(ComputeStream())
+        self.queue = CudaQueue(self.memory.device, lambda: self.stream.handle)
+        stack.callback(self.queue.close)
+        batches = [
+            [(self._at(self.slots, layer % NUM_SLOTS), self._at(self.sources, layer), NUM_BYTES)]
+            for layer in range(NUM_LAYERS)
+        ]
+        self.pipeline = PrefetchPipeline(
+            batches, [{1: NUM_BYTES}] * NUM_LAYERS, self.queue, num_slots=NUM_SLOTS
+        )
+        self.ring = GraphRing(self.pipeline, self.queue)
+        stack.enter_context(followed_by([self.ring], FakeTorchGraph))
+        self.graphs: dict[tuple[int, ...], FakeTorchGraph] = {}
+        stack.callback(lambda: [graph.executable.close() for graph in self.graphs.values()])
+
+    @staticmethod
+    def _at(base: int, index: int) -> int:
+        return base + index * NUM_BYTES
+
+    @staticmethod
+    def content(layer: int) -> bytes:
+        return bytes([layer + 1]) * NUM_BYTES
+
+    def run(self, layers: Sequence[int], *, wait: bool = True) -> None:
+        for layer in layers:
+            if wait:
+                self.ring.wait(layer)
+            slot = self._at(self.slots, layer % NUM_SLOTS)
+            self.stream.copy(self._at(self.outputs, layer), slot, NUM_BYTES)
+            self.ring.record(layer)
+
+    def piece(self, layers: Sequence[int]) -> None:
+        key = tuple(layers)
+        if key not in self.graphs:
+            graph = FakeTorchGraph(self.stream)
+            graph.capture_begin()
+            self.run(layers)
+            graph.capture_end()
+            self.graphs[key] = graph
+        self.graphs[key].replay()
+
+    def wrong(self, layers: Sequence[int]) -> list[int]:
+        """Layers that read something else; forgets what was read."""
+        self.stream.synchronize()
+        read = {n: self.memory.device.read(self._at(self.outputs, n), NUM_BYTES) for n in layers}
+        for layer in layers:
+            self.memory.device.write(self._at(self.outputs, layer), bytes(NUM_BYTES))
+        return [layer for layer, content in read.items() if content != self.content(layer)]
+
+
+class FakeTorchGraph:
+    """The part of `torch.cuda.CUDAGraph` that is wrapped, over the fake driver."""
+
+    executable: Graph
+
+    def __init__(self, stream: ComputeStream) -> None:
+        self._stream = stream
+
+    def capture_begin(self) -> None:
+        self._stream.begin_capture()
+
+    def capture_end(self) -> None:
+        self.executable = self._stream.end_capture()
+
+    def replay(self) -> None:
+        self.executable.launch(self._stream)
+
+
+EVERY = range(NUM_LAYERS)
+
+
+def eager_piecewise_and_full_steps_read_their_own_layers() -> None:
+    with ExitStack() as stack:
+        model = Model(stack)
+        for step in range(6):
+            model.run(EVERY)
+            assert not model.wrong(EVERY), f"eager {step}"
+        for step in range(6):
+            for layer in EVERY:
+                model.piece([layer])
+            assert not model.wrong(EVERY), f"piecewise {step}"
+        for step in range(6):
+            model.piece(EVERY)
+            assert not model.wrong(EVERY), f"full {step}"
+    assert live_objects() == LiveObjects(0, 0, 0, 0, 0, 0)
+
+
+def steps_in_flight_and_mixed_kinds() -> None:
+    """Several steps are enqueued before the first is done, of any kind, some cut short."""
+    with ExitStack() as stack:
+        model = Model(stack)
+        for step in range(12):
+            model.run(range(3))
+            model.piece([3, 4])
+            model.run(range(5, NUM_LAYERS))
+            model.piece(EVERY)
+            model.run(range(step % NUM_LAYERS))  # cut short
+            for start in range(0, NUM_LAYERS, 2):
+                model.piece(range(start, min(start + 2, NUM_LAYERS)))
+            assert step % 4 != 3 or not model.wrong(EVERY), step
+        counters = model.pipeline.counters()
+        assert counters.fetched_bytes[1] == counters.fills * NUM_BYTES
+
+
+def without_the_wait_poison_is_read() -> None:
+    with ExitStack() as stack:
+        model = Model(stack)
+        seen = 0
+        for _ in range(10):
+            model.run(EVERY, wait=False)
+            seen += len(model.wrong(EVERY))
+        assert seen, "the scenario cannot fail"
+
+
+if __name__ == "__main__":
+    os.environ["DWDP_DEBUG_POISON"] = "1"
+    for name in sys.argv[1:]:
+        try:
+            globals()[name]()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        print(f"ok {name}", flush=True)

@@ -1,0 +1,198 @@
+"""DWDP metrics on vLLM's `/metrics`.
+
+One thread of the front end asks each of its ranks for its status and copies it into Prometheus
+metrics of the process, which both of vLLM's registries (one process, or several API servers) can
+read. With several API servers only the first exports, so that nothing is counted twice. Never in
+the serving path.
+"""
+
+import threading
+from typing import Any
+
+from prometheus_client import Counter, Gauge
+
+from vllm_dwdp.config import DwdpLaunch
+from vllm_dwdp.distributed.endpoint import Endpoint
+from vllm_dwdp.distributed.membership import query_status
+from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.logger import init_logger
+
+logger = init_logger(__name__)
+
+INTERVAL_S = 1.0
+TIMEOUT_S = 5.0
+"""For a rank's answer, in which it looks at its peers."""
+_LABELS = ("model_name", "engine")
+_PEER_STATES = ("missing", "published", "ready", "dead")
+
+
+class RankMetrics:
+    """The metrics of the engines of one front end; build once per process."""
+
+    def __init__(self, model_name: str) -> None:
+        self._model_name = model_name
+        self._seen: dict[tuple[Any, ...], float] = {}
+        self._config = _gauge(
+            "config_info",
+            "DWDP configuration of the engine (always 1).",
+            "mode",
+            "group",
+            "group_size",
+            "dwdp_rank",
+        )
+        self._gauges = {
+            "resident_expert_bytes": _gauge(
+                "resident_expert_bytes", "Expert bytes this engine holds."
+            ),
+            "remote_expert_bytes": _gauge(
+                "remote_expert_bytes", "Expert bytes it reads from its peers."
+            ),
+            "slot_bytes": _gauge("slot_bytes", "Bytes of its prefetch slots."),
+            "rejoin_seconds": _gauge(
+                "rejoin_seconds", "Seconds it took to come back with an adopted shard; else 0."
+            ),
+            "saved_bytes": _gauge("saved_bytes", "Bytes saved against a full replica."),
+            "generation_seconds": _gauge(
+                "generation_seconds",
+                "Unix time at which this engine's rank started (its generation).",
+            ),
+            "last_failure_seconds": _gauge(
+                "last_failure_seconds",
+                "Unix time at which a peer last died or was refused; 0: never.",
+            ),
+        }
+        self._peer_state = _gauge("peer_state", "1 for the state each peer is in.", "peer", "state")
+        self._fetched = _counter("fetched_bytes", "Bytes copied from each peer.", "peer")
+        self._steps = _counter(
+            "steps", "Scheduler steps by the mode that suits their tokens.", "mode"
+        )
+        self._counters = {
+            "prefetch_wait_seconds": _counter(
+                "prefetch_wait_seconds", "Seconds that layers waited for late copies."
+            ),
+            "prefetch_copy_seconds": _counter("prefetch_copy_seconds", "Seconds that copies took."),
+            "late_prefetches": _counter("late_prefetch", "Layers whose copies were late."),
+            "dropped_connections": _counter(
+                "dropped_connections", "Connections to the rank that were no peer's."
+            ),
+        }
+
+    def update(self, engine: int, status: dict[str, Any]) -> None:
+        """Copy one rank's status into the metrics of engine `engine`."""
+        labels = (self._model_name, str(engine))
+        self._config.labels(
+            *labels,
+            status["mode"],
+            str(status.get("group", 0)),
+            str(status.get("group_size", 1)),
+            str(status.get("dwdp_rank", 0)),
+        ).set(1)
+        status = status | {
+            "generation_seconds": status.get("generation", 0) / 1e9,
+            "last_failure_seconds": status.get("last_failure_at", 0.0),
+        }
+        for name, gauge in self._gauges.items():
+            if name in status:
+                gauge.labels(*labels).set(status[name])
+        for peer, state in status.get("peers", {}).items():
+            for candidate in _PEER_STATES:
+                self._peer_state.labels(*labels, peer, candidate).set(state == candidate)
+        for name, counter in self._counters.items():
+            if (value := status.get(name, 0)) is not None:  # None: this device does not measure it
+                self._advance(counter, labels, value)
+        for peer, num_bytes in status.get("fetched_bytes", {}).items():
+            self._advance(self._fetched, (*labels, peer), num_bytes)
+        for mode, num_steps in status.get("steps", {}).items():
+            self._advance(self._steps, (*labels, mode), num_steps)
+
+    def _advance(self, counter: Counter, labels: tuple[str, ...], value: float) -> None:
+        """Add what the rank counted since we last looked; a restarted rank counts from 0."""
+        key = (id(counter), *labels)
+        before = self._seen.get(key, 0.0)
+        counter.labels(*labels).inc(value - before if value >= before else value)
+        self._seen[key] = value
+
+
+def _gauge(name: str, text: str, *labels: str) -> Gauge:
+    return Gauge(f"vllm:dwdp_{name}", text, [*_LABELS, *labels], multiprocess_mode="mostrecent")
+
+
+def _counter(name: str, text: str, *labels: str) -> Counter:
+    return Counter(f"vllm:dwdp_{name}", text, [*_LABELS, *labels])
+
+
+class StatusPoller:
+    """A daemon thread that keeps `RankMetrics` current until `close`."""
+
+    def __init__(self, launch: DwdpLaunch, engines: list[int], metrics: RankMetrics) -> None:
+        self._launch = launch
+        self._engines = engines
+        self._metrics = metrics
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="dwdp-metrics", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop polling."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(INTERVAL_S):
+            for engine in self._engines:
+                self._poll(engine)
+
+    def _poll(self, engine: int) -> None:
+        rank = self._launch.rank(engine)
+        try:
+            status = query_status(
+                Endpoint.of(self._launch),
+                self._launch.group(rank),
+                self._launch.dwdp_rank(rank),
+                timeout_s=TIMEOUT_S,
+            )
+        except (DwdpError, OSError) as error:
+            logger.debug("rank %d does not report its status: %s", rank, error)
+            return
+        if "resident_expert_bytes" in status:
+            self._metrics.update(engine, status)
+
+
+def make_stat_logger(launch: DwdpLaunch) -> type:
+    """A vLLM stat logger class that exports the ranks of `launch`."""
+    from vllm.v1.metrics.loggers import AggregateStatLoggerBase
+
+    class DwdpStatLogger(AggregateStatLoggerBase):
+        """Starts the poller; vLLM's own statistics are of no interest to it."""
+
+        def __init__(self, vllm_config: Any, engine_indexes: list[int]) -> None:
+            self._vllm_config = vllm_config
+            self._engines = list(engine_indexes)
+
+        def record(self, *args: Any, **kwargs: Any) -> None:
+            """Nothing: ranks are polled, not counted per iteration."""
+
+        def log_engine_initialized(self) -> None:
+            """Start exporting. Not earlier: vLLM's own logger, made after us, clears `vllm:*`."""
+            if self._vllm_config.parallel_config._api_process_rank > 0:
+                return
+            metrics = _process_metrics(self._vllm_config.model_config.served_model_name)
+            if launch.config.shares_experts:
+                StatusPoller(launch, self._engines, metrics)
+                return
+            for engine in self._engines:
+                metrics.update(engine, {"mode": "replica", "saved_bytes": 0})
+
+    return DwdpStatLogger
+
+
+_metrics_of_process: RankMetrics | None = None
+
+
+def _process_metrics(model_name: Any) -> RankMetrics:
+    global _metrics_of_process
+    if _metrics_of_process is None:
+        _metrics_of_process = RankMetrics(
+            model_name if isinstance(model_name, str) else model_name[0]
+        )
+    return _metrics_of_process

@@ -1,0 +1,87 @@
+"""CUDA graphs as torch makes them: rings are told of every capture and every launch.
+
+vLLM captures and replays in many places (piecewise and full, both model runners, drafters), all of
+them through `torch.cuda.CUDAGraph`; so that class is the seam, and no runner needs to be known.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+
+from vllm_dwdp.prefetch.captured_ring import RingGraph
+
+
+class Follower(Protocol):
+    """What is told: a `prefetch.captured_ring.GraphRing`."""
+
+    def begin_capture(self) -> None:
+        """A graph begins to be captured."""
+
+    def end_capture(self) -> RingGraph:
+        """It ended; returns what it will do."""
+
+    def before_launch(self, graph: RingGraph) -> None:
+        """It is about to be launched."""
+
+    def after_launch(self, graph: RingGraph) -> None:
+        """It was launched."""
+
+
+@contextmanager
+def followed_by(
+    rings: Sequence[Follower], graph_class: type = torch.cuda.CUDAGraph
+) -> Iterator[None]:
+    """While active, every graph of this process tells `rings` of its capture and its launches.
+
+    Args:
+        rings: told in order.
+        graph_class: whose `capture_begin`, `capture_end` and `replay` are wrapped.
+    """
+    captured: WeakKeyDictionary[Any, list[RingGraph]] = WeakKeyDictionary()
+
+    def capture_begin(stock: Callable[..., Any], graph: Any, *args: Any, **kwargs: Any) -> Any:
+        captured.pop(graph, None)
+        for ring in rings:
+            ring.begin_capture()
+        return stock(graph, *args, **kwargs)
+
+    def capture_end(stock: Callable[..., Any], graph: Any, *args: Any, **kwargs: Any) -> Any:
+        effects = [ring.end_capture() for ring in rings]
+        result = stock(graph, *args, **kwargs)
+        if any(effects):
+            captured[graph] = effects
+        return result
+
+    def replay(stock: Callable[..., Any], graph: Any, *args: Any, **kwargs: Any) -> Any:
+        effects = captured.get(graph, ())
+        for ring, effect in zip(rings, effects, strict=False):
+            ring.before_launch(effect)
+        result = stock(graph, *args, **kwargs)
+        for ring, effect in zip(rings, effects, strict=False):
+            ring.after_launch(effect)
+        return result
+
+    wrapped = (capture_begin, capture_end, replay)
+    before = {name.__name__: getattr(graph_class, name.__name__) for name in wrapped}
+    for wrapper in wrapped:
+        stock = before[wrapper.__name__]
+        replacement = functools.wraps(stock)(_bound(wrapper, stock))
+        setattr(graph_class, wrapper.__name__, replacement)
+    try:
+        yield
+    finally:
+        for name, stock in before.items():
+            setattr(graph_class, name, stock)
+
+
+def _bound(wrapper: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that calls `wrapper(stock, self, ...)`."""
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return wrapper(stock, self, *args, **kwargs)
+
+    return method

@@ -1,0 +1,372 @@
+"""The host device: sealed memfd shards, peer views and composite tensors by mmap.
+
+Owns the file descriptors and address ranges of one rank's expert memory. Nothing here has a name
+on the file system, so nothing can be truncated under a reader (SIGBUS) or be left behind. Runs in
+the worker's main thread, at load time only.
+
+Sources: memfd_create(2), fcntl(2) F_ADD_SEALS, mmap(2) MAP_FIXED.
+"""
+
+import ctypes
+import fcntl
+import mmap
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+
+import torch
+
+from vllm_dwdp.device.base import Handles, Segment
+from vllm_dwdp.device.digest import digest_pieces
+from vllm_dwdp.device.host_queue import HostCopyQueue
+from vllm_dwdp.device.limits import check_available, release_free_heap
+from vllm_dwdp.errors import DwdpMemoryError
+from vllm_dwdp.layout.slots import SlotLayout
+from vllm_dwdp.logger import format_gib
+
+PAGE_BYTES = mmap.PAGESIZE
+
+_SEALS = (
+    fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | 0x0010  # F_SEAL_FUTURE_WRITE (Linux 5.1)
+)
+_MAP_FAILED = ctypes.c_void_p(-1).value
+_PROT_NONE = 0
+_MAP_FIXED = 0x10
+_MAP_NORESERVE = 0x4000
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+)
+_libc.munmap.restype = ctypes.c_int
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """An address range of this process. Whoever made it calls `unmap` once.
+
+    Args:
+        address: first byte.
+        num_bytes: length, a multiple of the page size.
+    """
+
+    address: int
+    num_bytes: int
+
+    def unmap(self) -> None:
+        """Give the range back. Tensors over it must be gone."""
+        if _libc.munmap(self.address, self.num_bytes):
+            _raise_errno(f"munmap of {self.num_bytes} bytes at {self.address:#x}")
+
+
+def map_pages(fd: int, offset: int, num_bytes: int, *, writable: bool) -> Mapping:
+    """Map `num_bytes` of `fd`, shared; the fd may be closed afterwards.
+
+    Raises:
+        DwdpMemoryError: the kernel refuses (`vm.max_map_count`, a sealed fd, no address space).
+    """
+    return Mapping(_mmap(0, num_bytes, fd, offset, writable=writable, flags=0), num_bytes)
+
+
+def map_composite(segments: Sequence[Segment], num_bytes: int) -> Mapping:
+    """Assemble an address range from pages of several files, as `Device.map_composite`."""
+    address = _check_address(
+        _libc.mmap(
+            None,
+            num_bytes,
+            _PROT_NONE,
+            mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE,
+            -1,
+            0,
+        ),
+        f"mmap of an address range of {format_gib(num_bytes)}",
+    )
+    reserved = Mapping(address, num_bytes)
+    with ExitStack() as undo:
+        undo.callback(reserved.unmap)
+        for segment in segments:
+            _mmap(
+                address + segment.span.start,
+                len(segment.span),
+                segment.backing.fd,
+                segment.offset,
+                writable=segment.writable,
+                flags=_MAP_FIXED,
+            )
+        undo.pop_all()
+    return reserved
+
+
+class HostShard:
+    """This rank's experts in a memfd that grows layer by layer and is then sealed.
+
+    `close` releases the fd and the writable mappings; peers that mapped the memory keep it.
+    """
+
+    is_adopted = False
+
+    def __init__(self, name: str) -> None:
+        self.fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self.num_bytes = 0
+        self._writable: list[Mapping] = []
+
+    def append(self, piece_bytes: Sequence[int]) -> Mapping:
+        """Grow by these bytes (page-aligned, zeroed) and return the new part, writable."""
+        num_bytes = sum(piece_bytes)
+        if not num_bytes:
+            return Mapping(0, 0)
+        check_available(num_bytes, "the next layer of this rank's expert shard")
+        try:
+            os.posix_fallocate(self.fd, self.num_bytes, num_bytes)
+        except OSError as error:
+            raise DwdpMemoryError(
+                f"reserving {format_gib(num_bytes)} of shared memory failed: {error}. "
+                "Free memory on this host, raise the container's limit, or use more ranks."
+            ) from error
+        mapping = map_pages(self.fd, self.num_bytes, num_bytes, writable=True)
+        self._writable.append(mapping)
+        self.num_bytes += num_bytes
+        return mapping
+
+    def seal(self) -> None:
+        """From now on nobody can resize the shard or map it writable; we still may fill edges."""
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
+
+    def digest(self) -> bytes:
+        """SHA-256 that depends on every byte."""
+        whole = map_pages(self.fd, 0, self.num_bytes, writable=False)
+        try:
+            return digest_of(whole)
+        finally:
+            whole.unmap()
+
+    def finish(self) -> None:
+        """Drop our own writable mappings: the content is final."""
+        while self._writable:
+            self._writable.pop().unmap()
+
+    def export(self) -> Handles:
+        """One read-only fd of the whole shard."""
+        fd = os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
+        return Handles(fds=(fd,), num_bytes=(self.num_bytes,))
+
+    def close(self) -> None:
+        """Release the mappings and the fd."""
+        self.finish()
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class AdoptedShard:
+    """A sealed shard of an earlier life of this rank, with the face of `HostShard`.
+
+    The content is there already and whole; `append` hands out its parts in order, read-only. Owns
+    `fd` once it is made.
+
+    Raises:
+        DwdpMemoryError: it cannot be mapped.
+    """
+
+    is_adopted = True
+
+    def __init__(self, fd: int, capacity_bytes: int) -> None:
+        self.fd = fd
+        self.num_bytes = 0
+        self._capacity_bytes = capacity_bytes
+        self._whole = map_pages(fd, 0, capacity_bytes, writable=False)
+
+    def append(self, piece_bytes: Sequence[int]) -> Mapping:
+        """The next bytes of the whole."""
+        num_bytes = sum(piece_bytes)
+        part = Mapping(self._whole.address + self.num_bytes, num_bytes)
+        self.num_bytes += num_bytes
+        if self.num_bytes > self._capacity_bytes:
+            raise DwdpMemoryError(
+                f"the shard that a peer kept for this rank has {self._capacity_bytes} bytes, but "
+                f"this model needs more. Restart all ranks of the group."
+            )
+        return part
+
+    def digest(self) -> bytes:
+        """As `HostShard.digest`."""
+        return digest_of(self._whole)
+
+    def seal(self) -> None:
+        """It is sealed; all of it must have been handed out.
+
+        Raises:
+            DwdpMemoryError: the layout of the model does not fit it.
+        """
+        if self.num_bytes != self._capacity_bytes:
+            raise DwdpMemoryError(
+                f"the shard that a peer kept for this rank has {self._capacity_bytes} bytes, but "
+                f"this model needs {self.num_bytes}. Restart all ranks of the group."
+            )
+
+    def finish(self) -> None:
+        """Drop the mapping of the whole; composites have their own."""
+        if self._whole.num_bytes:
+            self._whole.unmap()
+            self._whole = Mapping(0, 0)
+
+    def export(self) -> Handles:
+        """As `HostShard.export`."""
+        return Handles(fds=(os.dup(self.fd),), num_bytes=(self.num_bytes,))
+
+    def close(self) -> None:
+        """Release the mapping and the fd."""
+        self.finish()
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class HostPeer:
+    """A peer's shard, mapped whole. Owns `fd` once it is made."""
+
+    def __init__(self, fd: int, num_bytes: int) -> None:
+        self.fd = fd
+        self._view = map_pages(fd, 0, num_bytes, writable=False)
+        self.address = self._view.address
+
+    def digest(self) -> bytes:
+        """As `HostShard.digest`."""
+        return digest_of(self._view)
+
+    def close(self) -> None:
+        """Unmap it and close the fd."""
+        self._view.unmap()
+        os.close(self.fd)
+
+
+class HostSlots:
+    """Equal pieces of one private memfd."""
+
+    def __init__(self, num_bytes: int) -> None:
+        check_available(num_bytes, "the prefetch slots")
+        with ExitStack() as undo:
+            self.fd = os.memfd_create("dwdp-slots", os.MFD_CLOEXEC)
+            undo.callback(os.close, self.fd)
+            if num_bytes:
+                os.posix_fallocate(self.fd, 0, num_bytes)
+            undo.pop_all()
+
+    def close(self) -> None:
+        """Release the memory."""
+        os.close(self.fd)
+
+
+class HostDevice:
+    """Implements `device.base.Device` over shared memory of this host; nothing to close."""
+
+    page_bytes = PAGE_BYTES
+    pool_page_bytes = PAGE_BYTES
+    torch_device = torch.device("cpu")
+    captures_graphs = False
+    copies_share_compute = True
+
+    def check_room(self, num_bytes: int, purpose: str) -> None:
+        """As `check_available`."""
+        check_available(num_bytes, purpose)
+
+    def handle_bytes(self, piece_bytes: Sequence[int]) -> tuple[int, ...]:
+        """One memfd, whatever the pieces."""
+        return (sum(piece_bytes),)
+
+    def new_shard(self, name: str) -> HostShard:
+        """An empty memfd."""
+        return HostShard(name)
+
+    def adopt_shard(self, handles: Handles) -> AdoptedShard:
+        """The memfd of an earlier life."""
+        return AdoptedShard(*_sealed_file(handles))
+
+    def open_peer(self, handles: Handles) -> HostPeer:
+        """A peer's memfd."""
+        return HostPeer(*_sealed_file(handles))
+
+    def new_slots(self, num_slots: int, layout: SlotLayout) -> HostSlots:
+        """Slots in one memfd."""
+        return HostSlots(num_slots * layout.num_bytes)
+
+    def map_composite(self, segments: Sequence[Segment], num_bytes: int) -> Mapping:
+        """As the function of this name."""
+        return map_composite(segments, num_bytes)
+
+    def copy(self, destination: int, source: int, num_bytes: int) -> None:
+        """Copy between two addresses of this process."""
+        ctypes.memmove(destination, source, num_bytes)
+
+    def release_free_memory(self) -> None:
+        """As `release_free_heap`."""
+        release_free_heap()
+
+    def make_queue(self) -> HostCopyQueue:
+        """Native copy threads."""
+        return HostCopyQueue()
+
+    def synchronize(self) -> None:
+        """Kernels on the host return when they are done."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def _sealed_file(handles: Handles) -> tuple[int, int]:
+    """The descriptor of a shard and its bytes.
+
+    Raises:
+        DwdpMemoryError: it is no memfd of that size which nobody can resize or map writable any more.
+    """
+    num_bytes = sum(handles.num_bytes)
+    seals, size = 0, 0
+    if len(handles.fds) == 1:
+        size = os.fstat(handles.fds[0]).st_size
+        with suppress(OSError):  # EINVAL: no memfd
+            seals = fcntl.fcntl(handles.fds[0], fcntl.F_GET_SEALS)
+    if size != num_bytes or seals & _SEALS != _SEALS:
+        raise DwdpMemoryError(
+            f"a shard of {num_bytes} bytes came as {len(handles.fds)} descriptors of {size} bytes with "
+            f"seals {seals:#x}; one sealed memfd of that size is required. Start every rank with the "
+            "same version, and see who else listens at the rendezvous."
+        )
+    return handles.fds[0], num_bytes
+
+
+def digest_of(mapping: Mapping) -> bytes:
+    """The digest of a whole range."""
+
+    def read(start: int, num_bytes: int) -> ctypes.Array[ctypes.c_char]:
+        return (ctypes.c_char * num_bytes).from_address(mapping.address + start)
+
+    return digest_pieces(read, mapping.num_bytes)
+
+
+def _mmap(address: int, num_bytes: int, fd: int, offset: int, *, writable: bool, flags: int) -> int:
+    protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+    result = _libc.mmap(address, num_bytes, protection, mmap.MAP_SHARED | flags, fd, offset)
+    return _check_address(result, f"mmap of {format_gib(num_bytes)} of shared expert memory")
+
+
+def _check_address(address: int | None, action: str) -> int:
+    if address is None or address == _MAP_FAILED:
+        _raise_errno(action)
+    assert address is not None
+    return address
+
+
+def _raise_errno(action: str) -> None:
+    code = ctypes.get_errno()
+    raise DwdpMemoryError(
+        f"{action} failed: {os.strerror(code)} (errno {code}). If it says 'Cannot allocate memory', "
+        "raise the sysctl vm.max_map_count."
+    )

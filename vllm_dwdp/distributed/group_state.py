@@ -1,0 +1,178 @@
+"""What a rank knows of its group, and what it therefore answers.
+
+Shared by the thread that starts the rank and the one that answers its peers; every method takes the
+lock, and none waits for anybody else.
+"""
+
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+
+from vllm_dwdp.distributed import messages
+from vllm_dwdp.distributed.fingerprint import Fingerprint, describe
+from vllm_dwdp.distributed.published_shard import PeerShard, PeerState
+from vllm_dwdp.errors import PeerMismatchError, RendezvousError
+
+MAX_REASON = 4000
+
+
+class Known:
+    """The shards, generations and failures of one group, as one of its ranks sees them.
+
+    Owns the descriptors of every shard in it; `close` closes them, once nobody answers any more.
+
+    Args:
+        dwdp_rank: our position in the group.
+        group_size: ranks of the group.
+        fingerprint: what every peer must equal.
+    """
+
+    def __init__(self, dwdp_rank: int, group_size: int, fingerprint: Fingerprint) -> None:
+        self.dwdp_rank = dwdp_rank
+        self.group_size = group_size
+        self.fingerprint = fingerprint
+        self.last_failure = (0.0, "")
+        self._lock = threading.Lock()
+        self._published: PeerShard | None = None
+        self._held: dict[int, PeerShard] = {}
+        self._retired: list[PeerShard] = []  # a reply may still be sending them
+        self._failures: dict[int, str] = {}
+        self._refusals: dict[int, str] = {}
+        self._generations: dict[int, int] = {}
+        self._dead: set[int] = set()
+
+    @property
+    def peer_ranks(self) -> tuple[int, ...]:
+        """The other ranks, starting after our own."""
+        return tuple(
+            (self.dwdp_rank + step) % self.group_size for step in range(1, self.group_size)
+        )
+
+    def close(self) -> None:
+        """Close the descriptors; idempotent."""
+        with self._lock:
+            shards = [*self._held.values(), *self._retired]
+            shards += [self._published] if self._published else []
+            self._published, self._held, self._retired = None, {}, []
+        for shard in shards:
+            shard.close()
+
+    def publish(self, shard: PeerShard) -> None:
+        """Our own shard, from now on handed to whoever asks."""
+        with self._lock:
+            assert self._published is None
+            self._published = shard
+
+    def announce_ready(self, digest: bytes) -> None:
+        """Our shard is whole."""
+        with self._lock:
+            assert self._published is not None
+            self._published = replace(self._published, digest=digest, ready=True)
+
+    def hold(self, shard: PeerShard) -> None:
+        """Keep a peer's shard; it is lent to others once it is whole."""
+        rank = shard.peer_rank
+        with self._lock:
+            if rank in self._held:
+                self._retired.append(self._held[rank])
+            self._held[rank] = shard
+            seen = self._generations.get(rank, 0)
+            self._generations[rank] = max(shard.generation, seen)
+
+    def held(self) -> dict[int, PeerShard]:
+        """The shards of the peers we met."""
+        with self._lock:
+            return dict(self._held)
+
+    def mark_whole(self, rank: int, digest: bytes) -> None:
+        """The shard that we hold of `rank` is whole."""
+        with self._lock:
+            self._held[rank] = replace(self._held[rank], digest=digest, ready=True)
+
+    def peer_states(self, held: Mapping[int, PeerShard], alive: set[int]) -> dict[int, PeerState]:
+        """How each peer is, given which of those we met still listen; notes new deaths."""
+        states = {}
+        with self._lock:
+            for rank in sorted(self.peer_ranks):
+                state = "missing"
+                if rank in held:
+                    state = "ready" if held[rank].ready else "published"
+                    self._note_death(rank, rank in alive)
+                    state = state if rank in alive else "dead"
+                states[rank] = PeerState(state, self._generations.get(rank, 0))
+        return states
+
+    def raise_failures(self, group: int) -> None:
+        """Give up if a peer did, or if it serves something else.
+
+        Raises:
+            PeerMismatchError: we refused a peer that we have not met.
+            RendezvousError: a peer failed to start.
+        """
+        with self._lock:
+            failures, refusals = dict(self._failures), dict(self._refusals)
+        for rank, reason in refusals.items():
+            raise PeerMismatchError(f"rank {rank} of group {group}: {reason}")
+        for rank, reason in failures.items():
+            raise RendezvousError(f"rank {rank} of group {group} failed to start: {reason}")
+
+    def answer(
+        self, request: messages.Hello | messages.Borrow | messages.Failed
+    ) -> list[messages.Packet]:
+        """The packets of our reply to a peer."""
+        with self._lock:
+            refusal = self._refusal(request)
+            if refusal is not None:
+                return [(refusal, ())]
+            rank = request.dwdp_rank
+            self._refusals.pop(rank, None)
+            self._generations[rank] = request.generation
+            if isinstance(request, messages.Failed):
+                self._failures[rank] = request.reason[:MAX_REASON]
+                self._note(f"rank {rank} failed to start: {self._failures[rank]}")
+                return [(messages.Accepted(), ())]
+            if isinstance(request, messages.Borrow) and request.wanted != self.dwdp_rank:
+                held = self._held.get(request.wanted)
+                shard = held if held is not None and held.ready else None
+            else:
+                self._failures.pop(rank, None)
+                shard = self._published
+        if shard is None:
+            return [(messages.NotYet(), ())]
+        return list(shard.packets(with_handles=request.wants_handles))
+
+    def _refusal(
+        self, request: messages.Hello | messages.Borrow | messages.Failed
+    ) -> messages.Refused | None:
+        """Why we do not talk to this peer, or None."""
+        rank = request.dwdp_rank
+        if rank not in self.peer_ranks:
+            return messages.Refused(
+                f"there is no rank {rank} besides rank {self.dwdp_rank} of {self.group_size}"
+            )
+        if isinstance(request, messages.Hello | messages.Borrow):
+            differences = self.fingerprint.differences(request.fingerprint)
+            if differences:
+                reason = f"the ranks do not serve the same thing: {describe(differences)}"
+                reason = reason[:MAX_REASON]
+                if rank not in self._held:
+                    self._refusals[rank] = reason
+                self._note(f"rank {rank} was refused: {reason}")
+                return messages.Refused(reason)
+        seen = self._generations.get(rank, 0)
+        if request.generation < seen:
+            reason = f"generation {request.generation} of rank {rank} is stale; {seen} was here"
+            self._note(f"rank {rank} was refused: {reason}")
+            return messages.Refused(reason, seen)
+        return None
+
+    def _note_death(self, rank: int, alive: bool) -> None:
+        if alive:
+            self._dead.discard(rank)
+        elif rank not in self._dead:
+            self._dead.add(rank)
+            self._note(f"rank {rank} died: it no longer listens")
+
+    def _note(self, failure: str) -> None:
+        self.last_failure = (time.time(), failure)

@@ -1,0 +1,270 @@
+"""`vllm-dwdp bench`: DWDP against its baselines on this machine, by vLLM's own serving benchmark.
+
+Every deployment is started once and suspended (SIGSTOP) while another one is measured. Each round runs
+every load on every deployment, one after the other (every second round in reverse order), so that a
+ratio compares runs that are seconds apart; the first round warms up and is not counted. Ratios are
+medians over rounds, with their spread.
+"""
+
+import os
+import shlex
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import vllm_dwdp
+from vllm_dwdp.entrypoints.bench.client import BenchClient
+from vllm_dwdp.entrypoints.bench.deployments import (
+    DWDP,
+    Deployment,
+    Setting,
+    check_baselines,
+    has_gpu,
+    start,
+)
+from vllm_dwdp.entrypoints.bench.machine import OtherWork, describe_machine
+from vllm_dwdp.entrypoints.bench.result import BenchResult, Run
+from vllm_dwdp.entrypoints.bench.traffic import (
+    Load,
+    Shape,
+    Stream,
+    StreamResult,
+    figures,
+    long_probe_load,
+    make_loads,
+    probe_load,
+)
+from vllm_dwdp.planner.checked import MOST_RANKS, real, whole
+from vllm_dwdp.planner.config_fields import read_config
+from vllm_dwdp.planner.percentiles import percentile
+
+Say = Callable[[str], None]
+MOST_ROUNDS, MOST_SECONDS = 1000, 3600
+SERVE_ARGUMENTS = ("--max-model-len", "2048", "--no-enable-prefix-caching")
+SERVE_ARGUMENTS_CPU = ("--kv-cache-memory-bytes", str(256 * 2**20))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """What to measure.
+
+    Args:
+        model: folder or name; None makes a small MoE checkpoint of random weights.
+        num_ranks: of every deployment.
+        baselines: names of `bench_deployments.BASELINES`.
+        rounds: counted rounds.
+        shape: of the traffic.
+        serve_arguments: further arguments of every `vllm serve`.
+        warms_up: a first round that is not counted, and probes before those that count.
+    """
+
+    model: str | None
+    num_ranks: int
+    baselines: tuple[str, ...]
+    rounds: int
+    shape: Shape
+    serve_arguments: tuple[str, ...] = ()
+    warms_up: bool = True
+
+    def __post_init__(self) -> None:
+        whole("--rounds", self.rounds, 1, MOST_ROUNDS)
+        if self.model is not None and self.model.startswith((".", "/")):
+            read_config(Path(self.model))
+        whole("--ranks", self.num_ranks, 2, MOST_RANKS)
+        real("--seconds", self.shape.seconds, 0, MOST_SECONDS, above=True)
+        check_baselines(self.baselines, self.num_ranks)
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        model: str | None,
+        num_ranks: int,
+        baselines: tuple[str, ...],
+        rounds: int,
+        seconds: float,
+        smoke: bool,
+        serve_arguments: tuple[str, ...],
+    ) -> "BenchOptions":
+        """As the command line says; `smoke` is the smallest run that still shows everything."""
+        shape = Shape(seconds=seconds)
+        if smoke:
+            baselines, rounds, num_ranks = (), 1, 2
+            shape = Shape(input_tokens=16, output_tokens=24, long_input_tokens=256, seconds=1.0)
+            serve_arguments = ("--enforce-eager", *serve_arguments)
+        return cls(
+            model=model,
+            num_ranks=num_ranks,
+            baselines=baselines,
+            rounds=rounds,
+            shape=shape,
+            serve_arguments=serve_arguments,
+            warms_up=not smoke,
+        )
+
+
+def run_bench(
+    options: BenchOptions, command: str, say: Say, keep: Callable[[BenchResult], None]
+) -> BenchResult:
+    """Start everything, measure, stop everything.
+
+    Args:
+        keep: is given the result before the servers are stopped, which may take long or be interrupted.
+    """
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dwdp-bench-")))
+        model = options.model or default_model()
+        of_device = () if has_gpu() else SERVE_ARGUMENTS_CPU
+        arguments = (*SERVE_ARGUMENTS, *of_device, *options.serve_arguments)
+        setting = Setting(
+            model=model, num_ranks=options.num_ranks, arguments=arguments, folder=folder
+        )
+        clients = [
+            stack.enter_context(BenchClient(setting.cores(rank), folder / f"client-{rank}.log"))
+            for rank in range(options.num_ranks)
+        ]
+        deployments = [start(stack, name, setting, say) for name in (DWDP, *options.baselines)]
+        for client in clients:
+            client.wait_until_ready()
+        bench = _Bench(clients, model, folder, say)
+        loads = bench.size_loads(deployments[0], options)
+        runs = bench.measure(deployments, loads, options)
+        result = BenchResult(
+            machine=describe_machine(),
+            command=command,
+            versions=_versions(),
+            deployments={made.name: _facts(made) for made in deployments},
+            loads=tuple(loads),
+            runs=tuple(runs),
+        )
+        keep(result)
+        return result
+
+
+class _Bench:
+    """The clients and where their results go."""
+
+    def __init__(self, clients: list[BenchClient], tokenizer: str, folder: Path, say: Say) -> None:
+        self._clients = clients
+        self._tokenizer = tokenizer
+        self._folder = folder
+        self._say = say
+        self._num_runs = 0
+
+    def size_loads(self, deployment: Deployment, options: BenchOptions) -> list[Load]:
+        shape, num_ranks = options.shape, options.num_ranks
+        rates = []
+        for load in (probe_load(shape, num_ranks), long_probe_load(shape, num_ranks)):
+            if options.warms_up:
+                self.drive(deployment, load)
+            results = self.drive(deployment, load)
+            rates.append(statistics.mean(r.num_requests / r.duration_s for r in results.values()))
+        self._say(f"a rank answers {rates[0]:.2f} requests/s, or {rates[1]:.2f} long prompts/s")
+        return make_loads(shape, num_ranks, *rates)
+
+    def measure(
+        self, deployments: Sequence[Deployment], loads: Sequence[Load], options: BenchOptions
+    ) -> list[Run]:
+        runs = []
+        for number in range(0 if options.warms_up else 1, options.rounds + 1):
+            order = deployments if number % 2 else deployments[::-1]
+            for load in loads:
+                for deployment in order:
+                    run = self._run(deployment, load, number)
+                    if number > 0:
+                        runs.append(run)
+                    self._say(
+                        f"round {number or 'to warm up'}: {load.name}, {deployment.name}: "
+                        f"{run.figures['tokens_per_s']:.0f} tokens/s, "
+                        f"ITL P99 {run.figures['itl_p99_ms']:.1f} ms"
+                    )
+        return runs
+
+    def _run(self, deployment: Deployment, load: Load, number: int) -> Run:
+        clients = [psutil.Process(client.pid) for client in self._clients]
+        others = OtherWork([*deployment.processes(), *clients])
+        results = self.drive(deployment, load, seed=number)
+        other_cores = others.cores()
+        last = results[max(results)]
+        longs = {
+            rank: stream.is_long for rank, stream in enumerate(load.streams) if stream is not None
+        }
+        return Run(
+            deployment=deployment.name,
+            load=load.name,
+            round=number,
+            figures=figures(
+                [results[rank] for rank, is_long in longs.items() if not is_long],
+                [results[rank] for rank, is_long in longs.items() if is_long],
+            ),
+            last_rank_itl_p99_ms=1e3 * percentile(last.itl_s, 99),
+            coverage=results[min(results)].duration_s / last.duration_s,
+            other_cores=other_cores,
+        )
+
+    def drive(self, deployment: Deployment, load: Load, seed: int = 0) -> dict[int, StreamResult]:
+        """One load on one deployment; the others are suspended. Results by rank."""
+        sent: dict[int, tuple[Stream, Path]] = {}
+        with deployment.running():
+            for rank, stream in enumerate(load.streams):
+                if stream is not None:
+                    path = self._folder / f"run{self._num_runs}-{rank}.json"
+                    sent[rank] = stream, path
+                    self._clients[rank].begin(
+                        stream.arguments(
+                            deployment.url(rank), self._tokenizer, path, 97 * seed + rank
+                        )
+                    )
+            found = {rank: self._clients[rank].finish(*what) for rank, what in sent.items()}
+        self._num_runs += 1
+        return found
+
+
+def _facts(deployment: Deployment) -> dict[str, Any]:
+    return {
+        "commands": [shlex.join(command) for command in deployment.commands],
+        "start_s": deployment.start_s,
+        "memory_bytes": deployment.memory_bytes(),
+    }
+
+
+def default_model() -> str:
+    """Random weights, made once: 6 layers, hidden 512, 32 experts of 256, 4 per token, bf16."""
+    from vllm_dwdp.entrypoints.bench.checkpoints import make_checkpoint
+
+    folder = Path(tempfile.gettempdir()) / f"dwdp-bench-model-{os.getuid()}"
+    return str(
+        make_checkpoint(
+            folder,
+            "qwen3_moe",
+            32,
+            hidden_size=512,
+            moe_intermediate_size=256,
+            num_hidden_layers=6,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            head_dim=64,
+            num_experts_per_tok=4,
+        )
+    )
+
+
+def _versions() -> dict[str, str]:
+    import torch
+    import vllm
+
+    return {
+        "vllm_dwdp": vllm_dwdp.__version__,
+        "vllm": str(vllm.__version__),
+        "torch": str(torch.__version__),
+        "python": sys.version.split()[0],
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }

@@ -1,0 +1,111 @@
+"""The prefetch side of one rank: slots, ring views, copy plans, and one pipeline per model.
+
+A target model and its drafter each run their own layers in their own order, so each has a ring with
+slots of its own; all share one copy queue. Built once at start; afterwards the operators drive it.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import cast
+
+from vllm_dwdp.compat.worker import cuda_graphs
+from vllm_dwdp.device.queue import GraphQueue, ResolvedSlice
+from vllm_dwdp.layout.slots import SlotLayout
+from vllm_dwdp.model_executor import ops
+from vllm_dwdp.model_executor.composites import CompositeMapper, LayerView
+from vllm_dwdp.model_executor.routed_experts import RingPosition
+from vllm_dwdp.prefetch.captured_ring import GraphRing
+from vllm_dwdp.prefetch.copy_plan import CopySlice, bytes_by_peer, plan_layer_copies
+from vllm_dwdp.prefetch.ring import PipelineCounters, PrefetchPipeline
+
+NUM_SLOTS = 2
+
+
+class PrefetchRings:
+    """The open rings; `close` gives slots, views and queue back and is idempotent.
+
+    Args:
+        mapper: makes the ring views.
+        rings: indices of each model's layers, in the order in which they run.
+        slice_bytes: size of one copy.
+    """
+
+    def __init__(
+        self, mapper: CompositeMapper, rings: Sequence[Sequence[int]], slice_bytes: int
+    ) -> None:
+        with ExitStack() as undo:
+            self._open(replace(mapper, resources=undo), rings, slice_bytes, undo)
+            self._resources = undo.pop_all()
+
+    def _open(
+        self,
+        mapper: CompositeMapper,
+        rings: Sequence[Sequence[int]],
+        slice_bytes: int,
+        resources: ExitStack,
+    ) -> None:
+        device = mapper.device
+        layout = SlotLayout.plan(mapper.layout.layers, mapper.dwdp_rank, device.pool_page_bytes)
+        num_slots = NUM_SLOTS * len(rings)
+        self.slot_bytes = num_slots * layout.num_bytes
+        slots = device.new_slots(num_slots, layout)
+        resources.callback(slots.close)
+        self.positions: dict[int, RingPosition] = {}
+        self.views: dict[int, LayerView] = {}
+        for ring, members in enumerate(rings):
+            for index, layer in enumerate(members):
+                slot = ring * NUM_SLOTS + index % NUM_SLOTS
+                self.positions[layer] = RingPosition(ring, index)
+                self.views[layer] = mapper.ring_view(layer, slots, slot, layout)
+        self.queue = device.make_queue()
+        resources.callback(self.queue.close)
+        self.pipelines = [
+            self._make_pipeline(mapper, members, slice_bytes, resources) for members in rings
+        ]
+        self._rings: list[ops.Ring] = [*self.pipelines]
+        if device.captures_graphs:
+            queue = cast(GraphQueue, self.queue)
+            followers = [GraphRing(pipeline, queue) for pipeline in self.pipelines]
+            resources.enter_context(cuda_graphs.followed_by(followers))
+            self._rings = [*followers]
+        resources.callback(ops.install_rings, [])
+        ops.install_rings(self._rings)
+
+    def close(self) -> None:
+        """Let running copies finish and release everything; layers must not run over the views again."""
+        self._resources.close()
+
+    def begin_forward(self) -> None:
+        """A forward of the target model starts."""
+        for ring in self._rings:
+            ring.begin_forward()
+
+    def counters(self) -> list[PipelineCounters]:
+        """A snapshot of each ring."""
+        return [pipeline.counters() for pipeline in self.pipelines]
+
+    def _make_pipeline(
+        self,
+        mapper: CompositeMapper,
+        members: Sequence[int],
+        slice_bytes: int,
+        resources: ExitStack,
+    ) -> PrefetchPipeline:
+        batches: list[list[ResolvedSlice]] = []
+        peer_bytes: list[dict[int, int]] = []
+        for member in members:
+            layer = mapper.layout.layers[member]
+            plan = plan_layer_copies(layer, mapper.dwdp_rank, slice_bytes)
+            batches.append([self._resolve(mapper, member, copy) for copy in plan])
+            peer_bytes.append(bytes_by_peer(plan))
+        pipeline = PrefetchPipeline(batches, peer_bytes, self.queue, num_slots=NUM_SLOTS)
+        resources.callback(pipeline.close)
+        return pipeline
+
+    def _resolve(self, mapper: CompositeMapper, member: int, copy: CopySlice) -> ResolvedSlice:
+        return (
+            self.views[member].addresses[copy.weight] + copy.offset,
+            mapper.peers[copy.peer_rank].address + copy.source_offset,
+            copy.num_bytes,
+        )

@@ -1,1 +1,0 @@
-"""What tests, benchmarks and the demo share: random checkpoints, real servers, a fake CUDA driver."""
