@@ -32,9 +32,9 @@ JOIN_TIMEOUT_S = 8.0
 LIFE_TIMEOUT_S = 90.0
 
 BEFORE_SERVING = {
-    "hello": "vllm_dwdp.distributed.membership:Rendezvous.meet",
+    "hello": "vllm_dwdp.distributed.membership:Membership.meet",
     "mapping": f"{GROUP}._map_peer",
-    "completing": "vllm_dwdp.distributed.membership:Rendezvous.announce_ready",
+    "completing": "vllm_dwdp.distributed.membership:Membership.announce_ready",
 }
 """Rank 0 is killed here, and rank 1 can only give up by its deadline."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.unit.distributed.test_messages import fingerprint
 from vllm_dwdp.distributed import messages
 from vllm_dwdp.distributed.endpoint import Endpoint
-from vllm_dwdp.distributed.membership import Rendezvous
+from vllm_dwdp.distributed.membership import Membership
 from vllm_dwdp.distributed.secure import SecureChannel
 from vllm_dwdp.errors import RendezvousError
 
@@ -19,9 +19,9 @@ SECRET = b"a secret of some length"
 HEADER = messages.Shard(1, 7, (4096,) * 40, b"l" * 32, b"d" * 32, True, 0, 40)
 
 
-def make_member() -> Rendezvous:
+def make_member() -> Membership:
     """A rank that answers, without a socket."""
-    member = Rendezvous(
+    member = Membership(
         Endpoint.parse("abstract:fuzz"),
         group=0,
         dwdp_rank=0,

@@ -1,7 +1,7 @@
 """A rank in a process of its own, told over its standard input what to do next.
 
 `Rank` is the parent's side; run as a module, this file is the rank: it builds its shard, meets its
-group through the product's `Rendezvous`, maps its peers and answers each command with a line.
+group through the product's `Membership`, maps its peers and answers each command with a line.
 """
 
 import contextlib
@@ -147,7 +147,7 @@ def main() -> None:
     from tests.gpu.scenarios import SHAPE
     from vllm_dwdp.device.base import Handles
     from vllm_dwdp.distributed.endpoint import Endpoint
-    from vllm_dwdp.distributed.membership import Rendezvous
+    from vllm_dwdp.distributed.membership import Membership
 
     provoke_races(300)
     gpu = accelerator()
@@ -158,7 +158,7 @@ def main() -> None:
             contextlib.closing(RankMemory(memory, SHAPE, NUM_LAYERS, number, size))
         )
         rendezvous = stack.enter_context(
-            Rendezvous(
+            Membership(
                 Endpoint.parse(endpoint),
                 group=0,
                 dwdp_rank=number,

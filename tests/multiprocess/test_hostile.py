@@ -22,7 +22,7 @@ from tests.multiprocess.test_tcp import base_port, secret_file
 from tests.unit.distributed.test_messages import fingerprint
 from vllm_dwdp.config import make_abstract_endpoint
 from vllm_dwdp.distributed import messages, server
-from vllm_dwdp.distributed.connection import PacketLine
+from vllm_dwdp.distributed.connection import PacketConnection
 from vllm_dwdp.distributed.endpoint import Endpoint
 from vllm_dwdp.distributed.membership import query_status
 from vllm_dwdp.distributed.tcp import TcpEndpoint
@@ -70,9 +70,9 @@ class Victim:
         """A connection that has said nothing yet."""
         if isinstance(self.endpoint, TcpEndpoint):
             return socket.create_connection(self.endpoint.address(0, 0), timeout=5)
-        line = self.endpoint.connect(0, 0, timeout_s=5)
-        assert isinstance(line, PacketLine)
-        return line.connection
+        connection = self.endpoint.connect(0, 0, timeout_s=5)
+        assert isinstance(connection, PacketConnection)
+        return connection.sock
 
     def attack(self, data: bytes, num_fds: int = 0) -> None:
         """Send this, and look whether anything comes back that is no refusal."""
@@ -154,20 +154,20 @@ def test_lengths_without_end(victim: Victim) -> None:
     for data in huge * 20:
         victim.attack(data)
         if victim.is_tcp:
-            with victim.endpoint.connect(0, 0, timeout_s=5) as line:  # type: ignore[union-attr]
-                line.connection.sendall(data)
+            with victim.endpoint.connect(0, 0, timeout_s=5) as connection:  # type: ignore[union-attr]
+                connection.sock.sendall(data)
     victim.must_be_unchanged()
 
 
 def test_truncated_messages(victim: Victim) -> None:
     hello = messages.encode(messages.Hello(1, time.time_ns(), fingerprint()))
     for length in range(1, len(hello), 3):
-        line = victim.endpoint.connect(0, 0, timeout_s=5)
-        assert line is not None
-        with line:
-            line.send(hello[:length])
+        connection = victim.endpoint.connect(0, 0, timeout_s=5)
+        assert connection is not None
+        with connection:
+            connection.send(hello[:length])
             with pytest.raises(ConnectionError):
-                line.receive(0)
+                connection.receive(0)
     victim.must_be_unchanged()
 
 
@@ -196,13 +196,13 @@ def test_a_reader_that_does_not_read(victim: Victim) -> None:
     """It asks for a shard of hundreds of handles and leaves the reply in the socket."""
     held = []
     for _ in range(50):
-        line = victim.endpoint.connect(0, 0, timeout_s=5)
-        assert line is not None
-        line.send(messages.encode(messages.Hello(1, 2**62, fingerprint())))
-        held.append(line)
+        connection = victim.endpoint.connect(0, 0, timeout_s=5)
+        assert connection is not None
+        connection.send(messages.encode(messages.Hello(1, 2**62, fingerprint())))
+        held.append(connection)
     victim.must_answer()
-    for line in held:
-        line.close()
+    for connection in held:
+        connection.close()
     victim.must_be_unchanged()
 
 
@@ -227,11 +227,11 @@ def test_a_message_of_another_kind(victim: Victim) -> None:
         messages.Failed(1, 2**62, "\x02" * 60_000),
     ]
     for message in strange:
-        line = victim.endpoint.connect(0, 0, timeout_s=5)
-        assert line is not None
-        with line, suppress(ConnectionError):
-            line.send(msgspec.msgpack.encode(message))
-            received = line.receive(0)
+        connection = victim.endpoint.connect(0, 0, timeout_s=5)
+        assert connection is not None
+        with connection, suppress(ConnectionError):
+            connection.send(msgspec.msgpack.encode(message))
+            received = connection.receive(0)
             assert received is not None
             reply = messages.decode_reply(received[0])
             assert not isinstance(reply, messages.Shard)
@@ -243,24 +243,24 @@ def test_ten_thousand_connections(victim: Victim) -> None:
     for number in range(10_000):
         with suppress(OSError):
             if isinstance(victim.endpoint, TcpEndpoint):
-                connection = socket.socket()
-                connection.setblocking(False)
-                connection.connect_ex(victim.endpoint.address(0, 0))
+                sock = socket.socket()
+                sock.setblocking(False)
+                sock.connect_ex(victim.endpoint.address(0, 0))
             else:
-                line = victim.endpoint.connect(0, 0, timeout_s=0.0)
-                if line is None:
+                connection = victim.endpoint.connect(0, 0, timeout_s=0.0)
+                if connection is None:
                     continue
-                connection = line.connection
-            crowd.append(connection)
+                sock = connection.sock
+            crowd.append(sock)
         if len(crowd) >= 4000:
-            for connection in crowd:
-                connection.close()
+            for sock in crowd:
+                sock.close()
             crowd.clear()
         if number % 2500 == 0:
             with suppress(OSError, RendezvousError):
                 query_status(victim.endpoint, 0, 0, timeout_s=1)
-    for connection in crowd:
-        connection.close()
+    for sock in crowd:
+        sock.close()
     deadline = time.monotonic() + 10
     while True:
         with suppress(OSError, RendezvousError):
@@ -298,13 +298,13 @@ def test_a_recorded_conversation_is_worth_nothing(victim: Victim) -> None:
             sent.append(bytes(data[:count]))
             return count
 
-    line = victim.endpoint.connect(0, 0, timeout_s=5)
-    assert line is not None
-    line.connection = Recorder(line.connection)  # type: ignore[assignment]
-    line.send(messages.encode(messages.Hello(1, 2**62, fingerprint())))
-    received = line.receive(0)
+    connection = victim.endpoint.connect(0, 0, timeout_s=5)
+    assert connection is not None
+    connection.sock = Recorder(connection.sock)  # type: ignore[assignment]
+    connection.send(messages.encode(messages.Hello(1, 2**62, fingerprint())))
+    received = connection.receive(0)
     assert received is not None
-    line.close()
+    connection.close()
     assert isinstance(messages.decode_reply(received[0]), messages.Shard)
     honest = victim.raw()
     greeting = honest.recv(40)

@@ -20,7 +20,7 @@ from tests.unit.distributed.test_messages import fingerprint
 from vllm_dwdp.config import make_abstract_endpoint
 from vllm_dwdp.distributed import messages
 from vllm_dwdp.distributed.endpoint import Endpoint
-from vllm_dwdp.distributed.membership import Rendezvous, query_status
+from vllm_dwdp.distributed.membership import Membership, query_status
 from vllm_dwdp.errors import (
     DwdpConfigError,
     JoinTimeoutError,
@@ -46,8 +46,8 @@ def nothing_leaks() -> Iterator[None]:
     assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
 
 
-def rank(endpoint: Endpoint, number: int, size: int = 2, **options: Any) -> Rendezvous:
-    made = Rendezvous(
+def rank(endpoint: Endpoint, number: int, size: int = 2, **options: Any) -> Membership:
+    made = Membership(
         endpoint,
         group=0,
         dwdp_rank=number,
@@ -59,7 +59,7 @@ def rank(endpoint: Endpoint, number: int, size: int = 2, **options: Any) -> Rend
     return made
 
 
-def publish(member: Rendezvous) -> int:
+def publish(member: Membership) -> int:
     fd = os.memfd_create(f"dwdp-{member.dwdp_rank}")
     os.write(fd, b"%d" % member.dwdp_rank)
     member.publish([fd], [4096])
@@ -108,7 +108,7 @@ def test_a_mismatch_is_refused_on_both_sides_with_the_fields(endpoint: Endpoint)
     ]
     fds = [publish(member) for member in members]
 
-    def meet(member: Rendezvous) -> str:
+    def meet(member: Membership) -> str:
         with pytest.raises(PeerMismatchError) as caught:
             member.meet()
         return str(caught.value)
@@ -269,7 +269,7 @@ def test_a_peer_that_restarts_before_it_was_ready_is_mapped_anew(endpoint: Endpo
     reborn.publish([new], [4096])
     reborn.announce_ready(b"digest")
     (replaced,) = members[0].wait_ready().values()
-    assert (replaced.peer_rank, replaced.generation) == (1, reborn.generation)
+    assert (replaced.rank, replaced.generation) == (1, reborn.generation)
     assert os.pread(replaced.fds[0], 1, 0) == b"2"
     replaced.close()
     for member in (reborn, members[0]):
@@ -292,7 +292,7 @@ def test_a_peer_that_dies_once_it_was_ready_is_vouched_for_by_another(endpoint: 
     messages.close_all(fds)
 
 
-def meet_all(members: list[Rendezvous]) -> None:
+def meet_all(members: list[Membership]) -> None:
     with ThreadPoolExecutor(len(members)) as pool:
         for shards in pool.map(lambda member: member.meet(), members):
             for shard in shards.values():
@@ -410,16 +410,16 @@ def test_a_rank_with_a_crowd_before_its_door_is_not_dead(endpoint: Endpoint) -> 
     """Its backlog is full because it is stopped: it must not lose its place to a second one."""
     listener = endpoint.listen(0, 1)
     crowd = []
-    while (line := endpoint.connect(0, 1, timeout_s=0.0)) is not None:
-        crowd.append(line)
+    while (connection := endpoint.connect(0, 1, timeout_s=0.0)) is not None:
+        crowd.append(connection)
     assert endpoint.listening(0, [0, 1], 1.0) == {1}
     with pytest.raises(RendezvousError, match="rank 1 of group 0 is already running"):
         endpoint.listen(0, 1)
     started = time.monotonic()
     assert endpoint.connect(0, 1, timeout_s=0.5) is None
     assert 0.5 <= time.monotonic() - started < 2
-    for line in crowd:
-        line.close()
+    for connection in crowd:
+        connection.close()
     listener.close()
     endpoint.forget(0, 1)
 

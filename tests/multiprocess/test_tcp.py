@@ -16,7 +16,7 @@ import pytest
 from tests.multiprocess.test_rendezvous import nothing_leaks, rank  # noqa: F401
 from vllm_dwdp.distributed import messages
 from vllm_dwdp.distributed.endpoint import Endpoint
-from vllm_dwdp.distributed.membership import Rendezvous, query_status
+from vllm_dwdp.distributed.membership import Membership, query_status
 from vllm_dwdp.distributed.tcp import TcpEndpoint
 from vllm_dwdp.entrypoints.launch.server import free_ports
 from vllm_dwdp.errors import (
@@ -60,11 +60,11 @@ def endpoint(tmp_path: Path) -> Endpoint:
     return Endpoint.parse(text, group_size=2, secret_file=secret_file(tmp_path))
 
 
-def publish(member: Rendezvous, handles: list[bytes] = FABRIC) -> None:
+def publish(member: Membership, handles: list[bytes] = FABRIC) -> None:
     member.publish([], [2**40] * len(handles), handles)
 
 
-def meet_all(members: list[Rendezvous]) -> list[dict[int, tuple[bytes, ...]]]:
+def meet_all(members: list[Membership]) -> list[dict[int, tuple[bytes, ...]]]:
     """All meet and become ready; the handles that each got, by rank."""
     with ThreadPoolExecutor(len(members)) as pool:
         met = list(pool.map(lambda member: member.meet(), members))

@@ -1,13 +1,14 @@
 """One connection that carries whole messages: a Unix seqpacket socket, or an authenticated TCP one.
 
-A line blocks as its socket does: the dialling side gives the whole exchange a deadline, so that a peer
-which trickles bytes holds nobody up; the answering thread makes it non-blocking. Closing a line closes
-its socket.
+A connection blocks as its socket does: the dialling side gives the whole exchange a deadline, so that a
+peer which trickles bytes holds nobody up; the answering thread makes it non-blocking. Closing a
+connection closes its socket.
 """
 
 import socket
 import struct
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Self
 
@@ -20,16 +21,17 @@ READ_BYTES = 64 * 1024
 _INT = struct.Struct("i")
 
 
-class _SocketLine:
-    """What both kinds share.
+class Connection(ABC):
+    """One end of a conversation with another rank.
 
     Args:
-        connection: connected; owned from now on.
-        deadline: of everything on this line, by the monotonic clock; None leaves the socket as it is.
+        sock: connected; owned from now on.
+        deadline: of everything on this connection, by the monotonic clock; None leaves the socket as
+            it is.
     """
 
-    def __init__(self, connection: socket.socket, deadline: float | None) -> None:
-        self.connection = connection
+    def __init__(self, sock: socket.socket, deadline: float | None) -> None:
+        self.sock = sock
         self._deadline = deadline
 
     def __enter__(self) -> Self:
@@ -40,10 +42,66 @@ class _SocketLine:
 
     def close(self) -> None:
         """Hang up; what was sent still arrives."""
-        self.connection.close()
+        self.sock.close()
+
+    @abstractmethod
+    def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Send the bytes of one message and, with them, copies of `fds`.
+
+        Raises:
+            BlockingIOError: nothing was sent; try again later.
+        """
+
+    @abstractmethod
+    def flush(self) -> bool:
+        """Send what `send` kept back; whether nothing is left."""
+
+    @abstractmethod
+    def receive(self, max_fds: int) -> tuple[bytes, list[int]] | None:
+        """The bytes of one message and its descriptors, owned by the caller; None if none is there.
+
+        Raises:
+            ProtocolError: it is longer, or brings more descriptors, than allowed, or is not authentic.
+            ConnectionError: the peer hung up.
+        """
+
+    def send_message(
+        self, message: messages.Request | messages.Reply, fds: Sequence[int] = ()
+    ) -> None:
+        """Send one message and, with it, copies of `fds`; as `send`."""
+        self.send(messages.encode(message), fds)
+
+    def receive_request(self) -> messages.Request | None:
+        """Receive one request, or None if it is not there yet; requests carry no descriptors.
+
+        Raises:
+            ProtocolError: it is too long, not authentic, not a request, or came with descriptors.
+        """
+        received = self.receive(0)
+        return None if received is None else messages.decode_request(received[0])
+
+    def receive_reply(self) -> tuple[messages.Reply, list[int]]:
+        """Receive one reply and its descriptors, owned by the caller (blocking).
+
+        Raises:
+            ProtocolError: it is too long, not authentic or not a reply; its descriptors are closed.
+        """
+        received = self.receive(messages.FDS_PER_MESSAGE)
+        if received is None:
+            raise TimeoutError("the peer does not answer")
+        data, fds = received
+        try:
+            return messages.decode_reply(data), fds
+        except BaseException:
+            close_all(fds)
+            raise
+
+    def receive_handles(self, header: messages.Shard) -> tuple[list[int], list[bytes]]:
+        """Receive the handles that follow `header`; see `messages.collect_handles`."""
+        return messages.collect_handles(header, self.receive_reply)
 
     def _limit_next_call(self) -> None:
-        """The next call on the socket takes at most what is left of the time.
+        """Let the next call on the socket take at most what is left of the time.
 
         Raises:
             TimeoutError: nothing is left.
@@ -52,44 +110,38 @@ class _SocketLine:
             left_s = self._deadline - time.monotonic()
             if left_s <= 0:
                 raise TimeoutError("the peer took too long")
-            self.connection.settimeout(left_s)
+            self.sock.settimeout(left_s)
 
 
-class PacketLine(_SocketLine):
+class PacketConnection(Connection):
     """Messages over a Unix seqpacket socket; the kernel keeps them whole and carries descriptors."""
 
-    def __init__(self, connection: socket.socket, deadline: float | None = None) -> None:
-        super().__init__(connection, deadline)
+    def __init__(self, sock: socket.socket, deadline: float | None = None) -> None:
+        super().__init__(sock, deadline)
 
     def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
-        """Send one message and, with it, copies of `fds`.
-
-        Raises:
-            BlockingIOError: it was not sent; later.
-        """
+        """As `Connection.send`."""
         self._limit_next_call()
         if fds:
-            socket.send_fds(self.connection, [data], list(fds))
+            socket.send_fds(self.sock, [data], list(fds))
         else:
-            self.connection.send(data)
+            self.sock.send(data)
 
     def flush(self) -> bool:
         """True: nothing is ever kept back."""
         return True
 
     def receive(self, max_fds: int) -> tuple[bytes, list[int]] | None:
-        """One message and its descriptors, owned by the caller; None if none is there yet.
+        """As `Connection.receive`.
 
         Raises:
-            ProtocolError: it is longer, or brings more descriptors, than allowed; they are closed.
             RendezvousError: this process may not open so many files.
-            ConnectionError: the peer hung up.
         """
         self._limit_next_call()
         # Not socket.recv_fds: it ignores its flags, and a child forked meanwhile would inherit.
         room = socket.CMSG_LEN(max_fds * _INT.size) if max_fds else 0
         try:
-            data, ancillary, flags, _ = self.connection.recvmsg(
+            data, ancillary, flags, _ = self.sock.recvmsg(
                 MAX_MESSAGE_BYTES, room, socket.MSG_CMSG_CLOEXEC
             )
         except BlockingIOError:
@@ -115,27 +167,27 @@ class PacketLine(_SocketLine):
         )
 
 
-class SecureLine(_SocketLine):
+class SecureConnection(Connection):
     """Messages over a TCP socket between two ends that know the secret; carries no descriptors.
 
     Args:
-        connection: connected; owned from now on.
+        sock: connected; owned from now on.
         secret: what both ends know.
         purpose: whom the dialler wants to reach.
         listens: whether this end accepted the connection.
-        deadline: of everything on this line, by the monotonic clock; None leaves the socket as it is.
+        deadline: as `Connection`.
     """
 
     def __init__(
         self,
-        connection: socket.socket,
+        sock: socket.socket,
         secret: bytes,
         purpose: bytes,
         *,
         listens: bool,
         deadline: float | None = None,
     ) -> None:
-        super().__init__(connection, deadline)
+        super().__init__(sock, deadline)
         self._channel = SecureChannel(secret, purpose, listens=listens, max_bytes=MAX_MESSAGE_BYTES)
 
     def shake_hands(self) -> None:
@@ -151,7 +203,7 @@ class SecureLine(_SocketLine):
             self.flush()
 
     def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
-        """As `PacketLine.send`; the rest of a message that did not fit waits for `flush`."""
+        """As `Connection.send`; the rest of a message that did not fit waits for `flush`."""
         assert not fds, "descriptors cannot travel over TCP"
         if not self.flush():
             raise BlockingIOError
@@ -159,23 +211,21 @@ class SecureLine(_SocketLine):
         self.flush()
 
     def flush(self) -> bool:
-        """Send what is left; whether nothing is."""
+        """As `Connection.flush`."""
         outgoing = self._channel.outgoing
         try:
             while outgoing:
                 self._limit_next_call()
-                del outgoing[: self.connection.send(outgoing)]
+                del outgoing[: self.sock.send(outgoing)]
         except BlockingIOError:
             return False
         return True
 
     def receive(self, max_fds: int) -> tuple[bytes, list[int]] | None:
-        """As `PacketLine.receive`; there are never descriptors.
+        """As `Connection.receive`; there are never descriptors.
 
         Raises:
-            ProtocolError: it is too long or not authentic.
             SecretMismatchError: the peer does not know the secret.
-            ConnectionError: the peer hung up.
         """
         while True:
             try:
@@ -191,47 +241,7 @@ class SecureLine(_SocketLine):
 
     def _read(self) -> bytes | None:
         self._limit_next_call()
-        data = self.connection.recv(min(self._channel.num_wanted, READ_BYTES))
+        data = self.sock.recv(min(self._channel.num_wanted, READ_BYTES))
         if not data:
             raise ConnectionResetError("the peer hung up")
         return self._channel.feed(data)
-
-
-Line = PacketLine | SecureLine
-
-
-def send(line: Line, message: messages.Request | messages.Reply, fds: Sequence[int] = ()) -> None:
-    """Send one message and, with it, copies of `fds`."""
-    line.send(messages.encode(message), fds)
-
-
-def receive_request(line: Line) -> messages.Request | None:
-    """One request, or None if it is not there yet; requests carry no descriptors.
-
-    Raises:
-        ProtocolError: it is too long, not authentic, not a request, or came with descriptors.
-    """
-    received = line.receive(0)
-    return None if received is None else messages.decode_request(received[0])
-
-
-def receive_reply(line: Line) -> tuple[messages.Reply, list[int]]:
-    """One reply and the descriptors that came with it, owned by the caller (blocking).
-
-    Raises:
-        ProtocolError: it is too long, not authentic or not a reply; its descriptors are closed.
-    """
-    received = line.receive(messages.FDS_PER_MESSAGE)
-    if received is None:
-        raise TimeoutError("the peer does not answer")
-    data, fds = received
-    try:
-        return messages.decode_reply(data), fds
-    except BaseException:
-        messages.close_all(fds)
-        raise
-
-
-def receive_handles(line: Line, header: messages.Shard) -> tuple[list[int], list[bytes]]:
-    """The handles that follow `header`; see `messages.collect_handles`."""
-    return messages.collect_handles(header, lambda: receive_reply(line))

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from typing import ClassVar
 
 from vllm_dwdp.config import DwdpLaunch
-from vllm_dwdp.distributed.connection import Line
+from vllm_dwdp.distributed.connection import Connection
 from vllm_dwdp.errors import DwdpConfigError
 
 BACKLOG = 128
@@ -76,12 +76,12 @@ class Endpoint(ABC):
         """
 
     @abstractmethod
-    def greet(self, connection: socket.socket, group: int, rank: int) -> Line | None:
-        """The line over a connection that our listener accepted; None if we do not talk to it."""
+    def greet(self, sock: socket.socket, group: int, rank: int) -> Connection | None:
+        """The connection over a socket that our listener accepted; None if we do not talk to it."""
 
     @abstractmethod
-    def connect(self, group: int, rank: int, timeout_s: float) -> Line | None:
-        """A line to that rank, or None if nobody listens there (yet).
+    def connect(self, group: int, rank: int, timeout_s: float) -> Connection | None:
+        """A connection to that rank, or None if nobody listens there (yet).
 
         Raises:
             RendezvousError: somebody listens there who is not that rank.

@@ -11,13 +11,13 @@ from dataclasses import replace
 
 from vllm_dwdp.distributed import messages
 from vllm_dwdp.distributed.fingerprint import Fingerprint, describe
-from vllm_dwdp.distributed.published_shard import PeerShard, PeerState
+from vllm_dwdp.distributed.published_shard import PeerState, PublishedShard
 from vllm_dwdp.errors import PeerMismatchError, RendezvousError
 
 MAX_REASON = 4000
 
 
-class Known:
+class GroupState:
     """The shards, generations and failures of one group, as one of its ranks sees them.
 
     Owns the descriptors of every shard in it; `close` closes them, once nobody answers any more.
@@ -34,9 +34,9 @@ class Known:
         self.fingerprint = fingerprint
         self.last_failure = (0.0, "")
         self._lock = threading.Lock()
-        self._published: PeerShard | None = None
-        self._held: dict[int, PeerShard] = {}
-        self._retired: list[PeerShard] = []  # a reply may still be sending them
+        self._published: PublishedShard | None = None
+        self._held: dict[int, PublishedShard] = {}
+        self._retired: list[PublishedShard] = []  # a reply may still be sending them
         self._failures: dict[int, str] = {}
         self._refusals: dict[int, str] = {}
         self._generations: dict[int, int] = {}
@@ -58,7 +58,7 @@ class Known:
         for shard in shards:
             shard.close()
 
-    def publish(self, shard: PeerShard) -> None:
+    def publish(self, shard: PublishedShard) -> None:
         """Our own shard, from now on handed to whoever asks."""
         with self._lock:
             assert self._published is None
@@ -70,9 +70,9 @@ class Known:
             assert self._published is not None
             self._published = replace(self._published, digest=digest, ready=True)
 
-    def hold(self, shard: PeerShard) -> None:
+    def hold(self, shard: PublishedShard) -> None:
         """Keep a peer's shard; it is lent to others once it is whole."""
-        rank = shard.peer_rank
+        rank = shard.rank
         with self._lock:
             if rank in self._held:
                 self._retired.append(self._held[rank])
@@ -80,7 +80,7 @@ class Known:
             seen = self._generations.get(rank, 0)
             self._generations[rank] = max(shard.generation, seen)
 
-    def held(self) -> dict[int, PeerShard]:
+    def held(self) -> dict[int, PublishedShard]:
         """The shards of the peers we met."""
         with self._lock:
             return dict(self._held)
@@ -90,7 +90,9 @@ class Known:
         with self._lock:
             self._held[rank] = replace(self._held[rank], digest=digest, ready=True)
 
-    def peer_states(self, held: Mapping[int, PeerShard], alive: set[int]) -> dict[int, PeerState]:
+    def peer_states(
+        self, held: Mapping[int, PublishedShard], alive: set[int]
+    ) -> dict[int, PeerState]:
         """How each peer is, given which of those we met still listen; notes new deaths."""
         states = {}
         with self._lock:

@@ -11,12 +11,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
-from vllm_dwdp.distributed import connection as lines
 from vllm_dwdp.distributed import messages
 from vllm_dwdp.distributed.endpoint import Endpoint
 from vllm_dwdp.distributed.fingerprint import Fingerprint
-from vllm_dwdp.distributed.group_state import MAX_REASON, Known
-from vllm_dwdp.distributed.published_shard import PeerShard, PeerState, closed_on_error, duplicates
+from vllm_dwdp.distributed.group_state import MAX_REASON, GroupState
+from vllm_dwdp.distributed.published_shard import (
+    PeerState,
+    PublishedShard,
+    closed_on_error,
+    duplicates,
+)
 from vllm_dwdp.distributed.server import Server
 from vllm_dwdp.errors import (
     DwdpError,
@@ -38,10 +42,10 @@ LOOK_TIMEOUT_S = 0.25
 """For a look whether peers listen, while somebody waits for our status."""
 WAITING_NOTICE_S = 10.0
 
-__all__ = ["PeerShard", "PeerState", "Rendezvous", "query_status"]
+__all__ = ["Membership", "PeerState", "PublishedShard", "query_status"]
 
 
-class Rendezvous:
+class Membership:
     """One rank's side of its group. A context manager; `close` is idempotent.
 
     Args:
@@ -74,10 +78,10 @@ class Rendezvous:
         self._doing = "loads its experts"
         self._join_deadline = math.inf
         self._problems: dict[int, str] = {}
-        self._known = Known(dwdp_rank, group_size, fingerprint)
+        self._state = GroupState(dwdp_rank, group_size, fingerprint)
         self._server: Server | None = None
 
-    def __enter__(self) -> "Rendezvous":
+    def __enter__(self) -> "Membership":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
@@ -88,7 +92,7 @@ class Rendezvous:
     @property
     def peer_ranks(self) -> tuple[int, ...]:
         """The other ranks, starting after our own."""
-        return self._known.peer_ranks
+        return self._state.peer_ranks
 
     def start(self) -> None:
         """Listen, and answer in a daemon thread until `close`."""
@@ -107,7 +111,7 @@ class Rendezvous:
             # While it listens, nobody takes its place: what is forgotten is ours.
             self.endpoint.forget(self.group, self.dwdp_rank)
             server.close()
-        self._known.close()
+        self._state.close()
 
     def kept_bytes(self) -> int:
         """Bytes of our shard of an earlier life, if a peer holds it whole; may be asked before `start`.
@@ -123,7 +127,7 @@ class Rendezvous:
                 return sum(reply.handle_bytes)
         return 0
 
-    def recover(self) -> Iterator[PeerShard]:
+    def recover(self) -> Iterator[PublishedShard]:
         """Our own shard of an earlier life, as each peer holds it whole; the caller owns them.
 
         Call before `publish`: a clock that was set back must not make us look like our past.
@@ -174,8 +178,8 @@ class Rendezvous:
                 f"this rank's shard has no CUDA fabric handles, and nothing else can be handed over "
                 f"at {self.endpoint}. Use unix:///folder for the ranks of one host."
             )
-        shard = PeerShard(
-            peer_rank=self.dwdp_rank,
+        shard = PublishedShard(
+            rank=self.dwdp_rank,
             generation=self.generation,
             fds=duplicates(fds) if self.endpoint.carries_fds else (),
             fabric_handles=tuple(fabric_handles),
@@ -184,13 +188,13 @@ class Rendezvous:
             digest=b"",
             ready=False,
         )
-        self._known.publish(shard)
+        self._state.publish(shard)
 
     def announce_ready(self, digest: bytes) -> None:
         """Our edge pages are whole: every page of our shard may be mapped. `digest` covers it all."""
-        self._known.announce_ready(digest)
+        self._state.announce_ready(digest)
 
-    def meet(self) -> dict[int, PeerShard]:
+    def meet(self) -> dict[int, PublishedShard]:
         """Every peer's shard, by rank; the caller owns them.
 
         Raises:
@@ -199,12 +203,12 @@ class Rendezvous:
             SecretMismatchError: a peer has another secret.
             RendezvousError: a peer gave up its start; quotes its reason.
         """
-        shards: dict[int, PeerShard] = {}
+        shards: dict[int, PublishedShard] = {}
         with closed_on_error(shards):
             self._poll_peers(lambda rank: self._fetch(rank, shards), "publish their experts")
         return shards
 
-    def wait_ready(self) -> dict[int, PeerShard]:
+    def wait_ready(self) -> dict[int, PublishedShard]:
         """Return when every peer's pages are whole.
 
         A peer that restarted since `meet` has another shard now, and the one that we mapped may
@@ -213,7 +217,7 @@ class Rendezvous:
         Raises:
             JoinTimeoutError, RendezvousError: as `meet`.
         """
-        replaced: dict[int, PeerShard] = {}
+        replaced: dict[int, PublishedShard] = {}
         with closed_on_error(replaced):
             self._poll_peers(
                 lambda rank: self._is_ready(rank, replaced), "complete their shared pages"
@@ -223,16 +227,16 @@ class Rendezvous:
 
     def peers(self) -> dict[int, PeerState]:
         """Each peer's state now; a met peer that no longer listens is dead."""
-        held = self._known.held()
+        held = self._state.held()
         alive = self.endpoint.listening(self.group, held, LOOK_TIMEOUT_S)
-        return self._known.peer_states(held, alive)
+        return self._state.peer_states(held, alive)
 
     def status(self) -> dict[str, Any]:
         """Our status as JSON: what we are and do, the peers, and what `status_provider` adds.
 
         `state` is `starting` until the provider says otherwise; `doing` says what that waits for.
         """
-        failed_at, failure = self._known.last_failure
+        failed_at, failure = self._state.last_failure
         facts: dict[str, Any] = {
             "group": self.group,
             "group_size": self.group_size,
@@ -260,7 +264,7 @@ class Rendezvous:
             waiting = {rank for rank in waiting if not step(rank)}
             if not waiting:
                 return
-            self._known.raise_failures(self.group)
+            self._state.raise_failures(self.group)
             now = time.monotonic()
             self._doing = (
                 f"waits for ranks {sorted(waiting)} to {purpose} "
@@ -286,7 +290,7 @@ class Rendezvous:
             "started with the same rendezvous and did not fail, or raise join_timeout_s."
         )
 
-    def _fetch(self, rank: int, shards: dict[int, PeerShard]) -> bool:
+    def _fetch(self, rank: int, shards: dict[int, PublishedShard]) -> bool:
         """Get the shard of `rank`: from itself, or, if it is dead, from a peer that holds it."""
         shard = self._ask_for_shard(rank, self._hello(), rank)
         holders = [peer for peer in self.peer_ranks if peer != rank]
@@ -297,12 +301,12 @@ class Rendezvous:
         if rank in shards:
             shards[rank].close()
         shards[rank] = shard
-        self._known.hold(shard.duplicate())
+        self._state.hold(shard.duplicate())
         return True
 
-    def _is_ready(self, rank: int, replaced: dict[int, PeerShard]) -> bool:
+    def _is_ready(self, rank: int, replaced: dict[int, PublishedShard]) -> bool:
         """Whether the shard of `rank` that we hold is whole; if it has another now, fetch that."""
-        held = self._known.held()[rank]
+        held = self._state.held()[rank]
         if held.ready:
             return True
         answers = [self._ask(rank, self._hello(wants_handles=False))]
@@ -319,7 +323,7 @@ class Rendezvous:
             if answer.generation != held.generation:
                 return self._fetch(rank, replaced) and replaced[rank].ready
             if answer.ready:
-                self._known.mark_whole(rank, answer.digest)
+                self._state.mark_whole(rank, answer.digest)
                 return True
         return False
 
@@ -331,7 +335,9 @@ class Rendezvous:
             self.dwdp_rank, self.generation, self.fingerprint, wanted, wants_handles
         )
 
-    def _ask_for_shard(self, rank: int, request: messages.Request, wanted: int) -> PeerShard | None:
+    def _ask_for_shard(
+        self, rank: int, request: messages.Request, wanted: int
+    ) -> PublishedShard | None:
         """The shard of `wanted` as `rank` has it, or None."""
         handles: tuple[list[int], list[bytes]] = ([], [])
         reply = self._ask(rank, request, handles)
@@ -347,8 +353,8 @@ class Rendezvous:
                 f"rank {rank} sent {len(handles[0])} descriptors and {len(handles[1])} fabric handles "
                 f"of a shard in {len(reply.handle_bytes)} pieces"
             )
-        return PeerShard(
-            peer_rank=wanted,
+        return PublishedShard(
+            rank=wanted,
             generation=reply.generation,
             fds=tuple(handles[0]),
             fabric_handles=tuple(handles[1]),
@@ -377,15 +383,15 @@ class Rendezvous:
         left_s = self._join_deadline - time.monotonic()
         timeout_s = min(REPLY_TIMEOUT_S, max(left_s, SHORTEST_TIMEOUT_S))
         try:
-            line = self.endpoint.connect(self.group, rank, timeout_s)
-            if line is None:
+            connection = self.endpoint.connect(self.group, rank, timeout_s)
+            if connection is None:
                 return None
-            with line:
-                lines.send(line, message)
-                reply, stray = lines.receive_reply(line)
+            with connection:
+                connection.send_message(message)
+                reply, stray = connection.receive_reply()
                 messages.close_all(stray)
                 if isinstance(reply, messages.Shard) and handles is not None:
-                    fds, fabric_handles = lines.receive_handles(line, reply)
+                    fds, fabric_handles = connection.receive_handles(reply)
                     handles[0].extend(fds)
                     handles[1].extend(fabric_handles)
         except (OSError, ProtocolError) as error:
@@ -406,7 +412,7 @@ class Rendezvous:
         """Answer one request (in the server's thread)."""
         if isinstance(request, messages.StatusRequest):
             return [(messages.Status(self.status()), ())]
-        return self._known.answer(request)
+        return self._state.answer(request)
 
 
 def query_status(endpoint: Endpoint, group: int, rank: int, timeout_s: float) -> dict[str, Any]:
@@ -415,12 +421,12 @@ def query_status(endpoint: Endpoint, group: int, rank: int, timeout_s: float) ->
     Raises:
         RendezvousError: nobody listens there, or the answer is no status.
     """
-    line = endpoint.connect(group, rank, timeout_s)
-    if line is None:
+    connection = endpoint.connect(group, rank, timeout_s)
+    if connection is None:
         raise RendezvousError(f"rank {rank} of group {group} does not listen at {endpoint}")
-    with line:
-        lines.send(line, messages.StatusRequest())
-        reply, stray = lines.receive_reply(line)
+    with connection:
+        connection.send_message(messages.StatusRequest())
+        reply, stray = connection.receive_reply()
     messages.close_all(stray)
     if not isinstance(reply, messages.Status):
         raise RendezvousError(f"rank {rank} of group {group} answered {type(reply).__name__}")

@@ -1,4 +1,4 @@
-"""What a rank knows of a peer: its shard, and how it is."""
+"""A shard as a rank publishes it, and what another rank knows of that rank."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -10,11 +10,11 @@ from vllm_dwdp.errors import RendezvousError
 
 
 @dataclass(frozen=True, kw_only=True)
-class PeerShard:
-    """A peer's shard as it was handed to us. Whoever receives it owns `fds` and closes it.
+class PublishedShard:
+    """The shard of a rank as it is handed over. Whoever receives it owns `fds` and closes it.
 
     Args:
-        peer_rank: whose shard.
+        rank: whose shard.
         generation: the start of that rank that published it.
         fds: read-only descriptors of its memory, in order.
         fabric_handles: CUDA fabric handles of its memory, in order.
@@ -22,10 +22,10 @@ class PeerShard:
         layout: identity of what lies in the shards of the group.
         digest: of its content; empty until it is whole.
         ready: whether it is whole.
-        is_lent: whether somebody else handed it to us, who had it from the peer.
+        is_lent: whether another rank handed it to us, which had it from that rank.
     """
 
-    peer_rank: int
+    rank: int
     generation: int
     fds: tuple[int, ...]
     fabric_handles: tuple[bytes, ...]
@@ -39,7 +39,7 @@ class PeerShard:
         """Close its descriptors; what is mapped stays."""
         messages.close_all(self.fds)
 
-    def duplicate(self) -> "PeerShard":
+    def duplicate(self) -> "PublishedShard":
         """The same shard with descriptors of its own.
 
         Raises:
@@ -48,11 +48,11 @@ class PeerShard:
         return replace(self, fds=duplicates(self.fds))
 
     def packets(self, *, with_handles: bool) -> Iterator[messages.Packet]:
-        """It as messages; it must stay open until they are sent."""
+        """Encode the shard as messages. Keep it open until they are sent."""
         fds = self.fds if with_handles else ()
         fabric_handles = self.fabric_handles if with_handles else ()
         header = messages.Shard(
-            self.peer_rank,
+            self.rank,
             self.generation,
             self.handle_bytes,
             self.layout,
@@ -92,7 +92,7 @@ def duplicates(fds: Sequence[int]) -> tuple[int, ...]:
 
 
 @contextmanager
-def closed_on_error(shards: dict[int, PeerShard]) -> Iterator[None]:
+def closed_on_error(shards: dict[int, PublishedShard]) -> Iterator[None]:
     """Close `shards` when the block fails."""
     try:
         yield

@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
-from vllm_dwdp.distributed import connection as lines
 from vllm_dwdp.distributed import messages
-from vllm_dwdp.distributed.connection import Line
+from vllm_dwdp.distributed.connection import Connection
 from vllm_dwdp.errors import RendezvousError
 from vllm_dwdp.logger import init_logger
 
@@ -29,9 +28,9 @@ Answer = Callable[[messages.Request], Iterable[messages.Packet]]
 
 @dataclass
 class _Conversation:
-    """One line: first the request is awaited, then `rest` of the reply is sent."""
+    """One connection: first the request is awaited, then `rest` of the reply is sent."""
 
-    line: Line
+    connection: Connection
     deadline: float
     rest: Iterator[messages.Packet] | None = None
     unsent: messages.Packet | None = None
@@ -42,7 +41,7 @@ class Server:
 
     Args:
         listener: a listening, non-blocking socket.
-        greet: makes the line of an accepted connection, or None for one that is turned away.
+        greet: makes the connection of an accepted socket, or None for one that is turned away.
         answer: makes the packets of a reply, in the thread; their descriptors must stay open.
         name: of the thread.
     """
@@ -50,7 +49,7 @@ class Server:
     def __init__(
         self,
         listener: socket.socket,
-        greet: Callable[[socket.socket], Line | None],
+        greet: Callable[[socket.socket], Connection | None],
         answer: Answer,
         name: str,
     ) -> None:
@@ -71,8 +70,8 @@ class Server:
         """Stop the thread and close every socket."""
         self._wake_writer.send(b"x")
         self._thread.join()
-        for connection in list(self._open):
-            self._hang_up(connection)
+        for sock in list(self._open):
+            self._hang_up(sock)
         self._selector.close()
         for owned in (self._listener, self._wake_reader, self._wake_writer):
             owned.close()
@@ -88,12 +87,12 @@ class Server:
                     assert isinstance(key.fileobj, socket.socket)
                     self._serve(key.fileobj)
             now = time.monotonic()
-            for connection in [c for c, open_ in self._open.items() if open_.deadline < now]:
-                self._hang_up(connection)
+            for sock in [s for s, open_ in self._open.items() if open_.deadline < now]:
+                self._hang_up(sock)
 
     def _accept(self) -> None:
         try:
-            connection, _ = self._listener.accept()
+            sock, _ = self._listener.accept()
         except OSError as error:
             self._warn("accepting a connection failed: %s", error)
             time.sleep(0.01)
@@ -101,30 +100,30 @@ class Server:
         if len(self._open) >= MAX_CONNECTIONS:
             self._make_room()
         try:
-            connection.setblocking(False)
-            line = self._greet(connection)
+            sock.setblocking(False)
+            connection = self._greet(sock)
         except OSError:
-            line = None
-        if line is None or len(self._open) >= MAX_CONNECTIONS:
-            connection.close()
+            connection = None
+        if connection is None or len(self._open) >= MAX_CONNECTIONS:
+            sock.close()
             return
         deadline = time.monotonic() + CONNECTION_DEADLINE_S
-        self._open[connection] = _Conversation(line, deadline)
-        self._selector.register(connection, selectors.EVENT_READ)
+        self._open[sock] = _Conversation(connection, deadline)
+        self._selector.register(sock, selectors.EVENT_READ)
 
     def _make_room(self) -> None:
         """Hang up on the connection that has been silent longest, for one that may not be."""
-        silent = (c for c, conversation in self._open.items() if conversation.rest is None)
+        silent = (s for s, conversation in self._open.items() if conversation.rest is None)
         oldest = next(silent, None)
         if oldest is not None:
             self._hang_up(oldest)
 
-    def _serve(self, connection: socket.socket) -> None:
-        conversation = self._open.get(connection)
+    def _serve(self, sock: socket.socket) -> None:
+        conversation = self._open.get(sock)
         if conversation is None:
             return  # made room for another one meanwhile
         try:
-            if self._go_on(connection, conversation):
+            if self._go_on(sock, conversation):
                 return
         except ConnectionError:
             pass  # it only looked whether we are alive, or died meanwhile
@@ -134,31 +133,31 @@ class Server:
         except Exception as error:  # a bug of ours, which the thread must outlive
             self.num_dropped += 1
             self._warn("answering failed: %s", error, with_trace=True)
-        self._hang_up(connection)
+        self._hang_up(sock)
 
-    def _go_on(self, connection: socket.socket, conversation: _Conversation) -> bool:
+    def _go_on(self, sock: socket.socket, conversation: _Conversation) -> bool:
         """Read the request or send more of the reply; whether anything is left to do."""
-        line = conversation.line
+        connection = conversation.connection
         if conversation.rest is None:
-            request = lines.receive_request(line)
+            request = connection.receive_request()
             if request is None:
                 return True
             conversation.rest = iter(self._answer(request))
             conversation.unsent = next(conversation.rest, None)
-            self._selector.modify(connection, selectors.EVENT_WRITE)
+            self._selector.modify(sock, selectors.EVENT_WRITE)
         while conversation.unsent is not None:
             try:
-                lines.send(line, *conversation.unsent)
+                connection.send_message(*conversation.unsent)
             except BlockingIOError:
                 return True
             conversation.unsent = next(conversation.rest, None)
-        return not line.flush()
+        return not connection.flush()
 
-    def _hang_up(self, connection: socket.socket) -> None:
-        self._open.pop(connection, None)
+    def _hang_up(self, sock: socket.socket) -> None:
+        self._open.pop(sock, None)
         with suppress(KeyError, ValueError):
-            self._selector.unregister(connection)
-        connection.close()
+            self._selector.unregister(sock)
+        sock.close()
 
     def _warn(self, text: str, error: Exception, *, with_trace: bool = False) -> None:
         """At most one line in ten seconds: a hostile peer must not fill the log."""

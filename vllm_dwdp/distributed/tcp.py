@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
-from vllm_dwdp.distributed.connection import SecureLine
+from vllm_dwdp.distributed.connection import SecureConnection
 from vllm_dwdp.distributed.endpoint import BACKLOG, LINGER_S, Endpoint
 from vllm_dwdp.errors import DwdpConfigError, ProtocolError, RendezvousError, SecretMismatchError
 
@@ -116,13 +116,13 @@ class TcpEndpoint(Endpoint):
             undo.pop_all()
         return server
 
-    def greet(self, connection: socket.socket, group: int, rank: int) -> SecureLine:
-        """A line that first authenticates both ends."""
-        line = SecureLine(connection, self._secret, _purpose(group, rank), listens=True)
-        line.flush()
-        return line
+    def greet(self, sock: socket.socket, group: int, rank: int) -> SecureConnection:
+        """A connection that first authenticates both ends."""
+        connection = SecureConnection(sock, self._secret, _purpose(group, rank), listens=True)
+        connection.flush()
+        return connection
 
-    def connect(self, group: int, rank: int, timeout_s: float) -> SecureLine | None:
+    def connect(self, group: int, rank: int, timeout_s: float) -> SecureConnection | None:
         """As `Endpoint.connect`; both ends are authenticated when it returns.
 
         Raises:
@@ -138,24 +138,24 @@ class TcpEndpoint(Endpoint):
                 raise
             return None
         self._reached[group, rank] = client.family, client.getpeername()[:2]
-        line = SecureLine(
+        connection = SecureConnection(
             client, self._secret, _purpose(group, rank), listens=False, deadline=deadline
         )
         try:
-            line.shake_hands()
+            connection.shake_hands()
         except (SecretMismatchError, ProtocolError) as error:
-            line.close()
+            connection.close()
             raise type(error)(
                 f"rank {rank} of group {group} at {host}:{port}: {error}. dwdp "
                 "rendezvous_secret_file must have the same content on every host."
             ) from error
         except OSError:
-            line.close()
+            connection.close()
             return None
         except BaseException:
-            line.close()
+            connection.close()
             raise
-        return line
+        return connection
 
     def listening(self, group: int, ranks: Iterable[int], timeout_s: float) -> set[int]:
         """As `Endpoint.listening`; all at once, since a host that is down takes the whole time.

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from vllm_dwdp.distributed.connection import PacketLine
+from vllm_dwdp.distributed.connection import PacketConnection
 from vllm_dwdp.distributed.endpoint import BACKLOG, LINGER_S, Endpoint
 from vllm_dwdp.errors import ProtocolError, RendezvousError
 
@@ -40,11 +40,11 @@ class _LocalEndpoint(Endpoint):
     def _address(self, group: int, rank: int) -> str:
         """What to bind and to connect to."""
 
-    def greet(self, connection: socket.socket, group: int, rank: int) -> PacketLine | None:
-        """A line, if the other end runs as our user or as root."""
-        return PacketLine(connection) if _peer_uid(connection) in (os.geteuid(), 0) else None
+    def greet(self, sock: socket.socket, group: int, rank: int) -> PacketConnection | None:
+        """A connection, if the other end runs as our user or as root."""
+        return PacketConnection(sock) if _peer_uid(sock) in (os.geteuid(), 0) else None
 
-    def connect(self, group: int, rank: int, timeout_s: float) -> PacketLine | None:
+    def connect(self, group: int, rank: int, timeout_s: float) -> PacketConnection | None:
         """As `Endpoint.connect`; a rank with a crowd before its door is waited for.
 
         Raises:
@@ -63,7 +63,7 @@ class _LocalEndpoint(Endpoint):
             raise
         if not error:
             self._refuse_strangers(client, group, rank)
-            return PacketLine(client, deadline)
+            return PacketConnection(client, deadline)
         client.close()
         if error in _NOBODY or error == errno.EAGAIN:
             return None
@@ -240,9 +240,9 @@ def _socket() -> socket.socket:
     return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
-def _peer_uid(connection: socket.socket) -> int:
-    """Of the process at the other end: the one that connected, or the one that listens."""
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+def _peer_uid(sock: socket.socket) -> int:
+    """User id of the process at the other end: the one that connected, or the one that listens."""
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
     return int(_UCRED.unpack(credentials)[1])
 
 

@@ -39,5 +39,5 @@ class DwdpGPUWorker(DwdpWorker, Worker):
             return 0
         with closing(self.make_device()) as device:
             page_bytes = device.page_bytes
-        with self.make_rendezvous(page_bytes) as rendezvous:
+        with self.make_membership(page_bytes) as rendezvous:
             return rendezvous.kept_bytes()

@@ -12,7 +12,7 @@ import vllm_dwdp
 from vllm_dwdp.config import DwdpLaunch
 from vllm_dwdp.distributed.endpoint import Endpoint
 from vllm_dwdp.distributed.fingerprint import Fingerprint, checkpoint_digest
-from vllm_dwdp.distributed.membership import Rendezvous
+from vllm_dwdp.distributed.membership import Membership
 from vllm_dwdp.logger import init_logger
 
 logger = init_logger(__name__)
@@ -20,9 +20,9 @@ logger = init_logger(__name__)
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 
 
-def make_rendezvous(launch: DwdpLaunch, rank: int, vllm_config: Any, page_bytes: int) -> Rendezvous:
+def make_membership(launch: DwdpLaunch, rank: int, vllm_config: Any, page_bytes: int) -> Membership:
     """This rank's side of its group, not started; the caller closes it."""
-    return Rendezvous(
+    return Membership(
         Endpoint.of(launch),
         group=launch.group(rank),
         dwdp_rank=launch.dwdp_rank(rank),

@@ -10,9 +10,9 @@ import torch
 from vllm_dwdp.compat.worker import independent
 from vllm_dwdp.config import DwdpLaunch
 from vllm_dwdp.device.base import Device
-from vllm_dwdp.distributed.membership import Rendezvous
+from vllm_dwdp.distributed.membership import Membership
 from vllm_dwdp.errors import DwdpUnsupportedError
-from vllm_dwdp.executor.identity import make_rendezvous
+from vllm_dwdp.executor.identity import make_membership
 from vllm_dwdp.logger import init_logger
 from vllm_dwdp.model_executor.group import ExpertGroup
 
@@ -35,9 +35,9 @@ class DwdpWorker:
         launch = independent.launch_of(vllm_config)
         return launch, launch.rank(vllm_config.parallel_config.data_parallel_index)
 
-    def make_rendezvous(self, page_bytes: int) -> Rendezvous:
+    def make_membership(self, page_bytes: int) -> Membership:
         """Our side of the group, not started; the caller closes it."""
-        return make_rendezvous(*self.dwdp_place, self.vllm_config, page_bytes)  # type: ignore[attr-defined]
+        return make_membership(*self.dwdp_place, self.vllm_config, page_bytes)  # type: ignore[attr-defined]
 
     def load_model(self, **kwargs: Any) -> None:
         """Load the model with this rank's experts only, meet the group, bind all experts."""
@@ -56,7 +56,7 @@ class DwdpWorker:
             rank,
             self.make_device,
             load,
-            lambda device: self.make_rendezvous(device.page_bytes),
+            lambda device: self.make_membership(device.page_bytes),
         )
 
     def compile_or_warm_up_model(self) -> Any:

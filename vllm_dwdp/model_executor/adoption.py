@@ -7,14 +7,14 @@ the rank loads from disk.
 from contextlib import ExitStack
 
 from vllm_dwdp.device.base import Device, Handles, Shard
-from vllm_dwdp.distributed.membership import PeerShard, Rendezvous
+from vllm_dwdp.distributed.membership import Membership, PublishedShard
 from vllm_dwdp.errors import DwdpMemoryError, TransferError
 from vllm_dwdp.logger import init_logger
 
 logger = init_logger(__name__)
 
 
-def adopt_shard(device: Device, rendezvous: Rendezvous, rank: int) -> tuple[Shard | None, bytes]:
+def adopt_shard(device: Device, rendezvous: Membership, rank: int) -> tuple[Shard | None, bytes]:
     """This rank's shard of an earlier life and its layout, from a survivor that has it intact."""
     refused = False
     for kept in rendezvous.recover():
@@ -30,7 +30,7 @@ def adopt_shard(device: Device, rendezvous: Rendezvous, rank: int) -> tuple[Shar
     return None, b""
 
 
-def _try_to_adopt(device: Device, kept: PeerShard, rank: int) -> Shard | None:
+def _try_to_adopt(device: Device, kept: PublishedShard, rank: int) -> Shard | None:
     """The memory behind `kept`, which is taken over, or None if it is not what was published."""
     with ExitStack() as undo:
         undo.callback(kept.close)
@@ -50,6 +50,6 @@ def _try_to_adopt(device: Device, kept: PeerShard, rank: int) -> Shard | None:
     return None
 
 
-def handles_of(peer: PeerShard) -> Handles:
+def handles_of(peer: PublishedShard) -> Handles:
     """What a device takes a peer's shard by; the descriptors stay with `peer` until it has."""
     return Handles(fds=peer.fds, fabric=peer.fabric_handles, num_bytes=peer.handle_bytes)

@@ -27,7 +27,7 @@ import torch
 from vllm_dwdp.config import DwdpLaunch
 from vllm_dwdp.device.base import Device, PeerMemory
 from vllm_dwdp.device.limits import check_open_files, files_needed
-from vllm_dwdp.distributed.membership import PeerShard, Rendezvous
+from vllm_dwdp.distributed.membership import Membership, PublishedShard
 from vllm_dwdp.errors import PeerMismatchError
 from vllm_dwdp.layout.composite import ModelLayout
 from vllm_dwdp.logger import format_gib, init_logger
@@ -59,7 +59,7 @@ class ExpertGroup:
         launch: DwdpLaunch,
         rank: int,
         device: Device,
-        rendezvous: Rendezvous,
+        rendezvous: Membership,
         resources: ExitStack,
     ) -> None:
         self.launch = launch
@@ -87,7 +87,7 @@ class ExpertGroup:
         rank: int,
         make_device: Callable[[], Device],
         load_model: Callable[[], torch.nn.Module],
-        make_rendezvous: Callable[[Device], Rendezvous],
+        make_membership: Callable[[Device], Membership],
     ) -> "ExpertGroup":
         """Load this rank's experts, meet the group and bind every layer to all experts.
 
@@ -96,7 +96,7 @@ class ExpertGroup:
             rank: our global data-parallel rank.
             make_device: opens the device that holds the experts.
             load_model: vLLM's own loading, run while layers are replaced.
-            make_rendezvous: ours; it answers from now on, so that peers learn of us while we load.
+            make_membership: ours; it answers from now on, so that peers learn of us while we load.
 
         Raises:
             DwdpError: any step failed; nothing is left open.
@@ -108,7 +108,7 @@ class ExpertGroup:
         started = time.monotonic()
         with ExitStack() as undo:
             device = undo.enter_context(closing(make_device()))
-            rendezvous = undo.enter_context(make_rendezvous(device))
+            rendezvous = undo.enter_context(make_membership(device))
             rendezvous.start()
             group = cls(launch, rank, device, rendezvous, undo)
             model = group._load(load_model)
@@ -194,7 +194,7 @@ class ExpertGroup:
         handles = sum(len(self._handle_bytes(rank)) for rank in range(group_size))
         check_open_files(files_needed(group_size, handles), f"{handles} memory handles")
 
-    def _map_peers(self, met: dict[int, PeerShard]) -> None:
+    def _map_peers(self, met: dict[int, PublishedShard]) -> None:
         """Map these peers' shards, in place of earlier ones of theirs; takes over all handles."""
         try:
             while met:
@@ -215,7 +215,7 @@ class ExpertGroup:
         while self._peers:
             self._peers.popitem()[1].close()
 
-    def _map_peer(self, rank: int, peer: PeerShard) -> PeerMemory:
+    def _map_peer(self, rank: int, peer: PublishedShard) -> PeerMemory:
         """Map a peer's shard; takes over its handles once it returns."""
         expected = self._handle_bytes(rank)
         if peer.handle_bytes != expected:

@@ -19,7 +19,7 @@ from tests.unit.distributed.test_messages import fingerprint
 from vllm_dwdp.compat.frontend import admission
 from vllm_dwdp.config import DwdpConfig, DwdpLaunch
 from vllm_dwdp.distributed.endpoint import Endpoint
-from vllm_dwdp.distributed.membership import Rendezvous
+from vllm_dwdp.distributed.membership import Membership
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def test_the_reason_is_what_the_ranks_say(tmp_path: Path, bound: socket.socket) 
     )
     reason = admission._Reason(launch)
     assert reason() == "rank 3 starts"
-    member = Rendezvous(
+    member = Membership(
         Endpoint.parse(place),
         group=1,
         dwdp_rank=1,

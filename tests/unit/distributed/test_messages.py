@@ -11,9 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_dwdp.distributed import connection as lines
 from vllm_dwdp.distributed import messages
-from vllm_dwdp.distributed.connection import PacketLine
+from vllm_dwdp.distributed.connection import PacketConnection
 from vllm_dwdp.distributed.fingerprint import Fingerprint
 from vllm_dwdp.errors import ProtocolError, RendezvousError
 
@@ -35,21 +34,21 @@ def fingerprint(**changes: object) -> Fingerprint:
     return Fingerprint(**(facts | changes))  # type: ignore[arg-type]
 
 
-Pair = tuple[PacketLine, PacketLine]
+Pair = tuple[PacketConnection, PacketConnection]
 
 
 @pytest.fixture
 def pair() -> Iterator[Pair]:
     left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with PacketLine(left) as ours, PacketLine(right) as theirs:
+    with PacketConnection(left) as ours, PacketConnection(right) as theirs:
         yield ours, theirs
 
 
 def test_a_message_and_its_descriptor_arrive(pair: Pair) -> None:
     handles = messages.Handles(1, (b"f" * messages.FABRIC_HANDLE_BYTES,))
     fd = os.memfd_create("dwdp-test")
-    lines.send(pair[0], handles, (fd,))
-    received, fds = lines.receive_reply(pair[1])
+    pair[0].send_message(handles, (fd,))
+    received, fds = pair[1].receive_reply()
     assert received == handles
     assert len(fds) == 1
     assert os.fstat(fds[0]).st_ino == os.fstat(fd).st_ino
@@ -67,10 +66,10 @@ def test_nonsense_is_refused_and_its_descriptors_are_closed(
         for fds in ([], [fd, fd, fd]):
             pair[0].send(nonsense, fds)
             with pytest.raises(ProtocolError):
-                lines.receive_reply(pair[1])
-    lines.send(pair[0], messages.StatusRequest(), [fd])
+                pair[1].receive_reply()
+    pair[0].send_message(messages.StatusRequest(), [fd])
     with pytest.raises(ProtocolError, match="0 file descriptors"):
-        lines.receive_request(pair[1])
+        pair[1].receive_request()
     assert len(os.listdir("/proc/self/fd")) == before
     os.close(fd)
 
@@ -87,10 +86,10 @@ def test_a_shard_of_many_handles_arrives_in_order(
     packets = list(messages.shard_packets(HEADER, fds, FABRIC))
     assert len(packets) == 1 + 3 + 2
     with ThreadPoolExecutor(1) as pool:
-        sending = pool.submit(lambda: [lines.send(pair[0], *packet) for packet in packets])
-        header, stray = lines.receive_reply(pair[1])
+        sending = pool.submit(lambda: [pair[0].send_message(*packet) for packet in packets])
+        header, stray = pair[1].receive_reply()
         assert header == HEADER and not stray
-        received, fabric = lines.receive_handles(pair[1], HEADER)
+        received, fabric = pair[1].receive_handles(HEADER)
         sending.result()
     assert [os.fstat(fd).st_ino for fd in received] == [os.fstat(fd).st_ino for fd in fds]
     assert fabric == FABRIC
@@ -113,13 +112,11 @@ def test_handles_that_do_not_fit_their_shard_are_refused_and_closed(pair: Pair, 
     before = len(os.listdir("/proc/self/fd"))
     for message, num_fds in BAD_HANDLES[name]:
         data = msgspec.msgpack.encode(message)
-        pair[0].connection.setsockopt(
-            socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * messages.MAX_MESSAGE_BYTES
-        )
+        pair[0].sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * messages.MAX_MESSAGE_BYTES)
         pair[0].send(data, [fd] * num_fds)
-    pair[0].connection.shutdown(socket.SHUT_WR)
+    pair[0].sock.shutdown(socket.SHUT_WR)
     with pytest.raises((ProtocolError, ConnectionResetError)):
-        lines.receive_handles(pair[1], HEADER)
+        pair[1].receive_handles(HEADER)
     assert len(os.listdir("/proc/self/fd")) == before
     os.close(fd)
 
@@ -131,12 +128,12 @@ def test_descriptors_beyond_the_limit_of_open_files_are_a_clear_error(
     open_now = len(os.listdir("/proc/self/fd"))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     for packet in messages.shard_packets(HEADER, [fd] * 600, []):
-        lines.send(pair[0], *packet)
-    lines.receive_reply(pair[1])
+        pair[0].send_message(*packet)
+    pair[1].receive_reply()
     resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 300, hard))
     try:
         with pytest.raises(RendezvousError, match=r"RLIMIT_NOFILE\)\. Raise it"):
-            lines.receive_handles(pair[1], HEADER)
+            pair[1].receive_handles(HEADER)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert len(os.listdir("/proc/self/fd")) == open_now
@@ -156,12 +153,10 @@ def test_a_shard_of_too_many_handles_is_no_message(changes: dict[str, int]) -> N
 
 
 def test_a_message_too_long_is_refused(pair: Pair) -> None:
-    pair[0].connection.setsockopt(
-        socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * messages.MAX_MESSAGE_BYTES
-    )
+    pair[0].sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * messages.MAX_MESSAGE_BYTES)
     pair[0].send(b"x" * (messages.MAX_MESSAGE_BYTES + 1))
     with pytest.raises(ProtocolError, match="more than 131072 bytes"):
-        lines.receive_request(pair[1])
+        pair[1].receive_request()
 
 
 @settings(max_examples=500)

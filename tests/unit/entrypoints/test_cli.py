@@ -11,7 +11,7 @@ import typer
 
 from tests.unit.distributed.test_messages import fingerprint
 from vllm_dwdp.distributed.endpoint import Endpoint
-from vllm_dwdp.distributed.membership import Rendezvous
+from vllm_dwdp.distributed.membership import Membership
 from vllm_dwdp.entrypoints.cli import main as cli
 from vllm_dwdp.entrypoints.doctor.checks import Finding
 
@@ -40,7 +40,7 @@ def test_doctor_is_usable_in_scripts() -> None:
 
 def test_status_of_a_rank_and_of_a_dead_one(tmp_path: Path) -> None:
     place = f"unix://{tmp_path}/meet"
-    member = Rendezvous(
+    member = Membership(
         Endpoint.parse(place),
         group=0,
         dwdp_rank=1,
@@ -66,9 +66,9 @@ def test_status_of_a_rank_and_of_a_dead_one(tmp_path: Path) -> None:
     assert "dead" in ended.stdout
 
 
-def meeting_as(rank: int, folder: Path, status: dict[str, Any]) -> Rendezvous:
+def meeting_as(rank: int, folder: Path, status: dict[str, Any]) -> Membership:
     """A rank of two that says `status` of itself."""
-    member = Rendezvous(
+    member = Membership(
         Endpoint.parse(f"unix://{folder}/meet"),
         group=0,
         dwdp_rank=rank,

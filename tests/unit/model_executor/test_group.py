@@ -13,7 +13,7 @@ from gpu_checks.expert_ranks import ExpertShape, RankMemory
 from vllm_dwdp.config import DwdpConfig, DwdpLaunch
 from vllm_dwdp.device.base import Handles
 from vllm_dwdp.device.host import HostDevice
-from vllm_dwdp.distributed.published_shard import PeerShard
+from vllm_dwdp.distributed.published_shard import PublishedShard
 from vllm_dwdp.errors import DwdpMemoryError, PeerMismatchError
 from vllm_dwdp.model_executor import adoption
 from vllm_dwdp.model_executor.group import ExpertGroup
@@ -35,10 +35,10 @@ def group_of(rank: RankMemory, rendezvous: Any = None) -> ExpertGroup:
     return group
 
 
-def published(rank: RankMemory, **changes: Any) -> PeerShard:
+def published(rank: RankMemory, **changes: Any) -> PublishedShard:
     handles = rank.shard.memory.export()
     facts = {
-        "peer_rank": 1,
+        "rank": 1,
         "generation": 1,
         "fds": handles.fds,
         "fabric_handles": (),
@@ -47,7 +47,7 @@ def published(rank: RankMemory, **changes: Any) -> PeerShard:
         "digest": rank.shard.memory.digest(),
         "ready": True,
     }
-    return PeerShard(**facts | changes)
+    return PublishedShard(**facts | changes)
 
 
 def test_experts_in_another_order_or_for_another_kernel_are_not_mapped() -> None:
