@@ -4,7 +4,6 @@ Pure: imports neither vLLM nor torch. Every refusal names the setting, the value
 """
 
 import difflib
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -104,43 +103,6 @@ class DwdpConfig:
             raise DwdpConfigError(
                 f"dwdp {name}={value!r} must be an integer of at least {smallest}."
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DwdpLaunch:
-    """The facts from which an engine process finds its place; planted by the front end.
-
-    Args:
-        config: the checked options.
-        data_parallel_size: ranks of the whole deployment; on the CPU all on this host.
-        first_rank: global rank of this front end's engine 0 (not 0 when ranks or nodes are
-            started one by one).
-        local_size: engines that this front end starts.
-        endpoint: where the ranks meet.
-    """
-
-    config: DwdpConfig
-    data_parallel_size: int
-    first_rank: int
-    local_size: int
-    endpoint: str
-
-    def rank(self, engine_index: int) -> int:
-        """Global data-parallel rank of engine `engine_index` of this front end."""
-        return self.first_rank + engine_index
-
-    def group(self, rank: int) -> int:
-        """The group that global rank `rank` belongs to."""
-        return rank // self.config.group_size
-
-    def dwdp_rank(self, rank: int) -> int:
-        """Position of global rank `rank` within its group."""
-        return rank % self.config.group_size
-
-
-def make_abstract_endpoint() -> str:
-    """A meeting place nobody else can guess, with nothing on the file system."""
-    return f"abstract:{secrets.token_hex(16)}"
 
 
 def _is_number(value: object) -> bool:

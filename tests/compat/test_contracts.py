@@ -29,10 +29,10 @@ def test_vllm_is_in_the_tested_range() -> None:
 def test_engine_args_has_every_field_that_is_refused_with_the_neutral_value_as_default() -> None:
     from vllm import EngineArgs
 
-    from vllm_dwdp.compat.frontend.engine_args import _REFUSED
+    from vllm_dwdp.compat.frontend.refusals import REFUSED
 
     defaults = {field.name: field.default for field in dataclasses.fields(EngineArgs)}
-    for field, flag, neutral, _ in _REFUSED:
+    for field, flag, neutral, _ in REFUSED:
         assert field in defaults, f"{flag} has gone"
         default = defaults[field]
         if default is not dataclasses.MISSING:

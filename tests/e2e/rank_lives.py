@@ -22,7 +22,6 @@ from typing import Any
 
 from tests.e2e import engine_process
 from tests.e2e.engine_process import PROMPTS, close_engine, find, footprint, generate, make_engine
-from vllm_dwdp.distributed.endpoint import Endpoint
 from vllm_dwdp.distributed.membership import query_status
 from vllm_dwdp.entrypoints.launch.server import free_ports
 
@@ -174,7 +173,7 @@ def serve_until(done: Path, serving: Path, case: dict[str, Any]) -> dict[str, An
         "states": sorted(states),
         "grown": {key: value - before[key] for key, value in resources().items()},
         "last_failure": query_status(
-            Endpoint.of(worker.expert_group.launch), 0, int(os.environ["VLLM_DP_RANK"]), 5.0
+            worker.expert_group.launch.endpoint, 0, int(os.environ["VLLM_DP_RANK"]), 5.0
         )["last_failure"],
     }
     close_engine(engine)

@@ -82,7 +82,7 @@ def test_prefetch_without_the_native_library(
 def test_a_device_without_an_implementation(
     checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vllm_dwdp.compat.frontend.engine_args._device_type", lambda: "tpu")
+    monkeypatch.setattr("vllm_dwdp.compat.frontend.engine_config.device_type", lambda: "tpu")
     with pytest.raises(DwdpUnsupportedError, match=r"runs on CPUs and NVIDIA GPUs.*for 'tpu'"):
         configure(checkpoints("qwen3_moe"))
 
@@ -91,11 +91,11 @@ def test_on_a_gpu_its_worker_is_chosen_with_a_warning(
     checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only the answer of the platform is replaced: what no GPU has run must not look as if it had."""
-    from vllm_dwdp.compat.frontend import engine_args
+    from vllm_dwdp.compat.frontend import engine_config
 
     said: list[str] = []
-    monkeypatch.setattr(engine_args, "_device_type", lambda: "cuda")
-    monkeypatch.setattr(engine_args.logger, "warning", said.append)
+    monkeypatch.setattr(engine_config, "device_type", lambda: "cuda")
+    monkeypatch.setattr(engine_config.logger, "warning", said.append)
     config = configure(checkpoints("qwen3_moe"), {"mode": "prefetch"})
     worker = "vllm_dwdp.executor.gpu_worker.DwdpGPUWorker"
     assert config.parallel_config.worker_cls == worker

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.unit.distributed.test_messages import fingerprint
 from vllm_dwdp.distributed import messages
-from vllm_dwdp.distributed.endpoint import Endpoint
+from vllm_dwdp.distributed.meeting import parse_endpoint
 from vllm_dwdp.distributed.membership import Membership
 from vllm_dwdp.distributed.secure import SecureChannel
 from vllm_dwdp.errors import RendezvousError
@@ -22,7 +22,7 @@ HEADER = messages.Shard(1, 7, (4096,) * 40, b"l" * 32, b"d" * 32, True, 0, 40)
 def make_member() -> Membership:
     """A rank that answers, without a socket."""
     member = Membership(
-        Endpoint.parse("abstract:fuzz"),
+        parse_endpoint("abstract:fuzz"),
         group=0,
         dwdp_rank=0,
         group_size=3,

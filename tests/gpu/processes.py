@@ -45,9 +45,9 @@ class Rank:
     @classmethod
     def start_group(cls, size: int, stack: contextlib.ExitStack) -> list["Rank"]:
         """Ranks that have met; ended with the stack."""
-        from vllm_dwdp.config import make_abstract_endpoint
+        from vllm_dwdp.distributed.meeting import make_abstract_endpoint
 
-        endpoint = make_abstract_endpoint()
+        endpoint = str(make_abstract_endpoint())
         ranks = [
             cls(number, "tests.gpu.processes", str(number), str(size), endpoint)
             for number in range(size)
@@ -146,7 +146,7 @@ def main() -> None:
     from gpu_checks.ring_check import provoke_races
     from tests.gpu.scenarios import SHAPE
     from vllm_dwdp.device.base import Handles
-    from vllm_dwdp.distributed.endpoint import Endpoint
+    from vllm_dwdp.distributed.meeting import parse_endpoint
     from vllm_dwdp.distributed.membership import Membership
 
     provoke_races(300)
@@ -159,7 +159,7 @@ def main() -> None:
         )
         rendezvous = stack.enter_context(
             Membership(
-                Endpoint.parse(endpoint),
+                parse_endpoint(endpoint),
                 group=0,
                 dwdp_rank=number,
                 group_size=size,

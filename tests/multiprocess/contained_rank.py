@@ -12,14 +12,14 @@ import sys
 from tests.multiprocess.test_rendezvous import rank
 from vllm_dwdp.device.base import Handles
 from vllm_dwdp.device.host import HostDevice
-from vllm_dwdp.distributed.endpoint import Endpoint
+from vllm_dwdp.distributed.meeting import parse_endpoint
 
 NUM_BYTES = 4096
 
 
 def main(folder: str, number: int) -> None:
     device = HostDevice()
-    with rank(Endpoint.parse(f"unix://{folder}"), number, join_timeout_s=30.0) as member:
+    with rank(parse_endpoint(f"unix://{folder}"), number, join_timeout_s=30.0) as member:
         kept = next(member.recover(), None)
         if kept is None:
             shard = device.new_shard("contained")

@@ -17,7 +17,7 @@ import pytest
 
 from tests.multiprocess.test_rendezvous import nothing_leaks, publish, rank, run_rank  # noqa: F401
 from tests.unit.distributed.test_messages import fingerprint
-from vllm_dwdp.distributed.endpoint import Endpoint
+from vllm_dwdp.distributed.meeting import parse_endpoint
 from vllm_dwdp.errors import PeerMismatchError, RendezvousError
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(60)]
@@ -42,7 +42,7 @@ def test_a_read_only_folder(tmp_path: Path) -> None:
         mounted(folder, "ro,mode=0700"),
         pytest.raises(RendezvousError, match=r"Read-only file system.*Choose another .*writable"),
     ):
-        rank(Endpoint.parse(f"unix://{folder}"), 0)
+        rank(parse_endpoint(f"unix://{folder}"), 0)
 
 
 def test_a_folder_on_a_read_only_file_system(tmp_path: Path) -> None:
@@ -51,18 +51,18 @@ def test_a_folder_on_a_read_only_file_system(tmp_path: Path) -> None:
         mounted(folder, "ro,mode=0700"),
         pytest.raises(RendezvousError, match=r"cannot be made: .*Read-only .*a writable folder"),
     ):
-        rank(Endpoint.parse(f"unix://{folder}/meet"), 0)
+        rank(parse_endpoint(f"unix://{folder}/meet"), 0)
 
 
 def test_a_folder_on_a_full_disk(tmp_path: Path) -> None:
     folder = tmp_path / "meet"
     with mounted(folder, "size=64k,nr_inodes=3,mode=0700"):
-        with rank(Endpoint.parse(f"unix://{folder}"), 0):
+        with rank(parse_endpoint(f"unix://{folder}"), 0):
             assert [path.name for path in folder.iterdir()] == ["g0-r0.sock"]
         (folder / "a").touch()
         (folder / "b").touch()
         with pytest.raises(RendezvousError, match=r"No space left on device.*free space"):
-            rank(Endpoint.parse(f"unix://{folder}"), 0)
+            rank(parse_endpoint(f"unix://{folder}"), 0)
         assert sorted(path.name for path in folder.iterdir()) == ["a", "b"]
 
 
@@ -70,7 +70,7 @@ def test_what_a_crash_left_is_taken_over(tmp_path: Path) -> None:
     """The socket of a killed rank, and that of one killed while it took its place."""
     place = f"unix://{tmp_path}/meet"
     victim = multiprocessing.get_context("spawn").Process(target=run_rank, args=(place, 1))
-    member = rank(Endpoint.parse(place), 0)
+    member = rank(parse_endpoint(place), 0)
     page = publish(member)
     victim.start()
     for shard in member.meet().values():
@@ -82,7 +82,7 @@ def test_what_a_crash_left_is_taken_over(tmp_path: Path) -> None:
     folder = tmp_path / "meet"
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as crashed:
         crashed.bind(f"{folder}/g0-r1.sock.new")
-    with rank(Endpoint.parse(place), 1):
+    with rank(parse_endpoint(place), 1):
         assert member.peers()[1].state != "dead"
         assert sorted(path.name for path in folder.iterdir()) == ["g0-r0.sock", "g0-r1.sock"]
     member.close()
@@ -92,9 +92,8 @@ def test_what_a_crash_left_is_taken_over(tmp_path: Path) -> None:
 
 def test_of_many_that_want_to_be_one_rank_one_is(tmp_path: Path) -> None:
     """Also when a crashed one's socket lies there: nobody takes a living rank for a dead one."""
-    place = Endpoint.parse(f"unix://{tmp_path}/meet")
-    listener = place.listen(0, 0)
-    listener.close()
+    place = parse_endpoint(f"unix://{tmp_path}/meet")
+    os.close(place.listen(0, 0).detach())  # a crash
     assert (tmp_path / "meet" / "g0-r0.sock").exists()
 
     def listen(_: int) -> socket.socket | str:
@@ -114,7 +113,7 @@ def test_of_many_that_want_to_be_one_rank_one_is(tmp_path: Path) -> None:
         )
     assert place.listening(0, [0], 1.0) == {0}
     winner.close()
-    place.forget(0, 0)
+    assert not list((tmp_path / "meet").iterdir())
 
 
 def test_a_lock_that_is_never_given_back_is_named(
@@ -130,13 +129,13 @@ def test_a_lock_that_is_never_given_back_is_named(
     held = os.open(folder, os.O_RDONLY)
     fcntl.flock(held, fcntl.LOCK_EX)
     with pytest.raises(RendezvousError, match="another process has held the lock of .*meet"):
-        rank(Endpoint.parse(f"unix://{folder}"), 0)
+        rank(parse_endpoint(f"unix://{folder}"), 0)
     os.close(held)
 
 
 def test_two_deployments_in_one_folder(tmp_path: Path) -> None:
     """One of another model is refused on both sides; one of the same model finds the place taken."""
-    place = Endpoint.parse(f"unix://{tmp_path}/meet")
+    place = parse_endpoint(f"unix://{tmp_path}/meet")
     ours = rank(place, 0)
     page = publish(ours)
     theirs = rank(place, 1, fingerprint=fingerprint(config_digest="another model"))
@@ -151,13 +150,12 @@ def test_two_deployments_in_one_folder(tmp_path: Path) -> None:
 
 
 def test_groups_share_a_folder_without_meeting(tmp_path: Path) -> None:
-    place = Endpoint.parse(f"unix://{tmp_path}/meet")
+    place = parse_endpoint(f"unix://{tmp_path}/meet")
     listeners = [place.listen(group, 0) for group in (0, 1)]
     assert place.listening(0, [0, 1], 1.0) == {0}
     names = sorted(path.name for path in (tmp_path / "meet").iterdir())
     assert names == ["g0-r0.sock", "g1-r0.sock"]
-    for group, listener in enumerate(listeners):
-        place.forget(group, 0)
+    for listener in listeners:
         listener.close()
 
 

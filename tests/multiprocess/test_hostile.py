@@ -20,10 +20,9 @@ import pytest
 from tests.multiprocess.test_rendezvous import rank
 from tests.multiprocess.test_tcp import base_port, secret_file
 from tests.unit.distributed.test_messages import fingerprint
-from vllm_dwdp.config import make_abstract_endpoint
 from vllm_dwdp.distributed import messages, server
 from vllm_dwdp.distributed.connection import PacketConnection
-from vllm_dwdp.distributed.endpoint import Endpoint
+from vllm_dwdp.distributed.meeting import make_abstract_endpoint, parse_endpoint
 from vllm_dwdp.distributed.membership import query_status
 from vllm_dwdp.distributed.tcp import TcpEndpoint
 from vllm_dwdp.errors import RendezvousError, SecretMismatchError
@@ -36,7 +35,7 @@ GROWTH_BYTES = 8 * 2**20
 
 def run_victim(text: str, secret: str | None, parent: Connection) -> None:
     server.CONNECTION_DEADLINE_S = DEADLINE_S
-    member = rank(Endpoint.parse(text, 2, secret), 0)
+    member = rank(parse_endpoint(text, 2, secret), 0)
     member.status_provider = lambda: {"ok": True}
     pages = [os.memfd_create("page") for _ in range(300)]
     member.publish(pages, [4096] * 300, [b"f" * 64] * 300)
@@ -50,7 +49,7 @@ class Victim:
     """A rank 0 of 2 with a published shard, in its own process."""
 
     def __init__(self, text: str, secret: str | None) -> None:
-        self.endpoint = Endpoint.parse(text, 2, secret)
+        self.endpoint = parse_endpoint(text, 2, secret)
         spawn = multiprocessing.get_context("spawn")
         self._pipe, theirs = spawn.Pipe()
         self._process = spawn.Process(target=run_victim, args=(text, secret, theirs))
@@ -129,7 +128,7 @@ def victim(
     folder = tmp_path_factory.mktemp("hostile")
     secret = secret_file(folder) if request.param == "tcp" else None
     places = {
-        "abstract": make_abstract_endpoint(),
+        "abstract": str(make_abstract_endpoint()),
         "unix": f"unix://{folder}/meet",
         "tcp": f"tcp://127.0.0.1:{base_port()}",
     }
@@ -273,7 +272,7 @@ def test_ten_thousand_connections(victim: Victim) -> None:
 def test_many_with_a_wrong_secret(victim: Victim, tmp_path: Path) -> None:
     if not victim.is_tcp:
         pytest.skip("only TCP has a secret")
-    wrong = Endpoint.parse(str(victim.endpoint), 2, secret_file(tmp_path, "fedcba9876543210"))
+    wrong = parse_endpoint(str(victim.endpoint), 2, secret_file(tmp_path, "fedcba9876543210"))
     for _ in range(300):
         with pytest.raises(SecretMismatchError, match="refused this rank's secret"):
             wrong.connect(0, 0, timeout_s=5)

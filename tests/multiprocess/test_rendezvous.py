@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 
 from tests.unit.distributed.test_messages import fingerprint
-from vllm_dwdp.config import make_abstract_endpoint
 from vllm_dwdp.distributed import messages
 from vllm_dwdp.distributed.endpoint import Endpoint
+from vllm_dwdp.distributed.meeting import make_abstract_endpoint, parse_endpoint
 from vllm_dwdp.distributed.membership import Membership, query_status
+from vllm_dwdp.distributed.unix import UnixEndpoint
 from vllm_dwdp.errors import (
     DwdpConfigError,
     JoinTimeoutError,
@@ -34,8 +35,9 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(60)]
 
 @pytest.fixture(params=["abstract", "unix"])
 def endpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Endpoint:
-    text = make_abstract_endpoint() if request.param == "abstract" else f"unix://{tmp_path}/meet"
-    return Endpoint.parse(text)
+    if request.param == "abstract":
+        return make_abstract_endpoint()
+    return parse_endpoint(f"unix://{tmp_path}/meet")
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +87,7 @@ def test_three_ranks_exchange_shards_and_readiness(endpoint: Endpoint) -> None:
     for member, fd in zip(members, fds, strict=True):
         member.close()
         os.close(fd)
-    if endpoint.kind == "unix":
+    if isinstance(endpoint, UnixEndpoint):
         assert not list(Path(endpoint.location).iterdir())
 
 
@@ -149,15 +151,15 @@ def test_a_closing_rank_cannot_forget_its_successor(
 ) -> None:
     """It removes its socket's name while it still listens: until then nobody takes its place."""
     member, listened = rank(endpoint, 0), []
-    forget = endpoint.forget
+    unlink = os.unlink
 
-    def forget_and_look(group: int, number: int) -> None:
-        listened.append(endpoint.listening(group, [number], 1.0))
-        forget(group, number)
+    def look_and_unlink(path: str) -> None:
+        listened.append(endpoint.listening(0, [0], 1.0))
+        unlink(path)
 
-    monkeypatch.setattr(endpoint, "forget", forget_and_look)
+    monkeypatch.setattr(os, "unlink", look_and_unlink)
     member.close()
-    assert listened == [{0}]
+    assert listened == ([{0}] if isinstance(endpoint, UnixEndpoint) else [])
 
 
 def test_status_is_answered_at_any_time(endpoint: Endpoint) -> None:
@@ -332,7 +334,7 @@ def test_a_rank_that_returns_with_another_checkpoint_is_refused(endpoint: Endpoi
 
 
 def run_rank(location: str, number: int) -> None:
-    member = rank(Endpoint.parse(location), number)
+    member = rank(parse_endpoint(location), number)
     publish(member)
     for shard in member.meet().values():
         shard.close()
@@ -421,7 +423,6 @@ def test_a_rank_with_a_crowd_before_its_door_is_not_dead(endpoint: Endpoint) -> 
     for connection in crowd:
         connection.close()
     listener.close()
-    endpoint.forget(0, 1)
 
 
 def test_a_folder_that_others_can_enter_is_refused(tmp_path: Path) -> None:
@@ -429,30 +430,30 @@ def test_a_folder_that_others_can_enter_is_refused(tmp_path: Path) -> None:
     folder.mkdir()
     folder.chmod(0o755)
     with pytest.raises(RendezvousError, match=r"mode 0755; .* chmod 700"):
-        rank(Endpoint.parse(f"unix://{folder}"), 0)
+        rank(parse_endpoint(f"unix://{folder}"), 0)
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RendezvousError, match="cannot be made"):
-        rank(Endpoint.parse(f"unix://{tmp_path}/file/meet"), 0)
+        rank(parse_endpoint(f"unix://{tmp_path}/file/meet"), 0)
 
 
 def test_a_path_too_long_for_a_socket_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RendezvousError, match="short path"):
-        rank(Endpoint.parse(f"unix://{tmp_path}/{'x' * 120}"), 0)
+        rank(parse_endpoint(f"unix://{tmp_path}/{'x' * 120}"), 0)
 
 
 @pytest.mark.parametrize("text", ["unix://relative", "/tmp/x", "abstract:", "http://x", ""])
 def test_other_places_are_no_meeting_place(text: str) -> None:
     with pytest.raises(DwdpConfigError, match="is not a meeting place; use unix:///"):
-        Endpoint.parse(text)
+        parse_endpoint(text)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 def test_another_user_is_turned_away() -> None:
     """An abstract name has no folder to hide behind: the uid of the caller decides."""
-    endpoint = Endpoint.parse(make_abstract_endpoint())
+    endpoint = make_abstract_endpoint()
     member = rank(endpoint, 0)
     member.status_provider = lambda: {"secret": 1}
     stranger = multiprocessing.get_context("fork").Process(target=as_nobody, args=(endpoint,))
@@ -475,7 +476,7 @@ def as_nobody(endpoint: Endpoint) -> None:
 
 def test_another_user_that_takes_a_ranks_name_is_no_peer() -> None:
     """Abstract names can be read in /proc/net/unix: what listens there must be ours as well."""
-    endpoint = Endpoint.parse(make_abstract_endpoint())
+    endpoint = make_abstract_endpoint()
     context = multiprocessing.get_context("fork")
     listens, done = context.Event(), context.Event()
     stranger = context.Process(target=listen_as_nobody, args=(endpoint, listens, done))
@@ -539,7 +540,6 @@ def test_a_peer_that_trickles_its_answer_holds_nobody_up(endpoint: Endpoint) -> 
     assert time.monotonic() - started < 4
     stop.set()
     trickler.join()
-    endpoint.forget(0, 1)
     listener.close()
     member.close()
     os.close(fd)

@@ -16,6 +16,7 @@ import pytest
 from tests.multiprocess.test_rendezvous import nothing_leaks, rank  # noqa: F401
 from vllm_dwdp.distributed import messages
 from vllm_dwdp.distributed.endpoint import Endpoint
+from vllm_dwdp.distributed.meeting import parse_endpoint
 from vllm_dwdp.distributed.membership import Membership, query_status
 from vllm_dwdp.distributed.tcp import TcpEndpoint
 from vllm_dwdp.entrypoints.launch.server import free_ports
@@ -57,7 +58,7 @@ def base_port(size: int = 4) -> int:
 @pytest.fixture
 def endpoint(tmp_path: Path) -> Endpoint:
     text = f"tcp://127.0.0.1:{base_port()}"
-    return Endpoint.parse(text, group_size=2, secret_file=secret_file(tmp_path))
+    return parse_endpoint(text, group_size=2, secret_file=secret_file(tmp_path))
 
 
 def publish(member: Membership, handles: list[bytes] = FABRIC) -> None:
@@ -115,8 +116,8 @@ def test_a_port_beyond_the_last_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         DwdpConfigError, match=r"rank 1 of group 0 port 65536, and 65535 is the hig"
     ):
-        Endpoint.parse("tcp://127.0.0.1:65535", group_size=2, secret_file=secret)
-    second_group = Endpoint.parse("tcp://127.0.0.1:65534", group_size=2, secret_file=secret)
+        parse_endpoint("tcp://127.0.0.1:65535", group_size=2, secret_file=secret)
+    second_group = parse_endpoint("tcp://127.0.0.1:65534", group_size=2, secret_file=secret)
     with pytest.raises(DwdpConfigError, match="rank 0 of group 1 port 65536"):
         second_group.listen(1, 0)
 
@@ -131,7 +132,7 @@ def test_descriptors_alone_cannot_be_published(endpoint: Endpoint) -> None:
 
 def test_another_secret_is_refused_on_both_sides(endpoint: Endpoint, tmp_path: Path) -> None:
     wrong = secret_file(tmp_path, "fedcba9876543210")
-    members = [rank(endpoint, 0), rank(Endpoint.parse(str(endpoint), 2, wrong), 1)]
+    members = [rank(endpoint, 0), rank(parse_endpoint(str(endpoint), 2, wrong), 1)]
     for member in members:
         publish(member)
         with pytest.raises(SecretMismatchError, match="must have the same content on every host"):
@@ -190,7 +191,7 @@ def test_ranks_listen_at_the_named_address_and_the_derived_port_only(endpoint: E
 
 
 def test_the_rule_of_hosts_and_ports(tmp_path: Path) -> None:
-    place = Endpoint.parse("tcp://[fd00::1],b:7000", 4, secret_file(tmp_path))
+    place = parse_endpoint("tcp://[fd00::1],b:7000", 4, secret_file(tmp_path))
     assert isinstance(place, TcpEndpoint)
     addresses = [place.address(0, rank) for rank in range(4)]
     assert addresses == [("fd00::1", 7000), ("fd00::1", 7001), ("b", 7002), ("b", 7003)]
@@ -214,11 +215,11 @@ def test_the_rule_of_hosts_and_ports(tmp_path: Path) -> None:
 )
 def test_what_is_no_place_of_several_hosts(text: str, complaint: str, tmp_path: Path) -> None:
     with pytest.raises(DwdpConfigError, match=complaint):
-        Endpoint.parse(text, 4, secret_file(tmp_path))
+        parse_endpoint(text, 4, secret_file(tmp_path))
 
 
 def test_an_address_of_another_host_cannot_be_listened_at(tmp_path: Path) -> None:
-    place = Endpoint.parse("tcp://192.0.2.1:7000", 2, secret_file(tmp_path))
+    place = parse_endpoint("tcp://192.0.2.1:7000", 2, secret_file(tmp_path))
     with pytest.raises(RendezvousError, match="192.0.2.1 must be an address of the host that runs"):
         rank(place, 0)
 
@@ -241,14 +242,14 @@ def test_a_secret_that_is_none(
         path.write_text(content + "\n")
         path.chmod(mode)
     with pytest.raises(DwdpConfigError, match=complaint):
-        Endpoint.parse("tcp://127.0.0.1:7000", 2, str(path))
+        parse_endpoint("tcp://127.0.0.1:7000", 2, str(path))
 
 
 def test_a_secret_is_needed_for_tcp_and_refused_elsewhere(tmp_path: Path) -> None:
     with pytest.raises(DwdpConfigError, match="needs rendezvous_secret_file"):
-        Endpoint.parse("tcp://127.0.0.1:7000", 2)
+        parse_endpoint("tcp://127.0.0.1:7000", 2)
     with pytest.raises(DwdpConfigError, match="is used by tcp:// only"):
-        Endpoint.parse(f"unix://{tmp_path}", 2, secret_file(tmp_path))
+        parse_endpoint(f"unix://{tmp_path}", 2, secret_file(tmp_path))
 
 
 def test_the_secret_shows_nowhere(endpoint: Endpoint) -> None:
@@ -297,7 +298,7 @@ def in_namespace(
 ) -> None:
     descriptor = os.open(f"/run/netns/{name}", os.O_RDONLY)
     enter_network_namespace(descriptor)
-    member = rank(Endpoint.parse(place, 2, secret), number, join_timeout_s=30.0)
+    member = rank(parse_endpoint(place, 2, secret), number, join_timeout_s=30.0)
     publish(member, FABRIC[number : number + 2])
     (met,) = meet_all([member])
     listening = [

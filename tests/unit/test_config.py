@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from vllm_dwdp.config import DwdpConfig, DwdpLaunch, make_abstract_endpoint
+from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.errors import DwdpConfigError
 
 
@@ -48,22 +48,3 @@ def test_some_settings_share_nothing(options: dict[str, Any], size: int) -> None
 def test_refusals_name_setting_value_and_fix(options: Any, message: str) -> None:
     with pytest.raises(DwdpConfigError, match=message):
         DwdpConfig.from_options(options, data_parallel_size=4)
-
-
-def test_a_front_end_in_the_middle_knows_its_ranks() -> None:
-    launch = DwdpLaunch(
-        config=DwdpConfig.from_options({"group_size": 2}, 8),
-        data_parallel_size=8,
-        first_rank=4,
-        local_size=2,
-        endpoint="abstract:x",
-    )
-    ranks = [launch.rank(engine) for engine in range(launch.local_size)]
-    assert ranks == [4, 5]
-    assert [launch.group(rank) for rank in ranks] == [2, 2]
-    assert [launch.dwdp_rank(rank) for rank in ranks] == [0, 1]
-
-
-def test_endpoints_cannot_be_guessed() -> None:
-    assert make_abstract_endpoint() != make_abstract_endpoint()
-    assert len(make_abstract_endpoint()) > 32

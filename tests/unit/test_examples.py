@@ -15,7 +15,8 @@ import yaml
 
 from vllm_dwdp.compat.frontend import metrics
 from vllm_dwdp.config import DwdpConfig
-from vllm_dwdp.distributed.endpoint import Endpoint
+from vllm_dwdp.distributed.meeting import parse_endpoint
+from vllm_dwdp.distributed.unix import UnixEndpoint
 from vllm_dwdp.entrypoints.launch import launcher as launch
 from vllm_dwdp.entrypoints.launch.launcher import LaunchPlan
 
@@ -50,7 +51,7 @@ def test_every_rank_is_given_options_that_exist(commands: Any) -> None:
         options = json.loads(words[words.index("--additional-config") + 1])["dwdp"]
         config = DwdpConfig.from_options(options, data_parallel_size=2)
         assert config.rendezvous is not None
-        assert Endpoint.parse(config.rendezvous).kind == "unix"
+        assert isinstance(parse_endpoint(config.rendezvous), UnixEndpoint)
 
 
 def rendezvous_of(command: str) -> Path:
@@ -96,11 +97,13 @@ def test_a_rank_can_listen_where_the_pod_was_prepared() -> None:
         command = pod["initContainers"][0]["command"]
         for _ in range(2):  # every pod runs it; the second finds the first one's folder
             subprocess.run([*command[:-1], str(folder)], check=True)
-        code = "import os; from vllm_dwdp.distributed.endpoint import Endpoint; "
-        code += f"place = Endpoint.parse('unix://{folder}'); "
-        code += f"os.setgid({user}); os.setuid({user}); place.listen(0, 0).close()"
-        subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-        assert (folder / "g0-r0.sock").is_socket()
+        code = "import os; from vllm_dwdp.distributed.meeting import parse_endpoint; "
+        code += f"os.setgid({user}); os.setuid({user}); "
+        code += f"listener = parse_endpoint('unix://{folder}').listen(0, 0); "
+        code += f"print(os.listdir('{folder}'))"
+        command = [sys.executable, "-c", code]
+        ended = subprocess.run(command, check=True, timeout=60, capture_output=True, text=True)
+        assert ended.stdout.strip() == "['g0-r0.sock']"
 
 
 def test_the_containers_meeting_place_belongs_to_their_user() -> None:

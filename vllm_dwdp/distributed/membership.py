@@ -108,8 +108,6 @@ class Membership:
         """Stop answering; what peers have mapped stays theirs."""
         if self._server is not None:
             server, self._server = self._server, None
-            # While it listens, nobody takes its place: what is forgotten is ours.
-            self.endpoint.forget(self.group, self.dwdp_rank)
             server.close()
         self._state.close()
 

@@ -13,7 +13,9 @@ import stat
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from vllm_dwdp.distributed.connection import SecureConnection
 from vllm_dwdp.distributed.endpoint import BACKLOG, LINGER_S, Endpoint
@@ -26,25 +28,37 @@ POLL_S = 0.05
 _WILDCARDS = ("", "*", "0.0.0.0", "::", "0")
 
 
+@dataclass(frozen=True)
 class TcpEndpoint(Endpoint):
-    """Ports on named addresses of one or several hosts."""
+    """Ports on named addresses of one or several hosts.
 
-    kind = "tcp"
+    Args:
+        hosts: of one group, in the order of its ranks.
+        port: of rank 0 of group 0.
+        group_size: ranks of a group.
+        secret: what every rank knows; it pickles with the endpoint, and is shown nowhere.
+    """
+
     carries_fds = False
 
-    def __init__(self, hosts: tuple[str, ...], port: int, group_size: int, secret: bytes) -> None:
-        self.hosts = hosts
-        self.port = port
-        self.group_size = group_size
-        self._secret = secret
-        self._reached: dict[tuple[int, int], tuple[int, tuple[str, int]]] = {}
+    hosts: tuple[str, ...]
+    port: int
+    group_size: int
+    secret: bytes = field(repr=False)
+    _reached: dict[tuple[int, int], tuple[int, tuple[str, int]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle what it was made from, not whom this process has reached."""
+        return TcpEndpoint, (self.hosts, self.port, self.group_size, self.secret)
 
     def __str__(self) -> str:
         hosts = ",".join(f"[{host}]" if ":" in host else host for host in self.hosts)
         return f"tcp://{hosts}:{self.port}"
 
     @classmethod
-    def parse_hosts(cls, text: str, group_size: int, secret_file: str | None) -> "TcpEndpoint":
+    def parse(cls, text: str, group_size: int, secret_file: str | None) -> "TcpEndpoint":
         """Read `tcp://host[,host...]:port` and the secret.
 
         Raises:
@@ -118,7 +132,7 @@ class TcpEndpoint(Endpoint):
 
     def greet(self, sock: socket.socket, group: int, rank: int) -> SecureConnection:
         """A connection that first authenticates both ends."""
-        connection = SecureConnection(sock, self._secret, _purpose(group, rank), listens=True)
+        connection = SecureConnection(sock, self.secret, _purpose(group, rank), listens=True)
         connection.flush()
         return connection
 
@@ -139,7 +153,7 @@ class TcpEndpoint(Endpoint):
             return None
         self._reached[group, rank] = client.family, client.getpeername()[:2]
         connection = SecureConnection(
-            client, self._secret, _purpose(group, rank), listens=False, deadline=deadline
+            client, self.secret, _purpose(group, rank), listens=False, deadline=deadline
         )
         try:
             connection.shake_hands()

@@ -15,6 +15,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_dwdp.distributed.connection import PacketConnection
@@ -28,13 +29,13 @@ _NOBODY = (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR, errno.ECONNRESET)
 _UCRED = struct.Struct("3i")
 
 
+@dataclass(frozen=True)
 class _LocalEndpoint(Endpoint):
     """What both kinds share."""
 
     carries_fds = True
 
-    def __init__(self, location: str) -> None:
-        self.location = location
+    location: str
 
     @abstractmethod
     def _address(self, group: int, rank: int) -> str:
@@ -103,8 +104,6 @@ class _LocalEndpoint(Endpoint):
 class AbstractEndpoint(_LocalEndpoint):
     """Linux abstract socket names; they vanish with the process."""
 
-    kind = "abstract"
-
     def __str__(self) -> str:
         return f"abstract:{self.location}"
 
@@ -130,8 +129,6 @@ class AbstractEndpoint(_LocalEndpoint):
 
 class UnixEndpoint(_LocalEndpoint):
     """A folder of mode 0700 with one socket file per rank."""
-
-    kind = "unix"
 
     def __str__(self) -> str:
         return f"unix://{self.location}"
@@ -169,29 +166,27 @@ class UnixEndpoint(_LocalEndpoint):
         scratch = f"{address}.new"
         with suppress(FileNotFoundError):
             os.unlink(scratch)
-        server = _socket()
+        server = _NamedSocket(address)
         try:
             server.bind(scratch)
             _listening(server)
             os.replace(scratch, address)
         except BaseException:
-            server.close()
+            os.close(server.detach())  # the name is not ours yet
             raise
         return server
 
-    def forget(self, group: int, rank: int) -> None:
-        """As `Endpoint.forget`."""
-        with suppress(OSError):
-            os.unlink(self._address(group, rank))
-
     def forget_dead(self, group: int, rank: int) -> None:
-        """As `Endpoint.forget_dead`; waits a while for the kernel to take a killed one apart."""
+        """Remove the name of a rank that was killed; does nothing while somebody listens there.
+
+        Waits a while for the kernel to take the killed process apart.
+        """
         deadline = time.monotonic() + LINGER_S
         with suppress(OSError, RendezvousError):
             while time.monotonic() < deadline:
                 with self._locked():
                     if not self._is_alive(group, rank):
-                        self.forget(group, rank)
+                        os.unlink(self._address(group, rank))
                         return
                 time.sleep(POLL_S)
 
@@ -234,6 +229,24 @@ class UnixEndpoint(_LocalEndpoint):
                 f"0700, because whoever can enter it can join the group. Run chmod 700 {folder}, "
                 "or choose another one."
             )
+
+
+class _NamedSocket(socket.socket):
+    """A listening socket whose name in a folder goes when it is closed.
+
+    The name goes first: while the socket listens nobody takes its place, so what is removed is ours.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._name = name
+
+    def close(self) -> None:
+        """Remove the name, then stop listening; idempotent."""
+        if self.fileno() >= 0:
+            with suppress(OSError):
+                os.unlink(self._name)
+        super().close()
 
 
 def _socket() -> socket.socket:

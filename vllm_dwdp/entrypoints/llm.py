@@ -5,7 +5,8 @@ from typing import Any
 
 import vllm
 
-from vllm_dwdp.compat.frontend.engine_args import BACKEND, install, offline_data_parallel
+from vllm_dwdp.compat.frontend.backend import BACKEND, offline_data_parallel
+from vllm_dwdp.compat.frontend.engine_args import install
 from vllm_dwdp.compat.frontend.offline import rank_client
 from vllm_dwdp.errors import DwdpConfigError
 

@@ -19,14 +19,13 @@ class DwdpExecutor(MultiprocExecutor):
 
     def _init_executor(self) -> None:
         independent.restore_model_config(self.vllm_config)
-        launch = independent.launch_of(self.vllm_config)
-        rank = launch.rank(self.parallel_config.data_parallel_index)
+        seat = independent.seat_of(self.vllm_config)
         if not current_platform.is_cpu():
             if envs.VLLM_DP_SIZE > 1:  # SPMD style: our processes may all see all GPUs
                 self.parallel_config.data_parallel_rank_local = envs.VLLM_DP_RANK_LOCAL
             super()._init_executor()
             return
-        with cpu.bound_cores(self.parallel_config, rank, launch.data_parallel_size) as cores:
+        with cpu.bound_cores(self.parallel_config, seat.rank, seat.launch.ranks.total) as cores:
             if cores is not None:
-                logger.info("DWDP rank %d computes on cores %s", rank, cores)
+                logger.info("DWDP rank %d computes on cores %s", seat.rank, cores)
             super()._init_executor()

@@ -8,7 +8,6 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_dwdp.compat.worker import gpu
 from vllm_dwdp.device.base import Device
 from vllm_dwdp.device.cuda import CudaMemory
-from vllm_dwdp.distributed.endpoint import Endpoint
 from vllm_dwdp.executor.worker import DwdpWorker
 
 
@@ -24,8 +23,8 @@ class DwdpGPUWorker(DwdpWorker, Worker):
 
     def make_device(self) -> Device:
         """The GPU that vLLM gave this worker."""
-        launch, _ = self.dwdp_place
-        return CudaMemory(self.device.index, fabric=not Endpoint.of(launch).carries_fds)
+        carries_fds = self.seat.launch.endpoint.carries_fds
+        return CudaMemory(self.device.index, fabric=not carries_fds)
 
     def init_device(self) -> None:
         """As vLLM's, which measures the device's memory here."""
@@ -34,8 +33,7 @@ class DwdpGPUWorker(DwdpWorker, Worker):
 
     def _kept_bytes(self) -> int:
         """Bytes of this GPU that peers hold for us, whole: we will adopt them."""
-        launch, _ = self.dwdp_place
-        if not launch.config.shares_experts:
+        if not self.seat.launch.config.shares_experts:
             return 0
         with closing(self.make_device()) as device:
             page_bytes = device.page_bytes

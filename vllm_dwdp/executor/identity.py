@@ -9,9 +9,9 @@ from typing import Any
 import vllm.version
 
 import vllm_dwdp
-from vllm_dwdp.config import DwdpLaunch
-from vllm_dwdp.distributed.endpoint import Endpoint
+from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.distributed.fingerprint import Fingerprint, checkpoint_digest
+from vllm_dwdp.distributed.launch import Seat
 from vllm_dwdp.distributed.membership import Membership
 from vllm_dwdp.logger import init_logger
 
@@ -20,19 +20,19 @@ logger = init_logger(__name__)
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 
 
-def make_membership(launch: DwdpLaunch, rank: int, vllm_config: Any, page_bytes: int) -> Membership:
+def make_membership(seat: Seat, vllm_config: Any, page_bytes: int) -> Membership:
     """This rank's side of its group, not started; the caller closes it."""
     return Membership(
-        Endpoint.of(launch),
-        group=launch.group(rank),
-        dwdp_rank=launch.dwdp_rank(rank),
-        group_size=launch.config.group_size,
-        fingerprint=make_fingerprint(launch, vllm_config, page_bytes),
-        join_timeout_s=launch.config.join_timeout_s,
+        seat.launch.endpoint,
+        group=seat.group,
+        dwdp_rank=seat.dwdp_rank,
+        group_size=seat.launch.config.group_size,
+        fingerprint=make_fingerprint(seat.launch.config, vllm_config, page_bytes),
+        join_timeout_s=seat.launch.config.join_timeout_s,
     )
 
 
-def make_fingerprint(launch: DwdpLaunch, vllm_config: Any, page_bytes: int) -> Fingerprint:
+def make_fingerprint(config: DwdpConfig, vllm_config: Any, page_bytes: int) -> Fingerprint:
     """Everything that must be equal on every rank of a group."""
     model = vllm_config.model_config
     return Fingerprint(
@@ -42,8 +42,8 @@ def make_fingerprint(launch: DwdpLaunch, vllm_config: Any, page_bytes: int) -> F
         config_digest=_config_digest(model.hf_config.to_json_string(use_diff=False)),
         dtype=str(model.dtype),
         quantization=str(model.quantization),
-        group_size=launch.config.group_size,
-        experts_per_rank=launch.config.experts_per_rank or 0,
+        group_size=config.group_size,
+        experts_per_rank=config.experts_per_rank or 0,
         page_bytes=page_bytes,
         vllm_version=vllm.version.__version__,
         plugin_version=vllm_dwdp.__version__,

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from vllm_dwdp.compat.worker import independent
-from vllm_dwdp.config import DwdpLaunch
 from vllm_dwdp.device.base import Device
+from vllm_dwdp.distributed.launch import Seat
 from vllm_dwdp.distributed.membership import Membership
 from vllm_dwdp.errors import DwdpUnsupportedError
 from vllm_dwdp.executor.identity import make_membership
@@ -29,22 +29,20 @@ class DwdpWorker:
         raise NotImplementedError
 
     @property
-    def dwdp_place(self) -> tuple[DwdpLaunch, int]:
-        """What the front end decided, and our global data-parallel rank."""
-        vllm_config = self.vllm_config  # type: ignore[attr-defined]
-        launch = independent.launch_of(vllm_config)
-        return launch, launch.rank(vllm_config.parallel_config.data_parallel_index)
+    def seat(self) -> Seat:
+        """Which rank this is, and what the front end decided."""
+        return independent.seat_of(self.vllm_config)  # type: ignore[attr-defined]
 
     def make_membership(self, page_bytes: int) -> Membership:
         """Our side of the group, not started; the caller closes it."""
-        return make_membership(*self.dwdp_place, self.vllm_config, page_bytes)  # type: ignore[attr-defined]
+        return make_membership(self.seat, self.vllm_config, page_bytes)  # type: ignore[attr-defined]
 
     def load_model(self, **kwargs: Any) -> None:
         """Load the model with this rank's experts only, meet the group, bind all experts."""
-        launch, rank = self.dwdp_place
-        if not launch.config.shares_experts:
+        seat = self.seat
+        if not seat.launch.config.shares_experts:
             super().load_model(**kwargs)  # type: ignore[misc]
-            logger.info("DWDP rank %d holds all experts itself (replica)", rank)
+            logger.info("DWDP rank %d holds all experts itself (replica)", seat.rank)
             return
 
         def load() -> torch.nn.Module:
@@ -52,8 +50,8 @@ class DwdpWorker:
             return self.model_runner.get_model()  # type: ignore[attr-defined]
 
         self.expert_group = ExpertGroup.join(
-            launch,
-            rank,
+            seat.launch,
+            seat.rank,
             self.make_device,
             load,
             lambda device: self.make_membership(device.page_bytes),

@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 
-from vllm_dwdp.config import DwdpLaunch
 from vllm_dwdp.device.base import Device, PeerMemory
 from vllm_dwdp.device.limits import check_open_files, files_needed
+from vllm_dwdp.distributed.launch import DwdpLaunch, Seat
 from vllm_dwdp.distributed.membership import Membership, PublishedShard
 from vllm_dwdp.errors import PeerMismatchError
 from vllm_dwdp.layout.composite import ModelLayout
@@ -64,7 +64,7 @@ class ExpertGroup:
     ) -> None:
         self.launch = launch
         self.rank = rank
-        self.dwdp_rank = launch.dwdp_rank(rank)
+        self.dwdp_rank = Seat(launch, rank).dwdp_rank
         self.device = device
         self.rendezvous = rendezvous
         self.steps: dict[str, int] = {}

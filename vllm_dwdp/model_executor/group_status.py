@@ -3,6 +3,8 @@
 import os
 from typing import TYPE_CHECKING, Any
 
+from vllm_dwdp.distributed.launch import Seat
+
 if TYPE_CHECKING:
     from vllm_dwdp.model_executor.group import ExpertGroup
 
@@ -20,7 +22,7 @@ def describe_group(group: "ExpertGroup") -> dict[str, Any]:
     return {
         "rank": group.rank,
         "state": "serving" if group.is_warm else "warming up",
-        "group": group.launch.group(group.rank),
+        "group": Seat(group.launch, group.rank).group,
         "dwdp_rank": rank,
         "group_size": group.launch.config.group_size,
         "mode": group.mode,

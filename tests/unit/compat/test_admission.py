@@ -17,8 +17,9 @@ import pytest
 
 from tests.unit.distributed.test_messages import fingerprint
 from vllm_dwdp.compat.frontend import admission
-from vllm_dwdp.config import DwdpConfig, DwdpLaunch
-from vllm_dwdp.distributed.endpoint import Endpoint
+from vllm_dwdp.config import DwdpConfig
+from vllm_dwdp.distributed.launch import DwdpLaunch, RankSpan
+from vllm_dwdp.distributed.meeting import parse_endpoint
 from vllm_dwdp.distributed.membership import Membership
 
 
@@ -131,18 +132,16 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def test_the_reason_is_what_the_ranks_say(tmp_path: Path, bound: socket.socket) -> None:
-    place = f"unix://{tmp_path}/meet"
+    endpoint = parse_endpoint(f"unix://{tmp_path}/meet")
     launch = DwdpLaunch(
         config=DwdpConfig(group_size=2, join_timeout_s=600.0),
-        data_parallel_size=4,
-        first_rank=3,
-        local_size=1,
-        endpoint=place,
+        ranks=RankSpan(3, 1, 4),
+        endpoint=endpoint,
     )
     reason = admission._Reason(launch)
     assert reason() == "rank 3 starts"
     member = Membership(
-        Endpoint.parse(place),
+        endpoint,
         group=1,
         dwdp_rank=1,
         group_size=2,

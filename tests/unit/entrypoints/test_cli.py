@@ -10,7 +10,7 @@ import pytest
 import typer
 
 from tests.unit.distributed.test_messages import fingerprint
-from vllm_dwdp.distributed.endpoint import Endpoint
+from vllm_dwdp.distributed.meeting import parse_endpoint
 from vllm_dwdp.distributed.membership import Membership
 from vllm_dwdp.entrypoints.cli import main as cli
 from vllm_dwdp.entrypoints.doctor.checks import Finding
@@ -41,7 +41,7 @@ def test_doctor_is_usable_in_scripts() -> None:
 def test_status_of_a_rank_and_of_a_dead_one(tmp_path: Path) -> None:
     place = f"unix://{tmp_path}/meet"
     member = Membership(
-        Endpoint.parse(place),
+        parse_endpoint(place),
         group=0,
         dwdp_rank=1,
         group_size=2,
@@ -69,7 +69,7 @@ def test_status_of_a_rank_and_of_a_dead_one(tmp_path: Path) -> None:
 def meeting_as(rank: int, folder: Path, status: dict[str, Any]) -> Membership:
     """A rank of two that says `status` of itself."""
     member = Membership(
-        Endpoint.parse(f"unix://{folder}/meet"),
+        parse_endpoint(f"unix://{folder}/meet"),
         group=0,
         dwdp_rank=rank,
         group_size=2,
@@ -102,7 +102,7 @@ def test_what_ranks_say_is_printed_as_it_is(tmp_path: Path) -> None:
 
 def test_a_rank_that_hangs_is_not_called_dead(tmp_path: Path) -> None:
     place = f"unix://{tmp_path}/meet"
-    with Endpoint.parse(place).listen(0, 1):  # as one that is stopped: the kernel accepts for it
+    with parse_endpoint(place).listen(0, 1):  # as one that is stopped: the kernel accepts for it
         ended = run("status", place, "--json")
         table = run("status", place)
     (entry,) = json.loads(ended.stdout)

@@ -7,17 +7,11 @@ from typing import Any
 
 import pytest
 
-from vllm_dwdp.config import DwdpConfig, DwdpLaunch
+from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.distributed.fingerprint import Fingerprint
 from vllm_dwdp.executor import identity
 
-LAUNCH = DwdpLaunch(
-    config=DwdpConfig(group_size=2),
-    data_parallel_size=2,
-    first_rank=0,
-    local_size=2,
-    endpoint="abstract:x",
-)
+CONFIG = DwdpConfig(group_size=2)
 
 
 def fingerprint_of(model: str, load_format: str = "auto", **config: Any) -> Fingerprint:
@@ -32,7 +26,7 @@ def fingerprint_of(model: str, load_format: str = "auto", **config: Any) -> Fing
     vllm_config = SimpleNamespace(
         model_config=model_config, load_config=SimpleNamespace(load_format=load_format)
     )
-    return identity.make_fingerprint(LAUNCH, vllm_config, 4096)
+    return identity.make_fingerprint(CONFIG, vllm_config, 4096)
 
 
 def folder_with(folder: Path, content: bytes, name: str = "model.safetensors") -> str:

@@ -12,7 +12,9 @@ import pytest
 from gpu_checks.expert_ranks import ExpertShape, RankMemory, local_ranks
 from gpu_checks.fake_cuda import live_objects
 from gpu_checks.simulated_cuda import SimulatedCudaMemory
-from vllm_dwdp.config import DwdpConfig, DwdpLaunch
+from vllm_dwdp.config import DwdpConfig
+from vllm_dwdp.distributed.launch import DwdpLaunch, RankSpan
+from vllm_dwdp.distributed.meeting import make_abstract_endpoint
 from vllm_dwdp.model_executor import group as expert_group
 from vllm_dwdp.model_executor.group import ExpertGroup
 from vllm_dwdp.prefetch.mode_policy import LayerCosts, Mode
@@ -41,10 +43,8 @@ def bound_group(shape: ExpertShape, **options: Any) -> Iterator[tuple[ExpertGrou
 def group_of(rank: RankMemory, resources: ExitStack, **options: Any) -> ExpertGroup:
     launch = DwdpLaunch(
         config=DwdpConfig(group_size=2, **options),
-        data_parallel_size=2,
-        first_rank=0,
-        local_size=2,
-        endpoint="abstract:x",
+        ranks=RankSpan(0, 2, 2),
+        endpoint=make_abstract_endpoint(),
     )
     group = ExpertGroup(launch, 0, rank.device, None, resources)  # type: ignore[arg-type]
     group.shard, group.layout, group._peers = rank.shard, rank.layout, rank.peers

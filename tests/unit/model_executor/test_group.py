@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from gpu_checks.expert_ranks import ExpertShape, RankMemory
-from vllm_dwdp.config import DwdpConfig, DwdpLaunch
+from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.device.base import Handles
 from vllm_dwdp.device.host import HostDevice
+from vllm_dwdp.distributed.launch import DwdpLaunch, RankSpan
+from vllm_dwdp.distributed.meeting import make_abstract_endpoint
 from vllm_dwdp.distributed.published_shard import PublishedShard
 from vllm_dwdp.errors import DwdpMemoryError, PeerMismatchError
 from vllm_dwdp.model_executor import adoption
@@ -21,10 +23,8 @@ from vllm_dwdp.model_executor.group import ExpertGroup
 SHAPE = ExpertShape(num_experts=4, hidden_size=64, intermediate_size=32, top_k=2)
 LAUNCH = DwdpLaunch(
     config=DwdpConfig(group_size=2),
-    data_parallel_size=2,
-    first_rank=0,
-    local_size=2,
-    endpoint="abstract:x",
+    ranks=RankSpan(0, 2, 2),
+    endpoint=make_abstract_endpoint(),
 )
 
 

@@ -23,8 +23,7 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from vllm_dwdp.config import DwdpLaunch
-from vllm_dwdp.distributed.endpoint import Endpoint
+from vllm_dwdp.distributed.launch import DwdpLaunch, Seat
 from vllm_dwdp.distributed.membership import query_status
 from vllm_dwdp.errors import DwdpError
 
@@ -181,8 +180,6 @@ class _Reason:
 
     def __init__(self, launch: DwdpLaunch) -> None:
         self._launch = launch
-        # Made here, in the main thread: engines may be forked while our thread is busy importing.
-        self._endpoint = Endpoint.of(launch)
         self._lock = threading.Lock()
         self._asked_at = 0.0
         self._text = ""
@@ -190,25 +187,19 @@ class _Reason:
     def __call__(self) -> str:
         with self._lock:
             if time.monotonic() - self._asked_at > REASON_AGE_S:
-                ranks = [self._launch.rank(engine) for engine in range(self._launch.local_size)]
-                self._text = "; ".join(self._ask(rank) for rank in ranks)
+                self._text = "; ".join(self._ask(seat) for seat in self._launch.seats)
                 self._asked_at = time.monotonic()
             return self._text
 
-    def _ask(self, rank: int) -> str:
+    def _ask(self, seat: Seat) -> str:
         if not self._launch.config.shares_experts:
-            return f"rank {rank} loads the model"
+            return f"rank {seat.rank} loads the model"
         status: dict[str, Any] = {}
         with contextlib.suppress(DwdpError, OSError):
-            status = query_status(
-                self._endpoint,
-                self._launch.group(rank),
-                self._launch.dwdp_rank(rank),
-                timeout_s=1.0,
-            )
+            status = query_status(self._launch.endpoint, seat.group, seat.dwdp_rank, timeout_s=1.0)
         if not status:
-            return f"rank {rank} starts"
-        return f"rank {rank} {status.get('doing', 'has its experts and warms up')}"
+            return f"rank {seat.rank} starts"
+        return f"rank {seat.rank} {status.get('doing', 'has its experts and warms up')}"
 
 
 _holder: Holder | None = None

@@ -11,8 +11,7 @@ from typing import Any
 
 from prometheus_client import Counter, Gauge
 
-from vllm_dwdp.config import DwdpLaunch
-from vllm_dwdp.distributed.endpoint import Endpoint
+from vllm_dwdp.distributed.launch import DwdpLaunch
 from vllm_dwdp.distributed.membership import query_status
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.logger import init_logger
@@ -143,16 +142,13 @@ class StatusPoller:
                 self._poll(engine)
 
     def _poll(self, engine: int) -> None:
-        rank = self._launch.rank(engine)
+        seat = self._launch.seat(engine)
         try:
             status = query_status(
-                Endpoint.of(self._launch),
-                self._launch.group(rank),
-                self._launch.dwdp_rank(rank),
-                timeout_s=TIMEOUT_S,
+                self._launch.endpoint, seat.group, seat.dwdp_rank, timeout_s=TIMEOUT_S
             )
         except (DwdpError, OSError) as error:
-            logger.debug("rank %d does not report its status: %s", rank, error)
+            logger.debug("rank %d does not report its status: %s", seat.rank, error)
             return
         if "resident_expert_bytes" in status:
             self._metrics.update(engine, status)

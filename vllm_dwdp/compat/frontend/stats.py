@@ -7,7 +7,7 @@ none, so the factory list is extended here instead, and only after `dwdp` was ch
 import functools
 from typing import Any
 
-from vllm_dwdp.config import DwdpLaunch
+from vllm_dwdp.distributed.launch import DwdpLaunch
 
 
 def install(launch: DwdpLaunch) -> None:

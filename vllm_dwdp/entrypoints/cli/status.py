@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dwdp.distributed.endpoint import Endpoint
+from vllm_dwdp.distributed.meeting import parse_endpoint
 from vllm_dwdp.distributed.membership import query_status
 from vllm_dwdp.distributed.tcp import TcpEndpoint
 from vllm_dwdp.distributed.unix import UnixEndpoint
@@ -36,7 +37,7 @@ def find_ranks(
     Raises:
         DwdpConfigError: nobody can be found there, or the secret cannot be used.
     """
-    endpoint = Endpoint.parse(rendezvous, group_size, secret_file)
+    endpoint = parse_endpoint(rendezvous, group_size, secret_file)
     if isinstance(endpoint, UnixEndpoint):
         places = _listed(Path(endpoint.location))
     elif isinstance(endpoint, TcpEndpoint):

@@ -1,0 +1,71 @@
+"""What the front end decides once and every process of a rank needs.
+
+Pure values, planted into vLLM's config and pickled with it into the processes of the ranks.
+"""
+
+from dataclasses import dataclass
+
+from vllm_dwdp.config import DwdpConfig
+from vllm_dwdp.distributed.endpoint import Endpoint
+
+
+@dataclass(frozen=True)
+class RankSpan:
+    """The ranks that one front end starts, among all ranks of the deployment.
+
+    Args:
+        first: global rank of its engine 0 (not 0 when ranks or nodes are started one by one).
+        count: engines that it starts.
+        total: ranks of the whole deployment; on the CPU all on this host.
+    """
+
+    first: int
+    count: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DwdpLaunch:
+    """The facts from which a rank finds its seat.
+
+    Args:
+        config: the checked options.
+        ranks: those that this front end starts.
+        endpoint: where the ranks meet.
+    """
+
+    config: DwdpConfig
+    ranks: RankSpan
+    endpoint: Endpoint
+
+    def seat(self, engine_index: int) -> "Seat":
+        """The seat of engine `engine_index` of this front end."""
+        return Seat(self, self.ranks.first + engine_index)
+
+    @property
+    def seats(self) -> tuple["Seat", ...]:
+        """The seats of all engines of this front end, in order."""
+        return tuple(self.seat(index) for index in range(self.ranks.count))
+
+
+@dataclass(frozen=True)
+class Seat:
+    """One rank of a deployment, and its position among the ranks that share experts.
+
+    Args:
+        launch: what the front end decided.
+        rank: global data-parallel rank.
+    """
+
+    launch: DwdpLaunch
+    rank: int
+
+    @property
+    def group(self) -> int:
+        """The number of the rank's group within the deployment."""
+        return self.rank // self.launch.config.group_size
+
+    @property
+    def dwdp_rank(self) -> int:
+        """The rank's position within its group."""
+        return self.rank % self.launch.config.group_size
