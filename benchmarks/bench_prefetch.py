@@ -1,4 +1,4 @@
-"""The host device's prefetch pipeline alone: how fast, how hidden, what it costs the host.
+"""The host device's prefetch ring alone: how fast, how hidden, what it costs the host.
 
     python benchmarks/bench_prefetch.py
 
@@ -36,7 +36,7 @@ from vllm_dwdp.entrypoints.bench.machine import describe_machine
 from vllm_dwdp.layout.composite import ModelLayout, WeightLayout
 from vllm_dwdp.layout.placement import Placement
 from vllm_dwdp.prefetch.copy_plan import bytes_by_peer, plan_layer_copies
-from vllm_dwdp.prefetch.ring import PrefetchPipeline
+from vllm_dwdp.prefetch.ring import Ring
 
 SLICE_BYTES = 2 * 2**20
 LAYER_BYTES = 96 * 2**20
@@ -123,7 +123,7 @@ def hidden_share(cores: list[int]) -> list[float]:
     queue = HostCopyQueue(1, [copying])
     os.sched_setaffinity(0, {mine})
     try:
-        pipeline = PrefetchPipeline(
+        ring = Ring(
             [slices(slots[layer % 2], shards[layer]) for layer in range(num_layers)],
             [{1: layer_bytes}] * num_layers,
             queue,
@@ -134,15 +134,15 @@ def hidden_share(cores: list[int]) -> list[float]:
         compute = spinning(matrix, 1.5 * copy_seconds)
         shares = []
         for step in range(ROUNDS + 1):
-            waited, copied = pipeline.counters().wait_seconds, queue.busy_seconds
+            waited, copied = ring.counters().wait_seconds, queue.busy_seconds
             for layer in range(num_layers):
-                pipeline.wait(layer)
+                ring.wait(layer)
                 compute()
-                pipeline.record(layer)
+                ring.record(layer)
             if step > 0:
-                waited = pipeline.counters().wait_seconds - waited
+                waited = ring.counters().wait_seconds - waited
                 shares.append(1 - waited / (queue.busy_seconds - copied))
-        pipeline.close()
+        ring.close()
     finally:
         os.sched_setaffinity(0, before)
         queue.close()
@@ -176,24 +176,24 @@ def host_cost_us(cores: list[int]) -> list[float]:
     """Microseconds that wait and record take when copies are never late, all threads on `cores`."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, set(cores))
-    pipeline, queue = tiny_pipeline(48)
+    ring, queue = tiny_ring(48)
     costs = []
     for _ in range(200):
         spent = 0.0
         for layer in range(48):
             started = time.perf_counter()
-            pipeline.wait(layer)
-            pipeline.record(layer)
+            ring.wait(layer)
+            ring.record(layer)
             spent += time.perf_counter() - started
             queue.drain()
         costs.append(spent / 48 * 1e6)
-    pipeline.close()
+    ring.close()
     queue.close()
     os.sched_setaffinity(0, before)
     return costs
 
 
-def tiny_pipeline(num_layers: int, group_size: int = 2) -> tuple[PrefetchPipeline, HostCopyQueue]:
+def tiny_ring(num_layers: int, group_size: int = 2) -> tuple[Ring, HostCopyQueue]:
     """A ring whose layers copy a few bytes from each of `group_size - 1` peers."""
     placement = Placement(num_experts=2 * group_size, group_size=group_size)
     weight = WeightLayout(name="w", placement=placement, expert_bytes=64, page_bytes=64)
@@ -210,9 +210,9 @@ def tiny_pipeline(num_layers: int, group_size: int = 2) -> tuple[PrefetchPipelin
         )
         peer_bytes.append(bytes_by_peer(plan))
     queue = HostCopyQueue(1)
-    pipeline = PrefetchPipeline(batches, peer_bytes, queue, num_slots=2)
-    pipeline.keep_alive = (shards, slot)  # type: ignore[attr-defined]
-    return pipeline, queue
+    ring = Ring(batches, peer_bytes, queue, num_slots=2)
+    ring.keep_alive = (shards, slot)  # type: ignore[attr-defined]
+    return ring, queue
 
 
 def scaling_table() -> Table:
@@ -230,18 +230,18 @@ def scaling_table() -> Table:
 
 
 def step_us(num_layers: int, group_size: int) -> float:
-    pipeline, queue = tiny_pipeline(num_layers, group_size)
+    ring, queue = tiny_ring(num_layers, group_size)
     costs = []
     for _ in range(20):
         spent = 0.0
         for layer in range(num_layers):
             queue.drain()
             started = time.perf_counter()
-            pipeline.wait(layer)
-            pipeline.record(layer)
+            ring.wait(layer)
+            ring.record(layer)
             spent += time.perf_counter() - started
         costs.append(spent * 1e6)
-    pipeline.close()
+    ring.close()
     queue.close()
     return statistics.median(costs)
 

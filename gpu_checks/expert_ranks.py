@@ -17,7 +17,6 @@ import torch
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.device.base import Device, PeerMemory
 from vllm_dwdp.device.tensor import tensor_at
-from vllm_dwdp.layout.composite import ModelLayout
 from vllm_dwdp.layout.placement import ExpertRange, Placement
 from vllm_dwdp.model_executor.composites import CompositeMapper, LayerView
 from vllm_dwdp.model_executor.expert_shard import ExpertShard, ShardedLayer
@@ -120,16 +119,16 @@ class RankMemory:
                 self._add_layer(number)
             self.shard.memory.seal()
             undo.pop_all()
-        self.layout = ModelLayout.plan(
-            [(each.layer.layer_name, tuple(each.weights)) for each in self.shard.published]
-        )
+        self.layout = self.shard.plan_layout()
 
     def _add_layer(self, number: int) -> None:
         placement = self.shard.placement(self.shape.num_experts)
         resident = placement.resident[self.dwdp_rank]
         weights = make_experts(self.shape, number, resident, self.device.torch_device)
         layer: Any = BareLayer(f"layers.{number}", self.shape, weights)
-        self.shard.layers.append(ShardedLayer(layer=layer, placement=placement, model_number=0))
+        self.shard.layers.append(
+            ShardedLayer(layer=layer, placement=placement, model_number=0, run_index=number)
+        )
         self.shard.publish_layer(layer)
         for name in weights:  # the tensors end with the shard's own mappings
             setattr(layer, name, None)

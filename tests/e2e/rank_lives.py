@@ -38,7 +38,7 @@ BEFORE_SERVING = {
 """Rank 0 is killed here, and rank 1 can only give up by its deadline."""
 
 WHILE_SERVING = {
-    "first prefetch": ("vllm_dwdp.prefetch.ring:PrefetchPipeline.begin_forward", 0),
+    "first prefetch": ("vllm_dwdp.prefetch.ring:Ring.begin_forward", 0),
     "hand-over": (f"{GROUP}._meet", 0),
     "binding": (f"{GROUP}._bind", 0),
     "steady state": ("vllm_dwdp.executor.worker:DwdpWorker.execute_model", 7),

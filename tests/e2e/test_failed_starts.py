@@ -39,7 +39,7 @@ STEPS = {
     "composites": "vllm_dwdp.device.host:map_composite",
     "binding": "vllm_dwdp.model_executor.routed_experts:DwdpRoutedExperts.bind",
     "copy threads": "vllm_dwdp.device.host:HostCopyQueue",
-    "the ring": "vllm_dwdp.model_executor.rings:PrefetchPipeline",
+    "the ring": "vllm_dwdp.model_executor.rings:Ring",
 }
 
 

@@ -6,7 +6,7 @@ both only enqueue, so whatever refills a slot must be told after which layer it 
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 ResolvedSlice = tuple[int, int, int]
 """(destination address, source address, num_bytes)."""
@@ -42,6 +42,7 @@ class CopyQueue(Protocol):
         """Finish what was issued and release the queue; its batches must not be used any more."""
 
 
+@runtime_checkable
 class GraphQueue(CopyQueue, Protocol):
     """A copy queue whose copies can become nodes of a graph that is being captured."""
 

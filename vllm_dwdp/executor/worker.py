@@ -15,6 +15,7 @@ from vllm_dwdp.errors import DwdpUnsupportedError
 from vllm_dwdp.executor.identity import make_membership
 from vllm_dwdp.logger import init_logger
 from vllm_dwdp.model_executor.group import ExpertGroup
+from vllm_dwdp.model_executor.joining import join_group
 
 logger = init_logger(__name__)
 
@@ -49,26 +50,19 @@ class DwdpWorker:
             super(DwdpWorker, self).load_model(**kwargs)  # type: ignore[misc]
             return self.model_runner.get_model()  # type: ignore[attr-defined]
 
-        self.expert_group = ExpertGroup.join(
-            seat.launch,
-            seat.rank,
+        self.expert_group = join_group(
+            seat,
             self.make_device,
-            load,
             lambda device: self.make_membership(device.page_bytes),
+            load,
         )
 
     def compile_or_warm_up_model(self) -> Any:
         """As vLLM's; the rank serves afterwards."""
         times = super().compile_or_warm_up_model()  # type: ignore[misc]
         if self.expert_group is not None:
-            self.expert_group.is_warm = True
+            self.expert_group.announce_warm()
         return times
-
-    def execute_model(self, scheduler_output: Any) -> Any:
-        """One scheduler step."""
-        if self.expert_group is not None:
-            self.expert_group.begin_step(scheduler_output.total_num_scheduled_tokens)
-        return super().execute_model(scheduler_output)  # type: ignore[misc]
 
     def dwdp_status(self) -> dict[str, Any]:
         """This rank's status, for `collective_rpc("dwdp_status")`."""

@@ -196,6 +196,11 @@ class LayerLayout:
     weights: tuple[WeightLayout, ...]
     shard_offsets: tuple[tuple[int, ...], ...]
 
+    @property
+    def group_size(self) -> int:
+        """Ranks that share the layer's experts."""
+        return self.weights[0].placement.group_size
+
     def shard_offset(self, weight: int, rank: int, byte: int) -> int:
         """Where byte `byte` of the composite tensor lies in `rank`'s shard."""
         pages = self.weights[weight].shard_pages(rank)
@@ -225,17 +230,21 @@ class ModelLayout:
     @classmethod
     def plan(cls, layers: list[tuple[str, tuple[WeightLayout, ...]]]) -> "ModelLayout":
         """Lay out the shards of all ranks: weights back to back, page by page."""
-        group_size = layers[0][1][0].placement.group_size
-        ends = [0] * group_size
+        ends = [0] * layers[0][1][0].placement.group_size
         planned = []
         for name, weights in layers:
             offsets = []
             for weight in weights:
                 offsets.append(tuple(ends))
-                for rank in range(group_size):
+                for rank in range(len(ends)):
                     ends[rank] += len(weight.shard_pages(rank))
             planned.append(LayerLayout(name=name, weights=weights, shard_offsets=tuple(offsets)))
         return cls(layers=tuple(planned), shard_bytes=tuple(ends))
+
+    @property
+    def group_size(self) -> int:
+        """Ranks that share the experts."""
+        return len(self.shard_bytes)
 
     def piece_bytes(self, rank: int) -> tuple[int, ...]:
         """Sizes of the pieces of `rank`'s shard, in order."""

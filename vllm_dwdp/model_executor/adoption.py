@@ -6,10 +6,11 @@ the rank loads from disk.
 
 from contextlib import ExitStack
 
-from vllm_dwdp.device.base import Device, Handles, Shard
+from vllm_dwdp.device.base import Device, Shard
 from vllm_dwdp.distributed.membership import Membership, PublishedShard
 from vllm_dwdp.errors import DwdpMemoryError, TransferError
 from vllm_dwdp.logger import init_logger
+from vllm_dwdp.model_executor.peers import handles_of
 
 logger = init_logger(__name__)
 
@@ -48,8 +49,3 @@ def _try_to_adopt(device: Device, kept: PublishedShard, rank: int) -> Shard | No
         "DWDP rank %d: the experts that a peer kept for it are not what it published", rank
     )
     return None
-
-
-def handles_of(peer: PublishedShard) -> Handles:
-    """What a device takes a peer's shard by; the descriptors stay with `peer` until it has."""
-    return Handles(fds=peer.fds, fabric=peer.fabric_handles, num_bytes=peer.handle_bytes)

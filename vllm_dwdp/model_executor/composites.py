@@ -1,7 +1,7 @@
 """The composite tensors of one rank: how each layer sees all its experts, in place or through a slot.
 
-Pages come from our own shard, from peers' shards (direct view) or from slots (ring view); which, says
-the layout. Every mapping is given back by the `ExitStack` of whoever asks for views.
+Pages come from our own shard, from peers' shards (direct view) or from slots (ring view). The layout
+decides which. The caller's `ExitStack` unmaps every view.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -79,8 +79,8 @@ class CompositeMapper:
             addresses.append(composite.address)
             tensors[weight.name] = tensor_at(
                 composite.address,
-                sharded.dtypes[number],
-                sharded.shapes[number],
+                sharded.weights[number].dtype,
+                sharded.weights[number].shape,
                 self.device.torch_device,
             )
         return LayerView(tensors=tensors, addresses=tuple(addresses))

@@ -1,13 +1,13 @@
 """This rank's experts while a model is loaded: collected layer by layer into one shared shard.
 
-Owns the `HostShard` and the list of layers. Nothing here knows of peers. Worker's main thread.
+Owns the shard that the device made and the list of layers. Nothing here knows of peers. Worker's main
+thread.
 """
 
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
 import torch
@@ -23,6 +23,23 @@ from vllm_dwdp.model_executor.expert_parameters import declared_names, per_exper
 from vllm_dwdp.model_executor.routed_experts import DwdpRoutedExperts, shard_layer_class
 
 
+@dataclass(frozen=True, kw_only=True)
+class ShardedWeight:
+    """One per-expert parameter of a layer.
+
+    Args:
+        layout: its bytes over the group.
+        dtype: of its elements.
+        shape: `[num_experts, ...]`.
+        mapping: its writable pages in our shard.
+    """
+
+    layout: WeightLayout
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    mapping: Mapping
+
+
 @dataclass(kw_only=True)
 class ShardedLayer:
     """One MoE layer of this rank.
@@ -31,19 +48,15 @@ class ShardedLayer:
         layer: vLLM's layer.
         placement: of its experts.
         model_number: of the model that it belongs to; a drafter's layers run in an order of their own.
-        weights: layout of each per-expert parameter, in the order of the shard.
-        dtypes: of each parameter.
-        shapes: of each parameter, `[num_experts, ...]`.
-        mappings: writable pages of each parameter in our shard.
+        run_index: its place in the order in which layers were built, and run.
+        weights: its per-expert parameters, in the order of the shard.
     """
 
     layer: Any
     placement: Placement
     model_number: int
-    weights: list[WeightLayout] = field(default_factory=list)
-    dtypes: list[torch.dtype] = field(default_factory=list)
-    shapes: list[tuple[int, ...]] = field(default_factory=list)
-    mappings: list[Mapping] = field(default_factory=list)
+    run_index: int
+    weights: list[ShardedWeight] = field(default_factory=list)
 
 
 class ExpertShard:
@@ -64,7 +77,8 @@ class ExpertShard:
         self.device = device
         self.memory = adopted or device.new_shard(f"dwdp-shard-{dwdp_rank}")
         self.layers: list[ShardedLayer] = []
-        self._published: list[ShardedLayer] = []
+        self.published: list[ShardedLayer] = []
+        """Those in the shard, in its order, which is that of `ModelLayout.layers`."""
         self._current_model: Callable[[], int] = lambda: 0
 
     def close(self) -> None:
@@ -93,7 +107,12 @@ class ExpertShard:
         """
         declared_names(layer)
         self.layers.append(
-            ShardedLayer(layer=layer, placement=placement, model_number=self._current_model())
+            ShardedLayer(
+                layer=layer,
+                placement=placement,
+                model_number=self._current_model(),
+                run_index=len(self.layers),
+            )
         )
 
     def publish_layer(self, layer: DwdpRoutedExperts) -> None:
@@ -102,7 +121,7 @@ class ExpertShard:
         for name, tensor in per_expert_parameters(layer):
             self._publish_parameter(sharded, name, tensor)
         del name, tensor  # or the last one would outlive the release
-        self._published.append(sharded)
+        self.published.append(sharded)
         self.device.release_free_memory()
 
     def _publish_parameter(self, sharded: ShardedLayer, name: str, tensor: torch.Tensor) -> None:
@@ -120,10 +139,14 @@ class ExpertShard:
         if not self.is_adopted:
             resident.copy_(tensor)
         getattr(sharded.layer, name).data = resident
-        sharded.weights.append(weight)
-        sharded.dtypes.append(tensor.dtype)
-        sharded.shapes.append((sharded.placement.num_experts, *tensor.shape[1:]))
-        sharded.mappings.append(mapping)
+        sharded.weights.append(
+            ShardedWeight(
+                layout=weight,
+                dtype=tensor.dtype,
+                shape=(sharded.placement.num_experts, *tensor.shape[1:]),
+                mapping=mapping,
+            )
+        )
 
     def finish_loading(self, model: torch.nn.Module) -> ModelLayout:
         """Seal the shard and lay the model out.
@@ -145,8 +168,15 @@ class ExpertShard:
                 'they cannot be shared. Use dwdp mode "replica".'
             )
         self.memory.seal()
+        return self.plan_layout()
+
+    def plan_layout(self) -> ModelLayout:
+        """The layout of every layer that was published, over the whole group."""
         return ModelLayout.plan(
-            [(entry.layer.layer_name, tuple(entry.weights)) for entry in self._published]
+            [
+                (entry.layer.layer_name, tuple(weight.layout for weight in entry.weights))
+                for entry in self.published
+            ]
         )
 
     def layout_digest(self) -> bytes:
@@ -157,13 +187,10 @@ class ExpertShard:
         facts = [
             (
                 entry.layer.layer_name,
-                type(entry.layer.quant_method).__name__,
-                [str(v) for v in vars(entry.layer.quant_method).values() if isinstance(v, Enum)],
-                [weight.name for weight in entry.weights],
-                [str(dtype) for dtype in entry.dtypes],
-                entry.shapes,
+                *moe.kernel_identity(entry.layer),
+                [(weight.layout.name, str(weight.dtype), weight.shape) for weight in entry.weights],
             )
-            for entry in self._published
+            for entry in self.published
         ]
         return hashlib.sha256(repr(facts).encode()).digest()
 
@@ -174,21 +201,16 @@ class ExpertShard:
         """
         if self.is_adopted:
             return
-        for sharded, layer in zip(self._published, layout.layers, strict=True):
+        for sharded, layer in zip(self.published, layout.layers, strict=True):
             for index, weight in enumerate(layer.weights):
                 pages = weight.shard_pages(self.dwdp_rank)
                 for edge in weight.edges(self.dwdp_rank):
                     offset = layer.shard_offset(index, edge.source_rank, edge.span.start)
                     self.device.copy(
-                        sharded.mappings[index].address + edge.span.start - pages.start,
+                        sharded.weights[index].mapping.address + edge.span.start - pages.start,
                         peers[edge.source_rank].address + offset,
                         len(edge.span),
                     )
-
-    @property
-    def published(self) -> list[ShardedLayer]:
-        """Layers in the order of the shard (and of `ModelLayout.layers`)."""
-        return self._published
 
     @contextmanager
     def loading(self) -> Iterator[None]:

@@ -79,11 +79,11 @@ def _same_bytes(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 def _copy_speed(device: Device, rings: PrefetchRings, position: RingPosition) -> float:
     """Bytes per second of one layer's fill."""
-    pipeline = rings.pipelines[position.ring]
-    num_bytes = sum(pipeline.layer_bytes(position.index).values())
+    ring = rings.rings[position.ring]
+    num_bytes = sum(ring.layer_bytes(position.index).values())
 
     def fill() -> None:
-        rings.queue.issue(pipeline.batches[position.index], None)
+        rings.queue.issue(ring.batches[position.index], None)
         rings.queue.drain()
 
     return num_bytes / _median_seconds(fill)

@@ -5,28 +5,17 @@ mutates a tensor that the kernels read or write, which is what keeps the compile
 Rings are addressed by number because operators take no Python objects.
 """
 
-from typing import Protocol
+from collections.abc import Sequence
 
 import torch
 
+from vllm_dwdp.prefetch.captured_ring import CapturedRing
+from vllm_dwdp.prefetch.ring import Ring
 
-class Ring(Protocol):
-    """A prefetch pipeline, or one that follows captured graphs."""
-
-    def begin_forward(self) -> None:
-        """A forward of the model starts."""
-
-    def wait(self, layer_index: int) -> None:
-        """Return (host) or order the stream (CUDA) once the slot holds the layer."""
-
-    def record(self, layer_index: int) -> None:
-        """The layer's kernels are done or enqueued: its slot may be refilled after them."""
+_rings: list[Ring | CapturedRing] = []
 
 
-_rings: list[Ring] = []
-
-
-def install_rings(rings: list[Ring]) -> None:
+def install_rings(rings: Sequence[Ring | CapturedRing]) -> None:
     """Make `rings` the ones that the operators address; an empty list removes them."""
     _rings[:] = rings
 

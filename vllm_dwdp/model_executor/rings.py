@@ -1,4 +1,4 @@
-"""The prefetch side of one rank: slots, ring views, copy plans, and one pipeline per model.
+"""The prefetch side of one rank: slots, ring views, copy plans, and one ring per model.
 
 A target model and its drafter each run their own layers in their own order, so each has a ring with
 slots of its own; all share one copy queue. Built once at start; afterwards the operators drive it.
@@ -7,7 +7,6 @@ slots of its own; all share one copy queue. Built once at start; afterwards the 
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import cast
 
 from vllm_dwdp.compat.worker import cuda_graphs
 from vllm_dwdp.device.queue import GraphQueue, ResolvedSlice
@@ -15,11 +14,10 @@ from vllm_dwdp.layout.slots import SlotLayout
 from vllm_dwdp.model_executor import ops
 from vllm_dwdp.model_executor.composites import CompositeMapper, LayerView
 from vllm_dwdp.model_executor.routed_experts import RingPosition
-from vllm_dwdp.prefetch.captured_ring import GraphRing
+from vllm_dwdp.prefetch.captured_ring import CapturedRing
 from vllm_dwdp.prefetch.copy_plan import CopySlice, bytes_by_peer, plan_layer_copies
-from vllm_dwdp.prefetch.ring import PipelineCounters, PrefetchPipeline
-
-NUM_SLOTS = 2
+from vllm_dwdp.prefetch.ring import Ring, RingCounters
+from vllm_dwdp.prefetch.schedule import NUM_SLOTS
 
 
 class PrefetchRings:
@@ -60,17 +58,16 @@ class PrefetchRings:
                 self.views[layer] = mapper.ring_view(layer, slots, slot, layout)
         self.queue = device.make_queue()
         resources.callback(self.queue.close)
-        self.pipelines = [
-            self._make_pipeline(mapper, members, slice_bytes, resources) for members in rings
-        ]
-        self._rings: list[ops.Ring] = [*self.pipelines]
-        if device.captures_graphs:
-            queue = cast(GraphQueue, self.queue)
-            followers = [GraphRing(pipeline, queue) for pipeline in self.pipelines]
+        self.rings = [self._make_ring(mapper, members, slice_bytes) for members in rings]
+        for made in self.rings:
+            resources.callback(made.close)
+        driven: Sequence[Ring | CapturedRing] = self.rings
+        if isinstance(self.queue, GraphQueue):
+            driven = followers = [CapturedRing(made, self.queue) for made in self.rings]
             resources.enter_context(cuda_graphs.followed_by(followers))
-            self._rings = [*followers]
+        self._driven = driven
         resources.callback(ops.install_rings, [])
-        ops.install_rings(self._rings)
+        ops.install_rings(driven)
 
     def close(self) -> None:
         """Let running copies finish and release everything; layers must not run over the views again."""
@@ -78,20 +75,14 @@ class PrefetchRings:
 
     def begin_forward(self) -> None:
         """A forward of the target model starts."""
-        for ring in self._rings:
+        for ring in self._driven:
             ring.begin_forward()
 
-    def counters(self) -> list[PipelineCounters]:
+    def counters(self) -> list[RingCounters]:
         """A snapshot of each ring."""
-        return [pipeline.counters() for pipeline in self.pipelines]
+        return [ring.counters() for ring in self.rings]
 
-    def _make_pipeline(
-        self,
-        mapper: CompositeMapper,
-        members: Sequence[int],
-        slice_bytes: int,
-        resources: ExitStack,
-    ) -> PrefetchPipeline:
+    def _make_ring(self, mapper: CompositeMapper, members: Sequence[int], slice_bytes: int) -> Ring:
         batches: list[list[ResolvedSlice]] = []
         peer_bytes: list[dict[int, int]] = []
         for member in members:
@@ -99,9 +90,7 @@ class PrefetchRings:
             plan = plan_layer_copies(layer, mapper.dwdp_rank, slice_bytes)
             batches.append([self._resolve(mapper, member, copy) for copy in plan])
             peer_bytes.append(bytes_by_peer(plan))
-        pipeline = PrefetchPipeline(batches, peer_bytes, self.queue, num_slots=NUM_SLOTS)
-        resources.callback(pipeline.close)
-        return pipeline
+        return Ring(batches, peer_bytes, self.queue, num_slots=NUM_SLOTS)
 
     def _resolve(self, mapper: CompositeMapper, member: int, copy: CopySlice) -> ResolvedSlice:
         return (

@@ -6,6 +6,7 @@ rank, and is given composite tensors once the group has met. Runs in the worker'
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -52,12 +53,12 @@ class Binding:
 
     Args:
         parameters: by name, over composite memory.
-        method_state: of the quantisation method, whose kernel captured these parameters.
+        kernel: the kernel that captured these parameters.
         ring_position: where the layer waits and records; None for a view that needs no copies.
     """
 
     parameters: dict[str, torch.nn.Parameter]
-    method_state: dict[str, Any]
+    kernel: moe.KernelState
     ring_position: RingPosition | None
 
 
@@ -90,27 +91,13 @@ class DwdpRoutedExperts:
             *args,
             **kwargs,
         )
-        self._publish_after_processing()
+        # Per layer, so that the start never holds more than one layer twice: a layer whose experts
+        # are adopted takes memory of its own only while vLLM processes it.
+        moe.around_processing(self, self._take_storage, lambda: registry.publish_layer(self))
         self._storage_bytes: dict[str, int] = {}
         if registry.is_adopted:
             self._give_up_storage()
         registry.add_layer(self, placement)
-
-    def _publish_after_processing(self) -> None:
-        """Publish the shard as soon as vLLM has brought this layer into its runtime format.
-
-        Per layer, so that the start never holds more than one layer twice: a layer whose experts are
-        adopted takes memory of its own only while vLLM processes it.
-        """
-        method = self.quant_method  # type: ignore[attr-defined]
-        self._process: Any = method.process_weights_after_loading
-
-        def process_and_publish(layer: Any) -> None:
-            self._take_storage()
-            self._process(layer)
-            self.dwdp_registry.publish_layer(self)
-
-        method.process_weights_after_loading = process_and_publish
 
     def _give_up_storage(self) -> None:
         for name, parameter in self.named_parameters(recurse=False):  # type: ignore[attr-defined]
@@ -156,38 +143,36 @@ class DwdpRoutedExperts:
         }
         for name, parameter in parameters.items():
             setattr(self, name, parameter)
-        method = self.quant_method  # type: ignore[attr-defined]
-        method.process_weights_after_loading = self._process
-        moe.make_experts_whole(self, self._process)
+        moe.make_experts_whole(self)
         self.ring_position = ring_position
         return Binding(
-            parameters=parameters, method_state=dict(vars(method)), ring_position=ring_position
+            parameters=parameters, kernel=moe.KernelState.of(self), ring_position=ring_position
         )
 
     def use(self, binding: Binding) -> None:
         """Serve from `binding`, made by `bind`, from now on."""
         for name, parameter in binding.parameters.items():
             setattr(self, name, parameter)
-        vars(self.quant_method).update(binding.method_state)  # type: ignore[attr-defined]
+        binding.kernel.restore(self)
         self.ring_position = binding.ring_position
 
     def forward_modular(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """vLLM's `RoutedExperts.forward_modular`, after the slot holds this layer."""
-        if self.ring_position is None:
-            return super().forward_modular(x, *args, **kwargs)  # type: ignore[misc]
-        ring, index = self.ring_position.ring, self.ring_position.index
-        ops.wait_layer(x, ring, index)
-        output = super().forward_modular(x, *args, **kwargs)  # type: ignore[misc]
-        ops.record_layer(output if isinstance(output, torch.Tensor) else x, ring, index)
-        return output
+        return self._in_ring(super().forward_modular, x, *args, **kwargs)  # type: ignore[misc]
 
     def forward_monolithic(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """vLLM's `RoutedExperts.forward_monolithic`, after the slot holds this layer."""
+        return self._in_ring(super().forward_monolithic, x, *args, **kwargs)  # type: ignore[misc]
+
+    def _in_ring(
+        self, forward: Callable[..., Any], x: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Run the layer's kernels between the wait and the record of its slot, if it has one."""
         if self.ring_position is None:
-            return super().forward_monolithic(x, *args, **kwargs)  # type: ignore[misc]
+            return forward(x, *args, **kwargs)
         ring, index = self.ring_position.ring, self.ring_position.index
         ops.wait_layer(x, ring, index)
-        output = super().forward_monolithic(x, *args, **kwargs)  # type: ignore[misc]
+        output = forward(x, *args, **kwargs)
         ops.record_layer(output if isinstance(output, torch.Tensor) else x, ring, index)
         return output
 

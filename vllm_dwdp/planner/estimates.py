@@ -1,5 +1,6 @@
 """What `plan` estimates: memory, break-even, gains over DEP in parts, crossover, redundancy. Pure."""
 
+import math
 import random
 import statistics
 from collections.abc import Callable
@@ -23,7 +24,6 @@ LENGTHS, SKEW = (
     f"synchronisation saved, routing skew {ROUTING_SKEW}",
 )
 _ROUNDING = 1e-9
-_ANY_STEP = 2**31  # what the mode policy gives where reading in place always wins
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +224,7 @@ def direct_crossover(model: CostModel) -> Tokens:
         direct_bytes_per_s=link * model.efficiency.direct,
         other_seconds=model.layer(Step.decode(1, 1024), 0).compute,
     ).direct_max_tokens
-    return ALWAYS if most >= _ANY_STEP else Tokens(number=most)
+    return ALWAYS if math.isinf(most) else Tokens(number=int(most))
 
 
 def decode_steps(model: CostModel, step: Step) -> dict[str, float]:

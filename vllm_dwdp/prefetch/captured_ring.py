@@ -23,7 +23,7 @@ graph, which records the event anew, would wait for the graph, and the graph for
 from dataclasses import dataclass, field
 
 from vllm_dwdp.device.queue import GraphQueue
-from vllm_dwdp.prefetch.ring import PrefetchPipeline
+from vllm_dwdp.prefetch.ring import Ring
 
 
 @dataclass
@@ -44,28 +44,28 @@ class RingGraph:
         return bool(self.needs)
 
 
-class GraphRing:
-    """Implements `model_executor.ops.Ring` over a pipeline, in and out of capture."""
+class CapturedRing:
+    """A ring, in and out of capture; the same three calls bracket every layer."""
 
-    def __init__(self, pipeline: PrefetchPipeline, queue: GraphQueue) -> None:
-        self._pipeline = pipeline
+    def __init__(self, ring: Ring, queue: GraphQueue) -> None:
+        self._ring = ring
         self._queue = queue
         self._graph = RingGraph()
 
     def begin_forward(self) -> None:
         """A forward starts; if it is captured, nothing may be issued."""
         if not self._queue.is_capturing():
-            self._pipeline.begin_forward()
+            self._ring.begin_forward()
 
     def wait(self, layer_index: int) -> None:
         """Order the stream, or the graph, after the layer's arrival."""
         if not self._queue.is_capturing():
-            self._pipeline.wait(layer_index)
+            self._ring.wait(layer_index)
             return
-        batches, slot = self._pipeline.batches, self._pipeline.slot(layer_index)
+        batches, slot = self._ring.batches, self._ring.slot(layer_index)
         before = self._graph.leaves.get(slot)
         if before is None:
-            assert all(self._pipeline.slot(layer) != slot for layer in self._graph.needs), (
+            assert all(self._ring.slot(layer) != slot for layer in self._graph.needs), (
                 f"layer {layer_index} follows a layer in its slot that was never recorded"
             )
             self._graph.needs.append(layer_index)
@@ -76,10 +76,10 @@ class GraphRing:
     def record(self, layer_index: int) -> None:
         """The layer's kernels are enqueued, or captured."""
         if not self._queue.is_capturing():
-            self._pipeline.record(layer_index)
+            self._ring.record(layer_index)
             return
-        self._queue.capture_record(self._pipeline.batches[layer_index])
-        self._graph.leaves[self._pipeline.slot(layer_index)] = layer_index
+        self._queue.capture_record(self._ring.batches[layer_index])
+        self._graph.leaves[self._ring.slot(layer_index)] = layer_index
 
     def begin_capture(self) -> None:
         """A graph begins to be captured."""
@@ -92,8 +92,8 @@ class GraphRing:
 
     def before_launch(self, graph: RingGraph) -> None:
         """Make the stream wait for what the graph needs."""
-        self._pipeline.prepare(graph.needs)
+        self._ring.prepare(graph.needs)
 
     def after_launch(self, graph: RingGraph) -> None:
         """Refill the slots that the graph leaves, once it has run."""
-        self._pipeline.graph_ran(graph.fills, sorted(graph.leaves.values()))
+        self._ring.graph_ran(graph.fills, sorted(graph.leaves.values()))

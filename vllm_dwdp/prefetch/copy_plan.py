@@ -35,8 +35,7 @@ def plan_layer_copies(layer: LayerLayout, rank: int, slice_bytes: int) -> tuple[
     queues: dict[int, deque[CopySlice]] = {}
     for copy in _slices(layer, rank, slice_bytes):
         queues.setdefault(copy.peer_rank, deque()).append(copy)
-    group_size = layer.weights[0].placement.group_size
-    order = sorted(queues, key=lambda peer: (peer - rank) % group_size)
+    order = sorted(queues, key=lambda peer: (peer - rank) % layer.group_size)
     plan = []
     while queues:
         for peer in order:

@@ -1,4 +1,4 @@
-"""Direct or prefetch: chosen once per scheduler step, for the whole step. Pure.
+"""Direct or prefetch: chosen for each forward of the model, by the tokens that it computes. Pure.
 
 Direct reads only the remote experts that the step's tokens are routed to, but at the speed of remote
 reads and inside the kernels; prefetch copies all of them, faster and beside the kernels. So direct
@@ -20,7 +20,7 @@ from enum import StrEnum
 
 
 class Mode(StrEnum):
-    """How a step obtains remote experts."""
+    """How a forward obtains remote experts."""
 
     DIRECT = "direct"
     PREFETCH = "prefetch"
@@ -66,13 +66,13 @@ class LayerCosts:
         return max(copy, self.other_seconds)
 
     @property
-    def direct_max_tokens(self) -> int:
-        """The largest step for which direct is at least as fast; 0 if there is none."""
+    def direct_max_tokens(self) -> float:
+        """The largest step for which direct is at least as fast: 0 if none is, `inf` if all are."""
         slack = self.prefetch_seconds - self.other_seconds
         read_bytes = slack * self.direct_bytes_per_s
         share = read_bytes / (self.num_remote_experts * self.expert_bytes)
         if share >= 1.0:
-            return 2**31
+            return math.inf
         if self.experts_per_token >= self.num_experts:
             return 0
         per_token = math.log1p(-self.experts_per_token / self.num_experts)
@@ -84,17 +84,17 @@ class ModePolicy:
     """The decision of one rank.
 
     Args:
-        direct_max_tokens: steps of at most this many tokens read in place.
+        direct_max_tokens: forwards of at most this many tokens read in place; `inf`: all, `-inf`: none.
         reason: one phrase for the log and the status.
     """
 
-    direct_max_tokens: int
+    direct_max_tokens: float
     reason: str
 
     @classmethod
     def forced(cls, mode: Mode) -> "ModePolicy":
         """Always `mode`, because the user said so."""
-        limit = 2**31 if mode is Mode.DIRECT else -1
+        limit = math.inf if mode is Mode.DIRECT else -math.inf
         return cls(direct_max_tokens=limit, reason=f"mode {mode.value!r} was asked for")
 
     @classmethod
@@ -103,7 +103,7 @@ class ModePolicy:
         reason = "this rank's memory holds all experts"
         if shares_compute:
             reason = "on the host, copies would share the computing cores and their memory"
-        return cls(direct_max_tokens=2**31, reason=reason)
+        return cls(direct_max_tokens=math.inf, reason=reason)
 
     @classmethod
     def from_costs(cls, costs: LayerCosts, direct_max_tokens: int | None) -> "ModePolicy":
@@ -111,17 +111,19 @@ class ModePolicy:
         if direct_max_tokens is not None:
             return cls(direct_max_tokens=direct_max_tokens, reason="direct_max_tokens was set")
         limit = costs.direct_max_tokens
-        return cls(
-            direct_max_tokens=limit, reason=f"by the cost model, direct up to {limit} tokens a step"
-        )
+        steps = "every step" if limit == math.inf else f"steps of up to {limit} tokens"
+        return cls(direct_max_tokens=limit, reason=f"by the cost model, direct for {steps}")
 
-    def mode_for(self, num_tokens: int) -> Mode:
-        """The mode of a step of `num_tokens` scheduled tokens."""
+    def mode_for(self, num_tokens: float) -> Mode:
+        """The mode of a forward of `num_tokens`."""
         return Mode.DIRECT if num_tokens <= self.direct_max_tokens else Mode.PREFETCH
 
     @property
-    def only_mode(self) -> Mode | None:
-        """The mode of every step, if it never changes."""
-        if self.direct_max_tokens < 0:
-            return Mode.PREFETCH
-        return Mode.DIRECT if self.direct_max_tokens >= 2**31 else None
+    def modes(self) -> frozenset[Mode]:
+        """The modes in which forwards can run: that of the smallest and that of the largest."""
+        return frozenset({self.mode_for(1), self.mode_for(math.inf)})
+
+    @property
+    def name(self) -> str:
+        """`direct` or `prefetch` if it never changes, else `auto`."""
+        return "auto" if len(self.modes) > 1 else next(iter(self.modes)).value

@@ -8,35 +8,37 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vllm_dwdp.device.queue import CopyQueue, ResolvedSlice
-from vllm_dwdp.prefetch.schedule import SlotSchedule
+from vllm_dwdp.prefetch.schedule import Fill, SlotSchedule
 
 
 @dataclass(frozen=True, kw_only=True)
-class PipelineCounters:
-    """What a pipeline has done since it was made.
+class RingCounters:
+    """What a ring has done since it was made.
 
     Args:
         fetched_bytes: by peer rank.
         wait_seconds: the host slept for late copies.
         late_layers: waits that had to sleep.
         fills: layers fetched.
-        heals: fetches that the steady schedule would not have needed.
+        first_fills: of these, into slots that held nothing.
+        heals: of these, in place of another layer that a forward out of step had left behind.
     """
 
     fetched_bytes: dict[int, int]
     wait_seconds: float
     late_layers: int
     fills: int
+    first_fills: int
     heals: int
 
 
-class PrefetchPipeline:
-    """One ring of layers on one copy queue.
+class Ring:
+    """The layers of one model, the slots that they share and the queue that fills them.
 
     Args:
         batches: the resolved copies of each layer, in the order in which the layers run.
         peer_bytes: bytes that each layer copies from each peer rank.
-        queue: the device's queue; it must outlive the pipeline.
+        queue: the device's queue; it must outlive the ring.
         num_slots: slots of the ring.
     """
 
@@ -53,11 +55,9 @@ class PrefetchPipeline:
         self._queue = queue
         self.batches = tuple(queue.add_batch(batch) for batch in batches)
         self._peer_bytes = peer_bytes
-        self._filling: list[int | None] = [None] * num_slots
-        self._consumer: list[int | None] = [None] * num_slots
         self._num_fills = [0] * len(batches)
         self._wait_seconds = 0.0
-        self._late_layers = self._heals = 0
+        self._late_layers = self._first_fills = self._heals = 0
 
     def slot(self, layer_index: int) -> int:
         """The slot that the layer uses."""
@@ -69,26 +69,21 @@ class PrefetchPipeline:
 
     def begin_forward(self) -> None:
         """A forward starts: fetch the first layers now, if an interruption left others behind."""
-        self._heal(self._schedule.fills_at_begin())
+        self._fill(self._schedule.fills_at_begin())
 
     def wait(self, layer_index: int) -> None:
         """Return (or order the stream) once the layer's slot holds the layer."""
-        fills = self._schedule.fills_at_wait(layer_index)
-        if fills:
-            self._heal(fills)
+        self._fill(self._schedule.fills_at_wait(layer_index))
         self._await(layer_index)
 
     def record(self, layer_index: int) -> None:
         """The layer's kernels are done or enqueued: refill its slot with the next that uses it."""
-        batch = self.batches[layer_index]
-        self._queue.record(batch)
-        self._consumer[self._schedule.slot(layer_index)] = batch
-        for following in self._schedule.fills_at_record(layer_index):
-            self._issue(following)
+        self._queue.record(self.batches[layer_index])
+        self._fill(self._schedule.fills_at_record(layer_index))
 
     def prepare(self, layers: Sequence[int]) -> None:
         """Order the stream after the arrival of all of `layers`: a graph that reads them follows."""
-        self._heal(self._schedule.fills_before(layers))
+        self._fill(self._schedule.fills_before(layers))
         for layer in layers:
             self._await(layer)
 
@@ -97,7 +92,7 @@ class PrefetchPipeline:
         for layer in fills:
             self._num_fills[layer] += 1
         for layer in consumed:
-            self._schedule.hold(layer)
+            self._schedule.graph_left(layer)
             self.record(layer)
 
     def synchronize(self) -> None:
@@ -108,17 +103,18 @@ class PrefetchPipeline:
         """Let running copies finish: the slots may go afterwards."""
         self.synchronize()
 
-    def counters(self) -> PipelineCounters:
+    def counters(self) -> RingCounters:
         """A snapshot."""
         fetched: dict[int, int] = {}
         for num_fills, peers in zip(self._num_fills, self._peer_bytes, strict=True):
             for peer, num_bytes in peers.items():
                 fetched[peer] = fetched.get(peer, 0) + num_fills * num_bytes
-        return PipelineCounters(
+        return RingCounters(
             fetched_bytes=fetched,
             wait_seconds=self._wait_seconds,
             late_layers=self._late_layers,
             fills=sum(self._num_fills),
+            first_fills=self._first_fills,
             heals=self._heals,
         )
 
@@ -128,17 +124,13 @@ class PrefetchPipeline:
             self._wait_seconds += seconds
             self._late_layers += 1
 
-    def _heal(self, layers: Sequence[int]) -> None:
-        """Fetch out of step: what a slot is being filled with may still be on its way."""
-        for layer in layers:
-            running = self._filling[self._schedule.slot(layer)]
-            if running is not None:
-                self._queue.wait(self.batches[running])
-            self._heals += 1
-            self._issue(layer)
-
-    def _issue(self, layer: int) -> None:
-        slot = self._schedule.slot(layer)
-        self._filling[slot] = layer
-        self._num_fills[layer] += 1
-        self._queue.issue(self.batches[layer], self._consumer[slot])
+    def _fill(self, fills: Sequence[Fill]) -> None:
+        """Issue the copies of these layers, each behind whatever still uses its slot."""
+        for fill in fills:
+            if fill.evicts is not None:
+                self._queue.wait(self.batches[fill.evicts])
+            self._heals += fill.evicts is not None
+            self._first_fills += fill.evicts is None and fill.after is None
+            after = None if fill.after is None else self.batches[fill.after]
+            self._num_fills[fill.layer] += 1
+            self._queue.issue(self.batches[fill.layer], after)

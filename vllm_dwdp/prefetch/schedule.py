@@ -1,4 +1,4 @@
-"""Which layer fills which slot, and when. Pure, and the only place that knows.
+"""Which layer fills which slot, and when. Pure, and the only place that knows what a slot holds.
 
 Layer `i` of a ring uses slot `i % num_slots`. A slot is free once the layer in it was recorded (its
 kernels are done, or enqueued before the event that the copy waits for); the next layer of that slot
@@ -13,13 +13,41 @@ is then fetched at once, and after the last layer the first layer of the next st
                   |   wait(1): returns when slot 1 holds layer 1
                   record(0): layer 0 is done, so slot 0 is filled with layer 2
 
-`holds` says what each slot holds or is being filled with. It is compared at every wait, so a forward
-that was cut short, a dummy or profiling run, or a skipped layer costs one late fill and nothing else.
-A ring of no more layers than slots is filled once and never again.
+What a slot holds is compared at every wait, so a forward that was cut short, a dummy or profiling run,
+or a skipped layer costs one late fill and nothing else. A ring of no more layers than slots is filled
+once and never again.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+NUM_SLOTS = 2
+"""Slots of a ring: one layer computes while the next arrives."""
+
+
+@dataclass(frozen=True)
+class Fill:
+    """A layer to fetch into its slot.
+
+    Args:
+        layer: index in the ring.
+        after: the layer whose kernels last read the slot; the copies wait for its record. None if no
+            layer has been recorded in it.
+        evicts: the layer that the slot holds out of step, whose own copies may still be on their way.
+            None in the steady state and for the first fill of a slot.
+    """
+
+    layer: int
+    after: int | None
+    evicts: int | None
+
+
+@dataclass
+class Slot:
+    """One slot: the layer that it holds or is being filled with, and the layer last recorded in it."""
+
+    holds: int | None = None
+    consumed: int | None = None
 
 
 @dataclass
@@ -32,13 +60,13 @@ class SlotSchedule:
     """
 
     num_layers: int
-    num_slots: int
-    holds: list[int | None] = field(init=False)
+    num_slots: int = NUM_SLOTS
+    _slots: list[Slot] = field(init=False)
     _following: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         assert self.num_layers >= 1 and self.num_slots >= 2
-        self.holds = [None] * self.num_slots
+        self._slots = [Slot() for _ in range(self.num_slots)]
         self._following = [
             layer + self.num_slots if layer + self.num_slots < self.num_layers else self.slot(layer)
             for layer in range(self.num_layers)
@@ -48,41 +76,45 @@ class SlotSchedule:
         """The slot that `layer` uses."""
         return layer % self.num_slots
 
-    def fills_at_begin(self) -> Sequence[int]:
+    def fills_at_begin(self) -> Sequence[Fill]:
         """Layers to fetch when a forward begins: the first ones, where the slots lack them.
 
         Only after a forward that was cut short, or the very first.
         """
-        return self._claim(range(min(self.num_slots, self.num_layers)))
+        return self._fill_missing(range(min(self.num_slots, self.num_layers)))
 
-    def fills_at_wait(self, layer: int) -> Sequence[int]:
+    def fills_at_wait(self, layer: int) -> Sequence[Fill]:
         """Layers to fetch before `layer` can be waited for: none in the steady state.
 
         Out of step, `layer` itself and the layers after it that the other slots should hold: at a
         wait no layer is running, so every slot is free.
         """
-        if self.holds[layer % self.num_slots] == layer:
+        if self._slots[layer % self.num_slots].holds == layer:
             return ()
-        return self._claim(range(layer, min(layer + self.num_slots, self.num_layers)))
+        return self._fill_missing(range(layer, min(layer + self.num_slots, self.num_layers)))
 
-    def fills_before(self, layers: Sequence[int]) -> Sequence[int]:
+    def fills_before(self, layers: Sequence[int]) -> Sequence[Fill]:
         """Layers to fetch before a graph that reads `layers`, one per slot, is launched."""
-        return self._claim(layers)
+        return self._fill_missing(layers)
 
-    def hold(self, layer: int) -> None:
-        """A graph has left `layer` in its slot."""
-        self.holds[self.slot(layer)] = layer
+    def graph_left(self, layer: int) -> None:
+        """A graph has fetched and consumed layers of its own, and left `layer` in its slot."""
+        self._slots[self.slot(layer)].holds = layer
 
-    def fills_at_record(self, layer: int) -> Sequence[int]:
+    def fills_at_record(self, layer: int) -> Sequence[Fill]:
         """Layers to fetch now that `layer` has been consumed and its slot is free: at most one."""
-        following, slot = self._following[layer], layer % self.num_slots
-        if self.holds[slot] == following:
+        following, slot = self._following[layer], self._slots[layer % self.num_slots]
+        slot.consumed = layer
+        if slot.holds == following:
             return ()
-        self.holds[slot] = following
-        return (following,)
+        slot.holds = following
+        return (Fill(following, after=layer, evicts=None),)
 
-    def _claim(self, layers: Sequence[int]) -> list[int]:
-        missing = [layer for layer in layers if self.holds[self.slot(layer)] != layer]
-        for layer in missing:
-            self.holds[self.slot(layer)] = layer
-        return missing
+    def _fill_missing(self, layers: Sequence[int]) -> list[Fill]:
+        fills = []
+        for layer in layers:
+            slot = self._slots[self.slot(layer)]
+            if slot.holds != layer:
+                fills.append(Fill(layer, after=slot.consumed, evicts=slot.holds))
+                slot.holds = layer
+        return fills

@@ -1,5 +1,6 @@
 """What `test_cuda_group.py` runs over the fake driver, in child processes: `python -m ... NAMES`."""
 
+import math
 import os
 import sys
 import traceback
@@ -9,14 +10,12 @@ from typing import Any
 
 import pytest
 
-from gpu_checks.expert_ranks import ExpertShape, RankMemory, local_ranks
+from gpu_checks.expert_ranks import ExpertShape, local_ranks
 from gpu_checks.fake_cuda import live_objects
 from gpu_checks.simulated_cuda import SimulatedCudaMemory
 from vllm_dwdp.config import DwdpConfig
-from vllm_dwdp.distributed.launch import DwdpLaunch, RankSpan
-from vllm_dwdp.distributed.meeting import make_abstract_endpoint
-from vllm_dwdp.model_executor import group as expert_group
-from vllm_dwdp.model_executor.group import ExpertGroup
+from vllm_dwdp.model_executor import views
+from vllm_dwdp.model_executor.views import ExpertViews, bind_views
 from vllm_dwdp.prefetch.mode_policy import LayerCosts, Mode
 
 LARGE = ExpertShape(num_experts=8, hidden_size=1024, intermediate_size=1024, top_k=2)
@@ -25,53 +24,39 @@ SMALL = ExpertShape(num_experts=8, hidden_size=64, intermediate_size=64, top_k=2
 
 
 @contextmanager
-def bound_group(shape: ExpertShape, **options: Any) -> Iterator[tuple[ExpertGroup, dict[str, Any]]]:
-    """Rank 0 of two in `auto` mode, its views built; and what its layers were bound to, by mode."""
+def bound_views(shape: ExpertShape, **options: Any) -> Iterator[tuple[ExpertViews, dict[str, Any]]]:
+    """The views of rank 0 of two in `auto` mode; and what its layers were bound to, by position."""
     memory = SimulatedCudaMemory()
     with ExitStack() as resources, local_ranks(memory, shape, 4, 2) as ranks:
-        group = group_of(ranks[0], resources, **options)
         bound: dict[str, Any] = {}
-        for entry in group.shard.published:
+        for entry in ranks[0].shard.published:
             entry.layer.bind = lambda tensors, position=None: bound.setdefault(
                 str(position), tensors
             )
-        group._bind()
-        yield group, bound
+        yield bind_views(ranks[0].mapper(), DwdpConfig(group_size=2, **options), resources), bound
     memory.close()
-
-
-def group_of(rank: RankMemory, resources: ExitStack, **options: Any) -> ExpertGroup:
-    launch = DwdpLaunch(
-        config=DwdpConfig(group_size=2, **options),
-        ranks=RankSpan(0, 2, 2),
-        endpoint=make_abstract_endpoint(),
-    )
-    group = ExpertGroup(launch, 0, rank.device, None, resources)  # type: ignore[arg-type]
-    group.shard, group.layout, group._peers = rank.shard, rank.layout, rank.peers
-    return group
 
 
 def a_rank_that_holds_every_page_reads_in_place() -> None:
     """There is nothing to copy and nothing to measure, though experts are remote by number."""
-    with bound_group(SMALL) as (group, bound):
-        assert group.layout.layers[0].remote_bytes(0) == 0
-        assert group.policy.only_mode is Mode.DIRECT
-        assert group.policy.reason == "this rank's memory holds all experts"
-        assert group.rings is None and list(bound) == ["None"]
+    with bound_views(SMALL) as (made, bound):
+        assert made.policy.modes == {Mode.DIRECT}
+        assert made.policy.reason == "this rank's memory holds all experts"
+        assert made.rings is None and list(bound) == ["None"]
 
 
 def auto_measures_and_keeps_both_views() -> None:
-    with bound_group(LARGE, direct_max_tokens=5) as (group, bound):
-        assert group.policy.only_mode is None and group.mode == "auto"
-        assert group.rings is not None and group.rings.slot_bytes > 0
+    with bound_views(LARGE, direct_max_tokens=5) as (made, bound):
+        assert made.policy.name == "auto"
+        assert made.rings is not None and made.rings.slot_bytes > 0
         assert len(bound) == 1 + 4, "in place, and in the ring's four positions"
 
 
 def slots_are_given_back_where_direct_always_wins() -> None:
     class Costs(LayerCosts):
         @property
-        def direct_max_tokens(self) -> int:
-            return 2**31
+        def direct_max_tokens(self) -> float:
+            return math.inf
 
     slow_link = Costs(
         num_experts=8,
@@ -83,13 +68,13 @@ def slots_are_given_back_where_direct_always_wins() -> None:
         other_seconds=1.0,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(expert_group, "measure_costs", lambda *_: slow_link)
-        patch.setattr(expert_group, "check_views", lambda *_: None)
-        with bound_group(LARGE) as (group, bound):
-            assert group.policy.only_mode is Mode.DIRECT
-            assert group.rings is None and list(bound) == ["None"]
+        patch.setattr(views, "measure_costs", lambda *_: slow_link)
+        patch.setattr(views, "check_views", lambda *_: None)
+        with bound_views(LARGE) as (made, bound):
+            assert made.policy.modes == {Mode.DIRECT}
+            assert made.rings is None and list(bound) == ["None"]
             without = live_objects()
-    with bound_group(LARGE, mode="direct") as (group, _):
+    with bound_views(LARGE, mode="direct"):
         assert live_objects() == without, "slots, ring views or a copy stream were kept"
 
 

@@ -2,6 +2,7 @@
 
 import os
 from contextlib import ExitStack
+from dataclasses import replace
 from enum import Enum
 from types import SimpleNamespace
 from typing import Any
@@ -13,26 +14,28 @@ from gpu_checks.expert_ranks import ExpertShape, RankMemory
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.device.base import Handles
 from vllm_dwdp.device.host import HostDevice
-from vllm_dwdp.distributed.launch import DwdpLaunch, RankSpan
+from vllm_dwdp.distributed.launch import DwdpLaunch, RankSpan, Seat
 from vllm_dwdp.distributed.meeting import make_abstract_endpoint
 from vllm_dwdp.distributed.published_shard import PublishedShard
 from vllm_dwdp.errors import DwdpMemoryError, PeerMismatchError
 from vllm_dwdp.model_executor import adoption
 from vllm_dwdp.model_executor.group import ExpertGroup
+from vllm_dwdp.model_executor.peers import PeerShards
 
 SHAPE = ExpertShape(num_experts=4, hidden_size=64, intermediate_size=32, top_k=2)
-LAUNCH = DwdpLaunch(
-    config=DwdpConfig(group_size=2),
-    ranks=RankSpan(0, 2, 2),
-    endpoint=make_abstract_endpoint(),
+SEAT = Seat(
+    DwdpLaunch(
+        config=DwdpConfig(group_size=2),
+        ranks=RankSpan(0, 2, 2),
+        endpoint=make_abstract_endpoint(),
+    ),
+    0,
 )
 
 
-def group_of(rank: RankMemory, rendezvous: Any = None) -> ExpertGroup:
-    """Rank 0, as far as its experts are loaded."""
-    group = ExpertGroup(LAUNCH, 0, rank.device, rendezvous, ExitStack())
-    group.shard, group.layout = rank.shard, rank.layout
-    return group
+def peers_of(rank: RankMemory) -> PeerShards:
+    """What `rank` maps of its peers: nothing yet."""
+    return PeerShards(rank.device, rank.layout, rank.shard.layout_digest())
 
 
 def published(rank: RankMemory, **changes: Any) -> PublishedShard:
@@ -54,21 +57,21 @@ def test_experts_in_another_order_or_for_another_kernel_are_not_mapped() -> None
     """Equal sizes are not enough: the bytes would be read as something else."""
     device = HostDevice()
     ranks = [RankMemory(device, SHAPE, 2, number, 2) for number in range(2)]
-    group = group_of(ranks[0])
-    mapped = group._map_peer(1, published(ranks[1]))
-    mapped.close()
+    peers = peers_of(ranks[0])
+    peers.map_all({1: published(ranks[1])})
+    peers.close()
 
     class Backend(Enum):
         TRITON = 1
 
     ranks[1].shard.published[1].layer.quant_method.backend = Backend.TRITON
     other_kernel = ranks[1].shard.layout_digest()
-    ranks[1].shard.published[1].dtypes[0] = torch.float16
+    weights = ranks[1].shard.published[1].weights
+    weights[0] = replace(weights[0], dtype=torch.float16)
     for layout in (other_kernel, ranks[1].shard.layout_digest(), b""):
-        peer = published(ranks[1], layout=layout)
         with pytest.raises(PeerMismatchError, match=r"rank 1 .* laid out for other .*VLLM_"):
-            group._map_peer(1, peer)
-        peer.close()
+            peers.map_all({1: published(ranks[1], layout=layout)})
+        assert not peers.mapped
     for rank in ranks:
         rank.close()
 
@@ -76,13 +79,13 @@ def test_experts_in_another_order_or_for_another_kernel_are_not_mapped() -> None
 def test_a_lent_shard_must_be_what_its_dead_owner_published() -> None:
     device = HostDevice()
     ranks = [RankMemory(device, SHAPE, 2, number, 2) for number in range(2)]
-    group = group_of(ranks[0])
+    peers = peers_of(ranks[0])
     num_files = len(os.listdir("/proc/self/fd"))
-    group._map_peers({1: published(ranks[1], is_lent=True)})
+    peers.map_all({1: published(ranks[1], is_lent=True)})
     changed = {1: published(ranks[1], is_lent=True, digest=b"as it was")}
     with pytest.raises(PeerMismatchError, match="a survivor that kept them has changed"):
-        group._map_peers(changed)
-    group._close_peers()
+        peers.map_all(changed)
+    peers.close()
     assert len(os.listdir("/proc/self/fd")) == num_files
     for rank in ranks:
         rank.close()
@@ -110,8 +113,18 @@ def test_a_survivor_whose_copy_is_bad_is_passed_over(monkeypatch: pytest.MonkeyP
 def test_nobody_is_answered_any_more_when_the_ring_goes() -> None:
     """A status request reads the ring's counters in another thread."""
     order: list[str] = []
-    rendezvous: Any = SimpleNamespace(close=lambda: order.append("rendezvous"))
-    group = ExpertGroup(LAUNCH, 0, HostDevice(), rendezvous, ExitStack())
-    group._resources.callback(lambda: order.append("ring"))
+    resources = ExitStack()
+    resources.callback(order.append, "ring")
+    unused: Any = None
+    membership: Any = SimpleNamespace(close=lambda: order.append("membership"))
+    group = ExpertGroup(
+        seat=SEAT,
+        membership=membership,
+        layout=unused,
+        views=unused,
+        forwards=unused,
+        rejoin_seconds=None,
+        resources=resources,
+    )
     group.close()
-    assert order == ["rendezvous", "ring"]
+    assert order == ["membership", "ring"]

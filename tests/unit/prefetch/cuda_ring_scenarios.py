@@ -16,8 +16,8 @@ from gpu_checks.fake_cuda import ComputeStream, Graph, LiveObjects, live_objects
 from vllm_dwdp.compat.worker.cuda_graphs import followed_by
 from vllm_dwdp.device.cuda import CudaMemory
 from vllm_dwdp.device.cuda_queue import CudaQueue
-from vllm_dwdp.prefetch.captured_ring import GraphRing
-from vllm_dwdp.prefetch.ring import PrefetchPipeline
+from vllm_dwdp.prefetch.captured_ring import CapturedRing
+from vllm_dwdp.prefetch.ring import Ring
 
 NUM_LAYERS, NUM_SLOTS, NUM_BYTES = 7, 2, 4096
 PAGE = 2 << 20
@@ -45,10 +45,10 @@ class Model:
             [(self._at(self.slots, layer % NUM_SLOTS), self._at(self.sources, layer), NUM_BYTES)]
             for layer in range(NUM_LAYERS)
         ]
-        self.pipeline = PrefetchPipeline(
+        self.pipeline = Ring(
             batches, [{1: NUM_BYTES}] * NUM_LAYERS, self.queue, num_slots=NUM_SLOTS
         )
-        self.ring = GraphRing(self.pipeline, self.queue)
+        self.ring = CapturedRing(self.pipeline, self.queue)
         stack.enter_context(followed_by([self.ring], FakeTorchGraph))
         self.graphs: dict[tuple[int, ...], FakeTorchGraph] = {}
         stack.callback(lambda: [graph.executable.close() for graph in self.graphs.values()])

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_dwdp.device.queue import ResolvedSlice
-from vllm_dwdp.prefetch.captured_ring import GraphRing, RingGraph
-from vllm_dwdp.prefetch.ring import PrefetchPipeline
+from vllm_dwdp.prefetch.captured_ring import CapturedRing, RingGraph
+from vllm_dwdp.prefetch.ring import Ring
 
 NUM_SLOTS = 2
 
@@ -143,10 +143,8 @@ class Model:
     def __init__(self, num_layers: int) -> None:
         self.device = OrderedDevice()
         batches = [[(layer % NUM_SLOTS, 0, 1)] for layer in range(num_layers)]
-        self.pipeline = PrefetchPipeline(
-            batches, [{1: 1}] * num_layers, self.device, num_slots=NUM_SLOTS
-        )
-        self.ring = GraphRing(self.pipeline, self.device)
+        self.eager = Ring(batches, [{1: 1}] * num_layers, self.device, num_slots=NUM_SLOTS)
+        self.ring = CapturedRing(self.eager, self.device)
         self.num_layers = num_layers
         self.graphs: dict[tuple[int, ...], tuple[list[Node], RingGraph]] = {}
 
@@ -198,13 +196,13 @@ def test_a_full_graph_fetches_its_own_layers_and_the_host_only_wraps_around(
     _, graph = model.graphs[whole]
     assert graph.needs == list(range(min(NUM_SLOTS, num_layers)))
     assert graph.fills == list(range(NUM_SLOTS, num_layers))
-    heals, fills = model.pipeline.counters().heals, model.pipeline.counters().fills
+    heals, fills = model.eager.counters().heals, model.eager.counters().fills
     for _ in range(3):
         model.piece(whole)
-    assert model.pipeline.counters().heals == heals, "the wrap-around was missing"
+    assert model.eager.counters().heals == heals, "the wrap-around was missing"
     sharing = [len(range(slot, num_layers, NUM_SLOTS)) for slot in range(NUM_SLOTS)]
     per_step = sum(count for count in sharing if count > 1)
-    assert model.pipeline.counters().fills - fills == 3 * per_step
+    assert model.eager.counters().fills - fills == 3 * per_step
     model.device.check()
 
 
@@ -216,7 +214,8 @@ def test_in_piecewise_graphs_the_host_fetches_everything_and_no_piece_joins_a_co
     for nodes, graph in model.graphs.values():
         assert not graph.fills
         assert [node.kind for node in nodes] == ["read"]
-    assert model.pipeline.counters().heals == NUM_SLOTS, "only the very first layers"
+    counters = model.eager.counters()
+    assert (counters.heals, counters.first_fills) == (0, NUM_SLOTS)
     model.device.check()
 
 

@@ -59,7 +59,7 @@ def test_the_threshold_of_mixtral_on_h100() -> None:
 def test_forced_modes_obey() -> None:
     for mode in Mode:
         policy = ModePolicy.forced(mode)
-        assert policy.only_mode is mode
+        assert policy.modes == {mode} and policy.name == mode.value
         assert {policy.mode_for(tokens) for tokens in (0, 1, 100, 10**6)} == {mode}
         assert mode.value in policy.reason
 
@@ -67,7 +67,7 @@ def test_forced_modes_obey() -> None:
 def test_the_host_reads_in_place() -> None:
     for shares_compute in (True, False):
         policy = ModePolicy.direct_only(shares_compute=shares_compute)
-        assert policy.only_mode is Mode.DIRECT
+        assert policy.modes == {Mode.DIRECT}
         assert ("copies would share" in policy.reason) == shares_compute
 
 
@@ -76,4 +76,5 @@ def test_a_limit_set_by_the_user_goes_before_the_models(layer: LayerCosts, limit
     policy = ModePolicy.from_costs(layer, limit)
     assert policy.mode_for(limit) is Mode.DIRECT
     assert policy.mode_for(limit + 1) is Mode.PREFETCH
-    assert policy.only_mode is None
+    assert policy.modes == (set(Mode) if limit else {Mode.PREFETCH})
+    assert policy.name == ("auto" if limit else "prefetch")

@@ -63,7 +63,7 @@ class RankMetrics:
         self._peer_state = _gauge("peer_state", "1 for the state each peer is in.", "peer", "state")
         self._fetched = _counter("fetched_bytes", "Bytes copied from each peer.", "peer")
         self._steps = _counter(
-            "steps", "Scheduler steps by the mode that suits their tokens.", "mode"
+            "steps", "Forward passes of the model by the mode that they ran in.", "mode"
         )
         self._counters = {
             "prefetch_wait_seconds": _counter(

@@ -1,4 +1,4 @@
-"""CUDA graphs as torch makes them: rings are told of every capture and every launch.
+"""CUDA graphs as torch makes them: followers are told of every capture and every launch.
 
 vLLM captures and replays in many places (piecewise and full, both model runners, drafters), all of
 them through `torch.cuda.CUDAGraph`; so that class is the seam, and no runner needs to be known.
@@ -12,45 +12,43 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from vllm_dwdp.prefetch.captured_ring import RingGraph
-
 
 class Follower(Protocol):
-    """What is told: a `prefetch.captured_ring.GraphRing`."""
+    """What is told of graphs; whatever it says of a capture comes back at every launch."""
 
     def begin_capture(self) -> None:
         """A graph begins to be captured."""
 
-    def end_capture(self) -> RingGraph:
-        """It ended; returns what it will do."""
+    def end_capture(self) -> Any:
+        """It ended; returns what a launch will do, false if that is nothing."""
 
-    def before_launch(self, graph: RingGraph) -> None:
+    def before_launch(self, effect: Any) -> None:
         """It is about to be launched."""
 
-    def after_launch(self, graph: RingGraph) -> None:
+    def after_launch(self, effect: Any) -> None:
         """It was launched."""
 
 
 @contextmanager
 def followed_by(
-    rings: Sequence[Follower], graph_class: type = torch.cuda.CUDAGraph
+    followers: Sequence[Follower], graph_class: type = torch.cuda.CUDAGraph
 ) -> Iterator[None]:
-    """While active, every graph of this process tells `rings` of its capture and its launches.
+    """While active, every graph of this process tells `followers` of its capture and its launches.
 
     Args:
-        rings: told in order.
+        followers: told in order.
         graph_class: whose `capture_begin`, `capture_end` and `replay` are wrapped.
     """
-    captured: WeakKeyDictionary[Any, list[RingGraph]] = WeakKeyDictionary()
+    captured: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()
 
     def capture_begin(stock: Callable[..., Any], graph: Any, *args: Any, **kwargs: Any) -> Any:
         captured.pop(graph, None)
-        for ring in rings:
-            ring.begin_capture()
+        for follower in followers:
+            follower.begin_capture()
         return stock(graph, *args, **kwargs)
 
     def capture_end(stock: Callable[..., Any], graph: Any, *args: Any, **kwargs: Any) -> Any:
-        effects = [ring.end_capture() for ring in rings]
+        effects = [follower.end_capture() for follower in followers]
         result = stock(graph, *args, **kwargs)
         if any(effects):
             captured[graph] = effects
@@ -58,11 +56,11 @@ def followed_by(
 
     def replay(stock: Callable[..., Any], graph: Any, *args: Any, **kwargs: Any) -> Any:
         effects = captured.get(graph, ())
-        for ring, effect in zip(rings, effects, strict=False):
-            ring.before_launch(effect)
+        for follower, effect in zip(followers, effects, strict=False):
+            follower.before_launch(effect)
         result = stock(graph, *args, **kwargs)
-        for ring, effect in zip(rings, effects, strict=False):
-            ring.after_launch(effect)
+        for follower, effect in zip(followers, effects, strict=False):
+            follower.after_launch(effect)
         return result
 
     wrapped = (capture_begin, capture_end, replay)

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -81,21 +82,61 @@ def keep_resident_experts(expert_map_manager: Any, moe_config: Any, resident: Ex
     moe_config.num_local_experts = len(resident)
 
 
-def make_experts_whole(layer: Any, process: Callable[[Any], None]) -> None:
+def around_processing(layer: Any, before: Callable[[], None], after: Callable[[], None]) -> None:
+    """Surround vLLM's processing of the layer's loaded weights, until `make_experts_whole`."""
+    method = layer.quant_method
+    stock = method.process_weights_after_loading
+
+    @functools.wraps(stock)
+    def process_weights_after_loading(processed: Any) -> None:
+        before()
+        stock(processed)
+        after()
+
+    process_weights_after_loading.dwdp_stock = stock  # type: ignore[attr-defined]
+    method.process_weights_after_loading = process_weights_after_loading
+
+
+def make_experts_whole(layer: Any) -> None:
     """After all experts are addressable: drop the map and rebuild the kernel over all of them.
 
     Args:
         layer: the routed-experts layer, its parameters already whole.
-        process: the quantisation method's own `process_weights_after_loading`.
     """
     from vllm.model_executor.utils import weights_already_processed
 
+    method = layer.quant_method
+    process = method.process_weights_after_loading
+    method.process_weights_after_loading = getattr(process, "dwdp_stock", process)
     layer.expert_map_manager._local_num_experts = layer.global_num_experts
     layer.expert_map_manager._expert_map = None
     layer.moe_config.num_local_experts = layer.global_num_experts
     layer.update_expert_map_info()
     with weights_already_processed():
-        process(layer)
+        method.process_weights_after_loading(layer)
+
+
+def kernel_identity(layer: Any) -> tuple[str, list[str]]:
+    """The quantisation method of a layer, and the backends that it chose."""
+    method = layer.quant_method
+    choices = [str(value) for value in vars(method).values() if isinstance(value, Enum)]
+    return type(method).__name__, choices
+
+
+@dataclass(frozen=True)
+class KernelState:
+    """What a layer's quantisation method holds: its kernel, and what that captured."""
+
+    state: dict[str, Any]
+
+    @classmethod
+    def of(cls, layer: Any) -> "KernelState":
+        """The present one."""
+        return cls(dict(vars(layer.quant_method)))
+
+    def restore(self, layer: Any) -> None:
+        """Put it back in place."""
+        vars(layer.quant_method).update(self.state)
 
 
 @contextmanager

@@ -1,0 +1,180 @@
+"""How a rank joins its group: once at start, in the worker's main thread, as one transaction.
+
+::
+
+    load experts -> publish -> meet peers -> copy edges -> ready -> all ready -> map views -> bind
+
+The order is the same on every rank. Each stage returns what it made and pushes its undoing; the group
+is built last, from values. Whatever fails, everything made so far is given back, and the peers are told
+why.
+
+A rank that comes back adopts the shard of its earlier life from any survivor instead of loading it,
+and gets the shard of a peer that is dead from whoever holds it. So a shard is stored once whoever
+dies, and survivors have nothing to exchange.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+
+import torch
+
+from vllm_dwdp.device.base import Device
+from vllm_dwdp.device.limits import check_open_files, files_needed
+from vllm_dwdp.distributed.launch import Seat
+from vllm_dwdp.distributed.membership import Membership
+from vllm_dwdp.errors import PeerMismatchError
+from vllm_dwdp.layout.composite import ModelLayout
+from vllm_dwdp.logger import format_gib, init_logger
+from vllm_dwdp.model_executor.adoption import adopt_shard
+from vllm_dwdp.model_executor.composites import CompositeMapper
+from vllm_dwdp.model_executor.expert_shard import ExpertShard
+from vllm_dwdp.model_executor.forwards import couple
+from vllm_dwdp.model_executor.group import ExpertGroup
+from vllm_dwdp.model_executor.peers import PeerShards, other_layout
+from vllm_dwdp.model_executor.views import bind_views
+
+logger = init_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedExperts:
+    """A model whose experts lie in this rank's shard.
+
+    Args:
+        shard: owned by the stack that it was loaded with.
+        layout: of all experts over the group.
+        model: vLLM's, its layers not bound yet.
+    """
+
+    shard: ExpertShard
+    layout: ModelLayout
+    model: torch.nn.Module
+
+
+def join_group(
+    seat: Seat,
+    open_device: Callable[[], Device],
+    open_membership: Callable[[Device], Membership],
+    load_model: Callable[[], torch.nn.Module],
+) -> ExpertGroup:
+    """Load this rank's experts, meet the group and bind every layer to all experts.
+
+    Args:
+        seat: which rank this is.
+        open_device: opens the device that holds the experts.
+        open_membership: begins to answer, so that peers learn of us while we load.
+        load_model: vLLM's own loading, run while layers are replaced.
+
+    Raises:
+        DwdpError: any step failed; nothing is left open.
+    """
+    group_size = seat.launch.config.group_size
+    check_open_files(files_needed(group_size), f"a group of {group_size} ranks")
+    started = time.monotonic()
+    with ExitStack() as undo:
+        device = undo.enter_context(closing(open_device()))
+        membership = undo.enter_context(open_membership(device))
+        membership.start()
+        membership.status_provider = lambda: {
+            "rank": seat.rank,
+            "mode": seat.launch.config.mode,
+        }
+        loaded = load_experts(seat, device, membership, load_model, undo)
+        peers = meet_peers(seat, device, membership, loaded, undo)
+        mapper = CompositeMapper(
+            device=device,
+            layout=loaded.layout,
+            layers=loaded.shard.published,
+            dwdp_rank=seat.dwdp_rank,
+            shard=loaded.shard.memory,
+            peers=peers.mapped,
+            resources=undo,
+        )
+        views = bind_views(mapper, seat.launch.config, undo)
+        loaded.shard.memory.finish()
+        device.release_free_memory()
+        forwards = couple(loaded.model, views, captures_graphs=device.captures_graphs, undo=undo)
+        undo.callback(device.synchronize)  # kernels may still read what is given back
+        seconds = time.monotonic() - started
+        group = ExpertGroup(
+            seat=seat,
+            membership=membership,
+            layout=loaded.layout,
+            views=views,
+            forwards=forwards,
+            rejoin_seconds=seconds if loaded.shard.is_adopted else None,
+            resources=undo.pop_all(),
+        )
+    _log_bound(group)
+    return group
+
+
+def load_experts(
+    seat: Seat,
+    device: Device,
+    membership: Membership,
+    load_model: Callable[[], torch.nn.Module],
+    undo: ExitStack,
+) -> LoadedExperts:
+    """Load the model with our experts only, or adopt them from a survivor."""
+    adopted, kept_layout = adopt_shard(device, membership, seat.rank)
+    shard = ExpertShard(seat.launch.config, seat.dwdp_rank, device, adopted)
+    undo.callback(shard.close)
+    started = time.monotonic()
+    with shard.loading():
+        model = load_model()
+    layout = shard.finish_loading(model)
+    if adopted is not None and kept_layout != shard.layout_digest():
+        raise PeerMismatchError(other_layout("the experts that a peer kept for this rank"))
+    logger.info(
+        "DWDP rank %d %s %s of resident experts (of %s) in %.1f s",
+        seat.rank,
+        "adopted" if shard.is_adopted else "loaded",
+        format_gib(layout.resident_bytes(seat.dwdp_rank)),
+        format_gib(layout.total_bytes),
+        time.monotonic() - started,
+    )
+    return LoadedExperts(shard=shard, layout=layout, model=model)
+
+
+def meet_peers(
+    seat: Seat, device: Device, membership: Membership, loaded: LoadedExperts, undo: ExitStack
+) -> PeerShards:
+    """Exchange shards with the peers and complete our edge pages."""
+    shard, started = loaded.shard, time.monotonic()
+    peers = PeerShards(device, loaded.layout, shard.layout_digest())
+    check_open_files(
+        files_needed(loaded.layout.group_size, peers.num_handles),
+        f"{peers.num_handles} memory handles",
+    )
+    handles = shard.memory.export()
+    undo.callback(handles.close)
+    device.synchronize()  # peers read our experts as soon as they are published
+    membership.publish(handles.fds, handles.num_bytes, handles.fabric, layout=shard.layout_digest())
+    undo.callback(peers.close)
+    peers.map_all(membership.meet())
+    shard.fill_edges(loaded.layout, peers.mapped)
+    membership.announce_ready(shard.memory.digest())
+    peers.map_all(membership.wait_ready())
+    logger.info(
+        "DWDP rank %d met its %d peers in %.1f s",
+        seat.rank,
+        len(peers.mapped),
+        time.monotonic() - started,
+    )
+    return peers
+
+
+def _log_bound(group: ExpertGroup) -> None:
+    status = group.status()
+    logger.info(
+        "DWDP rank %d serves in %s mode (%s): experts resident %s, remote %s, saved %s",
+        group.seat.rank,
+        status["mode"],
+        status["policy"],
+        format_gib(status["resident_expert_bytes"]),
+        format_gib(status["remote_expert_bytes"]),
+        format_gib(status["saved_bytes"]),
+    )

@@ -1,0 +1,93 @@
+"""The peers' shards as this rank maps them. Checked before they are read; worker's main thread."""
+
+from vllm_dwdp.device.base import Device, Handles, PeerMemory
+from vllm_dwdp.distributed.published_shard import PublishedShard
+from vllm_dwdp.errors import PeerMismatchError
+from vllm_dwdp.layout.composite import ModelLayout
+
+
+class PeerShards:
+    """What is mapped of the other ranks; `close` unmaps it, and composites keep what they map.
+
+    Args:
+        device: maps them.
+        layout: of all experts over the group.
+        layout_digest: identity of that layout, which every peer must have published.
+    """
+
+    def __init__(self, device: Device, layout: ModelLayout, layout_digest: bytes) -> None:
+        self.mapped: dict[int, PeerMemory] = {}
+        self._device = device
+        self._layout = layout
+        self._layout_digest = layout_digest
+
+    @property
+    def num_handles(self) -> int:
+        """Handles that the shards of the whole group are passed by."""
+        return sum(len(self._handle_bytes(rank)) for rank in range(self._layout.group_size))
+
+    def map_all(self, met: dict[int, PublishedShard]) -> None:
+        """Map these shards, in place of earlier ones of the same ranks; takes over all handles.
+
+        Raises:
+            PeerMismatchError: one of them is not what this model's layout expects.
+            DwdpMemoryError, TransferError: one cannot be mapped.
+        """
+        try:
+            while met:
+                rank, published = next(iter(met.items()))
+                mapped = self._map(rank, published)
+                del met[rank]
+                if rank in self.mapped:
+                    self.mapped[rank].close()
+                self.mapped[rank] = mapped
+                if published.is_lent:
+                    self._check_lent(rank, published.digest)
+        finally:
+            for published in met.values():
+                published.close()
+
+    def close(self) -> None:
+        """Unmap every shard."""
+        while self.mapped:
+            self.mapped.popitem()[1].close()
+
+    def _map(self, rank: int, published: PublishedShard) -> PeerMemory:
+        """Map one shard; takes over its handles once it returns."""
+        expected = self._handle_bytes(rank)
+        if published.handle_bytes != expected:
+            raise PeerMismatchError(
+                f"rank {rank} of the group published a shard of {sum(published.handle_bytes)} bytes "
+                f"in {len(published.handle_bytes)} handles, but this model's layout gives it "
+                f"{sum(expected)} in {len(expected)}. Start every rank with the same checkpoint, "
+                "dtype and options."
+            )
+        if published.layout != self._layout_digest:
+            raise PeerMismatchError(other_layout(f"the experts of rank {rank} of the group"))
+        return self._device.open_peer(handles_of(published))
+
+    def _check_lent(self, rank: int, digest: bytes) -> None:
+        """What a survivor kept of a dead rank must be what that rank published."""
+        if self.mapped[rank].digest() != digest:
+            raise PeerMismatchError(
+                f"the experts of rank {rank}, which is dead, are not what it published: the memory of "
+                "a survivor that kept them has changed. Restart all ranks of the group."
+            )
+
+    def _handle_bytes(self, rank: int) -> tuple[int, ...]:
+        return self._device.handle_bytes(self._layout.piece_bytes(rank))
+
+
+def handles_of(published: PublishedShard) -> Handles:
+    """The handles of a shard, as a device takes them; they stay the shard's until it has."""
+    return Handles(
+        fds=published.fds, fabric=published.fabric_handles, num_bytes=published.handle_bytes
+    )
+
+
+def other_layout(whose: str) -> str:
+    """The error text for experts that are laid out otherwise than ours."""
+    return (
+        f"{whose} are laid out for other kernels or parameters than this rank's. Start every rank with "
+        "the same arguments and the same VLLM_* environment."
+    )

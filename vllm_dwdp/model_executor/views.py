@@ -1,0 +1,132 @@
+"""Which way the layers of a rank see all experts: in place, through a prefetch ring, or either.
+
+Built once at start from the mapped memory, in the worker's main thread. A device whose copies run beside
+the kernels has both views; then each forward takes the one that suits its size.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+
+from vllm_dwdp.config import DwdpConfig
+from vllm_dwdp.layout.composite import ModelLayout
+from vllm_dwdp.model_executor.composites import CompositeMapper, LayerView
+from vllm_dwdp.model_executor.expert_shard import ShardedLayer
+from vllm_dwdp.model_executor.measure import check_views, measure_costs
+from vllm_dwdp.model_executor.rings import PrefetchRings
+from vllm_dwdp.model_executor.routed_experts import Binding
+from vllm_dwdp.prefetch.mode_policy import Mode, ModePolicy
+
+
+class ExpertViews:
+    """The views of one rank, of which one is in place at any time.
+
+    Args:
+        layers: of the rank, in the order of the layout.
+        bindings: what each layer serves from in each mode, in the order of `layers`; the layers serve
+            from those of the last mode.
+        policy: chooses between the modes.
+        rings: of the prefetch mode; None where nothing is copied.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[ShardedLayer],
+        bindings: Mapping[Mode, Sequence[Binding]],
+        policy: ModePolicy,
+        rings: PrefetchRings | None,
+    ) -> None:
+        assert policy.modes == set(bindings)
+        self.policy = policy
+        self.rings = rings
+        self._layers = layers
+        self._bindings = bindings
+        self._mode = list(bindings)[-1]
+
+    @property
+    def mode(self) -> Mode:
+        """The mode whose view is in place."""
+        return self._mode
+
+    def begin_forward(self, num_tokens: int) -> Mode:
+        """Put the view for a forward of `num_tokens` in place; returns the mode that it runs in."""
+        if len(self._bindings) > 1:
+            self._use(self.policy.mode_for(num_tokens))
+        if self.rings is not None and self._mode is Mode.PREFETCH:
+            self.rings.begin_forward()
+        return self._mode
+
+    def _use(self, mode: Mode) -> None:
+        if mode is not self._mode:
+            for entry, binding in zip(self._layers, self._bindings[mode], strict=True):
+                entry.layer.use(binding)
+            self._mode = mode
+
+
+def bind_views(mapper: CompositeMapper, config: DwdpConfig, undo: ExitStack) -> ExpertViews:
+    """Map the views that this rank's forwards may need, and bind every layer to them.
+
+    Args:
+        mapper: of this rank; it maps into `undo`.
+        undo: closes the rings.
+    """
+    modes = _possible_modes(mapper, config)
+    indices = range(len(mapper.layout.layers))
+    direct: list[LayerView] = []
+    rings: PrefetchRings | None = None
+    if Mode.DIRECT in modes:
+        direct = [mapper.direct_view(index) for index in indices]
+    if Mode.PREFETCH in modes:
+        rings = PrefetchRings(mapper, ring_members(mapper.layers), config.slice_bytes)
+        undo.callback(rings.close)
+    policy = _make_policy(mapper, config, rings, direct)
+    if rings is not None and Mode.PREFETCH not in policy.modes:
+        rings.close()  # their slots are better spent on the KV cache
+        rings = None
+    bindings: dict[Mode, list[Binding]] = {}
+    if Mode.DIRECT in policy.modes:
+        bindings[Mode.DIRECT] = [mapper.layers[n].layer.bind(direct[n].tensors) for n in indices]
+    if rings is not None:
+        bindings[Mode.PREFETCH] = [
+            mapper.layers[n].layer.bind(rings.views[n].tensors, rings.positions[n]) for n in indices
+        ]
+    return ExpertViews(mapper.layers, bindings, policy, rings)
+
+
+def ring_members(layers: Sequence[ShardedLayer]) -> list[list[int]]:
+    """Indices into `layers` of each model's layers, in the order in which they run."""
+    rings: dict[int, list[int]] = {}
+    for index in sorted(range(len(layers)), key=lambda index: layers[index].run_index):
+        rings.setdefault(layers[index].model_number, []).append(index)
+    return list(rings.values())
+
+
+def _possible_modes(mapper: CompositeMapper, config: DwdpConfig) -> tuple[Mode, ...]:
+    """The modes that the policy may choose between."""
+    if config.mode != "auto":
+        return (Mode(config.mode),)
+    if mapper.device.copies_share_compute or _first_remote(mapper.layout, mapper.dwdp_rank) is None:
+        return (Mode.DIRECT,)
+    return (Mode.DIRECT, Mode.PREFETCH)
+
+
+def _make_policy(
+    mapper: CompositeMapper,
+    config: DwdpConfig,
+    rings: PrefetchRings | None,
+    direct: Sequence[LayerView],
+) -> ModePolicy:
+    if config.mode != "auto":
+        return ModePolicy.forced(Mode(config.mode))
+    if rings is None:
+        return ModePolicy.direct_only(shares_compute=mapper.device.copies_share_compute)
+    measured = _first_remote(mapper.layout, mapper.dwdp_rank)
+    assert measured is not None
+    costs = measure_costs(mapper, rings, measured, direct[measured])
+    check_views(direct[measured], rings.views[measured])
+    return ModePolicy.from_costs(costs, config.direct_max_tokens)
+
+
+def _first_remote(layout: ModelLayout, dwdp_rank: int) -> int | None:
+    """The first layer of which this rank does not hold every page."""
+    remote = (index for index, layer in enumerate(layout.layers) if layer.remote_bytes(dwdp_rank))
+    return next(remote, None)
