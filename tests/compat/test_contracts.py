@@ -173,35 +173,6 @@ def test_start_up_wait_is_looked_up_by_name_and_interrupts_are_swallowed() -> No
     assert "except KeyboardInterrupt" in source(network_utils.zmq_socket_ctx)
 
 
-def test_servers_bind_through_setup_server_and_listen_once_engines_are_up() -> None:
-    """The last assertion fails when the shim can go: vLLM listens while engines start."""
-    import inspect as reader
-    from importlib import import_module
-
-    from vllm.entrypoints.launchers import launcher
-
-    from vllm_dwdp.compat.frontend.admission import SERVER_MODULES
-
-    for name in SERVER_MODULES:
-        module = import_module(name)
-        assert module.setup_server is launcher.setup_server or hasattr(
-            module.setup_server, "dwdp_stock"
-        )
-        assert "setup_server(args, reuse_port=" in reader.getsource(module)
-    bound = source(launcher.create_server_socket)
-    assert "sock.bind(" in bound
-    assert ".listen(" not in bound + source(launcher.setup_server)
-
-
-def test_ping_asks_the_engine_and_is_always_there() -> None:
-    from vllm.entrypoints.launchers.api_server import routers
-    from vllm.entrypoints.serve.sagemaker import api_router
-
-    assert "register_sagemaker_api_router(app" in source(routers.register_api_routers)
-    assert '@router.get("/ping"' in source(api_router._attach_router)
-    assert "await health(raw_request)" in source(api_router._attach_router)
-
-
 def test_offline_client_members() -> None:
     from vllm.v1.engine import core_client
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vllm_dwdp.entrypoints.launch.server import free_ports
+from vllm_dwdp.entrypoints.launch.ports import free_ports
 
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 420

@@ -7,19 +7,16 @@ import re
 import signal
 import subprocess
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
 from tests.e2e.conftest import Checkpoints
 from tests.e2e.matrix import run_cases
-from vllm_dwdp.entrypoints.cli.status import find_ranks
-from vllm_dwdp.entrypoints.launch.server import VLLM, free_ports
+from vllm_dwdp.entrypoints.launch.ports import free_ports
+from vllm_dwdp.entrypoints.launch.server import VLLM
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -139,8 +136,7 @@ class Lonely:
         options = {"rendezvous": f"unix://{self.meet}", "join_timeout_s": join_timeout_s}
         command = [VLLM, "serve", model, "--enforce-eager", "--max-model-len", "512"]
         command += ["--distributed-executor-backend", "dwdp", "--data-parallel-size", "2"]
-        (self.port,) = free_ports(1)
-        command += ["--data-parallel-rank", "0", "--port", str(self.port)]
+        command += ["--data-parallel-rank", "0", "--port", str(free_ports(1)[0])]
         command += ["--additional-config", json.dumps({"dwdp": options})]
         environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
         with self.log.open("wb") as output:
@@ -158,16 +154,6 @@ class Lonely:
             assert self.process.poll() is None, self.log.read_text()[-4000:]
             assert time.monotonic() < deadline, self.log.read_text()[-4000:]
             time.sleep(0.2)
-
-    def ask(self, path: str, body: bytes | None = None) -> tuple[int, Any, Any]:
-        """Status, JSON and headers of one HTTP request."""
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", body)
-        try:
-            with urllib.request.urlopen(request, timeout=10) as response:
-                return response.status, json.loads(response.read()), response.headers
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code, json.loads(error.read()), error.headers
 
     def family(self) -> list[psutil.Process]:
         """Every living process of its session, wherever it has been re-parented to."""
@@ -206,23 +192,6 @@ def lonely(
     while left := set(os.listdir("/dev/shm")) - shared_memory:
         assert time.monotonic() < deadline, left
         time.sleep(0.5)
-
-
-def test_a_waiting_rank_is_alive_and_not_ready_and_says_why(lonely: dict[str, Lonely]) -> None:
-    server = lonely["SIGINT"]
-    server.wait_for("DWDP rank 0 loaded")
-    time.sleep(1.5)  # the reason may be a second old
-    waits = r"rank 0 waits for ranks \[1\] to publish their experts \(\d+ s of 600 s\)"
-    status, content, _ = server.ask("/health")
-    assert status == 200
-    assert re.fullmatch(waits, content["reason"])
-    for path, body in (("/ping", None), ("/v1/completions", b'{"prompt": "a"}')):
-        status, content, headers = server.ask(path, body)
-        assert (status, headers["Retry-After"]) == (503, "5")
-        assert re.fullmatch(waits, content["error"]["message"])
-    (rank,) = find_ranks(f"unix://{server.meet}", secret_file=None, group_size=1, num_groups=1)
-    assert (rank["state"], rank["peers"]) == ("starting", {"1": "missing"})
-    assert re.fullmatch(waits, f"rank 0 {rank['doing']}")
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL", "deadline"])

@@ -7,6 +7,7 @@ rank for longer; the answers must not change and survivors must not notice.
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -14,13 +15,16 @@ import sys
 import threading
 import time
 import urllib.error
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.e2e.conftest import Checkpoints
-from vllm_dwdp.entrypoints.launch.server import Server, ServerError, free_ports
+from vllm_dwdp.entrypoints.cli.status import find_ranks
+from vllm_dwdp.entrypoints.launch.ports import free_ports
+from vllm_dwdp.entrypoints.launch.server import Server, ServerError
 
 NUM_KILLS = int(os.environ.get("DWDP_KILLS", "1"))
 SEED = int(os.environ.get("DWDP_SEED", "5"))
@@ -76,32 +80,6 @@ class Client(threading.Thread):
         self.join(timeout=120)
 
 
-class Watcher(threading.Thread):
-    """Asks a server for `/health` and `/ping` while it starts, and notes what it hears."""
-
-    def __init__(self, server: Server) -> None:
-        super().__init__(daemon=True)
-        self.server = server
-        self.heard: list[tuple[int, int]] = []
-        self.refused_later = 0
-        self.start()
-
-    def run(self) -> None:
-        while self.heard[-1:] != [(200, 200)] and self.server.process.poll() is None:
-            try:
-                self.heard.append((self._ask("/health"), self._ask("/ping")))
-            except OSError:
-                self.refused_later += bool(self.heard)
-            time.sleep(0.1)
-
-    def _ask(self, path: str) -> int:
-        try:
-            self.server.get(path)
-        except urllib.error.HTTPError as error:
-            return error.code
-        return 200
-
-
 def footprint(server: Server) -> tuple[int, int, int]:
     """Open files, shared mappings and anonymous bytes of the rank's worker."""
     (worker,) = server.processes("Worker")
@@ -112,19 +90,27 @@ def footprint(server: Server) -> tuple[int, int, int]:
 
 
 class Deployment:
-    """Ranks that all answer under load, what they answered first, and what each held then."""
+    """Ranks that all answer under load, what they answered first, and what each held then.
+
+    All but the last are started at once.
+    """
 
     def __init__(self, model: str, folder: Path) -> None:
         self.model = model
         self.folder = folder
-        self.servers = [start(model, rank, folder) for rank in range(NUM_RANKS)]
+        self.servers = [start(model, rank, folder) for rank in range(NUM_RANKS - 1)]
         self.clients: dict[int, Client] = {}
         self.before: dict[int, tuple[int, int, int]] = {}
         self.back_after_s: list[float] = []
         self.num_answers = 0
         self.never_killed = set(range(NUM_RANKS))
 
+    def start_the_last(self) -> None:
+        if len(self.servers) < NUM_RANKS:
+            self.servers.append(start(self.model, NUM_RANKS - 1, self.folder))
+
     def wait_until_serving(self) -> None:
+        self.start_the_last()
         for server in self.servers:
             server.wait_until_ready()
         self.expected = [self.servers[0].tokens(prompt) for prompt in PROMPTS]
@@ -198,44 +184,101 @@ class Deployment:
             server.stop()
 
 
-def test_kills_under_load(checkpoints: Checkpoints, tmp_path: Path) -> None:
-    model, dice = checkpoints("mixtral", 8), random.Random(SEED)
-    ranks = Deployment(model, tmp_path)
-    watcher = Watcher(ranks.servers[0])
+@pytest.fixture(scope="module")
+def ranks(
+    checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Deployment]:
+    folder = tmp_path_factory.mktemp("survival")
+    made = Deployment(checkpoints("mixtral", 8), folder)
     try:
-        ranks.wait_until_serving()
-        watcher.join(timeout=30)
-        assert watcher.heard[-1] == (200, 200), "the engine answers, and says so"
-        assert set(watcher.heard[:-1]) == {(200, 503)}, "before that it lived and was not ready"
-        assert not watcher.refused_later, "a connection was refused between the two"
-        assert len(list((tmp_path / "meet").glob("g0-r*.sock"))) == NUM_RANKS
-        assert (tmp_path / "meet").stat().st_mode & 0o777 == 0o700
-        ranks.stop_one(2)
-        began = time.time()
-        for life in range(1, NUM_KILLS + 1):
-            time.sleep(dice.uniform(0, 2))
-            ranks.kill_one(dice.randrange(NUM_RANKS), life)
-        time.sleep(3)
-        ranks.end_load()
-        ranks.must_not_have_grown()
-        for rank in ranks.never_killed:
-            generation = ranks.servers[rank].metric("vllm:dwdp_generation_seconds")
-            failed_at = ranks.servers[rank].metric("vllm:dwdp_last_failure_seconds")
-            assert generation is not None and 0 < generation < began
-            assert failed_at is not None and failed_at > began, "a death is a failure"
-
-        # One that returns with another checkpoint is refused, and the survivors go on.
-        ranks.servers[0].kill()
-        changed = changed_copy(model, tmp_path)
-        ranks.servers[0] = start(changed, 0, tmp_path, NUM_KILLS + 1)
-        with pytest.raises(ServerError):
-            ranks.servers[0].wait_until_ready()
-        assert "checkpoint_digest is" in ranks.servers[0].log.read_text()
-        for server in ranks.servers[1:]:
-            assert [server.tokens(prompt) for prompt in PROMPTS] == ranks.expected
+        yield made
     finally:
-        ranks.close()
-    assert not list((tmp_path / "meet").iterdir())
+        made.close()
+
+
+def test_a_rank_that_waits_opens_no_port_and_says_for_whom(ranks: Deployment) -> None:
+    """Once the missing rank has come, the first `/health` that is 200 is true at once."""
+    waits = r"waits for ranks \[2\] to publish their experts \(\d+ s of 600 s\)"
+    for rank, server in enumerate(ranks.servers):
+        wait_for_line(server, rf"DWDP rank {rank} of group 0 {waits}")
+        first = wait_for_line(server, r" waits for ranks \[[12, ]+\] to publish .*\((\d+) s of")
+        assert 10 <= int(first[1]) < 15, "it says so every ten seconds"
+        assert ask_health(server) == REFUSED
+    statuses = find_ranks(
+        f"unix://{ranks.folder}/meet", secret_file=None, group_size=1, num_groups=1
+    )
+    for status in statuses:
+        assert (status["state"], status["peers"]["2"]) == ("starting", "missing")
+        assert re.fullmatch(waits, status["doing"])
+    assert len(statuses) == 2
+
+    ranks.start_the_last()
+    waiting = set(ranks.servers)
+    while waiting:
+        for server in list(waiting):
+            assert server.process.poll() is None, server.tail()
+            if (heard := ask_health(server)) != REFUSED:
+                assert heard == 200
+                assert len(server.tokens(PROMPTS[0])) == 16, "the first request"
+                waiting.remove(server)
+        time.sleep(0.1)
+
+
+REFUSED = 0
+
+
+def ask_health(server: Server) -> int:
+    """Return the status of `GET /health`, or `REFUSED`."""
+    try:
+        server.get("/health")
+    except urllib.error.HTTPError as error:
+        return error.code
+    except urllib.error.URLError as error:
+        if not isinstance(error.reason, ConnectionRefusedError):
+            raise
+        return REFUSED
+    return 200
+
+
+def wait_for_line(server: Server, pattern: str) -> re.Match[str]:
+    deadline = time.monotonic() + 250
+    while not (found := re.search(pattern, server.log.read_text())):
+        assert server.process.poll() is None, server.tail()
+        assert time.monotonic() < deadline, server.tail()
+        time.sleep(0.2)
+    return found
+
+
+def test_kills_under_load(ranks: Deployment) -> None:
+    dice = random.Random(SEED)
+    ranks.wait_until_serving()
+    assert len(list((ranks.folder / "meet").glob("g0-r*.sock"))) == NUM_RANKS
+    assert (ranks.folder / "meet").stat().st_mode & 0o777 == 0o700
+    ranks.stop_one(2)
+    began = time.time()
+    for life in range(1, NUM_KILLS + 1):
+        time.sleep(dice.uniform(0, 2))
+        ranks.kill_one(dice.randrange(NUM_RANKS), life)
+    time.sleep(3)
+    ranks.end_load()
+    ranks.must_not_have_grown()
+    for rank in ranks.never_killed:
+        generation = ranks.servers[rank].metric("vllm:dwdp_generation_seconds")
+        failed_at = ranks.servers[rank].metric("vllm:dwdp_last_failure_seconds")
+        assert generation is not None and 0 < generation < began
+        assert failed_at is not None and failed_at > began, "a death is a failure"
+
+    # One that returns with another checkpoint is refused, and the survivors go on.
+    ranks.servers[0].kill()
+    changed = changed_copy(ranks.model, ranks.folder)
+    ranks.servers[0] = start(changed, 0, ranks.folder, NUM_KILLS + 1)
+    with pytest.raises(ServerError):
+        ranks.servers[0].wait_until_ready()
+    assert "checkpoint_digest is" in ranks.servers[0].log.read_text()
+    for server in ranks.servers[1:]:
+        assert [server.tokens(prompt) for prompt in PROMPTS] == ranks.expected
+    ranks.close()
+    assert not list((ranks.folder / "meet").iterdir())
 
 
 def proportional_experts(servers: list[Server]) -> int:
@@ -286,6 +329,8 @@ def test_launch_restarts_a_killed_rank_behind_the_router(
         )
     try:
         wait_for(log, process, "all 2 ranks serve at", 200)
+        starting = r"rank 1: starting, pid \d+: (loads|waits for|binds|has) "
+        assert re.search(starting, log.read_text()), "it says what a starting rank does"
         router = Server.__new__(Server)
         router.url = f"http://127.0.0.1:{port}"
         expected = router.tokens(PROMPTS[2])

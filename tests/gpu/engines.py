@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_dwdp.entrypoints.launch.server import free_ports
+from vllm_dwdp.entrypoints.launch.ports import free_ports
 
 ROOT = Path(__file__).parents[2]
 ENGINES_S = 280

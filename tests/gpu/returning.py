@@ -27,7 +27,7 @@ FREED_S = 20.0
 def kill_and_return() -> None:
     """The scenario."""
     from tests.gpu import engines, kv_sizing
-    from vllm_dwdp.entrypoints.launch.server import free_ports
+    from vllm_dwdp.entrypoints.launch.ports import free_ports
 
     simulated = engines.is_simulated()
     with tempfile.TemporaryDirectory() as made, contextlib.ExitStack() as stack:

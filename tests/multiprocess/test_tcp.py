@@ -19,7 +19,7 @@ from vllm_dwdp.distributed.endpoint import Endpoint
 from vllm_dwdp.distributed.meeting import parse_endpoint
 from vllm_dwdp.distributed.membership import Membership, query_status
 from vllm_dwdp.distributed.tcp import TcpEndpoint
-from vllm_dwdp.entrypoints.launch.server import free_ports
+from vllm_dwdp.entrypoints.launch.ports import free_ports
 from vllm_dwdp.errors import (
     DwdpConfigError,
     JoinTimeoutError,

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -9,27 +10,32 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from vllm_dwdp.entrypoints.launch import child
+from tests.unit.distributed.test_messages import fingerprint
+from vllm_dwdp.config import DwdpConfig
+from vllm_dwdp.distributed.meeting import parse_endpoint
+from vllm_dwdp.distributed.membership import Rendezvous
+from vllm_dwdp.entrypoints.launch import child, server
 from vllm_dwdp.entrypoints.launch import launcher as launch
 from vllm_dwdp.entrypoints.launch.child import Child
 from vllm_dwdp.entrypoints.launch.launcher import LaunchPlan
-from vllm_dwdp.entrypoints.launch.server import free_ports
-from vllm_dwdp.errors import DwdpConfigError, DwdpError
+from vllm_dwdp.entrypoints.launch.ports import free_ports
+from vllm_dwdp.entrypoints.launch.process import ENDING_SIGNALS, ending_with
+from vllm_dwdp.errors import DwdpConfigError, DwdpError, RendezvousError
 
 pytestmark = pytest.mark.timeout(60)
 PYTHON = (sys.executable, "-IS")
 
 FAKE = f"""#!{sys.executable} -IS
-import http.server, os, pathlib, sys
+import http.server, os, pathlib, sys, time
 place = pathlib.Path(__file__)
 port = int(sys.argv[sys.argv.index("--port") + 1])
-asked = []
 name = "router"
 if place.name == "vllm":
     name = "rank" + sys.argv[sys.argv.index("--data-parallel-rank") + 1]
@@ -39,14 +45,9 @@ def shall(do):
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        alive = self.path in ("/health", "/liveness")
-        self.send_response(200 if alive or not shall("wait") else 503)
+        self.send_response(200)
         self.send_header("Content-Length", "0")
         self.end_headers()
-        asked.append(self.path)
-        if len(asked) == 3 and shall("break"):
-            print("RuntimeError: the engine broke", flush=True)
-            os._exit(3)
 
     def log_message(self, *arguments):
         pass
@@ -54,9 +55,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 if shall("refuse"):
     print("vllm serve: error: no such option", flush=True)
     sys.exit(2)
+while shall("wait"):
+    if shall("break") and shall("asked"):
+        print("RuntimeError: the engine broke", flush=True)
+        os._exit(3)
+    time.sleep(0.01)
 http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
-"""Told what to do by files beside it, such as `rank1-wait`."""
+"""Told what to do by files beside it, such as `rank1-wait`; listens once it need not wait."""
 
 
 def plan(**changes: Any) -> LaunchPlan:
@@ -73,19 +79,30 @@ def plan(**changes: Any) -> LaunchPlan:
     return LaunchPlan(**(facts | changes))
 
 
-def use_fakes(folder: Path, replace: Callable[[Any, str, Any], None]) -> LaunchPlan:
+def use_fakes(folder: Path, use: Callable[[Any, str, Any], None]) -> LaunchPlan:
     """Make launch start our programs, without long waits."""
     for name in ("vllm", launch.ROUTER):
         program = folder / name
         program.write_text(FAKE)
         program.chmod(0o755)
-    replace(launch, "find_program", lambda name: str(folder / name))
-    replace(launch, "count_gpus", lambda: 0)
-    replace(launch, "POLL_INTERVAL_S", 0.02)
-    replace(child, "FIRST_BACKOFF_S", 0.05)
-    replace(child, "STOP_TIMEOUT_S", 5.0)
+    use(launch, "find_program", lambda name: str(folder / name))
+    use(launch, "count_gpus", lambda: 0)
+    use(launch, "query_status", lambda place, group, rank, timeout_s: said_by(folder, rank))
+    use(launch, "POLL_INTERVAL_S", 0.02)
+    use(child, "FIRST_BACKOFF_S", 0.05)
+    use(child, "STOP_TIMEOUT_S", 5.0)
     port, *rank_ports = free_ports(3)
     return plan(port=port, rank_ports=tuple(rank_ports))
+
+
+def said_by(folder: Path, rank: int) -> dict[str, Any]:
+    """What a rank says where the ranks meet: the content of `rank1-says`, or nothing."""
+    try:
+        doing = (folder / f"rank{rank}-says").read_text()
+    except FileNotFoundError:
+        raise RendezvousError(f"rank {rank} does not listen") from None
+    (folder / f"rank{rank}-asked").touch()
+    return {"state": "starting", "doing": doing}
 
 
 @pytest.fixture
@@ -174,6 +191,7 @@ def test_wrong_settings_are_told_at_once(fakes: LaunchPlan, tmp_path: Path) -> N
 def test_a_start_that_fails_three_times_is_given_up(fakes: LaunchPlan, tmp_path: Path) -> None:
     for do in ("wait", "break"):
         (tmp_path / f"rank0-{do}").touch()
+    (tmp_path / "rank0-says").write_text("waits for ranks [1]")
     lines: list[str] = []
     with pytest.raises(DwdpError, match=r"(?s)rank 0 ended .*: RuntimeError: the engine broke\n"):
         run(fakes, tmp_path, lambda line, _: lines.append(line))
@@ -182,6 +200,66 @@ def test_a_start_that_fails_three_times_is_given_up(fakes: LaunchPlan, tmp_path:
         "RuntimeError: the engine broke"
         for count, backoff in ((1, "0.05"), (2, "0.1"), (3, "0.2"))
     ]
+
+
+def test_what_a_starting_rank_waits_for_is_told_when_it_changes(
+    fakes: LaunchPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child, "PROGRESS_INTERVAL_S", 0.05)
+    (tmp_path / "rank1-wait").touch()
+    says = tmp_path / "rank1-says"
+    says.write_text("loads its experts")
+
+    def react(line: str, lines: list[str]) -> None:
+        if line.endswith(": loads its experts"):
+            says.write_text("waits for ranks [0]")
+        elif line.endswith(": waits for ranks [0]"):
+            (tmp_path / "rank1-wait").unlink()
+        elif line.startswith("all 2 ranks"):
+            interrupt()
+
+    lines = run(fakes, tmp_path, react)
+    told = [re.sub(r", pid \d+", "", line) for line in lines if line.startswith("rank 1")]
+    assert told == [
+        "rank 1: starting",
+        "rank 1: starting: loads its experts",
+        "rank 1: starting: waits for ranks [0]",
+        "rank 1: serving",
+    ]
+
+
+def test_the_question_what_a_rank_does_is_put_where_the_ranks_meet(tmp_path: Path) -> None:
+    options = {"group_size": 2, "rendezvous": f"unix://{tmp_path}/meet"}
+    ask = launch.rank_progress(DwdpConfig.from_options(options, 4), rank=3)
+    assert ask() == "", "nobody listens yet"
+    place = parse_endpoint(options["rendezvous"])
+    facts = {"group_size": 2, "fingerprint": fingerprint(), "join_timeout_s": 0.3}
+    with Rendezvous(place, group=1, dwdp_rank=1, **facts) as member:
+        member.start()
+        assert ask() == "loads its experts"
+        with pytest.raises(TimeoutError):
+            member.meet()
+        assert ask().startswith("waits for ranks [0] to publish their experts (")
+        member.status_provider = lambda: {"state": "warming up"}
+        assert ask() == "has its experts and warms up"
+    assert ask() == ""
+
+
+def test_a_rank_that_shares_nothing_is_not_asked(tmp_path: Path) -> None:
+    options = {"mode": "replica", "rendezvous": f"unix://{tmp_path}/meet"}
+    assert launch.rank_progress(DwdpConfig.from_options(options, 2), rank=1)() == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "refusal"),
+    [({"mod": "direct"}, "'mod' is unknown"), ({"rendezvous": "here"}, "not a meeting place")],
+)
+def test_wrong_options_are_refused_before_anything_starts(
+    fakes: LaunchPlan, tmp_path: Path, options: dict[str, Any], refusal: str
+) -> None:
+    wrong = replace(fakes, additional_config={"dwdp": options})
+    with pytest.raises(DwdpConfigError, match=refusal):
+        run(wrong, tmp_path, lambda line, lines: interrupt())
 
 
 def test_a_router_that_cannot_start_ends_everything(fakes: LaunchPlan, tmp_path: Path) -> None:
@@ -278,13 +356,13 @@ def test_launch_killed_with_9_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_parent_that_died_before_the_kernel_was_asked() -> None:
-    ask = child.ending_with(os.getppid())
+    ask = ending_with(os.getppid())
     late = subprocess.Popen(["sleep", "60"], preexec_fn=ask)  # noqa: PLW1509
     assert late.wait(timeout=10) == 128 + signal.SIGTERM
 
 
 def test_a_parent_that_dies_between_fork_and_exec(monkeypatch: pytest.MonkeyPatch) -> None:
-    ask = child.ending_with(os.getpid())
+    ask = ending_with(os.getpid())
 
     def ask_and_be_told() -> None:
         ask()
@@ -298,8 +376,60 @@ def test_a_parent_that_dies_between_fork_and_exec(monkeypatch: pytest.MonkeyPatc
         signal.signal(signal.SIGTERM, before)
 
 
-def made_child(log: Path, *command: str, alive: bool = True, ready: bool = False) -> Child:
-    return Child("rank 0", lambda: list(command), log, lambda: alive, lambda: ready)
+@pytest.mark.parametrize("sent", ENDING_SIGNALS)
+def test_a_child_hears_signals_that_its_parent_ignores(
+    sent: signal.Signals, tmp_path: Path
+) -> None:
+    before = signal.signal(sent, signal.SIG_IGN)
+    try:
+        kept = made_child(tmp_path / "log", "sleep", "60")
+        kept.poll()
+    finally:
+        signal.signal(sent, before)
+    assert kept.process is not None
+    kept.process.send_signal(sent)
+    assert kept.process.wait(timeout=10) == -sent
+
+
+def test_a_server_hears_signals_that_its_parent_ignores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sleeps = tmp_path / "vllm"
+    sleeps.write_text("#!/bin/sh\nexec sleep 60\n")
+    sleeps.chmod(0o755)
+    monkeypatch.setattr(server, "VLLM", str(sleeps))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with server.Server(["x"], tmp_path / "log", {}) as started:
+            assert started.stop(signal.SIGINT) == -signal.SIGINT
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+IGNORANT = """
+import signal, subprocess, sys
+from vllm_dwdp.entrypoints.launch.process import ENDING_SIGNALS, hear_ignored_signals
+for number in ENDING_SIGNALS:
+    signal.signal(number, signal.SIG_IGN)
+hear_ignored_signals()
+for number in ENDING_SIGNALS:
+    signal.raise_signal(number)
+    started = subprocess.Popen(["sleep", "60"])
+    started.send_signal(number)
+    assert started.wait(timeout=20) == -number, number
+print("outlived them")
+"""
+
+
+def test_what_is_ignored_here_is_heard_by_programs_started_here() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", IGNORANT], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.stdout == "outlived them\n", ended.stderr
+
+
+def made_child(log: Path, *command: str, doing: str = "loads", ready: bool = False) -> Child:
+    return Child("rank 0", lambda: list(command), log, lambda: ready, lambda: doing)
 
 
 def poll_until(kept: Child, state: str) -> None:
@@ -337,18 +467,21 @@ def test_backoff_doubles_up_to_a_limit_and_starts_anew_after_a_good_life(
 
 
 def test_states_of_a_living_child(tmp_path: Path) -> None:
-    lives = made_child(tmp_path / "log", "sleep", "60", alive=False)
+    lives = made_child(tmp_path / "log", "sleep", "60", doing="")
     assert lives.state == "waiting"
     changes = [lives.poll(), lives.poll()]
     assert (changes, lives.state) == ([True, False], "starting")
+    lives.progress = lambda: "loads"
+    changes = [lives.poll(), lives.poll()]
+    assert (changes, lives.state, lives.doing) == ([True, False], "starting", "loads")
     lives.is_ready = lambda: True
     changes = [lives.poll(), lives.poll()]
-    assert (changes, lives.state) == ([True, False], "serving")
+    assert (changes, lives.state, lives.doing) == ([True, False], "serving", "")
     lives.is_ready = lambda: False
     changes = [lives.poll(), lives.poll()]
     assert (changes, lives.state) == ([True, False], "not serving")
+    lives.ask_to_end()
     lives.stop()
-    lives.end()
     assert lives.process is not None
     assert lives.process.returncode == -signal.SIGINT
 
@@ -360,8 +493,8 @@ def test_one_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.Monk
     deaf.poll()
     while "1" not in (tmp_path / "log").read_text():
         time.sleep(0.01)
+    deaf.ask_to_end()
     deaf.stop()
-    deaf.end()
     assert deaf.process is not None
     assert deaf.process.returncode == -signal.SIGKILL
 
@@ -379,21 +512,25 @@ def test_what_a_dead_child_left_behind_is_removed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "alive", "hopeless_after"),
+    ("code", "doing", "hopeless_after"),
     [
-        ("raise SystemExit(0)", False, 1),
-        ("raise SystemExit(1)", True, 3),
-        ("import os; os.kill(os.getpid(), 9)", False, 3),
+        ("raise SystemExit(0)", "", 1),
+        ("raise SystemExit(1)", "waits for ranks [1]", 3),
+        ("import os; os.kill(os.getpid(), 9)", "", 3),
     ],
 )
 def test_when_a_child_is_hopeless(
-    code: str, alive: bool, hopeless_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    code: str, doing: str, hopeless_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Who waited for a peer and gave up has no wrong settings: it is started again."""
     monkeypatch.setattr(child, "FIRST_BACKOFF_S", 0.01)
-    code = f"import time; time.sleep(0.2); {code}"
-    never = made_child(tmp_path / "log", *PYTHON, "-c", code, alive=alive)
+    waits = f"while ! test -e {tmp_path}/go; do sleep 0.01; done"
+    ends = shlex.join([*PYTHON, "-c", code])
+    never = made_child(tmp_path / "log", "sh", "-c", f"{waits}; exec {ends}", doing=doing)
     while not never.is_hopeless:
         never.poll()
+        if never.state == "starting" and never.doing == doing:
+            (tmp_path / "go").touch()
         time.sleep(0.005)
     assert never.num_restarts == hopeless_after
 
@@ -402,7 +539,7 @@ def test_a_child_that_served_once_is_never_hopeless(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(child, "FIRST_BACKOFF_S", 0.01)
-    served = made_child(tmp_path / "log", "sleep", "0.1", alive=False, ready=True)
+    served = made_child(tmp_path / "log", "sleep", "0.1", doing="", ready=True)
     poll_until(served, "serving")
     served.is_ready = lambda: False
     served.command = lambda: ["true"]
@@ -462,10 +599,10 @@ def test_the_last_error_of_a_log(log: str, error: str) -> None:
 
 
 def test_a_port_that_speaks_no_http_does_not_answer() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        url = f"http://127.0.0.1:{server.getsockname()[1]}/ping"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/health"
         talker = subprocess.Popen(
-            [*PYTHON, "-c", SSH_SERVER], stdin=server, stdout=subprocess.DEVNULL
+            [*PYTHON, "-c", SSH_SERVER], stdin=listener, stdout=subprocess.DEVNULL
         )
         try:
             assert not launch.answers(url)

@@ -14,9 +14,6 @@ def install() -> None:
     """Wrap `EngineArgs.create_engine_config` once; inert unless the backend is `dwdp`."""
     from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_dwdp.compat.frontend import admission
-
-    admission.install(backend.is_chosen)
     stock = EngineArgs.create_engine_config
     if hasattr(stock, "dwdp_stock"):
         return

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from vllm_dwdp.compat.frontend import admission, startup, stats
+from vllm_dwdp.compat.frontend import startup, stats
 from vllm_dwdp.compat.frontend.backend import BACKEND, EXECUTOR_CLS, WORKER_CLS, offline_size
 from vllm_dwdp.compat.frontend.ranks import (
     choose_endpoint,
@@ -106,7 +106,6 @@ def _install_front_end(launch: DwdpLaunch) -> None:
     forget_ranks_at_exit(launch)
     stats.install(launch)
     startup.install()
-    admission.explain_by(launch)
 
 
 @contextmanager

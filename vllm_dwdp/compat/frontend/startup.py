@@ -12,14 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from vllm_dwdp.compat.frontend import admission
-
 
 def install() -> None:
-    """From now on, this front end ends at once when it is interrupted while engines start.
-
-    Once they are up, its port is vLLM's own (`admission`).
-    """
+    """From now on, this front end ends at once when it is interrupted while engines start."""
     from vllm.v1.engine import utils
 
     stock = getattr(utils.wait_for_engine_startup, "dwdp_stock", utils.wait_for_engine_startup)
@@ -27,9 +22,7 @@ def install() -> None:
     @functools.wraps(stock)
     def wait_for_engine_startup(*args: Any, **kwargs: Any) -> Any:
         with _ended_by_signals():
-            result = stock(*args, **kwargs)
-        admission.release()
-        return result
+            return stock(*args, **kwargs)
 
     wait_for_engine_startup.dwdp_stock = stock  # type: ignore[attr-defined]
     utils.wait_for_engine_startup = wait_for_engine_startup

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from vllm_dwdp.entrypoints.bench.traffic import Stream, StreamResult, read_stream
+from vllm_dwdp.entrypoints.launch.process import ending_with
 from vllm_dwdp.errors import DwdpError
 
 _DONE, _FAILED = "done", "failed"
@@ -39,6 +40,8 @@ class BenchClient:
                 stdout=subprocess.PIPE,
                 stderr=output,
                 text=True,
+                start_new_session=True,
+                preexec_fn=ending_with(os.getpid()),  # noqa: PLW1509 - it takes no lock
             )
 
     def __enter__(self) -> "BenchClient":
@@ -52,6 +55,8 @@ class BenchClient:
     ) -> None:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
+        if error is not None:  # nobody waits for what it runs
+            self._process.terminate()
         with contextlib.suppress(OSError):
             self._process.stdin.close()
         try:

@@ -133,7 +133,7 @@ def launch(
     adopts its experts from the survivors. Further arguments go to every vllm serve.
     """
     from vllm_dwdp.entrypoints.launch import launcher
-    from vllm_dwdp.entrypoints.launch.server import free_ports
+    from vllm_dwdp.entrypoints.launch.ports import free_ports
 
     arguments, additional_config = launcher.split_arguments(context.args)
     with launcher.meeting_folder() as rendezvous:

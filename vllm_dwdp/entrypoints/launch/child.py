@@ -5,7 +5,6 @@ successor starts. What it prints goes to a log, of which the last error is told.
 """
 
 import contextlib
-import ctypes
 import os
 import re
 import signal
@@ -15,15 +14,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vllm_dwdp.entrypoints.launch.process import ending_with
+
 FIRST_BACKOFF_S = 1.0
 LONGEST_BACKOFF_S = 60.0
 SETTLED_S = 60.0
 STOP_TIMEOUT_S = 30.0
+PROGRESS_INTERVAL_S = 10.0
+"""Between two looks at what a child that starts is doing, once it says so."""
 MAX_EARLY_ENDS = 3
 """So often may a child end before it first serves."""
 TAIL_BYTES = 64 * 1024
 LINE_CHARACTERS = 300
-PR_SET_PDEATHSIG = 1
 
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 """What would change the terminal: colours and other control characters, except ends of lines."""
@@ -40,32 +42,35 @@ class Child:
         name: for the terminal.
         command: what to run.
         log: file for its output.
-        is_alive: asks whether its port answers at all.
         is_ready: asks whether it serves.
+        progress: asks what it does while it starts; empty while it cannot tell. A child that ends by
+            itself before it could tell has wrong settings.
         environment: added to ours.
     """
 
     name: str
     command: Callable[[], list[str]]
     log: Path
-    is_alive: Callable[[], bool]
     is_ready: Callable[[], bool]
+    progress: Callable[[], str]
     environment: dict[str, str] = field(default_factory=dict)
     state: str = "waiting"
+    doing: str = ""
     failure: str = ""
     num_restarts: int = 0
     is_hopeless: bool = False
     process: subprocess.Popen[bytes] | None = None
-    _has_answered: bool = False
+    _has_begun: bool = False
     _has_served: bool = False
     _backoff_s: float = field(default_factory=lambda: FIRST_BACKOFF_S)
     _start_at: float = field(default_factory=time.monotonic)
     _ready_since: float | None = None
+    _progress_at: float = 0.0
     _log_start: int = 0
 
     def poll(self) -> bool:
-        """Look after it; returns whether its state changed."""
-        before = self.state
+        """Look after it; returns whether there is news: of its state, or of what it does."""
+        before = self.state, self.doing
         if self.process is None:
             if time.monotonic() >= self._start_at:
                 self._start()
@@ -73,13 +78,19 @@ class Child:
             self._bury()
         elif self.is_ready():
             self._ready_since = self._ready_since or time.monotonic()
-            self._has_answered = self._has_served = True
-            self.state = "serving"
-        elif not self._has_answered:
-            self._has_answered = self.is_alive()
+            self._has_begun = self._has_served = True
+            self.state, self.doing = "serving", ""
         elif self.state == "serving":
             self.state = "not serving"
-        return self.state != before
+        elif self.state == "starting" and time.monotonic() >= self._progress_at:
+            self._look_at_progress()
+        return (self.state, self.doing) != before
+
+    def _look_at_progress(self) -> None:
+        if doing := self.progress():
+            self._has_begun = True
+            self.doing = doing
+            self._progress_at = time.monotonic() + PROGRESS_INTERVAL_S
 
     def _start(self) -> None:
         with self.log.open("ab") as output:
@@ -92,7 +103,7 @@ class Child:
                 start_new_session=True,
                 preexec_fn=ending_with(os.getpid()),  # noqa: PLW1509 - we have one thread
             )
-        self.state, self.failure = "starting", ""
+        self.state, self.failure, self._progress_at = "starting", "", 0.0
 
     def _bury(self) -> None:
         """It died: remove what it left, and start it again after a while."""
@@ -106,13 +117,14 @@ class Child:
         self._backoff_s = FIRST_BACKOFF_S if settled else self._backoff_s
         self._start_at = time.monotonic() + self._backoff_s
         self.state = f"{_ending(code)}, starts again in {self._backoff_s:g} s"
+        self.doing = ""
         # What is killed with -9 has no time to say why: an older error would mislead.
         self.failure = "" if code == -signal.SIGKILL else last_error(self.tail())
         self._backoff_s = min(2 * self._backoff_s, LONGEST_BACKOFF_S)
         self._ready_since = None
         self.num_restarts += 1
         self.is_hopeless = not self._has_served and (
-            self.num_restarts >= MAX_EARLY_ENDS or (code >= 0 and not self._has_answered)
+            self.num_restarts >= MAX_EARLY_ENDS or (code >= 0 and not self._has_begun)
         )
 
     def tail(self) -> str:
@@ -123,13 +135,13 @@ class Child:
             return log.read().decode(errors="replace")
         return ""
 
-    def stop(self) -> None:
-        """Ask it to end."""
+    def ask_to_end(self) -> None:
+        """Send it SIGINT."""
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
 
-    def end(self) -> None:
-        """Return when nothing of it is left."""
+    def stop(self) -> None:
+        """Return when nothing of it is left; kill what does not end in time."""
         if self.process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(timeout=STOP_TIMEOUT_S)
@@ -140,25 +152,6 @@ class Child:
         assert self.process is not None
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-
-
-def ending_with(parent: int) -> Callable[[], None]:
-    """For `preexec_fn`: the child gets SIGTERM when its parent ends, also by SIGKILL.
-
-    Args:
-        parent: the process id of the caller, whose main thread must be the one that forks.
-    """
-    prctl = ctypes.CDLL(None).prctl
-    prctl.argtypes = (ctypes.c_int, ctypes.c_ulong)
-
-    def ask_the_kernel() -> None:
-        # Until exec our own handler is in place, and would swallow the signal.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it had ended before the kernel was asked
-            os._exit(128 + signal.SIGTERM)
-
-    return ask_the_kernel
 
 
 def _ending(code: int) -> str:

@@ -2,7 +2,8 @@
 
 Every rank is a process group of its own, so that whatever a dead server left behind is removed before
 its successor starts. The router is the existing load balancer; this module only keeps it running.
-A rank that ends by itself before its port ever answered has wrong settings: that ends everything.
+A rank's port opens when it can answer. Until then the rank is asked at the ranks' meeting place what it
+does; one that ends by itself before it came that far has wrong settings: that ends everything.
 """
 
 import contextlib
@@ -21,18 +22,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_dwdp.config import DwdpConfig
+from vllm_dwdp.distributed.meeting import parse_endpoint
+from vllm_dwdp.distributed.membership import query_status
 from vllm_dwdp.entrypoints.doctor.gpus import count_gpus, one_gpu_each
 from vllm_dwdp.entrypoints.launch.child import Child
-from vllm_dwdp.entrypoints.launch.server import free_ports
+from vllm_dwdp.entrypoints.launch.ports import free_ports
+from vllm_dwdp.entrypoints.launch.server import READY_PATH
 from vllm_dwdp.errors import DwdpConfigError, DwdpError
 
 POLL_INTERVAL_S = 0.5
 HEALTH_TIMEOUT_S = 2.0
+STATUS_TIMEOUT_S = 2.0
 TAIL_CHARACTERS = 3000
 
 ROUTER = "vllm-router"
-READY_PATH = "/ping"
-"""Of a rank: 200 when it serves. Its `/health` is 200 from the moment its port is bound."""
 ROUTER_ALIVE_PATH = "/liveness"
 ROUTER_READY_PATH = "/readiness"
 """200 while it has a healthy rank."""
@@ -85,14 +89,18 @@ class LaunchPlan:
 
     @property
     def url(self) -> str:
-        """Of the router, as seen from here."""
+        """The URL at which this machine reaches the router."""
         host = _ANY_ADDRESS.get(self.host, self.host)
         return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
     @property
     def dwdp_options(self) -> dict[str, Any]:
-        """Of every rank; a rendezvous of the user's own comes before ours."""
+        """The dwdp options of every rank; a rendezvous of the user's own comes before ours."""
         return {"rendezvous": self.rendezvous, **self.additional_config.get("dwdp", {})}
+
+    def rank_url(self, rank: int) -> str:
+        """The URL at which this machine reaches a rank."""
+        return f"http://127.0.0.1:{self.rank_ports[rank]}"
 
     def rank_command(self, rank: int) -> list[str]:
         """The `vllm serve` of one rank."""
@@ -108,7 +116,7 @@ class LaunchPlan:
 
     def router_command(self) -> list[str]:
         """The load balancer in front of all ranks."""
-        urls = [f"http://127.0.0.1:{port}" for port in self.rank_ports]
+        urls = [self.rank_url(rank) for rank in range(self.num_ranks)]
         return [
             find_program(ROUTER),
             *("--host", self.host, "--port", str(self.port), "--policy", "round_robin"),
@@ -218,25 +226,21 @@ def launch(plan: LaunchPlan, logs: Path, report: Callable[[str], None]) -> None:
         report: called with one line whenever something changes.
 
     Raises:
-        DwdpConfigError: a program is missing, or the router could not listen.
-        DwdpError: a rank ended by itself before its port answered, or too often before it ever served;
-            carries the end of its log.
+        DwdpConfigError: a program is missing, the router could not listen, or a dwdp option is wrong.
+        DwdpError: a rank ended by itself before it said what it does, or too often before it ever
+            served; carries the end of its log.
     """
     for program in ("vllm", ROUTER):
         find_program(program)
     check_bindable(plan.host, plan.port)
-    logs.mkdir(parents=True, exist_ok=True)
+    config = DwdpConfig.from_options(plan.dwdp_options, plan.num_ranks)
     environments = one_gpu_each(plan.num_ranks, os.environ, count_gpus())
+    logs.mkdir(parents=True, exist_ok=True)
     ranks = [
-        _rank_child(plan, rank, logs, environment) for rank, environment in enumerate(environments)
+        _rank_child(plan, config, rank, logs, environment)
+        for rank, environment in enumerate(environments)
     ]
-    router = Child(
-        "router",
-        plan.router_command,
-        logs / "router.log",
-        lambda: answers(plan.url + ROUTER_ALIVE_PATH),
-        lambda: answers(plan.url + ROUTER_READY_PATH),
-    )
+    router = _router_child(plan, logs)
     with _until_interrupted() as interrupted:
         try:
             _serve(plan, ranks, router, report, interrupted)
@@ -272,30 +276,66 @@ def _serve(
 
 def _end_all(children: list[Child], report: Callable[[str], None]) -> None:
     for child in children:
-        child.stop()
+        child.ask_to_end()
     try:
         report("stopping")
     finally:  # the terminal may be gone, so that nothing can be reported
         for child in children:
-            child.end()
+            child.stop()
 
 
 def _describe(child: Child) -> str:
     pid = "" if child.process is None else f", pid {child.process.pid}"
     again = f", restarts {child.num_restarts}" if child.num_restarts else ""
-    failure = f": {child.failure}" if child.failure else ""
-    return f"{child.name}: {child.state}{pid}{again}{failure}"
+    why = child.failure or child.doing
+    return f"{child.name}: {child.state}{pid}{again}{why and f': {why}'}"
 
 
-def _rank_child(plan: LaunchPlan, rank: int, logs: Path, environment: dict[str, str]) -> Child:
-    url = f"http://127.0.0.1:{plan.rank_ports[rank]}"
+def _rank_child(
+    plan: LaunchPlan, config: DwdpConfig, rank: int, logs: Path, environment: dict[str, str]
+) -> Child:
     return Child(
         f"rank {rank}",
         lambda: plan.rank_command(rank),
         logs / f"rank{rank}.log",
-        lambda: answers(url + "/health"),
-        lambda: answers(url + READY_PATH),
-        environment,
+        is_ready=lambda: answers(plan.rank_url(rank) + READY_PATH),
+        progress=rank_progress(config, rank),
+        environment=environment,
+    )
+
+
+def rank_progress(config: DwdpConfig, rank: int) -> Callable[[], str]:
+    """Make the question what a starting rank does, which is put to it where the ranks meet.
+
+    The answer is empty until the rank loads its experts, and always if it shares none.
+
+    Raises:
+        DwdpConfigError: the rendezvous is no meeting place, or its secret cannot be used.
+    """
+    if not config.shares_experts or config.rendezvous is None:
+        return str
+    place = parse_endpoint(config.rendezvous, config.group_size, config.rendezvous_secret_file)
+    group, dwdp_rank = divmod(rank, config.group_size)
+
+    def ask() -> str:
+        with contextlib.suppress(OSError, DwdpError):
+            status = query_status(place, group, dwdp_rank, timeout_s=STATUS_TIMEOUT_S)
+            return str(status.get("doing", "has its experts and warms up"))
+        return ""
+
+    return ask
+
+
+def _router_child(plan: LaunchPlan, logs: Path) -> Child:
+    def progress() -> str:
+        return "waits for a rank to be healthy" if answers(plan.url + ROUTER_ALIVE_PATH) else ""
+
+    return Child(
+        "router",
+        plan.router_command,
+        logs / "router.log",
+        is_ready=lambda: answers(plan.url + ROUTER_READY_PATH),
+        progress=progress,
     )
 
 

@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,11 +20,14 @@ from typing import Any
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
+from vllm_dwdp.entrypoints.launch.ports import free_ports
+from vllm_dwdp.entrypoints.launch.process import ending_with
+
 VLLM = str(Path(sys.executable).with_name("vllm"))
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 60.0
-READY_PATH = "/ping"
-"""200 when the engine serves; `/health` answers already while it starts."""
+READY_PATH = "/health"
+"""200 when the engine serves; until then nobody listens at the port."""
 _DEFAULTS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
@@ -55,6 +57,8 @@ class Server:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=_DEFAULTS | os.environ | environment,
+                start_new_session=True,
+                preexec_fn=ending_with(os.getpid()),  # noqa: PLW1509 - it takes no lock
             )
 
     def __enter__(self) -> "Server":
@@ -197,15 +201,3 @@ def serving(
     with Server([*common, *arguments], log, environment or {}) as server:
         server.wait_until_ready()
         yield server
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for probe in sockets:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in sockets]
-    finally:
-        for probe in sockets:
-            probe.close()
