@@ -2,7 +2,7 @@
 
     python benchmarks/start_time.py [--rounds 3]
 
-From the start of the processes to the first `/ping`, caches of torch.compile warm (one start of
+From the start of the processes to the first `/health`, caches of torch.compile warm (one start of
 each kind before the first round). Interleaved. Prints seconds and the ratio dwdp / stock.
 """
 
@@ -69,7 +69,7 @@ def start_once(kind: str, model: str, folder: Path) -> float:
 def report(seconds: dict[str, list[float]], path: Path | None) -> None:
     ratios = [ours / stock for ours, stock in zip(seconds["dwdp"], seconds["stock"], strict=True)]
     table = Table(title=describe_machine())
-    for heading in ("two ranks of", "seconds to /ping", "dwdp / stock"):
+    for heading in ("two ranks of", "seconds to /health", "dwdp / stock"):
         table.add_column(heading, justify="right")
     spread = f"{statistics.median(ratios):.2f} [{min(ratios):.2f} - {max(ratios):.2f}]"
     for kind, values in seconds.items():

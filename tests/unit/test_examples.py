@@ -133,19 +133,16 @@ def test_the_units_meeting_place_belongs_to_their_user() -> None:
     assert rendezvous_of(command).is_relative_to(f"/run/{facts['RuntimeDirectory']}")
 
 
-def test_readiness_and_liveness_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`/health` is 200 while a rank waits for its peers; traffic must wait for `/ping`."""
+def test_health_says_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The port opens when a rank can answer: `/health` tells readiness as with stock vLLM."""
     documents = list(yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text()))
     (container,) = documents[0]["spec"]["template"]["spec"]["containers"]
-    paths = {
-        probe: container[f"{probe}Probe"]["httpGet"]["path"]
-        for probe in ("startup", "readiness", "liveness")
-    }
-    assert paths == {"startup": "/health", "readiness": "/ping", "liveness": "/health"}
+    for probe in ("startup", "readiness", "liveness"):
+        assert container[f"{probe}Probe"]["httpGet"] == {"path": "/health", "port": 8000}
     services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
-    assert "--health-check-endpoint=/ping" in services["router"]["command"]
+    assert "--health-check-endpoint=/health" in services["router"]["command"]
     for rank in ("rank0", "rank1"):
-        assert "/ping" in services[rank]["healthcheck"]["test"][-1]
+        assert "/health" in services[rank]["healthcheck"]["test"][-1]
     plan = LaunchPlan(
         model="m",
         num_ranks=1,
@@ -158,7 +155,22 @@ def test_readiness_and_liveness_are_told_apart(monkeypatch: pytest.MonkeyPatch) 
     )
     monkeypatch.setattr(launch, "find_program", str)
     command = plan.router_command()
-    assert command[command.index("--health-check-endpoint") + 1] == "/ping"
+    assert command[command.index("--health-check-endpoint") + 1] == "/health"
+
+
+def test_probes_outlast_the_wait_for_peers() -> None:
+    """A rank that waits as long as it may is neither restarted nor called unhealthy meanwhile."""
+    longest_s = DwdpConfig(group_size=2).join_timeout_s
+    documents = list(yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text()))
+    (container,) = documents[0]["spec"]["template"]["spec"]["containers"]
+    probe = container["startupProbe"]
+    assert probe["periodSeconds"] * probe["failureThreshold"] > 2 * longest_s
+    assert documents[0]["spec"]["podManagementPolicy"] == "Parallel", "ranks start at once"
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    period = services["rank0"]["healthcheck"]["start_period"]
+    assert 60 * int(period.removesuffix("m")) > 2 * longest_s
+    unit = (DEPLOY / "vllm-dwdp@.service").read_text()
+    assert "Type=" not in unit, "systemd does not wait for a rank to be ready"
 
 
 def test_the_dashboard_asks_for_metrics_that_exist() -> None:
@@ -174,3 +186,10 @@ def test_the_dashboard_asks_for_metrics_that_exist() -> None:
                 known.add(family.name + total)
     assert asked
     assert set(asked) <= known
+
+
+def test_the_guide_names_tests_that_exist() -> None:
+    root = Path(__file__).parents[2]
+    named = set(re.findall(r"`(test_\w+)`", (root / "docs" / "operations.md").read_text()))
+    assert len(named) > 10
+    assert named <= {path.stem for path in (root / "tests").rglob("test_*.py")}
