@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -234,6 +235,32 @@ def answering(tmp_path: Path, program: str) -> BenchClient:
         [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     return client
+
+
+@pytest.fixture
+def sleeping_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BenchClient:
+    """A client whose process sleeps; started while SIGINT is ignored."""
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\nexec sleep 60\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return BenchClient([0], tmp_path / "log")
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_the_client_hears_signals_that_its_parent_ignores(sleeping_client: BenchClient) -> None:
+    with sleeping_client as client:
+        os.kill(client.pid, signal.SIGINT)
+        assert client._process.wait(timeout=20) == -signal.SIGINT
+
+
+def test_an_interrupted_benchmark_ends_its_client_at_once(sleeping_client: BenchClient) -> None:
+    with pytest.raises(KeyboardInterrupt), sleeping_client:
+        raise KeyboardInterrupt
+    assert sleeping_client._process.returncode == -signal.SIGTERM
 
 
 @pytest.mark.parametrize(

@@ -391,19 +391,45 @@ def test_a_child_hears_signals_that_its_parent_ignores(
     assert kept.process.wait(timeout=10) == -sent
 
 
+def sleeping_program(path: Path) -> str:
+    path.write_text("#!/bin/sh\nexec sleep 60\n")
+    path.chmod(0o755)
+    return str(path)
+
+
 def test_a_server_hears_signals_that_its_parent_ignores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sleeps = tmp_path / "vllm"
-    sleeps.write_text("#!/bin/sh\nexec sleep 60\n")
-    sleeps.chmod(0o755)
-    monkeypatch.setattr(server, "VLLM", str(sleeps))
+    monkeypatch.setattr(server, "VLLM", sleeping_program(tmp_path / "vllm"))
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with server.Server(["x"], tmp_path / "log", {}) as started:
+            assert os.getsid(started.process.pid) == started.process.pid
             assert started.stop(signal.SIGINT) == -signal.SIGINT
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+PARENT = """
+from pathlib import Path
+from vllm_dwdp.entrypoints.launch import server
+server.VLLM = {program!r}
+print(server.Server([], Path("{log}"), {{}}).process.pid, flush=True)
+input()
+"""
+
+
+def test_a_server_ends_with_its_parent(tmp_path: Path) -> None:
+    program = sleeping_program(tmp_path / "vllm")
+    code = PARENT.format(program=program, log=tmp_path / "log")
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with parent:
+        assert parent.stdout is not None
+        started = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+    assert not psutil.wait_procs([started], timeout=10)[1]
 
 
 IGNORANT = """

@@ -68,7 +68,7 @@ class BenchClient:
 
     @property
     def pid(self) -> int:
-        """Of the process."""
+        """The process id."""
         return self._process.pid
 
     def wait_until_ready(self) -> None:
