@@ -329,7 +329,7 @@ def test_launch_restarts_a_killed_rank_behind_the_router(
         )
     try:
         wait_for(log, process, "all 2 ranks serve at", 200)
-        starting = r"rank 1: starting, pid \d+: (loads|waits for|binds|has) "
+        starting = r"rank 1: starting, pid \d+: (loads|waits for|maps|binds|has) "
         assert re.search(starting, log.read_text()), "it says what a starting rank does"
         router = Server.__new__(Server)
         router.url = f"http://127.0.0.1:{port}"

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import socket
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 
 from tests.unit.distributed.test_messages import fingerprint
-from vllm_dwdp.distributed import messages
+from vllm_dwdp.distributed import membership, messages, waiting
 from vllm_dwdp.distributed.endpoint import Endpoint
 from vllm_dwdp.distributed.meeting import make_abstract_endpoint, parse_endpoint
 from vllm_dwdp.distributed.membership import Membership, query_status
@@ -169,6 +170,32 @@ def test_status_is_answered_at_any_time(endpoint: Endpoint) -> None:
     member.close()
     with pytest.raises(RendezvousError, match="does not listen"):
         query_status(endpoint, 0, 0, timeout_s=5)
+
+
+def test_a_wait_for_silent_peers_is_told_before_the_first_answers(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They listen and never answer, as stopped ones do; a round of questions takes its time."""
+    monkeypatch.setattr(membership, "REPLY_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(waiting, "WAITING_NOTICE_S", 0.2)
+    said: list[str] = []
+    monkeypatch.setattr(waiting.logger, "info", lambda text, *words: said.append(text % words))
+    silent = [endpoint.listen(0, number) for number in (1, 2, 3)]
+    member = rank(endpoint, 0, 4, join_timeout_s=4.0)
+    with ThreadPoolExecutor(1) as pool:
+        meeting = pool.submit(member.meet)
+        time.sleep(0.3)
+        status = query_status(endpoint, 0, 0, timeout_s=5)
+        with pytest.raises(JoinTimeoutError):
+            meeting.result()
+    member.close()
+    for listener in silent:
+        listener.close()
+    waits = r"waits for ranks \[1, 2, 3\] to publish their experts \(\d s of 4 s\)"
+    assert re.fullmatch(waits, status["doing"])
+    assert len(said) >= 4, "not only once a round, of nine questions"
+    for line in said:
+        assert re.fullmatch(f"DWDP rank 0 of group 0 {waits}", line)
 
 
 def test_a_stale_generation_is_refused(endpoint: Endpoint) -> None:

@@ -22,6 +22,7 @@ from vllm_dwdp.distributed.published_shard import (
     duplicates,
 )
 from vllm_dwdp.distributed.server import Server
+from vllm_dwdp.distributed.waiting import Wait
 from vllm_dwdp.errors import (
     DwdpError,
     JoinTimeoutError,
@@ -40,7 +41,6 @@ SHORTEST_TIMEOUT_S = 0.5
 """The same where `join_timeout_s` has nearly passed."""
 LOOK_TIMEOUT_S = 0.25
 """For a look whether peers listen, while somebody waits for our status."""
-WAITING_NOTICE_S = 10.0
 
 __all__ = ["Membership", "PeerState", "PublishedShard", "query_status"]
 
@@ -75,7 +75,7 @@ class Membership:
         self.join_timeout_s = join_timeout_s
         self.generation = time.time_ns()
         self.status_provider: Callable[[], dict[str, Any]] = dict
-        self._doing = "loads its experts"
+        self._doing: Wait | str = "loads its experts"
         self._join_deadline = math.inf
         self._problems: dict[int, str] = {}
         self._state = GroupState(dwdp_rank, group_size, fingerprint)
@@ -204,6 +204,7 @@ class Membership:
         shards: dict[int, PublishedShard] = {}
         with closed_on_error(shards):
             self._poll_peers(lambda rank: self._fetch(rank, shards), "publish their experts")
+        self._doing = "maps the experts of its peers"
         return shards
 
     def wait_ready(self) -> dict[int, PublishedShard]:
@@ -241,7 +242,7 @@ class Membership:
             "dwdp_rank": self.dwdp_rank,
             "generation": self.generation,
             "state": "starting",
-            "doing": self._doing,
+            "doing": str(self._doing),
             "last_failure": failure,
             "last_failure_at": failed_at,
             "dropped_connections": self._server.num_dropped if self._server else 0,
@@ -255,24 +256,19 @@ class Membership:
 
     def _poll_peers(self, step: Callable[[int], bool], purpose: str) -> None:
         """Call `step(rank)` for every peer until all returned true, or the deadline passed."""
-        started = noticed = time.monotonic()
-        waiting = set(self.peer_ranks)
-        self._join_deadline = started + self.join_timeout_s
+        who = f"DWDP rank {self.dwdp_rank} of group {self.group}"
+        self._doing = wait = Wait(who, self.peer_ranks, purpose, self.join_timeout_s)
+        self._join_deadline = time.monotonic() + self.join_timeout_s
         while True:
-            waiting = {rank for rank in waiting if not step(rank)}
-            if not waiting:
+            for rank in sorted(wait.missing):
+                if step(rank):
+                    wait.missing -= {rank}
+            if not wait.missing:
                 return
             self._state.raise_failures(self.group)
-            now = time.monotonic()
-            self._doing = (
-                f"waits for ranks {sorted(waiting)} to {purpose} "
-                f"({now - started:.0f} s of {self.join_timeout_s:g} s)"
-            )
-            if now > self._join_deadline:
-                raise self._timeout(sorted(waiting), purpose)
-            if now - noticed > WAITING_NOTICE_S:
-                noticed = now
-                logger.info("DWDP rank %d of group %d %s", self.dwdp_rank, self.group, self._doing)
+            if time.monotonic() > self._join_deadline:
+                raise self._timeout(sorted(wait.missing), purpose)
+            wait.notice()
             time.sleep(POLL_INTERVAL_S)
 
     def _timeout(self, missing: list[int], purpose: str) -> JoinTimeoutError:
@@ -378,6 +374,8 @@ class Membership:
         Args:
             handles: filled with those that follow a shard; without it none are expected.
         """
+        if isinstance(self._doing, Wait):
+            self._doing.notice()  # a round of many silent peers takes longer than a notice
         left_s = self._join_deadline - time.monotonic()
         timeout_s = min(REPLY_TIMEOUT_S, max(left_s, SHORTEST_TIMEOUT_S))
         try:

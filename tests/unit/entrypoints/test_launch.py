@@ -20,7 +20,7 @@ import pytest
 from tests.unit.distributed.test_messages import fingerprint
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.distributed.meeting import parse_endpoint
-from vllm_dwdp.distributed.membership import Rendezvous
+from vllm_dwdp.distributed.membership import Membership
 from vllm_dwdp.entrypoints.launch import child, server
 from vllm_dwdp.entrypoints.launch import launcher as launch
 from vllm_dwdp.entrypoints.launch.child import Child
@@ -234,7 +234,7 @@ def test_the_question_what_a_rank_does_is_put_where_the_ranks_meet(tmp_path: Pat
     assert ask() == "", "nobody listens yet"
     place = parse_endpoint(options["rendezvous"])
     facts = {"group_size": 2, "fingerprint": fingerprint(), "join_timeout_s": 0.3}
-    with Rendezvous(place, group=1, dwdp_rank=1, **facts) as member:
+    with Membership(place, group=1, dwdp_rank=1, **facts) as member:
         member.start()
         assert ask() == "loads its experts"
         with pytest.raises(TimeoutError):
