@@ -325,7 +325,7 @@ def test_gpu_worker_hooks() -> None:
 
     from vllm_dwdp.executor.gpu_worker import DwdpGPUWorker
 
-    for name in ("load_model", "execute_model", "shutdown", "reload_weights", "sleep"):
+    for name in ("load_model", "shutdown", "reload_weights", "sleep"):
         assert callable(getattr(Worker, name))
         assert getattr(DwdpGPUWorker, name) is not getattr(Worker, name)
     assert "self.device = torch.device(" in source(Worker.init_device)

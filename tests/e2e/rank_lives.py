@@ -22,7 +22,7 @@ from typing import Any
 
 from tests.e2e import engine_process
 from tests.e2e.engine_process import PROMPTS, close_engine, find, footprint, generate, make_engine
-from vllm_dwdp.distributed.membership import query_status
+from vllm_dwdp.distributed.status import query_status
 from vllm_dwdp.entrypoints.launch.ports import free_ports
 
 GROUP = "vllm_dwdp.model_executor.group:ExpertGroup"

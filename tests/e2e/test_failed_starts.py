@@ -26,7 +26,7 @@ STEPS = {
     "publishing a layer": "vllm_dwdp.model_executor.expert_shard:ExpertShard.publish_layer",
     "sealing": "vllm_dwdp.device.host:HostShard.seal",
     "reopening read-only": "vllm_dwdp.device.host:HostShard.export",
-    "listening": "vllm_dwdp.distributed.membership:Membership.start",
+    "listening": "vllm_dwdp.distributed.unix:AbstractEndpoint.listen",
     "publishing": "vllm_dwdp.distributed.membership:Membership.publish",
     "meeting": "vllm_dwdp.distributed.membership:Membership.meet",
     "mapping a peer": f"{GROUP}:ExpertGroup._map_peer",

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from tests.unit.distributed.test_messages import fingerprint
 from vllm_dwdp.distributed import messages
-from vllm_dwdp.distributed.meeting import parse_endpoint
-from vllm_dwdp.distributed.membership import Membership
+from vllm_dwdp.distributed.group_state import GroupState
+from vllm_dwdp.distributed.published_shard import PublishedShard
 from vllm_dwdp.distributed.secure import SecureChannel
 from vllm_dwdp.errors import RendezvousError
 
@@ -19,18 +19,22 @@ SECRET = b"a secret of some length"
 HEADER = messages.Shard(1, 7, (4096,) * 40, b"l" * 32, b"d" * 32, True, 0, 40)
 
 
-def make_member() -> Membership:
-    """A rank that answers, without a socket."""
-    member = Membership(
-        parse_endpoint("abstract:fuzz"),
-        group=0,
-        dwdp_rank=0,
-        group_size=3,
-        fingerprint=fingerprint(),
-        join_timeout_s=1,
+def make_state() -> GroupState:
+    """What a rank of three answers from, once it has published its shard."""
+    state = GroupState(0, 3, fingerprint())
+    state.publish(
+        PublishedShard(
+            rank=0,
+            generation=1,
+            fds=(),
+            fabric_handles=(b"f" * 64,) * 3,
+            handle_bytes=(4096,) * 3,
+            layout=b"",
+            digest=b"",
+            ready=False,
+        )
     )
-    member.publish([], [4096] * 3, [b"f" * 64] * 3)
-    return member
+    return state
 
 
 def read_request(data: bytes) -> None:
@@ -38,7 +42,7 @@ def read_request(data: bytes) -> None:
     request = messages.decode_request(data)
     if isinstance(request, messages.StatusRequest):
         return
-    for packet, _ in MEMBER._answer(request):
+    for packet, _ in STATE.answer(request):
         messages.decode_reply(messages.encode(packet))
 
 
@@ -90,7 +94,7 @@ def feed(channel: SecureChannel, data: bytes) -> None:
         data = data[wanted:]
 
 
-MEMBER = make_member()
+STATE = make_state()
 READERS: list[Callable[[bytes], None]] = [
     read_request,
     read_reply,

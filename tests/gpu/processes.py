@@ -157,8 +157,8 @@ def main() -> None:
         rank = stack.enter_context(
             contextlib.closing(RankMemory(memory, SHAPE, NUM_LAYERS, number, size))
         )
-        rendezvous = stack.enter_context(
-            Membership(
+        membership = stack.enter_context(
+            Membership.join(
                 parse_endpoint(endpoint),
                 group=0,
                 dwdp_rank=number,
@@ -167,12 +167,11 @@ def main() -> None:
                 join_timeout_s=START_S - 20,
             )
         )
-        rendezvous.start()
         handles = rank.shard.memory.export()
-        rendezvous.publish(handles.fds, handles.num_bytes)
+        membership.publish(handles.fds, handles.num_bytes)
         for fd in handles.fds:
             os.close(fd)
-        met = rendezvous.meet()
+        met = membership.meet()
         for peer, shard in met.items():
             assert shard.handle_bytes == rank.handle_bytes(peer)
         rank.connect(
@@ -181,8 +180,8 @@ def main() -> None:
                 for peer, shard in met.items()
             }
         )
-        rendezvous.announce_ready(rank.shard.memory.digest())
-        assert not rendezvous.wait_ready()
+        membership.announce_ready(rank.shard.memory.digest())
+        assert not membership.wait_ready()
         direct, rings = rank.direct_views(), rank.rings()
         rank.shard.memory.finish()
         say(met=len(met))

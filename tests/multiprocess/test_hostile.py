@@ -23,7 +23,7 @@ from tests.unit.distributed.test_messages import fingerprint
 from vllm_dwdp.distributed import messages, server
 from vllm_dwdp.distributed.connection import PacketConnection
 from vllm_dwdp.distributed.meeting import make_abstract_endpoint, parse_endpoint
-from vllm_dwdp.distributed.membership import query_status
+from vllm_dwdp.distributed.status import query_status
 from vllm_dwdp.distributed.tcp import TcpEndpoint
 from vllm_dwdp.errors import RendezvousError, SecretMismatchError
 
@@ -36,7 +36,7 @@ GROWTH_BYTES = 8 * 2**20
 def run_victim(text: str, secret: str | None, parent: Connection) -> None:
     server.CONNECTION_DEADLINE_S = DEADLINE_S
     member = rank(parse_endpoint(text, 2, secret), 0)
-    member.status_provider = lambda: {"ok": True}
+    member.describe_by(lambda: {"ok": True})
     pages = [os.memfd_create("page") for _ in range(300)]
     member.publish(pages, [4096] * 300, [b"f" * 64] * 300)
     member.announce_ready(b"digest")

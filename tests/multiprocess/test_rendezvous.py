@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from multiprocessing import resource_tracker
@@ -18,10 +18,12 @@ from typing import Any
 import pytest
 
 from tests.unit.distributed.test_messages import fingerprint
-from vllm_dwdp.distributed import membership, messages, waiting
+from vllm_dwdp.distributed import dialling, messages, waiting
+from vllm_dwdp.distributed.dialling import Dialler
 from vllm_dwdp.distributed.endpoint import Endpoint
 from vllm_dwdp.distributed.meeting import make_abstract_endpoint, parse_endpoint
-from vllm_dwdp.distributed.membership import Membership, query_status
+from vllm_dwdp.distributed.membership import Membership
+from vllm_dwdp.distributed.status import query_status
 from vllm_dwdp.distributed.unix import UnixEndpoint
 from vllm_dwdp.errors import (
     DwdpConfigError,
@@ -50,7 +52,7 @@ def nothing_leaks() -> Iterator[None]:
 
 
 def rank(endpoint: Endpoint, number: int, size: int = 2, **options: Any) -> Membership:
-    made = Membership(
+    return Membership.join(
         endpoint,
         group=0,
         dwdp_rank=number,
@@ -58,8 +60,13 @@ def rank(endpoint: Endpoint, number: int, size: int = 2, **options: Any) -> Memb
         fingerprint=options.pop("fingerprint", fingerprint()),
         join_timeout_s=options.pop("join_timeout_s", 10.0),
     )
-    made.start()
-    return made
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def publish(member: Membership) -> int:
@@ -105,26 +112,21 @@ def test_missing_ranks_are_named_at_the_deadline(endpoint: Endpoint) -> None:
 
 
 def test_a_mismatch_is_refused_on_both_sides_with_the_fields(endpoint: Endpoint) -> None:
-    members = [
-        rank(endpoint, 0),
-        rank(endpoint, 1, fingerprint=fingerprint(dtype="fp16", revision="b")),
-    ]
-    fds = [publish(member) for member in members]
-
-    def meet(member: Membership) -> str:
-        with pytest.raises(PeerMismatchError) as caught:
-            member.meet()
-        return str(caught.value)
-
-    with ThreadPoolExecutor(2) as pool:
-        texts = list(pool.map(meet, members))
+    first = rank(endpoint, 0)
+    fd = publish(first)
+    texts = []
+    with pytest.raises(PeerMismatchError) as caught:
+        rank(endpoint, 1, fingerprint=fingerprint(dtype="fp16", revision="b"))
+    texts.append(str(caught.value))
+    with pytest.raises(PeerMismatchError) as caught:
+        first.meet()
+    texts.append(str(caught.value))
     for text in texts:
         assert "revision is" in text
         assert "dtype is" in text
         assert "config_digest" not in text
-    for member, fd in zip(members, fds, strict=True):
-        member.close()
-        os.close(fd)
+    first.close()
+    os.close(fd)
 
 
 def test_a_rank_that_gives_up_tells_the_others_why(endpoint: Endpoint) -> None:
@@ -165,7 +167,7 @@ def test_a_closing_rank_cannot_forget_its_successor(
 
 def test_status_is_answered_at_any_time(endpoint: Endpoint) -> None:
     member = rank(endpoint, 0)
-    member.status_provider = lambda: {"mode": "direct", "steps": {"direct": 7}}
+    member.describe_by(lambda: {"mode": "direct", "steps": {"direct": 7}})
     assert query_status(endpoint, 0, 0, timeout_s=5)["steps"] == {"direct": 7}
     member.close()
     with pytest.raises(RendezvousError, match="does not listen"):
@@ -176,7 +178,7 @@ def test_a_wait_for_silent_peers_is_told_before_the_first_answers(
     endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They listen and never answer, as stopped ones do; a round of questions takes its time."""
-    monkeypatch.setattr(membership, "REPLY_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(dialling, "REPLY_TIMEOUT_S", 0.5)
     monkeypatch.setattr(waiting, "WAITING_NOTICE_S", 0.2)
     said: list[str] = []
     monkeypatch.setattr(waiting.logger, "info", lambda text, *words: said.append(text % words))
@@ -199,20 +201,15 @@ def test_a_wait_for_silent_peers_is_told_before_the_first_answers(
 
 
 def test_a_stale_generation_is_refused(endpoint: Endpoint) -> None:
-    keeper, older, newer = rank(endpoint, 0), rank(endpoint, 1), None
-    fds = [publish(keeper), publish(older)]
-    generation = older.generation
-    for shard in older.meet().values():
-        shard.close()
-    older.close()
-    newer = rank(endpoint, 1)
-    newer.generation = generation - 1
+    keeper, seen = rank(endpoint, 0), rank(endpoint, 1)
+    fd = publish(keeper)
+    seen.close()
+    stale = Dialler(endpoint, group=0, dwdp_rank=1, group_size=2, fingerprint=fingerprint())
+    stale.generation = seen.generation - 1
     with pytest.raises(PeerMismatchError, match="is stale"):
-        newer.meet()
-    newer.close()
+        stale.fetch(0, 0)
     keeper.close()
-    for fd in fds:
-        os.close(fd)
+    os.close(fd)
 
 
 def test_the_shard_of_a_dead_rank_comes_from_whoever_holds_it(endpoint: Endpoint) -> None:
@@ -350,12 +347,10 @@ def test_a_rank_that_returns_with_another_checkpoint_is_refused(endpoint: Endpoi
     fds = [publish(member) for member in members]
     meet_all(members)
     members[1].close()
-    returned = rank(endpoint, 1, fingerprint=fingerprint(checkpoint_digest="flipped"))
     with pytest.raises(PeerMismatchError, match="checkpoint_digest is"):
-        list(returned.recover())
+        rank(endpoint, 1, fingerprint=fingerprint(checkpoint_digest="flipped"))
     assert members[0].peers()[1].state in ("ready", "dead"), "the survivor goes on"
-    for member in (returned, members[0]):
-        member.close()
+    members[0].close()
     for fd in fds:
         os.close(fd)
 
@@ -400,7 +395,7 @@ def test_a_dead_or_stopped_rank_delays_nobody(endpoint: Endpoint, sent: signal.S
 
 def test_nonsense_slow_writers_and_crowds_do_not_stop_the_answers(endpoint: Endpoint) -> None:
     member = rank(endpoint, 0)
-    member.status_provider = lambda: {"ok": True}
+    member.describe_by(lambda: {"ok": True})
     idle = []
     for _ in range(50):
         connection = endpoint.connect(0, 0, timeout_s=1)
@@ -419,7 +414,7 @@ def test_nonsense_slow_writers_and_crowds_do_not_stop_the_answers(endpoint: Endp
 
 def test_a_crowd_is_turned_away_and_the_rank_recovers(endpoint: Endpoint) -> None:
     member = rank(endpoint, 0)
-    member.status_provider = lambda: {"ok": True}
+    member.describe_by(lambda: {"ok": True})
     crowd = [endpoint.connect(0, 0, timeout_s=0.0) for _ in range(2_000)]
     for connection in crowd:
         if connection is not None:
@@ -482,7 +477,7 @@ def test_another_user_is_turned_away() -> None:
     """An abstract name has no folder to hide behind: the uid of the caller decides."""
     endpoint = make_abstract_endpoint()
     member = rank(endpoint, 0)
-    member.status_provider = lambda: {"secret": 1}
+    member.describe_by(lambda: {"secret": 1})
     stranger = multiprocessing.get_context("fork").Process(target=as_nobody, args=(endpoint,))
     stranger.start()
     stranger.join()
@@ -540,9 +535,9 @@ def test_a_clock_that_was_set_back_does_not_keep_a_rank_out(
     an_hour_ago = time.time_ns() - 3600 * 10**9
     monkeypatch.setattr(time, "time_ns", lambda: an_hour_ago)
     returned = rank(endpoint, 1)
-    assert returned.generation == an_hour_ago
-    own = next(returned.recover())
+    assert returned.returning.seen_generation == members[1].generation
     assert returned.generation == members[1].generation + 1
+    own = next(returned.recover())
     returned.publish(own.fds, own.handle_bytes)
     for shard in (own, *returned.meet().values()):
         shard.close()
@@ -595,7 +590,7 @@ def test_a_shard_must_come_in_as_many_handles_as_it_has_pieces(endpoint: Endpoin
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(ProtocolError, match="1 descriptors .* shard in 2 pieces"):
         members[0].meet()
-    assert len(os.listdir("/proc/self/fd")) == before
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) == before)
     for member in members:
         member.close()
     os.close(page)

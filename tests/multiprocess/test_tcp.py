@@ -17,7 +17,8 @@ from tests.multiprocess.test_rendezvous import nothing_leaks, rank  # noqa: F401
 from vllm_dwdp.distributed import messages
 from vllm_dwdp.distributed.endpoint import Endpoint
 from vllm_dwdp.distributed.meeting import parse_endpoint
-from vllm_dwdp.distributed.membership import Membership, query_status
+from vllm_dwdp.distributed.membership import Membership
+from vllm_dwdp.distributed.status import query_status
 from vllm_dwdp.distributed.tcp import TcpEndpoint
 from vllm_dwdp.entrypoints.launch.ports import free_ports
 from vllm_dwdp.errors import (
@@ -132,17 +133,15 @@ def test_descriptors_alone_cannot_be_published(endpoint: Endpoint) -> None:
 
 def test_another_secret_is_refused_on_both_sides(endpoint: Endpoint, tmp_path: Path) -> None:
     wrong = secret_file(tmp_path, "fedcba9876543210")
-    members = [rank(endpoint, 0), rank(parse_endpoint(str(endpoint), 2, wrong), 1)]
-    for member in members:
-        publish(member)
-        with pytest.raises(SecretMismatchError, match="must have the same content on every host"):
-            member.meet()
-        assert member.status()["dropped_connections"] in (0, 1)
-    with pytest.raises(SecretMismatchError):
-        query_status(members[1].endpoint, 0, 0, timeout_s=5)
-    assert query_status(endpoint, 0, 0, timeout_s=5)["dropped_connections"] >= 1
-    for member in members:
-        member.close()
+    mistaken = parse_endpoint(str(endpoint), 2, wrong)
+    for right, other in ((endpoint, mistaken), (mistaken, endpoint)):
+        with rank(right, 0) as member:
+            with pytest.raises(SecretMismatchError, match="must have the same content on every"):
+                rank(other, 1)
+            with pytest.raises(SecretMismatchError):
+                query_status(other, 0, 0, timeout_s=5)
+            assert query_status(right, 0, 0, timeout_s=5)["dropped_connections"] >= 1
+            assert member.peers()[1].state == "missing"
 
 
 def test_a_stranger_on_a_peers_port_is_named_at_the_deadline(endpoint: Endpoint) -> None:

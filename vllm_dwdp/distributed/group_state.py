@@ -45,9 +45,7 @@ class GroupState:
     @property
     def peer_ranks(self) -> tuple[int, ...]:
         """The other ranks, starting after our own."""
-        return tuple(
-            (self.dwdp_rank + step) % self.group_size for step in range(1, self.group_size)
-        )
+        return ranks_after(self.dwdp_rank, self.group_size)
 
     def close(self) -> None:
         """Close the descriptors; idempotent."""
@@ -59,13 +57,13 @@ class GroupState:
             shard.close()
 
     def publish(self, shard: PublishedShard) -> None:
-        """Our own shard, from now on handed to whoever asks."""
+        """Hand our own shard to whoever asks, from now on."""
         with self._lock:
             assert self._published is None
             self._published = shard
 
     def announce_ready(self, digest: bytes) -> None:
-        """Our shard is whole."""
+        """Let peers map our shard: it is whole."""
         with self._lock:
             assert self._published is not None
             self._published = replace(self._published, digest=digest, ready=True)
@@ -86,7 +84,7 @@ class GroupState:
             return dict(self._held)
 
     def mark_whole(self, rank: int, digest: bytes) -> None:
-        """The shard that we hold of `rank` is whole."""
+        """Lend the shard that we hold of `rank` from now on: it is whole."""
         with self._lock:
             self._held[rank] = replace(self._held[rank], digest=digest, ready=True)
 
@@ -128,12 +126,12 @@ class GroupState:
             if refusal is not None:
                 return [(refusal, ())]
             rank = request.dwdp_rank
-            self._refusals.pop(rank, None)
             self._generations[rank] = request.generation
             if isinstance(request, messages.Failed):
                 self._failures[rank] = request.reason[:MAX_REASON]
                 self._note(f"rank {rank} failed to start: {self._failures[rank]}")
                 return [(messages.Accepted(), ())]
+            self._refusals.pop(rank, None)
             if isinstance(request, messages.Borrow) and request.wanted != self.dwdp_rank:
                 held = self._held.get(request.wanted)
                 shard = held if held is not None and held.ready else None
@@ -178,3 +176,8 @@ class GroupState:
 
     def _note(self, failure: str) -> None:
         self.last_failure = (time.time(), failure)
+
+
+def ranks_after(dwdp_rank: int, group_size: int) -> tuple[int, ...]:
+    """The other ranks of a group, starting after `dwdp_rank`."""
+    return tuple((dwdp_rank + step) % group_size for step in range(1, group_size))

@@ -43,6 +43,7 @@ class Server:
         listener: a listening, non-blocking socket.
         greet: makes the connection of an accepted socket, or None for one that is turned away.
         answer: makes the packets of a reply, in the thread; their descriptors must stay open.
+        on_drop: called, in the thread, for each connection that was no peer's.
         name: of the thread.
     """
 
@@ -51,12 +52,13 @@ class Server:
         listener: socket.socket,
         greet: Callable[[socket.socket], Connection | None],
         answer: Answer,
+        on_drop: Callable[[], None],
         name: str,
     ) -> None:
         self._listener = listener
         self._greet = greet
-        self.num_dropped = 0
         self._answer = answer
+        self._on_drop = on_drop
         self._selector = selectors.DefaultSelector()
         self._wake_reader, self._wake_writer = socket.socketpair()
         self._open: dict[socket.socket, _Conversation] = {}
@@ -128,10 +130,10 @@ class Server:
         except ConnectionError:
             pass  # it only looked whether we are alive, or died meanwhile
         except (OSError, RendezvousError) as error:
-            self.num_dropped += 1
+            self._on_drop()
             self._warn("a connection was dropped: %s", error)
         except Exception as error:  # a bug of ours, which the thread must outlive
-            self.num_dropped += 1
+            self._on_drop()
             self._warn("answering failed: %s", error, with_trace=True)
         self._hang_up(sock)
 

@@ -33,6 +33,11 @@ class Wait:
             f"({time.monotonic() - self._started:.0f} s of {self._timeout_s:g} s)"
         )
 
+    @property
+    def left_s(self) -> float:
+        """Seconds until its deadline; below 0 once that has passed."""
+        return self._started + self._timeout_s - time.monotonic()
+
     def notice(self) -> None:
         """Log it, if it has not been logged for ten seconds; call often."""
         if time.monotonic() - self._noticed > WAITING_NOTICE_S:

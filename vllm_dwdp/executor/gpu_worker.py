@@ -1,6 +1,6 @@
 """The worker of a rank on an NVIDIA GPU. Never run on one so far: see docs/gpu.md."""
 
-from contextlib import closing
+from contextlib import ExitStack
 
 import torch
 from vllm.v1.worker.gpu_worker import Worker
@@ -8,6 +8,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_dwdp.compat.worker import gpu
 from vllm_dwdp.device.base import Device
 from vllm_dwdp.device.cuda import CudaMemory
+from vllm_dwdp.distributed.membership import Membership
 from vllm_dwdp.executor.worker import DwdpWorker
 
 
@@ -15,11 +16,14 @@ class DwdpGPUWorker(DwdpWorker, Worker):
     """vLLM's GPU worker as a member of a group.
 
     vLLM sizes the KV cache by the device's free memory before and after loading, which sees new shards
-    and slots. The shard of an earlier life was there before: it is declared as weights held outside, so
-    that neither the start is refused for want of free memory nor the cache grows by what it takes.
+    and slots. The shard of an earlier start was there before: it is declared as weights held outside, so
+    that neither the start is refused for want of free memory nor the cache grows by what it takes. So
+    the rank joins its group before vLLM measures, and loads its model as the member that it is by then.
     """
 
     device: torch.device
+    _opened: tuple[Device, Membership] | None = None
+    _resources: ExitStack
 
     def make_device(self) -> Device:
         """The GPU that vLLM gave this worker."""
@@ -28,14 +32,28 @@ class DwdpGPUWorker(DwdpWorker, Worker):
 
     def init_device(self) -> None:
         """As vLLM's, which measures the device's memory here."""
-        with gpu.weights_held_outside(self._kept_bytes):
+        with ExitStack() as undo, gpu.weights_held_outside(lambda: self._join_early(undo)):
             super().init_device()
+            self._resources = undo.pop_all()
 
-    def _kept_bytes(self) -> int:
-        """Bytes of this GPU that peers hold for us, whole: we will adopt them."""
+    def _join_early(self, undo: ExitStack) -> int:
+        """Join the group; how many bytes of this GPU its peers hold for us, which we will adopt."""
         if not self.seat.launch.config.shares_experts:
             return 0
-        with closing(self.make_device()) as device:
-            page_bytes = device.page_bytes
-        with self.make_membership(page_bytes) as rendezvous:
-            return rendezvous.kept_bytes()
+        self._opened = super().open_membership(undo)
+        return self._opened[1].returning.num_bytes
+
+    def open_membership(self, undo: ExitStack) -> tuple[Device, Membership]:
+        """Hand over what `init_device` opened."""
+        if self._opened is None:
+            return super().open_membership(undo)
+        opened, self._opened = self._opened, None
+        undo.enter_context(self._resources.pop_all())
+        return opened
+
+    def shutdown(self) -> None:
+        """As `DwdpWorker.shutdown`, also where no model was loaded."""
+        super().shutdown()
+        if self._opened is not None:
+            self._opened = None
+            self._resources.close()

@@ -1,6 +1,5 @@
 """What this rank says it is when it meets its peers."""
 
-import functools
 import hashlib
 import json
 from pathlib import Path
@@ -20,9 +19,13 @@ logger = init_logger(__name__)
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 
 
-def make_membership(seat: Seat, vllm_config: Any, page_bytes: int) -> Membership:
-    """This rank's side of its group, not started; the caller closes it."""
-    return Membership(
+def open_membership(seat: Seat, vllm_config: Any, page_bytes: int) -> Membership:
+    """Begin to answer as the rank of `seat`; the caller closes the membership.
+
+    Raises:
+        DwdpError: as `Membership.join`.
+    """
+    membership = Membership.join(
         seat.launch.endpoint,
         group=seat.group,
         dwdp_rank=seat.dwdp_rank,
@@ -30,6 +33,8 @@ def make_membership(seat: Seat, vllm_config: Any, page_bytes: int) -> Membership
         fingerprint=make_fingerprint(seat.launch.config, vllm_config, page_bytes),
         join_timeout_s=seat.launch.config.join_timeout_s,
     )
+    membership.describe_by(lambda: {"rank": seat.rank, "mode": seat.launch.config.mode})
+    return membership
 
 
 def make_fingerprint(config: DwdpConfig, vllm_config: Any, page_bytes: int) -> Fingerprint:
@@ -57,7 +62,7 @@ def _checkpoint_digest(vllm_config: Any) -> str:
         return f"dummy-{model.seed}"
     files = _weight_files(Path(model.model))
     if files:
-        return _digest_once(tuple(files))
+        return checkpoint_digest(files)
     commit = getattr(model.hf_config, "_commit_hash", None)
     if commit is not None:
         return f"commit {commit}"
@@ -69,22 +74,16 @@ def _checkpoint_digest(vllm_config: Any) -> str:
     return "unknown"
 
 
-@functools.cache
-def _digest_once(files: tuple[Path, ...]) -> str:
-    """A worker may ask twice during its start."""
-    return checkpoint_digest(files)
-
-
-def _weight_files(place: Path) -> list[Path]:
-    """The files of a checkpoint folder in the format that vLLM prefers; or `place` itself."""
-    if place.is_file():
-        return [place]
-    listed = (sorted(place.glob(pattern)) for pattern in _WEIGHT_FILES)
+def _weight_files(path: Path) -> list[Path]:
+    """The files of a checkpoint folder in the format that vLLM prefers; or `path` itself."""
+    if path.is_file():
+        return [path]
+    listed = (sorted(path.glob(pattern)) for pattern in _WEIGHT_FILES)
     return next(filter(None, listed), [])
 
 
 def _config_digest(config_json: str) -> str:
-    """Of a model's config, wherever it was read from."""
+    """Digest of a model's config, wherever it was read from."""
     content = _without_path(json.loads(config_json))
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

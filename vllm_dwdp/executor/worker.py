@@ -3,6 +3,7 @@
 Mixed into the CPU and the GPU worker. Runs in the worker process.
 """
 
+from contextlib import ExitStack, closing
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from vllm_dwdp.device.base import Device
 from vllm_dwdp.distributed.launch import Seat
 from vllm_dwdp.distributed.membership import Membership
 from vllm_dwdp.errors import DwdpUnsupportedError
-from vllm_dwdp.executor.identity import make_membership
+from vllm_dwdp.executor.identity import open_membership
 from vllm_dwdp.logger import init_logger
 from vllm_dwdp.model_executor.group import ExpertGroup
 from vllm_dwdp.model_executor.joining import join_group
@@ -34,9 +35,12 @@ class DwdpWorker:
         """Which rank this is, and what the front end decided."""
         return independent.seat_of(self.vllm_config)  # type: ignore[attr-defined]
 
-    def make_membership(self, page_bytes: int) -> Membership:
-        """Our side of the group, not started; the caller closes it."""
-        return make_membership(self.seat, self.vllm_config, page_bytes)  # type: ignore[attr-defined]
+    def open_membership(self, undo: ExitStack) -> tuple[Device, Membership]:
+        """Open the device and begin to answer the group; `undo` closes both."""
+        device = undo.enter_context(closing(self.make_device()))
+        vllm_config = self.vllm_config  # type: ignore[attr-defined]
+        opened = open_membership(self.seat, vllm_config, device.page_bytes)
+        return device, undo.enter_context(opened)
 
     def load_model(self, **kwargs: Any) -> None:
         """Load the model with this rank's experts only, meet the group, bind all experts."""
@@ -50,12 +54,7 @@ class DwdpWorker:
             super(DwdpWorker, self).load_model(**kwargs)  # type: ignore[misc]
             return self.model_runner.get_model()  # type: ignore[attr-defined]
 
-        self.expert_group = join_group(
-            seat,
-            self.make_device,
-            lambda device: self.make_membership(device.page_bytes),
-            load,
-        )
+        self.expert_group = join_group(seat, self.open_membership, load)
 
     def compile_or_warm_up_model(self) -> Any:
         """As vLLM's; the rank serves afterwards."""

@@ -1,13 +1,15 @@
-"""A rank that comes back takes over its own experts: the memory of its earlier life, from a survivor.
+"""A rank that comes back takes over its own experts: the memory of an earlier start, from a survivor.
 
 Runs in the worker's main thread, before the model is loaded. Whatever cannot be used is given back, and
 the rank loads from disk.
 """
 
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 from vllm_dwdp.device.base import Device, Shard
-from vllm_dwdp.distributed.membership import Membership, PublishedShard
+from vllm_dwdp.distributed.membership import Membership
+from vllm_dwdp.distributed.published_shard import PublishedShard
 from vllm_dwdp.errors import DwdpMemoryError, TransferError
 from vllm_dwdp.logger import init_logger
 from vllm_dwdp.model_executor.peers import handles_of
@@ -15,20 +17,33 @@ from vllm_dwdp.model_executor.peers import handles_of
 logger = init_logger(__name__)
 
 
-def adopt_shard(device: Device, rendezvous: Membership, rank: int) -> tuple[Shard | None, bytes]:
-    """This rank's shard of an earlier life and its layout, from a survivor that has it intact."""
+@dataclass(frozen=True)
+class Adopted:
+    """The shard of an earlier start of this rank, taken over.
+
+    Args:
+        shard: its memory; the caller closes it.
+        layout: identity of what lies in it.
+    """
+
+    shard: Shard
+    layout: bytes
+
+
+def adopt_shard(device: Device, membership: Membership, rank: int) -> Adopted | None:
+    """Take over this rank's shard of an earlier start from a survivor that has it intact, if any."""
     refused = False
-    for kept in rendezvous.recover():
-        adopted = _try_to_adopt(device, kept, rank)
-        if adopted is not None:
-            return adopted, kept.layout
+    for kept in membership.recover():
+        shard = _try_to_adopt(device, kept, rank)
+        if shard is not None:
+            return Adopted(shard, kept.layout)
         refused = True
     if refused:
         logger.warning(
             "DWDP rank %d loads its experts from disk; they are held twice until the peers restart",
             rank,
         )
-    return None, b""
+    return None
 
 
 def _try_to_adopt(device: Device, kept: PublishedShard, rank: int) -> Shard | None:

@@ -46,7 +46,7 @@ class ExpertGroup:
         self._rejoin_seconds = rejoin_seconds
         self._resources = resources
         self._state = "warming up"
-        membership.status_provider = self.status
+        membership.describe_by(self.status)
 
     def announce_warm(self) -> None:
         """The engine has warmed up: the rank serves."""

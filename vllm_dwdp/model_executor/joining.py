@@ -15,7 +15,7 @@ dies, and survivors have nothing to exchange.
 
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -55,16 +55,15 @@ class LoadedExperts:
 
 def join_group(
     seat: Seat,
-    open_device: Callable[[], Device],
-    open_membership: Callable[[Device], Membership],
+    open_membership: Callable[[ExitStack], tuple[Device, Membership]],
     load_model: Callable[[], torch.nn.Module],
 ) -> ExpertGroup:
     """Load this rank's experts, meet the group and bind every layer to all experts.
 
     Args:
         seat: which rank this is.
-        open_device: opens the device that holds the experts.
-        open_membership: begins to answer, so that peers learn of us while we load.
+        open_membership: opens the device that holds the experts and begins to answer, so that peers
+            learn of us while we load; leaves the closing of both to the stack that it is given.
         load_model: vLLM's own loading, run while layers are replaced.
 
     Raises:
@@ -74,13 +73,7 @@ def join_group(
     check_open_files(files_needed(group_size), f"a group of {group_size} ranks")
     started = time.monotonic()
     with ExitStack() as undo:
-        device = undo.enter_context(closing(open_device()))
-        membership = undo.enter_context(open_membership(device))
-        membership.start()
-        membership.status_provider = lambda: {
-            "rank": seat.rank,
-            "mode": seat.launch.config.mode,
-        }
+        device, membership = open_membership(undo)
         loaded = load_experts(seat, device, membership, load_model, undo)
         peers = meet_peers(seat, device, membership, loaded, undo)
         mapper = CompositeMapper(
@@ -119,14 +112,15 @@ def load_experts(
     undo: ExitStack,
 ) -> LoadedExperts:
     """Load the model with our experts only, or adopt them from a survivor."""
-    adopted, kept_layout = adopt_shard(device, membership, seat.rank)
-    shard = ExpertShard(seat.launch.config, seat.dwdp_rank, device, adopted)
+    adopted = adopt_shard(device, membership, seat.rank)
+    memory = None if adopted is None else adopted.shard
+    shard = ExpertShard(seat.launch.config, seat.dwdp_rank, device, memory)
     undo.callback(shard.close)
     started = time.monotonic()
     with shard.loading():
         model = load_model()
     layout = shard.finish_loading(model)
-    if adopted is not None and kept_layout != shard.layout_digest():
+    if adopted is not None and adopted.layout != shard.layout_digest():
         raise PeerMismatchError(other_layout("the experts that a peer kept for this rank"))
     logger.info(
         "DWDP rank %d %s %s of resident experts (of %s) in %.1f s",

@@ -40,7 +40,7 @@ def test_doctor_is_usable_in_scripts() -> None:
 
 def test_status_of_a_rank_and_of_a_dead_one(tmp_path: Path) -> None:
     place = f"unix://{tmp_path}/meet"
-    member = Membership(
+    member = Membership.join(
         parse_endpoint(place),
         group=0,
         dwdp_rank=1,
@@ -48,8 +48,7 @@ def test_status_of_a_rank_and_of_a_dead_one(tmp_path: Path) -> None:
         fingerprint=fingerprint(),
         join_timeout_s=1,
     )
-    member.start()
-    member.status_provider = lambda: {"mode": "direct", "steps": {"direct": 3}}
+    member.describe_by(lambda: {"mode": "direct", "steps": {"direct": 3}})
     ended = run("status", place, "--json")
     assert ended.returncode == 0
     (entry,) = json.loads(ended.stdout)
@@ -68,7 +67,7 @@ def test_status_of_a_rank_and_of_a_dead_one(tmp_path: Path) -> None:
 
 def meeting_as(rank: int, folder: Path, status: dict[str, Any]) -> Membership:
     """A rank of two that says `status` of itself."""
-    member = Membership(
+    member = Membership.join(
         parse_endpoint(f"unix://{folder}/meet"),
         group=0,
         dwdp_rank=rank,
@@ -76,8 +75,7 @@ def meeting_as(rank: int, folder: Path, status: dict[str, Any]) -> Membership:
         fingerprint=fingerprint(),
         join_timeout_s=1,
     )
-    member.start()
-    member.status_provider = lambda: {"state": "serving"} | status
+    member.describe_by(lambda: {"state": "serving"} | status)
     return member
 
 

@@ -234,13 +234,12 @@ def test_the_question_what_a_rank_does_is_put_where_the_ranks_meet(tmp_path: Pat
     assert ask() == "", "nobody listens yet"
     place = parse_endpoint(options["rendezvous"])
     facts = {"group_size": 2, "fingerprint": fingerprint(), "join_timeout_s": 0.3}
-    with Membership(place, group=1, dwdp_rank=1, **facts) as member:
-        member.start()
+    with Membership.join(place, group=1, dwdp_rank=1, **facts) as member:
         assert ask() == "loads its experts"
         with pytest.raises(TimeoutError):
             member.meet()
         assert ask().startswith("waits for ranks [0] to publish their experts (")
-        member.status_provider = lambda: {"state": "warming up"}
+        member.describe_by(lambda: {"state": "warming up"})
         assert ask() == "has its experts and warms up"
     assert ask() == ""
 

@@ -94,11 +94,11 @@ def test_a_lent_shard_must_be_what_its_dead_owner_published() -> None:
 def test_a_survivor_whose_copy_is_bad_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     device, rank = HostDevice(), RankMemory(HostDevice(), SHAPE, 1, 0, 2)
     kept = [published(rank, digest=b"changed"), published(rank), published(rank)]
-    rendezvous: Any = SimpleNamespace(recover=lambda: iter(kept))
-    shard, layout = adoption.adopt_shard(device, rendezvous, 0)
-    assert shard is not None and shard.digest() == rank.shard.memory.digest()
-    assert layout == rank.shard.layout_digest()
-    shard.close()
+    membership: Any = SimpleNamespace(recover=lambda: iter(kept))
+    adopted = adoption.adopt_shard(device, membership, 0)
+    assert adopted is not None and adopted.shard.digest() == rank.shard.memory.digest()
+    assert adopted.layout == rank.shard.layout_digest()
+    adopted.shard.close()
     kept[2].close()
 
     def refuse(handles: Handles) -> None:
@@ -106,7 +106,7 @@ def test_a_survivor_whose_copy_is_bad_is_passed_over(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(device, "adopt_shard", refuse)
     kept = [published(rank)]
-    assert adoption.adopt_shard(device, rendezvous, 0) == (None, b""), "it loads from disk"
+    assert adoption.adopt_shard(device, membership, 0) is None, "it loads from disk"
     rank.close()
 
 
@@ -116,7 +116,9 @@ def test_nobody_is_answered_any_more_when_the_ring_goes() -> None:
     resources = ExitStack()
     resources.callback(order.append, "ring")
     unused: Any = None
-    membership: Any = SimpleNamespace(close=lambda: order.append("membership"))
+    membership: Any = SimpleNamespace(
+        close=lambda: order.append("membership"), describe_by=lambda provider: None
+    )
     group = ExpertGroup(
         seat=SEAT,
         membership=membership,

@@ -12,7 +12,7 @@ from typing import Any
 from prometheus_client import Counter, Gauge
 
 from vllm_dwdp.distributed.launch import DwdpLaunch
-from vllm_dwdp.distributed.membership import query_status
+from vllm_dwdp.distributed.status import query_status
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.logger import init_logger
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from vllm_dwdp.distributed.endpoint import Endpoint
 from vllm_dwdp.distributed.meeting import parse_endpoint
-from vllm_dwdp.distributed.membership import query_status
+from vllm_dwdp.distributed.status import query_status
 from vllm_dwdp.distributed.tcp import TcpEndpoint
 from vllm_dwdp.distributed.unix import UnixEndpoint
 from vllm_dwdp.errors import (

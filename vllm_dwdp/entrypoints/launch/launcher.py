@@ -24,7 +24,7 @@ from typing import Any
 
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.distributed.meeting import parse_endpoint
-from vllm_dwdp.distributed.membership import query_status
+from vllm_dwdp.distributed.status import query_status
 from vllm_dwdp.entrypoints.doctor.gpus import count_gpus, one_gpu_each
 from vllm_dwdp.entrypoints.launch.child import Child
 from vllm_dwdp.entrypoints.launch.ports import free_ports

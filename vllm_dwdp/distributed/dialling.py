@@ -1,0 +1,171 @@
+"""One exchange with a peer: a request, its reply, and how long that may take.
+
+Runs in the thread that starts the rank; the answering thread never dials.
+"""
+
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from vllm_dwdp.distributed import messages
+from vllm_dwdp.distributed.endpoint import Endpoint
+from vllm_dwdp.distributed.fingerprint import Fingerprint
+from vllm_dwdp.distributed.group_state import MAX_REASON, ranks_after
+from vllm_dwdp.distributed.published_shard import PublishedShard
+from vllm_dwdp.distributed.waiting import Wait
+from vllm_dwdp.errors import DwdpError, PeerMismatchError, ProtocolError
+
+REPLY_TIMEOUT_S = 5.0
+"""The longest that one exchange with a peer takes, whole."""
+SHORTEST_TIMEOUT_S = 0.5
+"""The same where `join_timeout_s` has nearly passed."""
+
+
+@dataclass
+class _Answer:
+    """A reply and, of a shard that was asked for with its handles, these."""
+
+    reply: messages.Reply
+    fds: list[int] = field(default_factory=list)
+    fabric_handles: list[bytes] = field(default_factory=list)
+
+
+class Dialler:
+    """How a rank reaches its peers, and what it introduces itself with.
+
+    Args:
+        endpoint: where the ranks meet.
+        group: number of the group within the deployment.
+        dwdp_rank: our position in the group.
+        group_size: ranks of the group.
+        fingerprint: what every peer must equal.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        *,
+        group: int,
+        dwdp_rank: int,
+        group_size: int,
+        fingerprint: Fingerprint,
+    ) -> None:
+        self.endpoint = endpoint
+        self.group = group
+        self.dwdp_rank = dwdp_rank
+        self.group_size = group_size
+        self.fingerprint = fingerprint
+        self.generation = time.time_ns()
+        self.wait: Wait | None = None
+        """The wait that asks, which bounds every exchange."""
+        self.problems: dict[int, str] = {}
+        """Why the last exchange with a peer failed, by its rank."""
+
+    @property
+    def peer_ranks(self) -> tuple[int, ...]:
+        """The other ranks, starting after our own."""
+        return ranks_after(self.dwdp_rank, self.group_size)
+
+    def ask(self, peer: int, wanted: int) -> messages.Reply | None:
+        """Ask `peer` how far the shard of `wanted` is; None if it does not answer (yet)."""
+        answer = self._exchange(peer, self._request(peer, wanted, wants_handles=False))
+        return None if answer is None else answer.reply
+
+    def fetch(self, peer: int, wanted: int) -> PublishedShard | None:
+        """Get the shard of `wanted` as `peer` has it, owned by the caller, or None.
+
+        Raises:
+            PeerMismatchError: the peer refuses us.
+            ProtocolError: what it sent is not that shard.
+        """
+        answer = self._exchange(peer, self._request(peer, wanted, wants_handles=True))
+        if answer is None:
+            return None
+        reply = answer.reply
+        self.raise_refusal(peer, reply)
+        if not isinstance(reply, messages.Shard):
+            return None
+        try:
+            _check_shard(answer, reply, peer, wanted)
+        except ProtocolError:
+            messages.close_all(answer.fds)
+            raise
+        return PublishedShard(
+            rank=wanted,
+            generation=reply.generation,
+            fds=tuple(answer.fds),
+            fabric_handles=tuple(answer.fabric_handles),
+            handle_bytes=reply.handle_bytes,
+            layout=reply.layout,
+            digest=reply.digest,
+            ready=reply.ready,
+            is_lent=peer != wanted,
+        )
+
+    def tell_failure(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        """Let peers that wait for us stop waiting, if there is an error; best effort.
+
+        The arguments are those of `__exit__`.
+        """
+        if error is None:
+            return
+        reason = f"{type(error).__name__}: {error}"[:MAX_REASON]
+        message = messages.Failed(self.dwdp_rank, self.generation, reason)
+        for peer in self.peer_ranks:
+            with suppress(OSError, DwdpError):
+                self._exchange(peer, message)
+
+    def raise_refusal(self, peer: int, reply: messages.Reply | None) -> None:
+        """Raise what a peer refused us for.
+
+        Raises:
+            PeerMismatchError: it did.
+        """
+        if isinstance(reply, messages.Refused):
+            raise PeerMismatchError(f"rank {peer} of group {self.group}: {reply.reason}")
+
+    def _request(self, peer: int, wanted: int, *, wants_handles: bool) -> messages.Request:
+        """The request to `peer` for the shard of `wanted`: its own, or one that it holds."""
+        ours = (self.dwdp_rank, self.generation, self.fingerprint)
+        if peer == wanted:
+            return messages.Hello(*ours, wants_handles)
+        return messages.Borrow(*ours, wanted, wants_handles)
+
+    def _exchange(self, peer: int, request: messages.Request) -> _Answer | None:
+        """Dial, ask, hear the whole answer, hang up; None if the peer does not answer (yet)."""
+        timeout_s = REPLY_TIMEOUT_S
+        if self.wait is not None:
+            self.wait.notice()  # a round of many silent peers takes longer than a notice
+            timeout_s = min(timeout_s, max(self.wait.left_s, SHORTEST_TIMEOUT_S))
+        try:
+            connection = self.endpoint.connect(self.group, peer, timeout_s)
+            if connection is None:
+                return None
+            with connection:
+                connection.send_message(request)
+                reply, stray = connection.receive_reply()
+                messages.close_all(stray)
+                answer = _Answer(reply)
+                if isinstance(reply, messages.Shard):
+                    answer.fds, answer.fabric_handles = connection.receive_handles(reply)
+        except (OSError, ProtocolError) as error:
+            self.problems[peer] = f"{type(error).__name__}: {error}"
+            return None
+        self.problems.pop(peer, None)
+        return answer
+
+
+def _check_shard(answer: _Answer, shard: messages.Shard, peer: int, wanted: int) -> None:
+    """Check that it is the shard of `wanted`, with as many handles as pieces.
+
+    Raises:
+        ProtocolError: it is not.
+    """
+    if shard.dwdp_rank != wanted:
+        raise ProtocolError(f"rank {peer} sent the shard of {shard.dwdp_rank}, not {wanted}'s")
+    kinds = (answer.fds, answer.fabric_handles)
+    if {len(kind) for kind in kinds if kind} != {len(shard.handle_bytes)}:
+        raise ProtocolError(
+            f"rank {peer} sent {len(answer.fds)} descriptors and {len(answer.fabric_handles)} fabric "
+            f"handles of a shard in {len(shard.handle_bytes)} pieces"
+        )

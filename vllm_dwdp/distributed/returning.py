@@ -1,0 +1,66 @@
+"""A rank that comes back: what its peers have of its earlier starts.
+
+Peers are asked once, early, without handles; the handles of what they hold are fetched once, late, by
+whoever adopts the shard.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from vllm_dwdp.distributed import messages
+from vllm_dwdp.distributed.dialling import Dialler
+from vllm_dwdp.distributed.published_shard import PublishedShard
+from vllm_dwdp.logger import init_logger
+
+logger = init_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Return:
+    """What the peers of a starting rank remember of it.
+
+    Args:
+        seen_generation: the newest start of this rank that a peer has seen, where that looks later
+            than this one, because a clock was set back; else 0.
+        num_bytes: of the shard of an earlier start that the lenders hold.
+        lenders: peers that hold it whole.
+    """
+
+    seen_generation: int = 0
+    num_bytes: int = 0
+    lenders: tuple[int, ...] = ()
+
+    @classmethod
+    def ask(cls, dialler: Dialler) -> "Return":
+        """Ask every peer, and let `dialler` introduce itself as a later start than any that was seen.
+
+        Raises:
+            PeerMismatchError: a peer serves another model, layout or version.
+        """
+        seen, num_bytes, lenders = 0, 0, []
+        for peer in dialler.peer_ranks:
+            reply = dialler.ask(peer, dialler.dwdp_rank)
+            if isinstance(reply, messages.Refused) and reply.seen_generation > dialler.generation:
+                logger.warning(
+                    "DWDP rank %d: the clock of this host is behind an earlier start of this rank",
+                    dialler.dwdp_rank,
+                )
+                seen = reply.seen_generation
+                dialler.generation = seen + 1
+                reply = dialler.ask(peer, dialler.dwdp_rank)
+            dialler.raise_refusal(peer, reply)
+            if isinstance(reply, messages.Shard):
+                lenders.append(peer)
+                num_bytes = num_bytes or sum(reply.handle_bytes)
+        return cls(seen_generation=seen, num_bytes=num_bytes, lenders=tuple(lenders))
+
+    def shards(self, dialler: Dialler) -> Iterator[PublishedShard]:
+        """Fetch the shard from one lender after the other; the caller owns them.
+
+        Raises:
+            PeerMismatchError: a lender refuses us by now.
+        """
+        for lender in self.lenders:
+            shard = dialler.fetch(lender, dialler.dwdp_rank)
+            if shard is not None:
+                yield shard

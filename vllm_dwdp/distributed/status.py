@@ -1,0 +1,83 @@
+"""What a rank says of itself when it is asked, and the question."""
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm_dwdp.distributed import messages
+from vllm_dwdp.distributed.dialling import Dialler
+from vllm_dwdp.distributed.endpoint import Endpoint
+from vllm_dwdp.distributed.group_state import GroupState
+from vllm_dwdp.distributed.published_shard import PeerState
+from vllm_dwdp.distributed.waiting import Wait
+from vllm_dwdp.errors import RendezvousError
+
+LOOK_TIMEOUT_S = 0.25
+"""For a look whether peers listen, while somebody waits for our status."""
+
+
+class RankStatus:
+    """What a rank is and does. Written by the thread that starts it, read by the one that answers.
+
+    Args:
+        dialler: who it is.
+        state: what it knows of its group.
+    """
+
+    def __init__(self, dialler: Dialler, state: GroupState) -> None:
+        self.doing: Wait | str = "loads its experts"
+        """What a start does or waits for."""
+        self.provider: Callable[[], dict[str, Any]] = dict
+        """Adds to the status; it says `state` once that is no longer `starting`."""
+        self.num_dropped = 0
+        self._dialler = dialler
+        self._state = state
+
+    def note_dropped(self) -> None:
+        """Count a connection that was no peer's."""
+        self.num_dropped += 1
+
+    def peers(self) -> dict[int, PeerState]:
+        """Each peer's state now; a met peer that no longer listens is dead."""
+        held = self._state.held()
+        dialler = self._dialler
+        alive = dialler.endpoint.listening(dialler.group, held, LOOK_TIMEOUT_S)
+        return self._state.peer_states(held, alive)
+
+    def content(self) -> dict[str, Any]:
+        """The status as JSON: what the rank is and does, its peers, and what `provider` adds."""
+        failed_at, failure = self._state.last_failure
+        facts: dict[str, Any] = {
+            "group": self._dialler.group,
+            "group_size": self._dialler.group_size,
+            "dwdp_rank": self._dialler.dwdp_rank,
+            "generation": self._dialler.generation,
+            "state": "starting",
+            "doing": str(self.doing),
+            "last_failure": failure,
+            "last_failure_at": failed_at,
+            "dropped_connections": self.num_dropped,
+        }
+        facts |= self.provider()
+        if "peers" not in facts:
+            facts["peers"] = {str(rank): state.state for rank, state in self.peers().items()}
+        if facts["state"] != "starting":
+            del facts["doing"]
+        return facts
+
+
+def query_status(endpoint: Endpoint, group: int, rank: int, timeout_s: float) -> dict[str, Any]:
+    """Ask a rank how it is.
+
+    Raises:
+        RendezvousError: nobody listens there, or the answer is no status.
+    """
+    connection = endpoint.connect(group, rank, timeout_s)
+    if connection is None:
+        raise RendezvousError(f"rank {rank} of group {group} does not listen at {endpoint}")
+    with connection:
+        connection.send_message(messages.StatusRequest())
+        reply, stray = connection.receive_reply()
+    messages.close_all(stray)
+    if not isinstance(reply, messages.Status):
+        raise RendezvousError(f"rank {rank} of group {group} answered {type(reply).__name__}")
+    return reply.content
