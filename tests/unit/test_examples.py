@@ -17,8 +17,8 @@ from vllm_dwdp.compat.frontend import metrics
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.distributed.meeting import parse_endpoint
 from vllm_dwdp.distributed.unix import UnixEndpoint
-from vllm_dwdp.entrypoints.launch import launcher as launch
-from vllm_dwdp.entrypoints.launch.launcher import LaunchPlan
+from vllm_dwdp.entrypoints.launch import plan as launch_plan
+from vllm_dwdp.entrypoints.launch.plan import LaunchPlan
 
 DEPLOY = Path(__file__).parents[2] / "examples" / "deploy"
 
@@ -153,7 +153,7 @@ def test_health_says_everything(monkeypatch: pytest.MonkeyPatch) -> None:
         arguments=(),
         additional_config={},
     )
-    monkeypatch.setattr(launch, "find_program", str)
+    monkeypatch.setattr(launch_plan, "find_program", str)
     command = plan.router_command()
     assert command[command.index("--health-check-endpoint") + 1] == "/health"
 

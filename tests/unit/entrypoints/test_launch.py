@@ -23,8 +23,9 @@ from vllm_dwdp.distributed.meeting import parse_endpoint
 from vllm_dwdp.distributed.membership import Membership
 from vllm_dwdp.entrypoints.launch import child, server
 from vllm_dwdp.entrypoints.launch import launcher as launch
+from vllm_dwdp.entrypoints.launch import plan as launch_plan
 from vllm_dwdp.entrypoints.launch.child import Child
-from vllm_dwdp.entrypoints.launch.launcher import LaunchPlan
+from vllm_dwdp.entrypoints.launch.plan import ROUTER, LaunchPlan, find_program, split_arguments
 from vllm_dwdp.entrypoints.launch.ports import free_ports
 from vllm_dwdp.entrypoints.launch.process import ENDING_SIGNALS, ending_with
 from vllm_dwdp.errors import DwdpConfigError, DwdpError, RendezvousError
@@ -81,11 +82,12 @@ def plan(**changes: Any) -> LaunchPlan:
 
 def use_fakes(folder: Path, use: Callable[[Any, str, Any], None]) -> LaunchPlan:
     """Make launch start our programs, without long waits."""
-    for name in ("vllm", launch.ROUTER):
+    for name in ("vllm", ROUTER):
         program = folder / name
         program.write_text(FAKE)
         program.chmod(0o755)
-    use(launch, "find_program", lambda name: str(folder / name))
+    for module in (launch, launch_plan):
+        use(module, "find_program", lambda name: str(folder / name))
     use(launch, "count_gpus", lambda: 0)
     use(launch, "query_status", lambda place, group, rank, timeout_s: said_by(folder, rank))
     use(launch, "POLL_INTERVAL_S", 0.02)
@@ -682,8 +684,8 @@ def test_programs_are_looked_for_beside_python_and_then_on_path(
         (tmp_path / place).touch(mode=0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "venv" / "python"))
     monkeypatch.setenv("PATH", str(tmp_path / "path"))
-    assert launch.find_program("vllm") == str(tmp_path / "venv" / "vllm")
-    assert launch.find_program("vllm-router") == str(tmp_path / "path" / "vllm-router")
+    assert find_program("vllm") == str(tmp_path / "venv" / "vllm")
+    assert find_program("vllm-router") == str(tmp_path / "path" / "vllm-router")
     assert plan().rank_command(1)[:3] == [str(tmp_path / "venv" / "vllm"), "serve", "m"]
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
     with pytest.raises(DwdpConfigError, match=r"vllm-router, .* `launch`\) with pip"):
@@ -720,7 +722,7 @@ def test_programs_are_looked_for_beside_python_and_then_on_path(
 def test_arguments_that_are_not_for_ranks(argument: str, instead: str) -> None:
     given = re.escape(argument.partition("=")[0])
     with pytest.raises(DwdpConfigError, match=f"^{given}.* {instead}"):
-        launch.split_arguments(["--enforce-eager", argument, "2"])
+        split_arguments(["--enforce-eager", argument, "2"])
 
 
 @pytest.mark.parametrize(
@@ -742,7 +744,7 @@ def test_the_additional_config_is_taken_out(arguments: list[str]) -> None:
         "--hf-overrides",
         '{"a_b": 1}',
     ]
-    rest, config = launch.split_arguments([*others, *arguments])
+    rest, config = split_arguments([*others, *arguments])
     assert (list(rest), config) == (others, {"dwdp": {"mode": "direct"}})
     assert plan(additional_config=config).dwdp_options == {
         "rendezvous": "unix:///run/meet",
@@ -753,4 +755,4 @@ def test_the_additional_config_is_taken_out(arguments: list[str]) -> None:
 @pytest.mark.parametrize("text", ["{", "3", '{"dwdp": 3}', ""])
 def test_an_additional_config_that_is_no_object(text: str) -> None:
     with pytest.raises(DwdpConfigError, match="--additional-config .* JSON"):
-        launch.split_arguments(["--additional-config", text])
+        split_arguments(["--additional-config", text])

@@ -133,11 +133,12 @@ def launch(
     adopts its experts from the survivors. Further arguments go to every vllm serve.
     """
     from vllm_dwdp.entrypoints.launch import launcher
+    from vllm_dwdp.entrypoints.launch.plan import LaunchPlan, split_arguments
     from vllm_dwdp.entrypoints.launch.ports import free_ports
 
-    arguments, additional_config = launcher.split_arguments(context.args)
+    arguments, additional_config = split_arguments(context.args)
     with launcher.meeting_folder() as rendezvous:
-        plan = launcher.LaunchPlan(
+        plan = LaunchPlan(
             model=model,
             num_ranks=ranks,
             host=host,

