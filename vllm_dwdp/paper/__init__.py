@@ -8,8 +8,8 @@ request 29778 [S]. Every row is marked:
 - `fitted`: one of the rows that a factor was fitted on;
 - `derived`: follows from other published figures, or repeats a fitted row (`factors.DERIVED`).
 
-What the model misses and what it does not speak to is listed with the reason (`paper_rows.UNREACHED`,
-`paper_rows.NOT_MODELLED`).
+What the model misses and what it does not speak to is listed with the reason (`rows.why_missed`,
+`rows.NOT_MODELLED`).
 """
 
 from vllm_dwdp.paper.factors import (

@@ -1,7 +1,9 @@
 """The published configurations, and every factor that was fitted, with its value and its rows."""
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from vllm_dwdp.planner.cost import CostModel, Exchange
@@ -10,52 +12,16 @@ from vllm_dwdp.planner.model_shape import shape_of
 from vllm_dwdp.planner.quantisation import FORMATS, Precision
 
 TOLERANCE = 0.05
-DEEPSEEK_R1: dict[str, Any] = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "model_type": "deepseek_v3",
-    "hidden_size": 7168,
-    "num_hidden_layers": 61,
-    "num_attention_heads": 128,
-    "q_lora_rank": 1536,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "intermediate_size": 18432,
-    "moe_intermediate_size": 2048,
-    "n_routed_experts": 256,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 8,
-    "first_k_dense_replace": 3,
-    "vocab_size": 129280,
-}
-"""The fields of DeepSeek-R1's published config.json that matter here."""
 
-GPT_OSS_120B: dict[str, Any] = {
-    "architectures": ["GptOssForCausalLM"],
-    "model_type": "gpt_oss",
-    "hidden_size": 2880,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "intermediate_size": 2880,
-    "num_local_experts": 128,
-    "num_experts_per_tok": 4,
-    "vocab_size": 201088,
-    "sliding_window": 128,
-    "layer_types": ["sliding_attention", "full_attention"] * 18,
-    "quantization_config": {
-        "quant_method": "mxfp4",
-        "modules_to_not_convert": [
-            "model.layers.*.self_attn",
-            "model.layers.*.mlp.router",
-            "model.embed_tokens",
-            "lm_head",
-        ],
-    },
-}
-"""The same of gpt-oss-120b's."""
+
+def _config(name: str) -> dict[str, Any]:
+    """Read the fields of a published config.json that matter here."""
+    path = Path(__file__).with_name("configs") / f"{name}.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+DEEPSEEK_R1, GPT_OSS_120B = _config("deepseek_r1"), _config("gpt_oss_120b")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +100,7 @@ class Row:
 
     @property
     def error(self) -> float:
-        """Relative."""
+        """The relative error."""
         return self.model / self.published - 1
 
     @property
@@ -143,14 +109,8 @@ class Row:
         return abs(self.error) <= TOLERANCE
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "source": self.source,
-            "quantity": self.quantity,
-            "published": self.published,
-            "model": self.model,
-            "kind": self.kind,
-        }
+        """Convert to JSON."""
+        return asdict(self)
 
 
 DERIVED: Mapping[str, str] = {
@@ -165,7 +125,7 @@ DERIVED: Mapping[str, str] = {
 
 
 def kind_of(source: str, quantity: str) -> str:
-    """`fitted` for the rows of FITTED, `derived` for those of DERIVED, else `default`."""
+    """Return `fitted` for the rows of FITTED, `derived` for those of DERIVED, else `default`."""
     name = f"{source}: {quantity}"
     if any(name in factor.rows for factor in FITTED.values()):
         return "fitted"
@@ -173,7 +133,7 @@ def kind_of(source: str, quantity: str) -> str:
 
 
 def roofline_model() -> CostModel:
-    """DeepSeek-R1 on four GB200 at data-sheet peaks; projections in bf16, as the roofline counts."""
+    """Model DeepSeek-R1 on four GB200 at data-sheet peaks; projections in bf16, as in the roofline."""
     return CostModel(
         shape=replace(
             shape_of(DEEPSEEK_R1, "nvfp4"), shared_precision=Precision.of(FORMATS["nvfp4"])
@@ -186,7 +146,7 @@ def roofline_model() -> CostModel:
 
 
 def r1_model(group_size: int = 4) -> CostModel:
-    """DeepSeek-R1 on GB200, all linear weights in NVFP4, as the published kernel times imply."""
+    """Model DeepSeek-R1 on GB200, all linear weights in NVFP4, as the published kernel times imply."""
     return CostModel(
         shape=shape_of(DEEPSEEK_R1, "nvfp4", dense_dtype="nvfp4"),
         hardware=find_hardware("gb200"),
@@ -196,7 +156,7 @@ def r1_model(group_size: int = 4) -> CostModel:
 
 
 def gpt_oss_model() -> CostModel:
-    """gpt-oss-120b on four B200; SGLang gathers all tokens on all ranks."""
+    """Model gpt-oss-120b on four B200; SGLang gathers all tokens on all ranks."""
     return CostModel(
         shape=shape_of(GPT_OSS_120B),
         hardware=find_hardware("b200"),

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping
 
 from vllm_dwdp.paper.factors import FITTED, Row, kind_of, r1_model, roofline_model
 from vllm_dwdp.paper.saturated import Lengths, mean_step, synchronisation_seconds
-from vllm_dwdp.planner.cost import CostModel, Step, contention
+from vllm_dwdp.planner.contention import contention
+from vllm_dwdp.planner.cost import CostModel, Step
 from vllm_dwdp.planner.hardware import find_hardware
 
 PUBLISHED_VARIATION = 0.20

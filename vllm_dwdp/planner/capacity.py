@@ -19,16 +19,16 @@ STEPS_PER_RANK, PROMPTS_PER_RANK = 32, 8
 """Full steps that a backlog lasts, and the fewest prompts of it."""
 NUM_DRAWS = 4
 """Of the places where ranks begin."""
-MOST_PROMPTS = 20_000
-"""Of a backlog: with very short prompts it lasts for fewer steps."""
+LONGEST_BACKLOG = 20_000
+"""Prompts; with very short ones a backlog lasts for fewer steps."""
 
 
 def backlog(requests: Sequence[Request], num_ranks: int, max_tokens: int) -> list[Request]:
-    """The same prompts, repeated or cut to some steps of every rank, all waiting."""
+    """Repeat or cut the prompts to some steps of every rank, all waiting."""
     wanted, fewest = STEPS_PER_RANK * num_ranks * max_tokens, PROMPTS_PER_RANK * num_ranks
     prompts: list[Request] = []
     for request in cycle(requests):
-        lasts = wanted <= 0 or len(prompts) >= MOST_PROMPTS
+        lasts = wanted <= 0 or len(prompts) >= LONGEST_BACKLOG
         if lasts and len(prompts) >= fewest:
             break
         prompts.append(replace(request, arrival_s=0.0))
@@ -39,7 +39,7 @@ def backlog(requests: Sequence[Request], num_ranks: int, max_tokens: int) -> lis
 def dep_capacity(
     model: CostModel, requests: Sequence[Request], *, max_tokens: int, routing_skew: float
 ) -> float:
-    """Prompt tokens per second and rank of ranks in lockstep."""
+    """Return prompt tokens per second and rank of ranks in lockstep."""
     tokens, seconds = 0, 0.0
     for ranks in _busy_ranks(model, requests, max_tokens):
         while all(ranks.queues):
@@ -52,7 +52,7 @@ def dep_capacity(
 def dwdp_capacity(
     model: CostModel, requests: Sequence[Request], *, max_tokens: int, pulls: Pulls | None = None
 ) -> float:
-    """Prompt tokens per second and rank of independent ranks."""
+    """Return prompt tokens per second and rank of independent ranks."""
     tokens, seconds, pulls = 0, 0.0, pulls or default_pulls(model)
     for ranks in _busy_ranks(model, requests, max_tokens):
         for rank in range(model.group_size):

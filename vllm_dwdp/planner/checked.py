@@ -1,26 +1,17 @@
-"""Numbers and files from outside, checked once: options, config.json, TOML, traces. Pure.
+"""Checks of numbers from outside: options, config.json, TOML, traces. Pure.
 
-Every refusal is a `DwdpConfigError` of one line. The bounds are wider than any machine or model there
-is, and narrow enough that no sum over them overflows or takes for ever.
+Every refusal is a `DwdpConfigError` of one line.
 """
 
-import json
-from typing import Any
+import math
 
 from vllm_dwdp.errors import DwdpConfigError
 
-MOST_TOKENS = 10_000_000
-"""Of a prompt, an answer or a step."""
-MOST_SEQUENCES = 1_000_000
-MOST_RANKS = 4096
-MOST_LAYERS = 10_000
-MOST_OF_ANYTHING = 10**9
-"""Of the sizes in a config.json, seconds, rates."""
 _SHOWN = 40
 
 
-def whole(what: str, value: object, low: int, high: int) -> int:
-    """The value, if it is a whole number from `low` to `high`.
+def whole(what: str, value: object, low: int, high: int | None = None) -> int:
+    """Return the value if it is a whole number from `low` to `high`.
 
     Args:
         what: the option or field, for the message.
@@ -28,15 +19,17 @@ def whole(what: str, value: object, low: int, high: int) -> int:
     Raises:
         DwdpConfigError: it is none; 3.0, "3" and true are none either.
     """
-    if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
+    most = math.inf if high is None else high
+    if isinstance(value, int) and not isinstance(value, bool) and low <= value <= most:
         return value
-    raise DwdpConfigError(
-        f"{what} is {shown(value)}; it must be a whole number from {low:,} to {high:,}."
-    )
+    span = f"of at least {low:,}" if high is None else f"from {low:,} to {high:,}"
+    raise DwdpConfigError(f"{what} is {shown(value)}; it must be a whole number {span}.")
 
 
-def real(what: str, value: object, low: float, high: float, *, above: bool = False) -> float:
-    """The value as a float, if it is a number from `low` to `high`; not `low` itself if `above`.
+def real(
+    what: str, value: object, low: float = 0.0, high: float = math.inf, *, above: bool = False
+) -> float:
+    """Return the value as a float if it is a number from `low` to `high`; not `low` itself if `above`.
 
     Raises:
         DwdpConfigError: it is none; "3", true, nan and infinity are none.
@@ -44,29 +37,17 @@ def real(what: str, value: object, low: float, high: float, *, above: bool = Fal
     if (
         isinstance(value, int | float)
         and not isinstance(value, bool)
+        and math.isfinite(value)
         and low <= value <= high
         and not (above and value == low)
     ):
         return float(value)
-    span = f"above {low:,g} and at most {high:,g}" if above else f"from {low:,g} to {high:,g}"
-    raise DwdpConfigError(f"{what} is {shown(value)}; it must be a number {span}.")
+    span = f"above {low:g}" if above else f"of at least {low:g}"
+    most = f" and at most {high:g}" if high < math.inf else ""
+    raise DwdpConfigError(f"{what} is {shown(value)}; it must be a number {span}{most}.")
 
 
 def shown(value: object) -> str:
-    """A value in a message: short, on one line."""
-    if isinstance(value, int) and value.bit_length() > 128:  # Python refuses to print some of these
-        return f"an integer of {value.bit_length()} bits"
+    """Shorten a value to one line for a message."""
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
-
-
-def parse_json(text: str) -> Any:
-    """The content.
-
-    Raises:
-        ValueError: it is no JSON, or nested too deeply.
-    """
-    try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error

@@ -18,12 +18,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
+from math import comb
 
 JITTER = 0.1
 """Layers of real steps differ in length: compute is drawn from 1 +- this."""
 RATIOS = (0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0)
-MOST_SLICES = 400_000
-"""Simulated for all ratios together: one to two seconds."""
+SIMULATED_SLICES = 400_000
+"""For all ratios together: one to two seconds."""
 
 
 class PullOrder(StrEnum):
@@ -31,6 +32,18 @@ class PullOrder(StrEnum):
 
     ROTATED = "rank + 1, rank + 2, ..."
     RANDOM = "drawn anew for each layer"
+
+
+def contention(group_size: int) -> list[float]:
+    """Return Pr[C = c], c = 1, 2, ...: pulls that meet at a source when every rank picks a random peer.
+
+    Source: arXiv 2604.01621, section 4.3.1: C - 1 ~ Binomial(N - 2, 1 / (N - 1)).
+    """
+    trials, chance = group_size - 2, 1 / (group_size - 1)
+    return [
+        comb(trials, others) * chance**others * (1 - chance) ** (trials - others)
+        for others in range(trials + 1)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,19 +64,19 @@ class Pulls:
 
 
 def num_layers(group_size: int) -> int:
-    """Layers of each rank that a ratio is simulated with."""
+    """Return the layers of each rank that a ratio is simulated with."""
     return 40 if group_size <= 16 else 12
 
 
 def finest_slices(group_size: int) -> int:
-    """Most slices per peer that are simulated."""
+    """Return the most slices per peer that are simulated."""
     per_slice = len(RATIOS) * num_layers(group_size) * group_size * (group_size - 1)
-    return max(1, MOST_SLICES // per_slice)
+    return max(1, SIMULATED_SLICES // per_slice)
 
 
 @lru_cache(maxsize=256)
 def layer_time(pulls: Pulls, compute: float, seed: int = 0) -> float:
-    """Mean time of a layer, in units of the ideal time of its pull.
+    """Simulate the mean time of a layer, in units of the ideal time of its pull.
 
     Args:
         compute: of a layer, in the same unit.
@@ -101,7 +114,7 @@ class _Rank:
         self.computed_at: list[float] = []
 
     def advance(self, now: float, source_free: list[float], piece: float) -> float:
-        """Issue what may be issued, or end this pull; returns when to come back."""
+        """Issue what may be issued, or end this pull; return when to come back."""
         while self._under_way and self._under_way[0] <= now:
             heapq.heappop(self._under_way)
         while self._queue and len(self._under_way) < self._pulls.in_flight:
@@ -126,12 +139,12 @@ class _Rank:
 
 @lru_cache(maxsize=64)
 def _table(pulls: Pulls) -> tuple[float, ...]:
-    """`layer_time` at each of RATIOS."""
+    """Return `layer_time` at each of RATIOS."""
     return tuple(layer_time(pulls, ratio) for ratio in RATIOS)
 
 
 def contended_layer(pulls: Pulls, compute: float, prefetch: float) -> float:
-    """Seconds of a layer of that compute and that ideal prefetch, sources contended.
+    """Return the seconds of a layer of that compute and that ideal prefetch, sources contended.
 
     Interpolated between simulated ratios; beyond the last one the pulls hide completely.
     """

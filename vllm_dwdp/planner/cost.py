@@ -4,14 +4,13 @@ The roofline of arXiv 2604.01621, sections 3 and 4.3.1: an operator takes the la
 and its bytes; a DWDP layer the larger of its compute and the prefetch of the next; a DEP layer its
 compute and an exchange of tokens before and after the experts. While copies flow, compute beside them
 is slower, so `T_DWDP = max(T_prefetch, T_compute + (1 - beside_copies) * T_prefetch)`. Layers without
-experts compute too while the copies of the next ones flow (`layer_kinds.dense_beside`).
+experts compute too while the copies of the next ones flow (`model_shape.dense_beside`).
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
-from math import comb
 
 from vllm_dwdp.planner.hardware import Efficiency, Hardware
 from vllm_dwdp.planner.model_shape import ModelShape
@@ -49,7 +48,7 @@ class Step:
 
     @classmethod
     def prefill(cls, num_tokens: float, input_tokens: float) -> "Step":
-        """Prompts of `input_tokens`, causal: a token sees half of its prompt on average.
+        """Compute prompts of `input_tokens`, causal: a token sees half of its prompt on average.
 
         Also where a prompt takes several steps: the later ones see the keys of the earlier ones, and
         this is the mean of them all.
@@ -58,7 +57,7 @@ class Step:
 
     @classmethod
     def decode(cls, batch_size: float, context_tokens: float) -> "Step":
-        """One new token of each of `batch_size` sequences."""
+        """Compute one new token of each of `batch_size` sequences."""
         return cls(num_tokens=batch_size, mean_keys=context_tokens, tokens_per_reading=1.0)
 
 
@@ -80,16 +79,16 @@ class LayerSeconds:
 
     @property
     def before_experts(self) -> float:
-        """What a rank does for its own tokens only."""
+        """The seconds of what a rank does for its own tokens only."""
         return self.linear + self.attention + self.other
 
     @property
     def compute(self) -> float:
-        """All of it."""
+        """The total compute time."""
         return self.before_experts + self.experts
 
     def and_feed_forward(self, *, linear: float, experts: float) -> "LayerSeconds":
-        """With the products of a feed-forward."""
+        """Add the products of a feed-forward."""
         return LayerSeconds(
             linear=self.linear + linear,
             attention=self.attention,
@@ -98,7 +97,7 @@ class LayerSeconds:
         )
 
     def times(self, number: float) -> "LayerSeconds":
-        """That many layers."""
+        """Multiply every part by a number of layers."""
         return LayerSeconds(
             linear=number * self.linear,
             attention=number * self.attention,
@@ -107,7 +106,7 @@ class LayerSeconds:
         )
 
     def plus(self, more: "LayerSeconds") -> "LayerSeconds":
-        """Both, one after the other."""
+        """Add two times part by part."""
         return LayerSeconds(
             linear=self.linear + more.linear,
             attention=self.attention + more.attention,
@@ -134,40 +133,40 @@ class CostModel:
 
     @cached_property
     def resident_experts(self) -> int:
-        """Per layer and rank."""
+        """The experts held per layer on each rank."""
         even = -(-self.shape.num_experts // self.group_size)
         return min(self.shape.num_experts, even + self.extra_experts)
 
     @cached_property
     def remote_bytes(self) -> float:
-        """Fetched per layer."""
+        """The bytes that a rank fetches per layer."""
         return (self.shape.num_experts - self.resident_experts) * self.shape.expert_bytes
 
     @cached_property
     def prefetch(self) -> float:
-        """Seconds to fetch a layer's remote experts from sources that serve nobody else."""
+        """The seconds to fetch a layer's remote experts from sources that serve nobody else."""
         return self.remote_bytes / self.link_bytes_per_s
 
     @property
     def link_bytes_per_s(self) -> float:
-        """Of the copy engines, one direction."""
+        """The speed of the copy engines in one direction."""
         return self.hardware.link_gbps * 1e9 * self.efficiency.link
 
     @property
     def interference(self) -> float:
-        """Seconds that the copies of a layer add to the compute beside them."""
+        """The seconds that the copies of a layer add to the compute beside them."""
         return (1.0 - self.efficiency.beside_copies) * self.prefetch
 
     @cached_property
     def dispatch_bits(self) -> float:
-        """Sent per hidden element to an expert: its activations' format, in the mean over the layers."""
+        """The mean bits sent per hidden element to an expert, in its activations' formats."""
         return sum(
             share * DISPATCH_BITS[self.hardware.product_bits(form)]
             for form, share in self.shape.expert_precision.parts
         )
 
     def layer(self, step: Step, num_experts_read: float) -> LayerSeconds:
-        """Compute seconds of an MoE layer whose kernel reads at most `num_experts_read` experts."""
+        """Time the compute of an MoE layer whose kernel reads at most `num_experts_read` experts."""
         return self._with_experts(step, self._outside_experts(step), num_experts_read)
 
     def _with_experts(self, step: Step, outside: LayerSeconds, read: float) -> LayerSeconds:
@@ -176,7 +175,7 @@ class CostModel:
         return outside.and_feed_forward(linear=shared, experts=routed)
 
     def dense_layer(self, step: Step) -> LayerSeconds:
-        """Compute seconds of a layer without routed experts."""
+        """Time the compute of a layer without routed experts."""
         return self._without_experts(step, self._outside_experts(step))
 
     def _without_experts(self, step: Step, outside: LayerSeconds) -> LayerSeconds:
@@ -185,30 +184,30 @@ class CostModel:
         return outside.and_feed_forward(linear=feed_forward, experts=0.0)
 
     def dense_layers(self, step: Step) -> LayerSeconds:
-        """The same of all of these layers."""
+        """Time the compute of all layers without routed experts."""
         return self.dense_layer(step).times(self.shape.num_layers - self.shape.num_moe_layers)
 
     def step_seconds(self, step: Step) -> LayerSeconds:
-        """Compute seconds of a step, all experts at hand, nothing beside it."""
+        """Time the compute of a step, all experts at hand, nothing beside it."""
         moe = self.layer(step, self.shape.num_experts).times(self.shape.num_moe_layers)
         return moe.plus(self.dense_layers(step))
 
     def touched_experts(self, num_tokens: float, num_experts: float) -> float:
-        """Distinct experts of `num_experts` that uniformly routed tokens need."""
+        """Return the distinct experts of `num_experts` that uniformly routed tokens need."""
         share = self.shape.experts_per_token / self.shape.num_experts
         return num_experts * (1.0 - float((1.0 - share) ** num_tokens))
 
     def dwdp_layer(self, step: Step) -> float:
-        """Seconds of a DWDP layer in prefetch mode, no contention at the sources."""
+        """Time a DWDP layer in prefetch mode, no contention at the sources."""
         compute = self.layer(step, self.shape.num_experts).compute
         return self.uncontended(compute + self.interference)
 
     def uncontended(self, compute: float) -> float:
-        """Seconds of a layer that computes so long beside a copy from sources that serve nobody else."""
+        """Time a layer of that compute whose copy comes from sources that serve nobody else."""
         return max(self.prefetch, compute)
 
     def dwdp_step(self, step: Step, layer_seconds: Callable[[float], float] | None = None) -> float:
-        """Seconds of a DWDP step in prefetch mode.
+        """Time a DWDP step in prefetch mode.
 
         Args:
             layer_seconds: of an MoE layer and the dense layers beside its copy, by their compute; None
@@ -223,22 +222,22 @@ class CostModel:
         )
 
     def dep_step(self, step: Step) -> float:
-        """Seconds of a balanced DEP step."""
+        """Time a balanced DEP step."""
         return self.shape.num_moe_layers * self.dep_layer(step) + self.dense_layers(step).compute
 
     def dep_layer(self, step: Step) -> float:
-        """Seconds of a balanced DEP layer: own attention, a share of everybody's routed tokens."""
+        """Time a balanced DEP layer: own attention, a share of everybody's routed tokens."""
         return self.dep_compute(step).compute + self.all_to_all(step)
 
     def dep_compute(self, step: Step) -> LayerSeconds:
-        """Its compute: the tokens of all ranks meet `num_experts / group_size` experts."""
+        """Time its compute: the tokens of all ranks meet `num_experts / group_size` experts."""
         own = self.layer(step, self.shape.num_experts)
         local = self.shape.num_experts / self.group_size
         touched = self.touched_experts(step.num_tokens * self.group_size, local)
         return replace(own, experts=self._routed(step, touched))
 
     def all_to_all(self, step: Step) -> float:
-        """Seconds of dispatch and combine, or of gathering everything."""
+        """Time dispatch and combine, or of gathering everything."""
         others = self.group_size - 1
         hidden = step.num_tokens * self.shape.hidden_size / 8
         if self.exchange is Exchange.ALL_GATHER:
@@ -251,7 +250,7 @@ class CostModel:
         return copies * hidden * (self.dispatch_bits + COMBINE_BITS) / self.link_bytes_per_s
 
     def _outside_experts(self, step: Step) -> LayerSeconds:
-        """Attention and the memory-bound rest of any layer."""
+        """Time attention and the memory-bound rest of any layer."""
         shape = self.shape
         keys = shape.keys_seen(step.mean_keys)
         readings = step.num_tokens / max(1.0, min(step.num_tokens, step.tokens_per_reading))
@@ -271,7 +270,7 @@ class CostModel:
         )
 
     def _routed(self, step: Step, touched: float) -> float:
-        """Products of a rank's routed tokens, `touched` experts read."""
+        """Time the products of a rank's routed tokens, `touched` experts read."""
         shape = self.shape
         flops = 2 * step.num_tokens * shape.experts_per_token * shape.expert_params
         return self._products(
@@ -288,7 +287,7 @@ class CostModel:
     def _products(
         self, flops: float, params_read: float, precision: Precision, reached: float
     ) -> float:
-        """Seconds of matrix products, in the mean over the layers and their formats."""
+        """Time matrix products, in the mean over the layers and their formats."""
         seconds = 0.0
         for form, share in precision.parts:
             peak = self.hardware.flops(self.hardware.product_bits(form))
@@ -299,15 +298,3 @@ class CostModel:
     def _operator(self, flops: float, flops_per_s: float, num_bytes: float) -> float:
         memory = self.hardware.memory_gbps * 1e9 * self.efficiency.memory
         return max(flops / flops_per_s, num_bytes / memory)
-
-
-def contention(group_size: int) -> list[float]:
-    """Pr[C = c], c = 1, 2, ...: pulls that meet at one source when every rank picks a peer at random.
-
-    Source: arXiv 2604.01621, section 4.3.1: C - 1 ~ Binomial(N - 2, 1 / (N - 1)).
-    """
-    trials, chance = group_size - 2, 1 / (group_size - 1)
-    return [
-        comb(trials, others) * chance**others * (1 - chance) ** (trials - others)
-        for others in range(trials + 1)
-    ]

@@ -7,7 +7,7 @@ tokens per second and user; DWDP changes the context side only.
 
 from dataclasses import dataclass, replace
 
-from vllm_dwdp.planner.checked import MOST_OF_ANYTHING, MOST_TOKENS, real
+from vllm_dwdp.planner.checked import real
 from vllm_dwdp.planner.cost import CostModel, Step
 
 GENERATION_GPUS = 16
@@ -28,12 +28,12 @@ class Service:
     tokens_per_user: float
 
     def __post_init__(self) -> None:
-        real("--output-tokens", self.output_tokens, 1, MOST_TOKENS)
-        real("--tokens-per-user", self.tokens_per_user, 0, MOST_OF_ANYTHING, above=True)
+        real("--output-tokens", self.output_tokens, 1)
+        real("--tokens-per-user", self.tokens_per_user, above=True)
 
 
 def generation_batch(model: CostModel, service: Service) -> float:
-    """Sequences per GPU that decode together and still get `tokens_per_user`; 0 if one gets less.
+    """Find how many sequences per GPU decode together and still get `tokens_per_user`; 0 if not one.
 
     Args:
         model: of a generation server.
@@ -51,7 +51,7 @@ def generation_batch(model: CostModel, service: Service) -> float:
 def gpu_seconds(
     model: CostModel, service: Service, context_tokens_per_s: float
 ) -> tuple[float, float]:
-    """GPU seconds per request, on context and on generation servers.
+    """Return the GPU seconds per request, on context and on generation servers.
 
     Args:
         model: of the context servers.
@@ -66,7 +66,7 @@ def gpu_seconds(
 def end_to_end_gain(
     model: CostModel, service: Service, context_tokens_per_s: float, context_gain: float
 ) -> float:
-    """Tokens per second and GPU of the whole deployment, DWDP over DEP on the context servers.
+    """Return tokens per second and GPU of the whole deployment, DWDP over DEP on the context servers.
 
     Args:
         context_tokens_per_s: of DEP.
@@ -77,7 +77,7 @@ def end_to_end_gain(
 
 
 def output_tokens_per_s(model: CostModel, service: Service, context_tokens_per_s: float) -> float:
-    """Generated tokens per second and GPU of both kinds of servers; 0 if none can serve the users.
+    """Return generated tokens per second and GPU of both kinds of servers; 0 if none serves the users.
 
     Args:
         context_tokens_per_s: prompt tokens per second and context GPU.

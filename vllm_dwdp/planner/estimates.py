@@ -5,12 +5,13 @@ import random
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from enum import Enum
 from functools import lru_cache
 
-from vllm_dwdp.planner.checked import MOST_SEQUENCES, MOST_TOKENS, real, whole
 from vllm_dwdp.planner.cost import COMBINE_BITS, CostModel, Step
-from vllm_dwdp.planner.layer_kinds import NUM_SLOTS
+from vllm_dwdp.planner.traffic import Traffic
 from vllm_dwdp.prefetch.mode_policy import LayerCosts
+from vllm_dwdp.prefetch.schedule import NUM_SLOTS
 
 USABLE_MEMORY = 0.9
 KV_RESERVE = 0.1
@@ -19,46 +20,48 @@ ROUTING_SKEW = 1.1
 """Load of the busiest expert-parallel rank over the mean; an assumption."""
 LARGEST_STEP = 1 << 20
 """Tokens up to which a break-even is looked for."""
-LENGTHS, SKEW = (
-    "synchronisation saved, lengths",
-    f"synchronisation saved, routing skew {ROUTING_SKEW}",
-)
 _ROUNDING = 1e-9
 
 
-@dataclass(frozen=True, kw_only=True)
-class Traffic:
-    """What is served.
+LINK = ("link",)
+LINEAR = ("dense_gemm", "attention", "other_passes")
+EXPERTS = ("grouped_gemm", "memory")
+COMPUTE = (*LINEAR, *EXPERTS)
+EVERYTHING = (*COMPUTE, *LINK, "beside_copies")
+"""Efficiencies that figures use (`hardware.Efficiency`)."""
+
+
+class Part(Enum):
+    """One part of the difference between a DEP step and a DWDP step.
 
     Args:
-        input_tokens, output_tokens: per request.
-        variation: standard deviation of a rank's tokens per step over their mean.
-        max_num_batched_tokens: vLLM's limit per step and rank.
-        batch_size: sequences that decode together on a rank.
+        title: for tables and pictures.
+        uses: the efficiencies that it rests on.
+        assumed: it also rests on `assumptions`.
     """
 
-    input_tokens: int
-    output_tokens: int
-    variation: float
-    max_num_batched_tokens: int
-    batch_size: int
+    ALL_TO_ALL = ("all-to-all saved", LINK, True)
+    LENGTHS = ("synchronisation saved, lengths", LINEAR)
+    SKEW = (f"synchronisation saved, routing skew {ROUTING_SKEW}", EXPERTS, True)
+    IN_PLACE = ("reading peers in place", (*COMPUTE, "direct"))
+    INTERFERENCE = ("interference of copies", ("beside_copies", *LINK))
+    EXPOSED = ("exposed prefetch", EVERYTHING)
+    EXPERT_READS = ("experts read once per rank, not once per group", EXPERTS, True)
 
-    def __post_init__(self) -> None:
-        whole("--input-tokens", self.input_tokens, 1, MOST_TOKENS)
-        whole("--output-tokens", self.output_tokens, 0, MOST_TOKENS)
-        whole("--max-num-batched-tokens", self.max_num_batched_tokens, 1, MOST_TOKENS)
-        whole("--batch-size", self.batch_size, 1, MOST_SEQUENCES)
-        real("--variation", self.variation, 0, 1)
+    def __init__(self, title: str, uses: tuple[str, ...], assumed: bool = False) -> None:
+        self.title, self.uses, self.assumed = title, uses, assumed
 
-    @property
-    def prefill_step(self) -> Step:
-        """A full one."""
-        return Step.prefill(self.max_num_batched_tokens, self.input_tokens)
 
-    @property
-    def decode_step(self) -> Step:
-        """At half of the answer."""
-        return Step.decode(self.batch_size, self.input_tokens + self.output_tokens / 2)
+class Decode(Enum):
+    """One way to run a decode step: its title, and the efficiencies that its time rests on."""
+
+    PREFETCH = ("DWDP prefetch", EVERYTHING)
+    DIRECT = ("DWDP direct", (*COMPUTE, "direct"))
+    DEP = ("DEP balanced", (*COMPUTE, *LINK))
+    REPLICA = ("full replica", COMPUTE)
+
+    def __init__(self, title: str, uses: tuple[str, ...]) -> None:
+        self.title, self.uses = title, uses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +80,7 @@ ALWAYS = Tokens(number=None, instead="any step")
 
 
 def memory_bytes(model: CostModel) -> dict[str, float]:
-    """Per rank: resident experts, slots, dense weights, and what is left for the KV cache."""
+    """Return the bytes of a rank: experts, slots, dense weights, and what is left for the KV cache."""
     shape = model.shape
     resident = shape.num_moe_layers * model.resident_experts * shape.expert_bytes
     usable = USABLE_MEMORY * model.hardware.memory_gb * 1e9
@@ -90,24 +93,24 @@ def memory_bytes(model: CostModel) -> dict[str, float]:
 
 
 def replica_kv_bytes(model: CostModel) -> float:
-    """What a full copy of the weights leaves for the KV cache; negative if it does not fit."""
+    """Return what a full copy of the weights leaves for the KV cache; negative if it does not fit."""
     usable = USABLE_MEMORY * model.hardware.memory_gb * 1e9
     return usable - model.shape.experts_bytes - model.shape.dense_bytes
 
 
 def replica_fits(model: CostModel) -> bool:
-    """Whether one accelerator holds all weights and still a tenth of its memory for the KV cache."""
+    """Say whether one accelerator holds all weights and still a tenth of its memory for the KV cache."""
     return replica_kv_bytes(model) >= KV_RESERVE * model.hardware.memory_gb * 1e9
 
 
 def kv_tokens(model: CostModel, context_tokens: float) -> float:
-    """Tokens of sequences of `context_tokens` that fit the KV cache of a rank."""
+    """Return the tokens of sequences of `context_tokens` that fit the KV cache of a rank."""
     room = max(0.0, memory_bytes(model)["KV cache"])
     return room / model.shape.kv_bytes_per_token(context_tokens)
 
 
 def break_even_tokens(model: CostModel, input_tokens: int) -> Tokens:
-    """Smallest prefill step that computes long enough to hide its copies."""
+    """Find the smallest prefill step that computes long enough to hide its copies."""
     if model.remote_bytes == 0:
         return Tokens(number=None, instead="does not apply: every expert is resident")
     if direct_crossover(model) == ALWAYS:
@@ -124,7 +127,7 @@ def break_even_tokens(model: CostModel, input_tokens: int) -> Tokens:
 
 
 def exposed_seconds(model: CostModel, step: Step) -> float:
-    """Seconds that a DWDP step in prefetch mode waits for its copies."""
+    """Return the seconds that a DWDP step in prefetch mode waits for its copies."""
     interference, whole_step = (
         model.shape.num_moe_layers * model.interference,
         model.dwdp_step(step),
@@ -134,7 +137,7 @@ def exposed_seconds(model: CostModel, step: Step) -> float:
 
 
 def direct_step(model: CostModel, step: Step) -> float:
-    """Seconds of a DWDP step that reads its remote experts in place, as its kernels get to them."""
+    """Time a DWDP step that reads its remote experts in place, as its kernels get to them."""
     touched = model.touched_experts(step.num_tokens, model.shape.num_experts)
     remote = touched * (1.0 - model.resident_experts / model.shape.num_experts)
     link = model.hardware.link_gbps * 1e9 * model.efficiency.direct
@@ -144,32 +147,32 @@ def direct_step(model: CostModel, step: Step) -> float:
 
 
 def reads_in_place(model: CostModel, step: Step) -> bool:
-    """Whether mode `auto` reads in place in such a step."""
+    """Say whether mode `auto` reads in place in such a step."""
     crossover = direct_crossover(model)
     return crossover == ALWAYS or step.num_tokens <= (crossover.number or 0)
 
 
 def auto_step(model: CostModel, step: Step) -> float:
-    """Seconds of a DWDP step in mode `auto`."""
+    """Time a DWDP step in mode `auto`."""
     return (direct_step if reads_in_place(model, step) else CostModel.dwdp_step)(model, step)
 
 
 @lru_cache(maxsize=64)
 def synchronisation(group_size: int, variation: float, seed: int = 0) -> float:
-    """Mean of the busiest rank's tokens over the mean rank's: what every DEP step waits for."""
+    """Draw the busiest rank's tokens over the mean rank's: what every DEP step waits for."""
     if variation == 0 or group_size == 1:
         return 1.0
     dice = random.Random(seed)
     half_width = min(1.0, variation * 3**0.5)
     ratios = []
-    for _ in range(min(2000, 400_000 // group_size)):
+    for _ in range(min(2000, max(1, 400_000 // group_size))):
         loads = [dice.uniform(1 - half_width, 1 + half_width) for _ in range(group_size)]
         ratios.append(max(loads) / statistics.mean(loads))
     return statistics.mean(ratios)
 
 
-def parts(model: CostModel, traffic: Traffic) -> dict[str, float]:
-    """Seconds per full prefill step that DWDP saves (or loses, if negative) over DEP.
+def parts(model: CostModel, traffic: Traffic) -> dict[Part, float]:
+    """Return the seconds per full prefill step that DWDP saves (or loses, if negative) over DEP.
 
     They add up to the difference of the two steps with uneven lengths and routing.
     """
@@ -178,29 +181,29 @@ def parts(model: CostModel, traffic: Traffic) -> dict[str, float]:
     waiting = synchronisation(model.group_size, traffic.variation) - 1
     before = layers * own.before_experts + model.dense_layers(step).compute
     return {
-        "all-to-all saved": layers * model.all_to_all(step),
-        LENGTHS: waiting * before,
-        SKEW: (ROUTING_SKEW - 1) * layers * shared.experts,
+        Part.ALL_TO_ALL: layers * model.all_to_all(step),
+        Part.LENGTHS: waiting * before,
+        Part.SKEW: (ROUTING_SKEW - 1) * layers * shared.experts,
         **_cost_of_remote_experts(model, step),
-        "experts read once per rank, not once per group": layers * (shared.experts - own.experts),
+        Part.EXPERT_READS: layers * (shared.experts - own.experts),
     }
 
 
-def _cost_of_remote_experts(model: CostModel, step: Step) -> dict[str, float]:
+def _cost_of_remote_experts(model: CostModel, step: Step) -> dict[Part, float]:
     if reads_in_place(model, step):
         in_place = model.step_seconds(step).compute - direct_step(model, step)
-        return {"reading peers in place": in_place}
+        return {Part.IN_PLACE: in_place}
     return {
-        "interference of copies": 0.0 - model.shape.num_moe_layers * model.interference,
-        "exposed prefetch": 0.0 - exposed_seconds(model, step),
+        Part.INTERFERENCE: 0.0 - model.shape.num_moe_layers * model.interference,
+        Part.EXPOSED: 0.0 - exposed_seconds(model, step),
     }
 
 
 def speedups(model: CostModel, traffic: Traffic) -> dict[str, float]:
-    """DEP seconds over DWDP seconds of a full prefill step: balanced, with lengths, with skew."""
+    """Return DEP seconds over DWDP seconds of a full prefill step: balanced, with lengths, with skew."""
     saved = parts(model, traffic)
     dwdp = auto_step(model, traffic.prefill_step)
-    lengths, skew = saved.pop(LENGTHS), saved.pop(SKEW)
+    lengths, skew = saved.pop(Part.LENGTHS), saved.pop(Part.SKEW)
     balanced = dwdp + sum(saved.values())
     return {
         "balanced": balanced / dwdp,
@@ -210,7 +213,7 @@ def speedups(model: CostModel, traffic: Traffic) -> dict[str, float]:
 
 
 def direct_crossover(model: CostModel) -> Tokens:
-    """Steps of at most this many tokens read in place in mode `auto`."""
+    """Return the most tokens of a step that reads in place in mode `auto`."""
     num_remote = model.shape.num_experts - model.resident_experts
     if num_remote == 0:
         return Tokens(number=0)
@@ -227,18 +230,18 @@ def direct_crossover(model: CostModel) -> Tokens:
     return ALWAYS if math.isinf(most) else Tokens(number=int(most))
 
 
-def decode_steps(model: CostModel, step: Step) -> dict[str, float]:
-    """Seconds of a decode step in each mode and deployment."""
+def decode_steps(model: CostModel, step: Step) -> dict[Decode, float]:
+    """Return the seconds of a decode step in each mode and deployment."""
     return {
-        "DWDP prefetch": model.dwdp_step(step),
-        "DWDP direct": direct_step(model, step),
-        "DEP balanced": model.dep_step(step),
-        "full replica": model.step_seconds(step).compute,
+        Decode.PREFETCH: model.dwdp_step(step),
+        Decode.DIRECT: direct_step(model, step),
+        Decode.DEP: model.dep_step(step),
+        Decode.REPLICA: model.step_seconds(step).compute,
     }
 
 
 def assumptions(model: CostModel) -> list[str]:
-    """What figures rest on that nobody measured."""
+    """Say what figures rest on that nobody measured."""
     forms = [form for form, _ in model.shape.expert_precision.parts]
     dequantised = [f for f in forms if f.bits < 16 and model.hardware.product_bits(f) == 16]
     said = [
@@ -256,7 +259,7 @@ def assumptions(model: CostModel) -> list[str]:
 
 
 def redundancy(model: CostModel, traffic: Traffic) -> tuple[int, float, Tokens]:
-    """Experts that spare memory holds per layer and rank, the part of copies saved, the break-even."""
+    """Return the experts that spare memory holds per layer, the copies saved, the break-even."""
     spare_bytes = memory_bytes(model)["KV cache"] - KV_RESERVE * model.hardware.memory_gb * 1e9
     num_remote = model.shape.num_experts - model.resident_experts
     per_layer = model.shape.num_moe_layers * model.shape.expert_bytes
@@ -267,7 +270,7 @@ def redundancy(model: CostModel, traffic: Traffic) -> tuple[int, float, Tokens]:
 
 
 def _smallest(holds: Callable[[int], bool], largest: int) -> int:
-    """The smallest number for which monotone `holds` is true; it is for `largest`."""
+    """Find the smallest number for which monotone `holds` is true; it is for `largest`."""
     low, high = 1, largest
     while low < high:
         middle = (low + high) // 2

@@ -1,12 +1,13 @@
 """Accelerators: what the data sheet promises, and how much of it is reached."""
 
+import math
 import tomllib
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from vllm_dwdp.errors import DwdpConfigError
-from vllm_dwdp.planner.checked import MOST_OF_ANYTHING, real
+from vllm_dwdp.planner.checked import real
 from vllm_dwdp.planner.quantisation import Format
 
 BUILT_IN = Path(__file__).with_name("hardware.toml")
@@ -38,18 +39,18 @@ class Hardware:
 
     @property
     def efficiency(self) -> "Efficiency":
-        """What was measured, and the defaults for the rest."""
+        """The measured efficiencies, and the defaults for the rest."""
         values: dict[str, Any] = dict(self.measured)
         return replace(DEFAULT, **values, calibrated=frozenset(values))
 
     def product_bits(self, form: Format) -> int:
-        """What products of such weights run in: 4, 8, or 16 where their kernel dequantises them."""
+        """Return the bits that their products run in; 16 where the kernel dequantises the weights."""
         if form.activation_bits == 4 and self.fp4_tflops:
             return 4
         return 8 if form.activation_bits == 8 else 16
 
     def flops(self, product_bits: int) -> float:
-        """Peak operations per second of products in so many bits."""
+        """Return the peak operations per second of products in so many bits."""
         if product_bits == 4:
             return self.fp4_tflops * 1e12
         return (self.fp8_tflops if product_bits == 8 else self.bf16_tflops) * 1e12
@@ -85,7 +86,7 @@ class Efficiency:
     is_peak: bool = False
 
     def origin(self, *names: str, assumed: bool = False) -> str:
-        """What a figure rests on that uses these fields (all, if none is named).
+        """Name what a figure rests on that uses these fields (all, if none is named).
 
         Args:
             assumed: it also rests on a constant that nobody measured, so it is never calibrated.
@@ -114,12 +115,12 @@ DEFAULT = Efficiency(
     direct=0.70,
     beside_copies=0.766,
 )
-"""Fitted to one published breakdown (DeepSeek-R1 on GB200; `planner/paper` says on which rows), except
+"""Fitted to one published breakdown (DeepSeek-R1 on GB200; `vllm_dwdp.paper` says on which rows), except
 `memory` and `direct`, which are guesses. Nothing here was measured by us."""
 
 
 def load_hardware(extra: Path | None = None) -> dict[str, Hardware]:
-    """The built-in table and the user's, by lower-case name.
+    """Read the built-in table and the user's, by lower-case name.
 
     Raises:
         DwdpConfigError: the file cannot be read or an entry is wrong.
@@ -129,7 +130,7 @@ def load_hardware(extra: Path | None = None) -> dict[str, Hardware]:
 
 
 def find_hardware(name: str, extra: Path | None = None) -> Hardware:
-    """One entry of the table.
+    """Find one entry of the table.
 
     Raises:
         DwdpConfigError: there is none of that name.
@@ -146,7 +147,7 @@ def find_hardware(name: str, extra: Path | None = None) -> Hardware:
 def _read(path: Path) -> dict[str, Hardware]:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise DwdpConfigError(f"--hardware {path}: {error}.") from error
     table: dict[str, Hardware] = {}
     for name, entry in content.items():
@@ -184,13 +185,14 @@ def _entry(path: Path, name: str, entry: Any) -> Hardware:
 
 
 def _peak(what: str, key: str, value: object) -> float:
-    return real(what, value, 0, MOST_OF_ANYTHING, above=key != "fp4_tflops")
+    return real(what, value, above=key != "fp4_tflops")
 
 
-_MOST = {"other_passes": 1e6, "direct": 100.0}
-"""Efficiencies that may exceed one: a count, and reads in place, which copies of one core may halve."""
+_MAY_EXCEED_ONE = ("other_passes", "direct")
+"""A count, and reads in place, which may be faster than copies that take a core."""
 _MAY_BE_ZERO = ("other_passes", "beside_copies")
 
 
 def _reached(what: str, key: str, value: object) -> float:
-    return real(what, value, 0, _MOST.get(key, 1.0), above=key not in _MAY_BE_ZERO)
+    most = math.inf if key in _MAY_EXCEED_ONE else 1.0
+    return real(what, value, 0, most, above=key not in _MAY_BE_ZERO)

@@ -1,14 +1,16 @@
 """The sizes of an MoE model that matter for its speed, from a Hugging Face config.json."""
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from vllm_dwdp.errors import DwdpConfigError
-from vllm_dwdp.planner.checked import MOST_LAYERS, shown
-from vllm_dwdp.planner.config_fields import ConfigFields
-from vllm_dwdp.planner.layer_kinds import dense_beside, moe_layers, narrow_layers
+from vllm_dwdp.planner.checked import shown
+from vllm_dwdp.planner.checkpoint import ConfigFields, moe_layers, narrow_layers
 from vllm_dwdp.planner.quantisation import FORMATS, UNQUANTISED, Precision, Quantisation
+from vllm_dwdp.prefetch.schedule import NUM_SLOTS
 
 _UNQUANTISED = Precision.of(UNQUANTISED)
 
@@ -61,7 +63,7 @@ class ModelShape:
 
     @property
     def num_moe_layers(self) -> int:
-        """Layers with routed experts."""
+        """The number of layers with routed experts."""
         return len(self.moe_layers)
 
     @cached_property
@@ -71,37 +73,37 @@ class ModelShape:
 
     @cached_property
     def expert_bits(self) -> float:
-        """Of a weight of a routed expert, in the mean over the layers."""
+        """The bits of a weight of a routed expert, in the mean over the layers."""
         return self.expert_precision.bits
 
     @cached_property
     def shared_bits(self) -> float:
-        """The same of the shared experts."""
+        """The mean bits of a weight of the shared experts."""
         return self.shared_precision.bits
 
     @cached_property
     def dense_mlp_bits(self) -> float:
-        """The same of feed-forwards without experts."""
+        """The mean bits of a weight of feed-forwards without experts."""
         return self.dense_mlp_precision.bits
 
     @cached_property
     def attention_bits(self) -> float:
-        """The same of attention's linear weights."""
+        """The mean bits of a linear weight of attention."""
         return self.attention_precision.bits
 
     @property
     def expert_bytes(self) -> float:
-        """Of one routed expert."""
+        """The bytes of one routed expert."""
         return self.expert_params * self.expert_bits / 8
 
     @property
     def experts_bytes(self) -> float:
-        """Of all routed experts of all layers."""
+        """The bytes of all routed experts of all layers."""
         return self.num_moe_layers * self.num_experts * self.expert_bytes
 
     @property
     def dense_bytes(self) -> float:
-        """Of everything that every rank holds."""
+        """The bytes of everything that every rank holds."""
         bits = (
             self.num_moe_layers * self.shared_params * self.shared_bits
             + (self.num_layers - self.num_moe_layers) * self.dense_mlp_params * self.dense_mlp_bits
@@ -111,15 +113,43 @@ class ModelShape:
         return bits / 8
 
     def keys_seen(self, mean_keys: float) -> float:
-        """Keys that a query meets in a layer, in the mean over the layers."""
+        """Return the keys that a query meets in a layer, in the mean over the layers."""
         narrow = self.sliding_window / 2 if self.sliding_is_chunk else self.sliding_window
         return mean_keys * (1 - self.sliding_share) + min(mean_keys, narrow) * self.sliding_share
 
     def kv_bytes_per_token(self, context_tokens: float) -> float:
-        """Of the KV cache, all layers, of a sequence of `context_tokens`."""
+        """Return the bytes of the KV cache, all layers, per token of a sequence of `context_tokens`."""
         seen = min(1.0, self.sliding_window / max(1.0, context_tokens))
         layers = self.num_layers * (1.0 - self.sliding_share + self.sliding_share * seen)
         return layers * self.kv_elements * self.kv_bits / 8
+
+
+def dense_beside(layers: Sequence[int], num_layers: int) -> tuple[tuple[float, int], ...]:
+    """Count the dense layers that hide a copy beside an MoE layer: pairs of that and of MoE layers.
+
+    While dense layers run, the copies go on into the slots that are free: those of the next
+    `NUM_SLOTS` MoE layers, and no others (`prefetch.schedule`). So the dense layers before a run of MoE
+    layers help its first two, and those after the last one help the next step.
+
+    Args:
+        layers: with experts, ascending, at least one.
+    """
+    runs: list[list[int]] = []
+    previous = layers[-1] - num_layers
+    for layer in layers:
+        dense = layer - previous - 1
+        if dense or not runs:
+            runs.append([dense, 0])
+        runs[-1][1] += 1
+        previous = layer
+    found: Counter[float] = Counter()
+    for dense, count in runs:
+        helped = min(count, NUM_SLOTS) if dense else 0
+        if helped:
+            found[dense / helped] += helped
+        if count > helped:
+            found[0.0] += count - helped
+    return tuple(sorted(found.items()))
 
 
 def shape_of(
@@ -128,7 +158,7 @@ def shape_of(
     kv_dtype: str | None = None,
     dense_dtype: str | None = None,
 ) -> ModelShape:
-    """The shape of DeepSeek-V2/V3, Qwen2/3-MoE, gpt-oss, Mixtral, GLM-4-MoE, Llama-4 and their like.
+    """Read the shape of DeepSeek-V2/V3, Qwen2/3-MoE, gpt-oss, Mixtral, GLM-4-MoE, Llama-4 and the like.
 
     Args:
         config: of the text model.
@@ -141,7 +171,7 @@ def shape_of(
     fields = ConfigFields(config)
     num_experts, experts_per_token = _routing(fields)
     hidden = fields.first("hidden_size")
-    num_layers = fields.first("num_hidden_layers", high=MOST_LAYERS)
+    num_layers = fields.first("num_hidden_layers")
     with_experts = moe_layers(fields, num_layers)
     if not with_experts:
         raise DwdpConfigError(f"{fields.architecture}: config.json leaves no layer with experts.")
@@ -183,7 +213,7 @@ def shape_of(
 
 
 def _routing(fields: ConfigFields) -> tuple[int, int]:
-    """Experts of a layer, and those that a token is routed to."""
+    """Return the experts of a layer, and how many of them a token is routed to."""
     num_experts = fields.first("n_routed_experts", "num_experts", "num_local_experts", default=0)
     if num_experts < 2:
         raise DwdpConfigError(
@@ -200,7 +230,7 @@ def _routing(fields: ConfigFields) -> tuple[int, int]:
 
 
 def _feed_forward_sizes(fields: ConfigFields) -> tuple[int, int, int]:
-    """Intermediate sizes of a routed expert, of a layer's shared experts, of a layer without experts."""
+    """Return the intermediate sizes of a routed expert, shared experts, a layer without experts."""
     expert = fields.first("moe_intermediate_size", default=0) or fields.first("intermediate_size")
     num_shared = fields.first("n_shared_experts", default=int("llama4" in fields.model_type))
     shared = fields.first("shared_expert_intermediate_size", default=0) or expert * num_shared

@@ -1,16 +1,15 @@
-"""`vllm-dwdp plan`: does DWDP pay off for this model, machine and traffic? Ranges, reasons, origins."""
+"""`vllm-dwdp plan`: does DWDP pay off for this model, machine and traffic? Figures and advice."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vllm_dwdp.errors import DwdpConfigError
-from vllm_dwdp.planner.advice import advise
 from vllm_dwdp.planner.cost import CostModel
 from vllm_dwdp.planner.estimates import (
-    LENGTHS,
-    SKEW,
+    COMPUTE,
+    EVERYTHING,
+    LINK,
     Tokens,
-    Traffic,
     assumptions,
     auto_step,
     break_even_tokens,
@@ -20,35 +19,21 @@ from vllm_dwdp.planner.estimates import (
     memory_bytes,
     parts,
     redundancy,
+    replica_fits,
     replica_kv_bytes,
     speedups,
 )
+from vllm_dwdp.planner.traffic import Traffic
 
-_LINEAR = ("dense_gemm", "attention", "other_passes")
-_COMPUTE = (*_LINEAR, "grouped_gemm", "memory")
-_PREFETCH = ("link",)
-_ALL = (*_COMPUTE, *_PREFETCH, "beside_copies")
-_USED = {
-    "all-to-all saved": _PREFETCH,
-    LENGTHS: _LINEAR,
-    SKEW: ("grouped_gemm", "memory"),
-    "interference of copies": ("beside_copies", *_PREFETCH),
-    "exposed prefetch": _ALL,
-    "reading peers in place": (*_COMPUTE, "direct"),
-    "experts read once per rank, not once per group": ("grouped_gemm", "memory"),
-    "DWDP prefetch": _ALL,
-    "DWDP direct": (*_COMPUTE, "direct"),
-    "DEP balanced": (*_COMPUTE, *_PREFETCH),
-    "full replica": _COMPUTE,
-}
-"""Efficiencies that a figure uses."""
-_ASSUMED = frozenset({"all-to-all saved", SKEW, "experts read once per rank, not once per group"})
-"""Parts that also rest on `estimates.assumptions`."""
+DECODE_HEAVY = 4
+"""A request is decode-heavy from one generated token per so many prompt tokens."""
+SLOWER = 1.1
+"""Decode time over expert parallelism's from which prefill should be separated from it."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Line:
-    """One statement: `low` and `high` are equal where there is no range.
+class Figure:
+    """One row of the table: `low` and `high` are equal where there is no range.
 
     Args:
         low, high: None where there is no such number, and `reason` says why.
@@ -65,66 +50,54 @@ class Line:
     reason: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Convert to JSON."""
         return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Lines for the table and sentences for the reader."""
+    """Figures for the table and sentences for the reader."""
 
-    lines: tuple[Line, ...]
+    figures: tuple[Figure, ...]
     advice: tuple[str, ...]
     assumptions: tuple[str, ...]
 
 
 def make_plan(model: CostModel, traffic: Traffic) -> Plan:
-    """Everything that `vllm-dwdp plan` says.
-
-    Raises:
-        DwdpConfigError: more experts per rank than there are, or fewer than two ranks.
-    """
-    if model.group_size < 2:
-        raise DwdpConfigError(
-            f"--ranks {model.group_size} must be at least 2: one rank shares nothing."
-        )
-    if model.extra_experts + model.shape.num_experts // model.group_size > model.shape.num_experts:
-        raise DwdpConfigError(
-            f"--experts-per-rank is above the {model.shape.num_experts} experts of a layer."
-        )
-    lines = [
-        *_memory_lines(model, traffic),
-        *_time_lines(model, traffic),
-        *_comparison_lines(model, traffic),
-        *_decode_lines(model, traffic),
-        *_redundancy_lines(model, traffic),
-    ]
+    """Say everything that `vllm-dwdp plan` shows."""
+    figures = (
+        *_memory(model, traffic),
+        *_times(model, traffic),
+        *_comparison(model, traffic),
+        *_decode(model, traffic),
+        *_redundancy(model, traffic),
+    )
     return Plan(
-        lines=tuple(lines),
+        figures=figures,
         advice=tuple(advise(model, traffic)),
         assumptions=tuple(assumptions(model)),
     )
 
 
-def _memory_lines(model: CostModel, traffic: Traffic) -> list[Line]:
+def _memory(model: CostModel, traffic: Traffic) -> list[Figure]:
     topic, sizes = "memory per rank", memory_bytes(model)
     context = traffic.input_tokens + traffic.output_tokens
     per_token = model.shape.kv_bytes_per_token(context)
     weights = model.shape.experts_bytes + model.shape.dense_bytes
-    lines = [
-        _line(topic, name, value / 1e9, "GB", "config" if name != "KV cache" else "spec")
+    weighed = [
+        _figure(topic, name, value / 1e9, "GB", "config" if name != "KV cache" else "spec")
         for name, value in sizes.items()
     ]
     return [
-        *lines,
-        _line(topic, "KV cache per token", per_token / 1e3, "kB", "config"),
-        _line(topic, "tokens that fit the KV cache", kv_tokens(model, context), "tokens", "spec"),
-        _line(topic, "weights of a full replica", weights / 1e9, "GB", "config"),
-        _line(topic, "KV cache of a full replica", replica_kv_bytes(model) / 1e9, "GB", "spec"),
+        *weighed,
+        _figure(topic, "KV cache per token", per_token / 1e3, "kB", "config"),
+        _figure(topic, "tokens that fit the KV cache", kv_tokens(model, context), "tokens", "spec"),
+        _figure(topic, "weights of a full replica", weights / 1e9, "GB", "config"),
+        _figure(topic, "KV cache of a full replica", replica_kv_bytes(model) / 1e9, "GB", "spec"),
     ]  # fmt: skip
 
 
-def _time_lines(model: CostModel, traffic: Traffic) -> list[Line]:
+def _times(model: CostModel, traffic: Traffic) -> list[Figure]:
     def origin(*names: str) -> str:
         return model.efficiency.origin(*names)
 
@@ -132,58 +105,58 @@ def _time_lines(model: CostModel, traffic: Traffic) -> list[Line]:
     step = traffic.prefill_step
     compute = model.layer(step, model.shape.num_experts).compute
     return [
-        _line(topic, "prefetch per layer", model.prefetch * 1e3, "ms", origin(*_PREFETCH)),
-        _line(topic, "prefetch per step", model.prefetch * layers * 1e3, "ms", origin(*_PREFETCH)),
-        _line(topic, "compute per MoE layer, full step", compute * 1e3, "ms", origin(*_COMPUTE)),
+        _figure(topic, "prefetch per layer", model.prefetch * 1e3, "ms", origin(*LINK)),
+        _figure(topic, "prefetch per step", model.prefetch * layers * 1e3, "ms", origin(*LINK)),
+        _figure(topic, "compute per MoE layer, full step", compute * 1e3, "ms", origin(*COMPUTE)),
         _tokens(topic, "break-even tokens per step and rank",
-                break_even_tokens(model, traffic.input_tokens), origin(*_ALL)),
+                break_even_tokens(model, traffic.input_tokens), origin(*EVERYTHING)),
         _tokens(topic, "read in place (direct) up to", direct_crossover(model),
-                model.efficiency.origin(*_COMPUTE, *_PREFETCH, "direct", assumed=True)),
+                model.efficiency.origin(*COMPUTE, *LINK, "direct", assumed=True)),
     ]  # fmt: skip
 
 
-def _comparison_lines(model: CostModel, traffic: Traffic) -> list[Line]:
+def _comparison(model: CostModel, traffic: Traffic) -> list[Figure]:
     topic, values = "prefill, DWDP over DEP", speedups(model, traffic)
     dwdp, saved = auto_step(model, traffic.prefill_step), parts(model, traffic)
-    used = {field for name in saved for field in _USED[name]}
+    used = {field for part in saved for field in part.uses}
     origin = model.efficiency.origin(*used, assumed=True)
     low, high = min(values.values()), max(values.values())
     return [
-        Line(topic=topic, quantity="throughput, range", low=low, high=high, unit="x", origin=origin),
-        *(_line(topic, f"throughput, {name}", value, "x", origin) for name, value in values.items()),
+        Figure(topic=topic, quantity="throughput, range", low=low, high=high, unit="x", origin=origin),
+        *(_figure(topic, f"throughput, {name}", value, "x", origin) for name, value in values.items()),
         *(
-            _line(topic, name, 100 * value / dwdp, "% of a DWDP step",
-                  model.efficiency.origin(*_USED[name], assumed=name in _ASSUMED))
-            for name, value in saved.items()
+            _figure(topic, part.title, 100 * seconds / dwdp, "% of a DWDP step",
+                    model.efficiency.origin(*part.uses, assumed=part.assumed))
+            for part, seconds in saved.items()
         ),
     ]  # fmt: skip
 
 
-def _decode_lines(model: CostModel, traffic: Traffic) -> list[Line]:
+def _decode(model: CostModel, traffic: Traffic) -> list[Figure]:
     topic = f"decode, {traffic.batch_size} sequences"
     return [
-        _line(topic, f"step, {name}", 1e3 * seconds, "ms",
-              model.efficiency.origin(*_USED[name], assumed=True))
-        for name, seconds in decode_steps(model, traffic.decode_step).items()
+        _figure(topic, f"step, {way.title}", 1e3 * seconds, "ms",
+                model.efficiency.origin(*way.uses, assumed=True))
+        for way, seconds in decode_steps(model, traffic.decode_step).items()
     ]  # fmt: skip
 
 
-def _redundancy_lines(model: CostModel, traffic: Traffic) -> list[Line]:
+def _redundancy(model: CostModel, traffic: Traffic) -> list[Figure]:
     topic = "spare memory as redundancy"
     spare, saved, tokens = redundancy(model, traffic)
     return [
-        _line(topic, "more experts per layer and rank", spare, "experts", "spec"),
-        _line(topic, "of the copies saved", 100 * saved, "%", "spec"),
-        _tokens(topic, "break-even tokens then", tokens, model.efficiency.origin(*_ALL)),
+        _figure(topic, "more experts per layer and rank", spare, "experts", "spec"),
+        _figure(topic, "of the copies saved", 100 * saved, "%", "spec"),
+        _tokens(topic, "break-even tokens then", tokens, model.efficiency.origin(*EVERYTHING)),
     ]
 
 
-def _line(topic: str, quantity: str, value: float, unit: str, origin: str) -> Line:
-    return Line(topic=topic, quantity=quantity, low=value, high=value, unit=unit, origin=origin)
+def _figure(topic: str, quantity: str, value: float, unit: str, origin: str) -> Figure:
+    return Figure(topic=topic, quantity=quantity, low=value, high=value, unit=unit, origin=origin)
 
 
-def _tokens(topic: str, quantity: str, tokens: Tokens, origin: str) -> Line:
-    return Line(
+def _tokens(topic: str, quantity: str, tokens: Tokens, origin: str) -> Figure:
+    return Figure(
         topic=topic,
         quantity=quantity,
         low=tokens.number,
@@ -192,3 +165,91 @@ def _tokens(topic: str, quantity: str, tokens: Tokens, origin: str) -> Line:
         origin=origin,
         reason=tokens.instead,
     )
+
+
+def advise(model: CostModel, traffic: Traffic) -> Iterator[str]:
+    """Say every sentence that holds for this model, machine and traffic."""
+    yield from _about_memory(model)
+    yield from kv_shortage(model, int(traffic.decode_step.mean_keys), traffic.batch_size)
+    yield from _about_steps(model, traffic)
+    yield from _about_gains(model, traffic)
+
+
+def lacking_memory(model: CostModel) -> Iterator[str]:
+    """Say where the weights of a rank do not fit."""
+    left = memory_bytes(model)["KV cache"]
+    if left <= 0:
+        yield (
+            f"It does not fit: a rank lacks {-left / 1e9:.0f} GB. Use more ranks per group or smaller "
+            "experts (quantisation)."
+        )
+
+
+def kv_shortage(model: CostModel, context_tokens: int, num_sequences: int) -> Iterator[str]:
+    """Say where sequences need more KV cache than a rank has beside its weights."""
+    room, needed = kv_tokens(model, context_tokens), num_sequences * context_tokens
+    if 0 < room < needed:
+        yield (
+            f"{num_sequences:,} sequence{'s' * (num_sequences > 1)} of {context_tokens:,} tokens need a "
+            f"KV cache of {needed:,} tokens, and {room:,.0f} fit a rank: the figures need more than "
+            "there is."
+        )
+
+
+def _about_memory(model: CostModel) -> Iterator[str]:
+    yield from lacking_memory(model)
+    if replica_fits(model):
+        yield (
+            "A full replica fits one accelerator: plain data parallelism (dwdp mode 'replica') is "
+            "faster. DWDP pays off here only if room for the KV cache is the point: "
+            f"{memory_bytes(model)['KV cache'] / 1e9:.0f} GB instead of "
+            f"{replica_kv_bytes(model) / 1e9:.0f} GB per rank."
+        )
+
+
+def _about_steps(model: CostModel, traffic: Traffic) -> Iterator[str]:
+    needed = break_even_tokens(model, traffic.input_tokens)
+    if needed.number is not None and traffic.max_num_batched_tokens < needed.number:
+        yield (
+            f"max_num_batched_tokens={traffic.max_num_batched_tokens} is below the break-even of "
+            f"{needed.number} tokens: every prefill step waits for its experts. Raise it, share over "
+            "fewer ranks or hold more experts per rank (experts_per_rank)."
+        )
+    if needed.instead.startswith("never"):
+        yield (
+            "No prefill step computes long enough to hide its copies: share over fewer ranks, hold more "
+            "experts per rank (experts_per_rank), or use a faster link."
+        )
+    step = traffic.decode_step
+    slower = auto_step(model, step) / model.dep_step(step)
+    if traffic.output_tokens * DECODE_HEAVY > traffic.input_tokens and slower > SLOWER:
+        yield (
+            "The traffic is decode-heavy, and a decode step computes too little to hide the copies "
+            f"({slower:.1f}x the time of expert parallelism): separate prefill from decode, with DWDP "
+            "on the prefill side."
+        )
+
+
+def _about_gains(model: CostModel, traffic: Traffic) -> Iterator[str]:
+    values = speedups(model, traffic)
+    low, high = min(values.values()), max(values.values())
+    if high < 1:
+        yield f"DWDP is slower than DEP here, {low:.2f} to {high:.2f}x: keep expert parallelism."
+    elif round(low, 2) < 1:
+        yield (
+            f"With balanced load DWDP is slower than DEP here ({low:.2f}x); it pays off only by what "
+            "uneven lengths and routing cost DEP."
+        )
+    else:
+        yield f"DWDP is {low:.2f} to {high:.2f}x as fast as DEP in prefill."
+    spare, saved, tokens = redundancy(model, traffic)
+    if spare:
+        yield (
+            f"Spare memory would hold {spare} more experts per layer and rank (experts_per_rank="
+            f"{model.resident_experts + spare}): {100 * saved:.0f} % of the copies less"
+            f"{_break_even(tokens)}, at the price of KV cache."
+        )
+
+
+def _break_even(tokens: Tokens) -> str:
+    return "" if tokens.number is None else f", break-even at {tokens.number} tokens"

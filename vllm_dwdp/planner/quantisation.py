@@ -3,19 +3,20 @@
 Understands the forms that checkpoints of MoE models use: `fp8` (per tensor, or in blocks), `mxfp4`,
 ModelOpt's `NVFP4` and `FP8`, `compressed-tensors` (config groups and their targets), `awq` and `gptq`.
 What a checkpoint leaves out of it (`ignore`, `ignored_layers`, `modules_to_not_convert`,
-`exclude_modules`) stays in 16 bits: the names of a layer's modules are looked up there (`module_names`),
-layer by layer, so that a kind may have several formats.
+`exclude_modules`) stays in 16 bits: the names of a layer's modules are looked up there, layer by layer,
+so that a kind may have several formats.
 """
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import translate
 from functools import cached_property
 from typing import Any
 
 from vllm_dwdp.errors import DwdpConfigError
-from vllm_dwdp.planner.checked import MOST_OF_ANYTHING, shown, whole
-from vllm_dwdp.planner.module_names import ModuleNames, names_of
+from vllm_dwdp.planner.checked import shown, whole
 
 _LISTS = ("ignore", "ignored_layers", "modules_to_not_convert", "exclude_modules")
 
@@ -58,13 +59,99 @@ class Precision:
 
     @classmethod
     def of(cls, form: Format) -> "Precision":
-        """The same in every layer."""
+        """Use one format in every layer."""
         return cls(((form, 1.0),))
 
     @property
     def bits(self) -> float:
-        """Of a weight, in the mean over the layers."""
+        """The bits of a weight, in the mean over the layers."""
         return sum(form.bits * share for form, share in self.parts)
+
+
+KINDS: Mapping[str, tuple[str, ...]] = {
+    "attention": ("self_attn.q_proj", "self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa",
+                  "self_attn.k_proj", "self_attn.o_proj"),
+    "experts": ("mlp.experts.0.gate_proj", "mlp.experts.0.down_proj",
+                "block_sparse_moe.experts.0.w1", "feed_forward.experts.0.gate_proj"),
+    "shared": ("mlp.shared_experts.gate_proj", "mlp.shared_expert.gate_proj",
+               "feed_forward.shared_expert.gate_proj"),
+    "dense": ("mlp.gate_proj", "mlp.down_proj", "feed_forward.gate_proj"),
+}  # fmt: skip
+"""After `model.layers.N.`; each family has some of them."""
+_PREFIXES = ("model.", "language_model.model.", "model.language_model.")
+"""Before `layers.N.`: of language models, and of those that are part of a multi-modal one."""
+
+
+def names_of(kind: str, layer: int) -> tuple[str, ...]:
+    """List the modules of a kind in a layer, as any family may call them."""
+    return tuple(
+        f"{prefix}layers.{layer}.{module}" for module in KINDS[kind] for prefix in _PREFIXES
+    )
+
+
+@dataclass(frozen=True)
+class ModuleNames:
+    """A list of modules: names, parents' names, wildcards, `re:` and an expression, or classes."""
+
+    patterns: tuple[str, ...]
+
+    def has(self, names: Sequence[str]) -> bool:
+        """Say whether one of these modules, or what it is part of, is listed."""
+        return (
+            any(parent in self._plain for name in names for parent in _parents(name))
+            or any(part in self._parts for name in names for part in name.split("."))
+            or any(expression.match(name) for expression in self._expressions for name in names)
+        )
+
+    def covers(self, kind: str, names: Sequence[str]) -> bool:
+        """Say whether a group's targets, which may also be classes of modules, include this kind."""
+        if "Linear" in self.patterns:
+            return True
+        experts = any("moe" in word.lower() or "expert" in word.lower() for word in self._classes)
+        return (kind == "experts" and experts) or self.has(names)
+
+    @cached_property
+    def _plain(self) -> frozenset[str]:
+        return frozenset(
+            pattern
+            for pattern in self.patterns
+            if "." in pattern and "*" not in pattern and not pattern.startswith("re:")
+        )
+
+    @cached_property
+    def _parts(self) -> frozenset[str]:
+        """Names without a dot mean every module of that name."""
+        return frozenset(
+            pattern
+            for pattern in self.patterns
+            if "." not in pattern and "*" not in pattern and not pattern.startswith("re:")
+        )
+
+    @cached_property
+    def _classes(self) -> list[str]:
+        return [pattern for pattern in self._parts if pattern[:1].isupper()]
+
+    @cached_property
+    def _expressions(self) -> list[re.Pattern[str]]:
+        found = [_compiled(pattern) for pattern in self.patterns if pattern.startswith("re:")]
+        for pattern in self.patterns:
+            if "*" in pattern and not pattern.startswith("re:"):
+                found += [re.compile(translate(form)) for form in (pattern, f"{pattern}.*")]
+        return found
+
+
+def _parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern.removeprefix("re:"))
+    except re.error as error:
+        raise DwdpConfigError(
+            f"quantization_config of config.json lists {shown(pattern)}: {error}."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -79,7 +166,7 @@ class Quantisation:
 
     @classmethod
     def of(cls, entry: Any) -> "Quantisation":
-        """From the entry of config.json; None if it has none.
+        """Read the entry of config.json; None if it has none.
 
         Raises:
             DwdpConfigError: it is no object.
@@ -91,7 +178,7 @@ class Quantisation:
         return cls(entry or {})
 
     def precision(self, kind: str, layers: Sequence[int]) -> Precision:
-        """The formats of a kind, a key of `module_names.KINDS`.
+        """Return the formats of a kind of weight, a key of `KINDS`.
 
         Args:
             layers: that have this kind.
@@ -106,7 +193,7 @@ class Quantisation:
 
     @property
     def kv_bits(self) -> float:
-        """Of an element of the KV cache, as the checkpoint asks."""
+        """The bits of an element of the KV cache, as the checkpoint asks."""
         if "fp8" in str(self.config.get("kv_cache_quant_algo", "")).lower():
             return 8.0
         scheme = self.config.get("kv_cache_scheme")
@@ -131,12 +218,12 @@ class Quantisation:
 
     @cached_property
     def _whole(self) -> Format:
-        """Of everything that is quantised, where there are no groups."""
+        """The format of everything that is quantised, where there are no groups."""
         return self._read({}, is_group=False)
 
     @cached_property
     def _groups(self) -> list[tuple[ModuleNames, Format]]:
-        """compressed-tensors' groups: what each covers, and in which format."""
+        """The groups of compressed-tensors: what each covers, and in which format."""
         groups = self.config.get("config_groups")
         entries = groups.values() if isinstance(groups, dict) else ()
         return [
@@ -175,16 +262,16 @@ class Quantisation:
         )
 
     def _block_bits(self) -> float:
-        """Of the scales of fp8 in blocks, per weight."""
+        """Count the bits of the scales of fp8 in blocks, per weight."""
         block = self.config.get("weight_block_size")
         if not isinstance(block, list) or len(block) != 2:
             return 0.0
-        sizes = [_entry("weight_block_size", size, MOST_OF_ANYTHING) for size in block]
+        sizes = [_entry("weight_block_size", size) for size in block]
         return 32.0 / (sizes[0] * sizes[1])
 
 
 def _targets(group: Mapping[str, Any]) -> ModuleNames:
-    """What a group covers: every linear layer, if it does not say."""
+    """Return what a group covers: every linear layer, if it does not say."""
     targets = group.get("targets")
     return ModuleNames(tuple(map(str, targets)) if isinstance(targets, list) else ("Linear",))
 
@@ -198,15 +285,15 @@ def _activation_bits(inputs: Any) -> int:
 
 
 def _scale_bits(group_size: Any) -> float:
-    """One 16-bit scale per group; -1 is one per channel, which is next to none."""
+    """Count the bits of a 16-bit scale per group; -1 is one per channel, which is next to none."""
     if group_size in (None, -1):
         return 0.0
-    return 16.0 / _entry("group_size", group_size, MOST_OF_ANYTHING)
+    return 16.0 / _entry("group_size", group_size)
 
 
 def _bits(name: str, value: Any) -> int:
     return _entry(name, value, 32)
 
 
-def _entry(name: str, value: Any, high: int) -> int:
+def _entry(name: str, value: Any, high: int | None = None) -> int:
     return whole(f"quantization_config of config.json: {name}", value, 1, high)

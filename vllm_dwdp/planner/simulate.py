@@ -17,17 +17,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from vllm_dwdp.errors import DwdpConfigError
-from vllm_dwdp.planner.checked import MOST_TOKENS, real, whole
+from vllm_dwdp.planner.checked import real, whole
 from vllm_dwdp.planner.contention import PullOrder, Pulls, contended_layer, finest_slices
 from vllm_dwdp.planner.cost import CostModel, Step
-from vllm_dwdp.planner.percentiles import percentile
 from vllm_dwdp.planner.traffic import Request
 
-MOST_RANKS = 72
-MOST_STEPS = 5_000_000
-"""Of all ranks; some minutes."""
 SLICE_MIB = 2.0
 """As the runtime and TensorRT-LLM slice."""
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Return the smallest value that at least `percent` of the values do not exceed; 0 of none."""
+    ordered = sorted(values) or [0.0]
+    return ordered[max(0, -int(-len(ordered) * percent // 100) - 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,7 @@ class Outcome:
     ttft_s: tuple[float, ...]
 
     def percentile(self, percent: float) -> float:
-        """Of the time to first token, seconds."""
+        """Return a percentile of the time to first token, seconds."""
         return percentile(self.ttft_s, percent)
 
 
@@ -80,7 +82,7 @@ class Ranks:
         return self.queues[rank][0].arrival_s if self.queues[rank] else float("inf")
 
     def take(self, rank: int, now: float) -> list[Chunk]:
-        """What a step computes: prompts that have arrived, in order; the last one may be cut."""
+        """Return what a step computes: prompts that have arrived, in order; the last one may be cut."""
         chunks: list[Chunk] = []
         room, queue = self.max_tokens, self.queues[rank]
         while room and queue and queue[0].arrival_s <= now:
@@ -95,7 +97,7 @@ class Ranks:
         return chunks
 
     def answer(self, chunks: list[Chunk], now: float) -> None:
-        """A step is over: prompts that end with it have their first token."""
+        """End a step: prompts that end with it have their first token."""
         self.ttft_s.extend(
             now - chunk.request.arrival_s
             for chunk in chunks
@@ -104,25 +106,25 @@ class Ranks:
 
 
 def step_of(chunks: Sequence[Chunk]) -> Step:
-    """The chunks as one step; a token attends to all of its prompt before it."""
+    """Join chunks to one step; a token attends to all of its prompt before it."""
     tokens = sum(chunk.stop - chunk.start for chunk in chunks)
     keys = sum((chunk.stop - chunk.start) * (chunk.start + chunk.stop) for chunk in chunks) / 2
     return Step(num_tokens=tokens, mean_keys=keys / tokens)
 
 
 def default_pulls(model: CostModel, slice_mib: float = SLICE_MIB) -> Pulls:
-    """Rotated order, slices of `slice_mib`, or the finest that are simulated (`finest_slices`)."""
+    """Pull in rotated order, in slices of `slice_mib` or the finest that are simulated."""
     slices = min(finest_slices(model.group_size), max(1, round(_share_mib(model) / slice_mib)))
     return Pulls(group_size=model.group_size, slices_per_peer=slices)
 
 
 def _share_mib(model: CostModel) -> float:
-    """Of a layer, that one peer sends."""
+    """Return what one peer sends of a layer."""
     return model.remote_bytes / max(1, model.group_size - 1) / 2**20
 
 
 def pulls_for(model: CostModel, slice_mib: float, order: str) -> Pulls:
-    """As the user says.
+    """Pull as the user says.
 
     Args:
         slice_mib: 0 copies a peer's whole share at a time.
@@ -138,12 +140,12 @@ def pulls_for(model: CostModel, slice_mib: float, order: str) -> Pulls:
         return Pulls(
             group_size=model.group_size, slices_per_peer=1, in_flight=1, order=names[order]
         )
-    real("--slice-mib", slice_mib, 1e-6, 1e6)
+    real("--slice-mib", slice_mib, above=True)
     return replace(default_pulls(model, slice_mib), order=names[order])
 
 
 def coarsened(model: CostModel, slice_mib: float, pulls: Pulls) -> str:
-    """What to say where copies are simulated in larger slices than was asked for; else empty."""
+    """Say where copies are simulated in larger slices than was asked for; empty if not."""
     simulated = _share_mib(model) / pulls.slices_per_peer
     if slice_mib == 0 or simulated < 1.5 * slice_mib:
         return ""
@@ -153,33 +155,18 @@ def coarsened(model: CostModel, slice_mib: float, pulls: Pulls) -> str:
     )
 
 
-def check_sizes(num_ranks: int, max_tokens: int, routing_skew: float) -> None:
+def check_steps(max_tokens: int, routing_skew: float) -> None:
     """Refuse what cannot be simulated.
 
     Raises:
-        DwdpConfigError: too few or too many ranks, a step without tokens, a skew below 1.
+        DwdpConfigError: a step without tokens, or a skew below 1.
     """
-    whole("--ranks", num_ranks, 2, MOST_RANKS)
-    whole("--max-num-batched-tokens", max_tokens, 1, MOST_TOKENS)
-    real("--routing-skew", routing_skew, 1, MOST_RANKS)
-
-
-def check_length(requests: Sequence[Request], max_tokens: int) -> None:
-    """Refuse what would take hours.
-
-    Raises:
-        DwdpConfigError: the prompts take too many steps.
-    """
-    steps = sum(-(-request.input_tokens // max_tokens) for request in requests)
-    if steps > MOST_STEPS:
-        raise DwdpConfigError(
-            f"The prompts take {steps:,} steps of {max_tokens:,} tokens; at most {MOST_STEPS:,} are "
-            "simulated. Give fewer or shorter prompts, or a larger --max-num-batched-tokens."
-        )
+    whole("--max-num-batched-tokens", max_tokens, 1)
+    real("--routing-skew", routing_skew, 1)
 
 
 def dwdp_step(model: CostModel, step: Step, pulls: Pulls) -> float:
-    """Seconds of a DWDP step whose layers wait for contended copies."""
+    """Time a DWDP step whose layers wait for contended copies."""
     return model.dwdp_step(step, lambda compute: contended_layer(pulls, compute, model.prefetch))
 
 
@@ -190,7 +177,7 @@ def simulate_dwdp(
     max_tokens: int,
     pulls: Pulls | None = None,
 ) -> Outcome:
-    """Every rank on its own clock."""
+    """Run every rank on its own clock."""
     ranks = Ranks(requests, model.group_size, max_tokens)
     pulls = pulls or default_pulls(model)
     num_steps, last, busy = 0, 0.0, 0.0
@@ -217,7 +204,7 @@ def simulate_dep(
     max_tokens: int,
     routing_skew: float = 1.0,
 ) -> Outcome:
-    """All ranks in lockstep."""
+    """Run all ranks in lockstep."""
     ranks = Ranks(requests, model.group_size, max_tokens)
     now, num_steps, busy = 0.0, 0, 0.0
     while any(ranks.queues):
@@ -233,7 +220,7 @@ def simulate_dep(
 
 
 def lockstep(model: CostModel, steps: Sequence[Step], routing_skew: float = 1.0) -> float:
-    """Seconds of a DEP step with two barriers in every layer; `steps` of the ranks that have work."""
+    """Time a DEP step with two barriers in every layer; `steps` are of the ranks that have work."""
     layers = model.shape.num_moe_layers
     before = max(
         layers * model.layer(step, model.shape.num_experts).before_experts
@@ -268,6 +255,6 @@ def sweep(
     routing_skew: float,
     pulls: Pulls | None = None,
 ) -> Iterator[tuple[str, Outcome]]:
-    """The deployments that `vllm-dwdp simulate` compares."""
+    """Simulate the deployments that `vllm-dwdp simulate` compares."""
     yield "DEP", simulate_dep(model, requests, max_tokens=max_tokens, routing_skew=routing_skew)
     yield "DWDP", simulate_dwdp(model, requests, max_tokens=max_tokens, pulls=pulls)

@@ -1,13 +1,48 @@
-"""Requests of a simulation: drawn from a distribution, or read from a trace."""
+"""What is served: sizes for `plan`, requests for `simulate`, drawn at random or read from a trace."""
 
+import json
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vllm_dwdp.errors import DwdpConfigError
-from vllm_dwdp.planner.checked import MOST_OF_ANYTHING, MOST_TOKENS, parse_json, real, whole
+from vllm_dwdp.planner.checked import real, whole
+from vllm_dwdp.planner.cost import Step
 
-MOST_REQUESTS = 5_000_000
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """The sizes of requests and of steps.
+
+    Args:
+        input_tokens, output_tokens: per request.
+        variation: standard deviation of a rank's tokens per step over their mean.
+        max_num_batched_tokens: vLLM's limit per step and rank.
+        batch_size: sequences that decode together on a rank.
+    """
+
+    input_tokens: int
+    output_tokens: int
+    variation: float
+    max_num_batched_tokens: int
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        whole("--input-tokens", self.input_tokens, 1)
+        whole("--output-tokens", self.output_tokens, 0)
+        whole("--max-num-batched-tokens", self.max_num_batched_tokens, 1)
+        whole("--batch-size", self.batch_size, 1)
+        real("--variation", self.variation, 0, 1)
+
+    @property
+    def prefill_step(self) -> Step:
+        """A full step of prompts."""
+        return Step.prefill(self.max_num_batched_tokens, self.input_tokens)
+
+    @property
+    def decode_step(self) -> Step:
+        """A step of all sequences at half of their answers."""
+        return Step.decode(self.batch_size, self.input_tokens + self.output_tokens / 2)
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -26,14 +61,14 @@ def poisson_traffic(
     smallest_share: float,
     seed: int,
 ) -> list[Request]:
-    """Poisson arrivals, prompt lengths uniform in [smallest_share * input_tokens, input_tokens].
+    """Draw Poisson arrivals, prompt lengths uniform in [smallest_share * input_tokens, input_tokens].
 
     Raises:
         DwdpConfigError: a rate, length or share that cannot be.
     """
-    real("--rate", requests_per_s, 1e-6, MOST_OF_ANYTHING)
-    whole("--input-tokens", input_tokens, 1, MOST_TOKENS)
-    whole("--requests", num_requests, 1, MOST_REQUESTS)
+    real("--rate", requests_per_s, above=True)
+    whole("--input-tokens", input_tokens, 1)
+    whole("--requests", num_requests, 1)
     real("--smallest-share", smallest_share, 0, 1, above=True)
     dice, now, requests = random.Random(seed), 0.0, []
     for _ in range(num_requests):
@@ -44,7 +79,7 @@ def poisson_traffic(
 
 
 def read_trace(path: Path) -> list[Request]:
-    """A JSON-lines trace: `{"arrival_s": 0.25, "input_tokens": 812}` per line; other keys are not read.
+    """Read a trace: a line `{"arrival_s": 0.25, "input_tokens": 812}` per request; no other key is read.
 
     Returns:
         By arrival, counted from the first one.
@@ -68,13 +103,13 @@ def read_trace(path: Path) -> list[Request]:
 def _trace_line(path: Path, number: int, line: str) -> Request:
     where = f"--trace {path}, line {number}"
     try:
-        entry = parse_json(line)
+        entry = json.loads(line)
         arrival, tokens = entry["arrival_s"], entry["input_tokens"]
     except (ValueError, KeyError, TypeError) as error:
         raise DwdpConfigError(
             f'{where}: {line[:60]!r} is not {{"arrival_s": seconds, "input_tokens": count}}.'
         ) from error
     return Request(
-        arrival_s=real(f"{where}: arrival_s", arrival, 0, 10 * MOST_OF_ANYTHING),
-        input_tokens=whole(f"{where}: input_tokens", tokens, 1, MOST_TOKENS),
+        arrival_s=real(f"{where}: arrival_s", arrival),
+        input_tokens=whole(f"{where}: input_tokens", tokens, 1),
     )

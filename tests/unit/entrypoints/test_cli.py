@@ -10,9 +10,10 @@ import pytest
 import typer
 
 from tests.unit.distributed.test_messages import fingerprint
+from tests.unit.planner.models import MIXTRAL_8X7B
 from vllm_dwdp.distributed.meeting import parse_endpoint
 from vllm_dwdp.distributed.membership import Membership
-from vllm_dwdp.entrypoints.cli import main as cli
+from vllm_dwdp.entrypoints.cli.doctor import doctor
 from vllm_dwdp.entrypoints.doctor.checks import Finding
 
 
@@ -115,7 +116,7 @@ def test_doctor_prints_what_it_saw_as_it_is(capsys: pytest.CaptureFixture[str]) 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vllm_dwdp.entrypoints.doctor.checks.examine", lambda **_: [seen])
         with pytest.raises(typer.Exit):
-            cli.doctor()
+            doctor()
     printed = " ".join(capsys.readouterr().out.split())
     assert "problem" in printed
     assert "[/models/x]" in printed
@@ -124,19 +125,7 @@ def test_doctor_prints_what_it_saw_as_it_is(capsys: pytest.CaptureFixture[str]) 
 
 def test_a_models_name_is_printed_as_it_is(tmp_path: Path) -> None:
     config = tmp_path / "config.json"
-    facts = {
-        "architectures": ["[/x]ForCausalLM"],
-        "model_type": "mixtral",
-        "hidden_size": 4096,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "intermediate_size": 14336,
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-        "vocab_size": 32000,
-    }
-    config.write_text(json.dumps(facts))
+    config.write_text(json.dumps(MIXTRAL_8X7B | {"architectures": ["[/x]ForCausalLM"]}))
     ended = run("plan", "--model", str(config))
     assert ended.returncode == 0, ended.stderr
     assert "[/x]" in ended.stdout

@@ -39,6 +39,12 @@ def test_what_needs_no_factor_is_all_reached(rows: list[Row]) -> None:
     assert all(row.is_reached for row in exact)
 
 
+def test_contention_is_met_to_the_last_digit(rows: list[Row]) -> None:
+    meeting = [row for row in rows if row.source == "contention at a source"]
+    assert len(meeting) == 25
+    assert all(row.model == pytest.approx(row.published, abs=0.006) for row in meeting)
+
+
 def test_every_fitted_row_is_marked_and_every_mark_has_a_factor(rows: list[Row]) -> None:
     named = {name for factor in FITTED.values() for name in factor.rows}
     marked = {f"{row.source}: {row.quantity}" for row in rows if row.kind == "fitted"}
@@ -77,7 +83,7 @@ def test_every_miss_has_a_reason(rows: list[Row]) -> None:
 
 
 def test_the_command_says_it_all(rows: list[Row]) -> None:
-    command = [sys.executable, "-m", "vllm_dwdp.entrypoints.cli.main", "simulate", "--paper"]
+    command = [sys.executable, "-m", "vllm_dwdp.entrypoints.cli.main", "paper"]
     ended = subprocess.run(
         [*command, "--json"], capture_output=True, text=True, check=True, timeout=120
     )
@@ -88,3 +94,11 @@ def test_the_command_says_it_all(rows: list[Row]) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     assert f"of {NUM_PUBLISHED}" in " ".join(ended.stdout.split())
     assert "Not modelled:" in ended.stdout
+
+
+def test_the_old_flag_names_the_new_command() -> None:
+    command = [sys.executable, "-m", "vllm_dwdp.entrypoints.cli.main", "simulate", "--paper"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert "fitted factors" in ended.stdout
+    assert ended.stderr.startswith("simulate --paper is now vllm-dwdp paper")
+    assert len(ended.stderr.splitlines()) == 1

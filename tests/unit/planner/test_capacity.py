@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.planner.test_planner import GLM_4_5, r1_on_gb200
-from vllm_dwdp.entrypoints.cli.simulation_report import SimulationReport
+from tests.unit.planner.models import GLM_4_5, r1_on_gb200
+from vllm_dwdp.entrypoints.cli.simulate import SimulationReport
 from vllm_dwdp.planner.capacity import backlog, dep_capacity, dwdp_capacity
 from vllm_dwdp.planner.disaggregated import Service
 from vllm_dwdp.planner.hardware import DEFAULT
-from vllm_dwdp.planner.percentiles import percentile
 from vllm_dwdp.planner.simulate import (
     Outcome,
     coarsened,
     default_pulls,
     dwdp_step,
     lockstep,
+    percentile,
     pulls_for,
     simulate_dep,
     simulate_dwdp,

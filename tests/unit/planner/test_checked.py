@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from tests.unit.planner.test_planner import MIXTRAL_8X7B
+from tests.unit.planner.models import MIXTRAL_8X7B
 from vllm_dwdp.entrypoints.cli import main as cli
 from vllm_dwdp.errors import DwdpConfigError
-from vllm_dwdp.planner.checked import parse_json, real, shown, whole
+from vllm_dwdp.planner.checked import real, shown, whole
 
 Command = Callable[..., tuple[int, str, str]]
 PEAKS = {
@@ -62,14 +62,14 @@ def assert_refused(answer: tuple[int, str, str], message: str) -> None:
     assert len(error) < 700
 
 
-@pytest.mark.parametrize("value", [3.0, "3", True, None, 0, 8, 10**400])
+@pytest.mark.parametrize("value", [3.0, "3", True, None, 0, 8])
 def test_what_is_no_whole_number(value: object) -> None:
     assert whole("x", 7, 1, 7) == 7
     with pytest.raises(DwdpConfigError, match="^x is .*; it must be a whole number from 1 to 7.$"):
         whole("x", value, 1, 7)
 
 
-@pytest.mark.parametrize("value", ["3", True, None, float("nan"), float("inf"), 0, 7.1, 10**400])
+@pytest.mark.parametrize("value", ["3", True, None, float("nan"), float("inf"), 0, 7.1])
 def test_what_is_no_number(value: object) -> None:
     assert real("x", 7, 0, 7, above=True) == 7.0
     with pytest.raises(DwdpConfigError, match="^x is .*; it must be a number above 0"):
@@ -78,26 +78,19 @@ def test_what_is_no_number(value: object) -> None:
 
 def test_messages_stay_short() -> None:
     assert len(shown("a" * 1000)) == 40
-    assert shown(10**5000) == "an integer of 16610 bits"
-    with pytest.raises(ValueError, match="nested too deeply"):
-        parse_json("[" * 200_000)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[" * 200_000, "nested too deeply"),
-        ('{"hidden_size": ' + "1" * 5000 + "}", "Exceeds the limit"),
+        ("[", "Expecting value"),
+        ("[]", "it must be a JSON object"),
         (MIXTRAL_8X7B | {"architectures": {"a": 1}}, "architectures in config.json is {'a': 1}"),
         (MIXTRAL_8X7B | {"architectures": "Mixtral"}, "it must be a list of names"),
         (MIXTRAL_8X7B | {"num_local_experts": 8.0}, "num_local_experts in config.json is 8.0;"),
         (MIXTRAL_8X7B | {"num_local_experts": "8"}, "num_local_experts in config.json is '8';"),
-        (
-            MIXTRAL_8X7B | {"hidden_size": 10**200},
-            "hidden_size in config.json is an integer of 665",
-        ),
         (MIXTRAL_8X7B | {"hidden_size": float("nan")}, "hidden_size in config.json is nan"),
-        (MIXTRAL_8X7B | {"num_hidden_layers": 10**10}, "from 1 to 10,000."),
+        (MIXTRAL_8X7B | {"num_hidden_layers": 0}, "0; it must be a whole number of at least 1."),
     ],
 )
 def test_a_config_that_cannot_be(
@@ -110,17 +103,18 @@ def test_a_config_that_cannot_be(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"memory_gb": "1" * 401}, "mine.memory_gb is an integer of 1329 bits"),
-        ({"memory_gb": "0x" + "f" * 9000}, "mine.memory_gb is an integer of"),
-        ({"memory_gb": "1" * 5000}, "Exceeds the limit"),
+        ({"memory_gb": "-1"}, "mine.memory_gb is -1; it must be a number above 0."),
         ({"memory_gb": "inf"}, "mine.memory_gb is inf"),
         ({"memory_gb": "true"}, "mine.memory_gb is True"),
         ({"fp8_tflops": "0"}, "mine.fp8_tflops is 0; it must be a number above 0"),
         ({"[mine.efficiency]\nlink": "1.5"}, "mine.efficiency.link is 1.5; .* at most 1."),
         ({"[mine.efficiency]\nmemory": "2"}, "mine.efficiency.memory is 2"),
-        ({"[mine.efficiency]\nbeside_copies": "1.4"}, "beside_copies is 1.4; .* from 0 to 1."),
+        (
+            {"[mine.efficiency]\nbeside_copies": "1.4"},
+            "beside_copies is 1.4; .* at most 1.",
+        ),
         ({"[Mine]\nbf16_tflops": "1"}, "'Mine' is there twice"),
-        ({"x": "[" * 20_000}, "--hardware"),
+        ({"x": "["}, "--hardware"),
     ],
 )
 def test_hardware_that_cannot_be(tmp_path: Path, change: dict[str, str], message: str) -> None:
@@ -139,11 +133,9 @@ def test_hardware_that_cannot_be(tmp_path: Path, change: dict[str, str], message
         ('{"arrival_s": 0, "input_tokens": 3.9}', "input_tokens is 3.9"),
         ('{"arrival_s": 0, "input_tokens": "12"}', "input_tokens is '12'"),
         ('{"arrival_s": true, "input_tokens": 12}', "arrival_s is True"),
-        ('{"arrival_s": 1e300, "input_tokens": 5}', "arrival_s is 1e+300"),
-        ('{"arrival_s": 0, "input_tokens": 1e300}', "input_tokens is 1e+300"),
-        ('{"arrival_s": 0, "input_tokens": 100000000000000000}', "from 1 to 10,000,000"),
-        ('{"arrival_s": 0, "input_tokens": ' + "1" * 5000 + "}", "line 1: "),
-        ("[" * 200_000, "line 1: "),
+        ('{"arrival_s": NaN, "input_tokens": 5}', "arrival_s is nan"),
+        ('{"arrival_s": 0, "input_tokens": 0}', "input_tokens is 0"),
+        ("[", "line 1: "),
     ],
 )
 def test_a_trace_that_cannot_be(
@@ -154,32 +146,17 @@ def test_a_trace_that_cannot_be(
     assert_refused(command("simulate", "--model", str(config), "--trace", str(trace)), message)
 
 
-BIG = "1" * 401
-
-
 @pytest.mark.parametrize(
     ("name", "option", "value"),
     [
-        *(
-            ("plan", option, BIG)
-            for option in ("--ranks", "--input-tokens", "--output-tokens", "--variation",
-                           "--max-num-batched-tokens", "--batch-size", "--experts-per-rank")
-        ),
-        *(
-            ("simulate", option, BIG)
-            for option in ("--ranks", "--requests", "--rate", "--input-tokens", "--smallest-share",
-                           "--max-num-batched-tokens", "--routing-skew", "--slice-mib",
-                           "--output-tokens", "--tokens-per-user", "--seed")
-        ),
-        ("plan", "--ranks", "100000"),
+        ("plan", "--variation", "nan"),
+        ("plan", "--experts-per-rank", "-1"),
         ("simulate", "--rate", "inf"),
-        ("simulate", "--slice-mib", "1e303"),
         ("simulate", "--slice-mib", "nan"),
-        ("bench", "--rounds", BIG),
-        ("bench", "--ranks", BIG),
-        ("bench", "--seconds", BIG),
+        ("simulate", "--smallest-share", "0"),
+        ("bench", "--seconds", "inf"),
     ],
-)  # fmt: skip
+)
 def test_numbers_out_of_bounds(
     command: Command, config: Path, name: str, option: str, value: str
 ) -> None:
@@ -187,24 +164,12 @@ def test_numbers_out_of_bounds(
     assert_refused(command(name, *model, option, value), f"{option} is ")
 
 
-def test_a_simulation_that_would_take_hours(command: Command, config: Path) -> None:
-    answer = command(
-        *("simulate", "--model", str(config), "--max-num-batched-tokens", "1"),
-        *("--requests", "5000", "--input-tokens", "10000"),
-    )
-    assert_refused(answer, "at most 5,000,000 are simulated")
-
-
-@pytest.mark.parametrize("option", ["--png", "--html"])
 @pytest.mark.parametrize(
     "path", ["/dev/full", f"/tmp/{'a' * 300}.png", "/nowhere/x.png", "", "/tmp"]
 )
-def test_a_picture_that_cannot_be_written(
-    command: Command, config: Path, option: str, path: str
-) -> None:
+def test_a_picture_that_cannot_be_written(command: Command, config: Path, path: str) -> None:
     pytest.importorskip("matplotlib")
-    pytest.importorskip("plotly")
-    answer = command("plan", "--model", str(config), option, path)
+    answer = command("plan", "--model", str(config), "--png", path)
     assert_refused(answer, "cannot be written")
 
 
@@ -222,24 +187,6 @@ def test_brackets_in_what_others_wrote_are_shown_as_they_are(
     status, out, error = command("simulate", *chosen, "--requests", "3")
     assert (status, error) == (0, "")
     assert "[/bold]x on 4 x [/y]" in out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            ("--calibrate", "c.toml", "--model", "m"),
-            "--calibrate does not use --model: leave it out",
-        ),
-        (("--smoke", "--rounds", "3"), "--smoke does not use --rounds: leave it out"),
-        (("--smoke", "--ranks", "2", "--seconds", "1"), "does not use --ranks, --seconds"),
-        (("--smoke", "--baseline", "tp"), "--smoke does not use --baseline"),
-    ],
-)
-def test_options_of_bench_that_would_be_ignored(
-    command: Command, arguments: tuple[str, ...], message: str
-) -> None:
-    assert_refused(command("bench", *arguments), message)
 
 
 def test_the_default_output_is_checked_before_measuring(

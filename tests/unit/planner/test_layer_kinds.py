@@ -6,40 +6,29 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.planner.test_planner import LLAMA4_MAVERICK, QWEN3_30B, TRAFFIC, break_even
+from tests.unit.planner.models import (
+    LLAMA4_MAVERICK,
+    LLAMA4_MAVERICK_FP8,
+    QWEN3_30B,
+    TRAFFIC,
+    break_even,
+)
 from vllm_dwdp.errors import DwdpConfigError
 from vllm_dwdp.paper import DEEPSEEK_R1
 from vllm_dwdp.planner.cost import CostModel
-from vllm_dwdp.planner.estimates import parts, speedups
+from vllm_dwdp.planner.estimates import Part, parts, speedups
 from vllm_dwdp.planner.hardware import find_hardware
-from vllm_dwdp.planner.layer_kinds import NUM_SLOTS, dense_beside
-from vllm_dwdp.planner.model_shape import ModelShape, shape_of
-
-MAVERICK = LLAMA4_MAVERICK | {
-    "attention_chunk_size": 8192,
-    "quantization_config": {
-        "quant_method": "compressed-tensors",
-        "format": "float-quantized",
-        "config_groups": {
-            "group_0": {
-                "weights": {"num_bits": 8, "type": "float"},
-                "input_activations": {"num_bits": 8},
-                "targets": ["Linear"],
-            }
-        },
-        "ignore": [
-            "re:.*self_attn",
-            "re:.*shared_expert",
-            "re:.*feed_forward.(gate|up|down)_proj",
-        ],
-    },
-}
+from vllm_dwdp.planner.model_shape import ModelShape, dense_beside, shape_of
+from vllm_dwdp.prefetch.schedule import NUM_SLOTS
 
 
 def maverick_on_h200() -> CostModel:
     hardware = find_hardware("h200")
     return CostModel(
-        shape=shape_of(MAVERICK), hardware=hardware, efficiency=hardware.efficiency, group_size=8
+        shape=shape_of(LLAMA4_MAVERICK_FP8),
+        hardware=hardware,
+        efficiency=hardware.efficiency,
+        group_size=8,
     )
 
 
@@ -93,7 +82,7 @@ def test_the_dense_layers_of_maverick_hide_copies_too() -> None:
     assert speedups(model, long)["balanced"] == pytest.approx(0.83, abs=0.01)
     step = long.prefill_step
     saved = parts(model, long)
-    assert saved["exposed prefetch"] == 0
+    assert saved[Part.EXPOSED] == 0
     assert model.dwdp_step(step) > model.dense_layers(step).compute, "they are part of the step"
 
 

@@ -11,13 +11,24 @@ from typing import Any
 
 import pytest
 
+from tests.unit.planner.models import (
+    ALL,
+    GLM_4_5,
+    LLAMA4_MAVERICK,
+    MIXTRAL_8X7B,
+    QWEN3_30B,
+    TRAFFIC,
+    break_even,
+    r1_on_gb200,
+    tokens_of,
+)
 from vllm_dwdp.errors import DwdpConfigError
 from vllm_dwdp.paper import DEEPSEEK_R1, GPT_OSS_120B
-from vllm_dwdp.planner.cost import CostModel, Exchange, Step, contention
+from vllm_dwdp.planner.cost import CostModel, Step
 from vllm_dwdp.planner.estimates import (
     ALWAYS,
-    Tokens,
-    Traffic,
+    Decode,
+    Part,
     break_even_tokens,
     decode_steps,
     direct_crossover,
@@ -29,127 +40,10 @@ from vllm_dwdp.planner.estimates import (
     speedups,
     synchronisation,
 )
-from vllm_dwdp.planner.hardware import DEFAULT, PEAK, find_hardware, load_hardware
+from vllm_dwdp.planner.hardware import DEFAULT, find_hardware, load_hardware
 from vllm_dwdp.planner.model_shape import shape_of
-from vllm_dwdp.planner.plan import Line, make_plan
-from vllm_dwdp.planner.quantisation import FORMATS, Precision
-
-QWEN3_30B = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "model_type": "qwen3_moe",
-    "hidden_size": 2048,
-    "num_hidden_layers": 48,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "intermediate_size": 6144,
-    "moe_intermediate_size": 768,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "decoder_sparse_step": 1,
-    "vocab_size": 151936,
-}
-MIXTRAL_8X7B = {
-    "architectures": ["MixtralForCausalLM"],
-    "model_type": "mixtral",
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "intermediate_size": 14336,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "vocab_size": 32000,
-}
-LLAMA4_MAVERICK = {
-    "architectures": ["Llama4ForConditionalGeneration"],
-    "model_type": "llama4_text",
-    "hidden_size": 5120,
-    "num_hidden_layers": 48,
-    "num_attention_heads": 40,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "intermediate_size": 8192,
-    "intermediate_size_mlp": 16384,
-    "interleave_moe_layer_step": 2,
-    "num_local_experts": 128,
-    "num_experts_per_tok": 1,
-    "vocab_size": 202048,
-}
-GLM_4_5 = {
-    "architectures": ["Glm4MoeForCausalLM"],
-    "model_type": "glm4_moe",
-    "hidden_size": 5120,
-    "num_hidden_layers": 92,
-    "num_attention_heads": 96,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "intermediate_size": 12288,
-    "moe_intermediate_size": 1536,
-    "n_routed_experts": 160,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 8,
-    "first_k_dense_replace": 3,
-    "vocab_size": 151552,
-}
-TRAFFIC = Traffic(
-    input_tokens=8192, output_tokens=1, variation=0.2, max_num_batched_tokens=32768, batch_size=64
-)
-
-
-def tokens_of(found: Tokens) -> int:
-    assert found.number is not None, found.instead
-    return found.number
-
-
-def break_even(model: CostModel, input_tokens: int = 8192) -> int:
-    return tokens_of(break_even_tokens(model, input_tokens))
-
-
-def r1_on_gb200(**changes: Any) -> CostModel:
-    """DeepSeek-R1 in NVFP4 on four GB200, at the plain roofline."""
-    settings: dict[str, Any] = {
-        "shape": replace(
-            shape_of(DEEPSEEK_R1, "nvfp4"), shared_precision=Precision.of(FORMATS["nvfp4"])
-        ),
-        "hardware": find_hardware("gb200"),
-        "efficiency": PEAK,
-        "group_size": 4,
-        "exchange": Exchange.PER_EXPERT,
-    }
-    return CostModel(**(settings | changes))
-
-
-@pytest.mark.parametrize(
-    ("input_tokens", "compute_over_prefetch", "dep_over_dwdp"),
-    [(1024, 0.19, 0.10), (8192, 0.62, 0.73), (16384, 1.52, 1.27), (32768, 4.77, 1.17)],
-)
-def test_published_roofline(
-    input_tokens: int, compute_over_prefetch: float, dep_over_dwdp: float
-) -> None:
-    """arXiv 2604.01621: DeepSeek-R1 context on GB200, DWDP4 against DEP4, batch 1; nothing fitted."""
-    model, step = r1_on_gb200(), Step.prefill(input_tokens, input_tokens)
-    compute = model.layer(step, model.shape.num_experts).compute
-    assert compute / model.prefetch == pytest.approx(compute_over_prefetch, rel=0.05)
-    assert model.dep_layer(step) / model.dwdp_layer(step) == pytest.approx(dep_over_dwdp, rel=0.05)
-
-
-@pytest.mark.parametrize(
-    ("group_size", "percent"),
-    [
-        (3, [50, 50]),
-        (4, [44.44, 44.44, 11.11]),
-        (6, [40.96, 40.96, 15.36, 2.56, 0.16]),
-        (8, [39.66, 39.66, 16.52, 3.67, 0.46]),
-        (12, [38.55, 38.55, 17.35, 4.63, 0.81]),
-        (16, [38.06, 38.06, 17.67, 5.05, 0.99]),
-    ],
-)
-def test_published_contention(group_size: int, percent: list[float]) -> None:
-    chances = contention(group_size)
-    assert sum(chances) == pytest.approx(1)
-    for chance, published in zip(chances, percent, strict=False):
-        assert 100 * chance == pytest.approx(published, abs=0.006)
+from vllm_dwdp.planner.plan import Figure, make_plan
+from vllm_dwdp.planner.traffic import Traffic
 
 
 @pytest.mark.parametrize(
@@ -190,9 +84,7 @@ def test_precision_comes_from_the_checkpoint_or_the_user() -> None:
     assert shape_of(QWEN3_30B).expert_bits == 16
 
 
-@pytest.mark.parametrize(
-    "config", [DEEPSEEK_R1, QWEN3_30B, GPT_OSS_120B, MIXTRAL_8X7B, LLAMA4_MAVERICK, GLM_4_5]
-)
+@pytest.mark.parametrize("config", ALL)
 @pytest.mark.parametrize("gpu", ["h100", "h200", "b200", "gb200", "gb300", "epyc-2core"])
 def test_every_family_on_every_machine(config: dict[str, Any], gpu: str) -> None:
     hardware = find_hardware(gpu)
@@ -200,24 +92,24 @@ def test_every_family_on_every_machine(config: dict[str, Any], gpu: str) -> None
         shape=shape_of(config), hardware=hardware, efficiency=hardware.efficiency, group_size=8
     )
     made = make_plan(model, TRAFFIC)
-    topics = {line.topic for line in made.lines}
+    topics = {shown.topic for shown in made.figures}
     assert {"memory per rank", "prefill", "prefill, DWDP over DEP"} < topics
-    assert all(is_finite(line) or line.reason for line in made.lines)
+    assert all(is_finite(shown) or shown.reason for shown in made.figures)
     fits = memory_bytes(model)["KV cache"] > 0
     assert fits != any("It does not fit" in sentence for sentence in made.advice)
 
 
-def is_finite(line: Line) -> bool:
-    return None not in (line.low, line.high) and math.isfinite(line.low + line.high)  # type: ignore
+def is_finite(shown: Figure) -> bool:
+    return None not in (shown.low, shown.high) and math.isfinite(shown.low + shown.high)  # type: ignore
 
 
 def test_where_a_replica_fits_the_planner_says_so() -> None:
     small = r1_on_gb200(shape=shape_of(QWEN3_30B), efficiency=DEFAULT)
     assert replica_fits(small)
-    assert any("plain data parallelism" in line for line in make_plan(small, TRAFFIC).advice)
+    assert any("plain data parallelism" in said for said in make_plan(small, TRAFFIC).advice)
     large = r1_on_gb200(efficiency=DEFAULT)
     assert not replica_fits(large)
-    assert not any("plain data" in line for line in make_plan(large, TRAFFIC).advice)
+    assert not any("plain data" in said for said in make_plan(large, TRAFFIC).advice)
 
 
 def test_memory_adds_up() -> None:
@@ -232,7 +124,7 @@ def test_break_even_is_where_compute_meets_prefetch() -> None:
     tokens = break_even(model)
     assert 4_000 < tokens < 40_000
     warned = make_plan(model, Traffic(**(vars(TRAFFIC) | {"max_num_batched_tokens": 1024}))).advice
-    assert any(f"below the break-even of {tokens}" in line for line in warned)
+    assert any(f"below the break-even of {tokens}" in said for said in warned)
     redundant = r1_on_gb200(efficiency=DEFAULT, extra_experts=64)
     assert break_even(redundant) < tokens
 
@@ -240,12 +132,12 @@ def test_break_even_is_where_compute_meets_prefetch() -> None:
 def test_uneven_lengths_cost_dep_and_not_dwdp() -> None:
     assert synchronisation(4, 0.0) == 1.0
     assert 1.0 < synchronisation(4, 0.1) < synchronisation(4, 0.3) < synchronisation(16, 0.3)
-    lines = make_plan(r1_on_gb200(efficiency=DEFAULT), TRAFFIC).lines
-    (speed,) = [line for line in lines if line.quantity == "throughput, range"]
+    figures = make_plan(r1_on_gb200(efficiency=DEFAULT), TRAFFIC).figures
+    (speed,) = [shown for shown in figures if shown.quantity == "throughput, range"]
     assert speed.low is not None
     assert speed.high is not None
     assert speed.low < speed.high
-    assert {line.origin for line in lines} == {"config", "spec", "default"}
+    assert {shown.origin for shown in figures} == {"config", "spec", "default"}
 
 
 @pytest.mark.parametrize("tokens", [2048, 8192, 32768])
@@ -257,7 +149,7 @@ def test_the_parts_add_up_to_the_gain(tokens: int) -> None:
     gains = speedups(model, traffic)
     assert 1 + sum(saved.values()) / dwdp == pytest.approx(gains["with routing skew too"])
     assert gains["balanced"] == pytest.approx(model.dep_step(traffic.prefill_step) / dwdp)
-    assert (saved["exposed prefetch"] < 0) == (tokens < break_even(model))
+    assert (saved[Part.EXPOSED] < 0) == (tokens < break_even(model))
 
 
 def test_spare_memory_buys_redundancy() -> None:
@@ -273,8 +165,8 @@ def test_spare_memory_buys_redundancy() -> None:
 def test_decode_heavy_traffic_is_told_to_separate() -> None:
     model = r1_on_gb200(efficiency=DEFAULT)
     heavy = Traffic(**(vars(TRAFFIC) | {"output_tokens": 4096}))
-    assert any("separate prefill from decode" in line for line in make_plan(model, heavy).advice)
-    assert not any("separate" in line for line in make_plan(model, TRAFFIC).advice)
+    assert any("separate prefill from decode" in said for said in make_plan(model, heavy).advice)
+    assert not any("separate" in said for said in make_plan(model, TRAFFIC).advice)
 
 
 def test_what_was_calibrated_is_marked(tmp_path: Path) -> None:
@@ -286,8 +178,8 @@ def test_what_was_calibrated_is_marked(tmp_path: Path) -> None:
     mine = find_hardware("mine", path)
     assert mine.efficiency.link == 0.5
     assert mine.efficiency.grouped_gemm == DEFAULT.grouped_gemm
-    lines = make_plan(r1_on_gb200(hardware=mine, efficiency=mine.efficiency), TRAFFIC).lines
-    origins = {line.quantity: line.origin for line in lines}
+    made = make_plan(r1_on_gb200(hardware=mine, efficiency=mine.efficiency), TRAFFIC)
+    origins = {shown.quantity: shown.origin for shown in made.figures}
     assert origins["prefetch per layer"] == "calibrated"
     assert origins["compute per MoE layer, full step"] == "default"
     assert origins["throughput, range"] == "part default"
@@ -318,7 +210,7 @@ def test_each_decoding_sequence_reads_its_own_keys(
     kv_bytes = 64 * 8704 * shape.kv_bytes_per_token(8704)
     read = kv_bytes / (hardware.memory_gbps * 1e9 * hardware.efficiency.memory)
     steps = decode_steps(model, step)
-    assert steps["DEP balanced"] == pytest.approx(milliseconds / 1e3, rel=0.01)
+    assert steps[Decode.DEP] == pytest.approx(milliseconds / 1e3, rel=0.01)
     assert all(seconds > read for seconds in steps.values())
     assert model.step_seconds(Step.prefill(64, 17408)).attention < read / 10, "of one prompt: once"
 
@@ -366,15 +258,15 @@ def on_cpu(**changes: Any) -> CostModel:
 def test_where_direct_always_wins_there_is_no_break_even_and_no_advice_against_it() -> None:
     heavy = Traffic(**(vars(TRAFFIC) | {"output_tokens": 8192, "max_num_batched_tokens": 1024}))
     made = make_plan(on_cpu(), heavy)
-    lines = {line.quantity: line for line in made.lines}
-    line = lines["break-even tokens per step and rank"]
-    assert (line.low, line.high) == (None, None)
-    assert line.reason == "does not apply: reading in place always wins"
-    assert lines["read in place (direct) up to"].reason == "any step"
+    figures = {shown.quantity: shown for shown in made.figures}
+    needed = figures["break-even tokens per step and rank"]
+    assert (needed.low, needed.high) == (None, None)
+    assert needed.reason == "does not apply: reading in place always wins"
+    assert figures["read in place (direct) up to"].reason == "any step"
     assert not any("separate prefill" in said for said in made.advice)
     saved = parts(on_cpu(), heavy)
-    assert "interference of copies" not in saved
-    assert "reading peers in place" in saved
+    assert Part.INTERFERENCE not in saved
+    assert Part.IN_PLACE in saved
 
 
 def test_no_break_even_is_a_reason_and_not_a_number() -> None:
@@ -388,12 +280,12 @@ def test_no_break_even_is_a_reason_and_not_a_number() -> None:
     assert instead(link=1e-6, direct=1e-7) == "never: not up to 1,048,576 tokens"
     resident = r1_on_gb200(extra_experts=192)
     assert "every expert is resident" in break_even_tokens(resident, 8192).instead
-    assert make_plan(resident, TRAFFIC).lines
+    assert make_plan(resident, TRAFFIC).figures
 
 
 def test_what_rests_on_an_assumption_is_not_calibrated() -> None:
     made = make_plan(on_cpu(), TRAFFIC)
-    origins = {line.quantity: line.origin for line in made.lines}
+    origins = {shown.quantity: shown.origin for shown in made.figures}
     for quantity in ("all-to-all saved", "throughput, balanced", "step, DEP balanced"):
         assert origins[quantity] == "part default"
     assert origins["synchronisation saved, routing skew 1.1"] == "part default"
@@ -415,7 +307,7 @@ def test_small_steps_read_in_place() -> None:
     cpu = find_hardware("epyc-2core")
     host = r1_on_gb200(hardware=cpu, efficiency=cpu.efficiency)
     assert direct_crossover(host) == ALWAYS, "on a host, peers' memory is memory"
-    steps = {line.quantity: line.low for line in make_plan(host, TRAFFIC).lines}
+    steps = {shown.quantity: shown.low for shown in make_plan(host, TRAFFIC).figures}
     assert steps["step, DWDP direct"] == pytest.approx(steps["step, full replica"], rel=0.1)
 
 
@@ -463,9 +355,12 @@ def test_the_command(tmp_path: Path) -> None:
         ({"--gpu": "tpu"}, "--gpu 'tpu' is unknown; known are b200"),
         ({"--model": "/nowhere"}, "--model /nowhere"),
         ({"--expert-dtype": "int3"}, "--expert-dtype 'int3' is unknown"),
-        ({"--variation": "-1"}, "--variation is -1.0; it must be a number from 0 to 1."),
+        (
+            {"--variation": "-1"},
+            "--variation is -1.0; it must be a number of at least 0 and at most 1.",
+        ),
         ({"--kv-dtype": "fp3"}, "--kv-dtype 'fp3' is unknown"),
-        ({"--ranks": "1"}, "--ranks is 1; it must be at least 2"),
+        ({"--ranks": "1"}, "--ranks is 1; it must be a whole number of at least 2."),
         (
             {"--experts-per-rank": "500"},
             "--experts-per-rank is 500; it must be a whole number from 64 to 256.",
@@ -474,12 +369,15 @@ def test_the_command(tmp_path: Path) -> None:
             {"--max-num-batched-tokens": "0"},
             "--max-num-batched-tokens is 0; it must be a whole",
         ),
-        ({"--batch-size": "-3"}, "--batch-size is -3; it must be a whole number from 1"),
+        ({"--batch-size": "-3"}, "--batch-size is -3; it must be a whole number of at least 1."),
         ({"--hardware": "/nowhere.toml"}, "--hardware /nowhere.toml"),
         ({"--png": "/nowhere/plan.png"}, "--png /nowhere/plan.png cannot be written"),
-        ({"--html": "/proc"}, "--html /proc cannot be written"),
-        ({"--input-tokens": "0"}, "--input-tokens is 0; it must be a whole number from 1"),
-        ({"--output-tokens": "-5"}, "--output-tokens is -5; it must be a whole number from 0"),
+        ({"--png": "/proc"}, "--png /proc cannot be written"),
+        ({"--input-tokens": "0"}, "--input-tokens is 0; it must be a whole number of at least 1."),
+        (
+            {"--output-tokens": "-5"},
+            "--output-tokens is -5; it must be a whole number of at least 0.",
+        ),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_2(
@@ -496,7 +394,7 @@ def test_wrong_input_is_one_line_and_exit_2(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_size": 0}, "hidden_size in config.json is 0; it must be a whole number from 1"),
+        ({"hidden_size": 0}, "hidden_size in config.json is 0; it must be a whole number of at"),
         ({"num_experts_per_tok": 300}, "routes a token to 300 of 256 experts"),
         ({"first_k_dense_replace": 61}, "leaves no layer with experts"),
         ({"vocab_size": None}, "config.json has no vocab_size"),

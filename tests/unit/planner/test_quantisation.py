@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from tests.unit.planner.test_planner import LLAMA4_MAVERICK, QWEN3_30B
+from tests.unit.planner.models import LLAMA4_MAVERICK, QWEN3_30B
 from vllm_dwdp.errors import DwdpConfigError
 from vllm_dwdp.paper import DEEPSEEK_R1, GPT_OSS_120B
-from vllm_dwdp.planner.config_fields import read_config
+from vllm_dwdp.planner.checkpoint import read_config
 from vllm_dwdp.planner.model_shape import shape_of
 from vllm_dwdp.planner.quantisation import Quantisation
 

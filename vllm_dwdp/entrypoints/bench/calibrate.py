@@ -1,4 +1,4 @@
-"""`vllm-dwdp bench --calibrate FILE`: what this machine reaches, as an entry that `plan` reads.
+"""`vllm-dwdp calibrate FILE`: what this machine reaches, as an entry that `plan` reads.
 
 One core stands for one rank, as the CPU device binds them. Peaks and memory speeds come from small
 loops; how much of the peak the matrix products of a model reach comes from whole prefill steps of a
@@ -21,10 +21,10 @@ from vllm_dwdp.entrypoints.bench.client import BenchClient
 from vllm_dwdp.entrypoints.bench.machine import describe_machine
 from vllm_dwdp.entrypoints.bench.run import SERVE_ARGUMENTS, SERVE_ARGUMENTS_CPU, default_model
 from vllm_dwdp.entrypoints.bench.traffic import Stream
+from vllm_dwdp.entrypoints.files import check_writable, refusing
 from vllm_dwdp.entrypoints.launch.server import Server
-from vllm_dwdp.entrypoints.pictures.figures import check_writable, refusing
 from vllm_dwdp.errors import DwdpConfigError
-from vllm_dwdp.planner.config_fields import read_config
+from vllm_dwdp.planner.checkpoint import read_config
 from vllm_dwdp.planner.model_shape import ModelShape, shape_of
 
 REPEATS = 5
@@ -65,11 +65,11 @@ def calibrate_machine(path: Path, command: str, say: Callable[[str], None]) -> N
     Raises:
         DwdpConfigError: the file cannot be written, or there is a GPU, which this does not measure.
     """
-    check_writable("--calibrate", path)
+    check_writable("calibrate", path)
     import torch
 
     if torch.cuda.is_available():
-        raise DwdpConfigError("--calibrate measures CPUs only: no GPU has run this plugin yet.")
+        raise DwdpConfigError("calibrate measures CPUs only: no GPU has run this plugin yet.")
     cores = sorted(os.sched_getaffinity(0))
     model = default_model()
     short, long = _step_seconds(model, cores[-1], say)
@@ -91,12 +91,12 @@ def calibrate_machine(path: Path, command: str, say: Callable[[str], None]) -> N
         long=1e3 * long,
         fixed=1e3 * max(0.0, short - SHORT_PROMPT / more),
     )
-    with refusing("--calibrate", path):
+    with refusing("calibrate", path):
         path.write_text(text, encoding="utf-8")
 
 
 def entry(command: str, path: Path, *, machine: str, **figures: float) -> str:
-    """The TOML text, whatever characters the command line and the path hold."""
+    """Format the TOML text, whatever characters the command line and the path hold."""
     return _TEMPLATE.format(
         machine=_printable(machine),
         command=_printable(command),
@@ -111,12 +111,12 @@ def entry(command: str, path: Path, *, machine: str, **figures: float) -> str:
 
 
 def _printable(text: str) -> str:
-    """On one line: a comment ends with it."""
+    """Keep a text on one line: a comment ends with it."""
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _step_seconds(model: str, core: int, say: Callable[[str], None]) -> tuple[float, float]:
-    """Seconds to the first token of one prompt alone, short and long, on a stock server of one core."""
+    """Time the first token of one prompt alone, short and long, on a stock server of one core."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dwdp-calibrate-")))
         client = stack.enter_context(BenchClient([core], folder / "client.log"))
@@ -138,7 +138,7 @@ def _step_seconds(model: str, core: int, say: Callable[[str], None]) -> tuple[fl
 
 
 def _products(shape: ModelShape, seconds: float, attention_tflops: float) -> float:
-    """Operations per second of all matrix products, from the seconds that the longer prompt adds."""
+    """Return operations per second of all matrix products, by the seconds that a longer prompt adds."""
     per_token = 2 * (
         shape.num_layers * shape.attention_params
         + shape.num_moe_layers
@@ -150,7 +150,7 @@ def _products(shape: ModelShape, seconds: float, attention_tflops: float) -> flo
 
 
 def _micro(core: int, say: Callable[[str], None]) -> dict[str, float]:
-    """Peaks in TFLOP/s and GB/s of one core, and what attention and reads reach of them."""
+    """Measure peaks in TFLOP/s and GB/s of one core, and what attention and reads reach of them."""
     import torch
 
     threads, cores = torch.get_num_threads(), os.sched_getaffinity(0)
@@ -185,7 +185,7 @@ def _product(matrix: Any) -> Callable[[], object]:
 
 
 def _best(run: Callable[[], object]) -> float:
-    """Seconds of the fastest of several runs, after one to warm up."""
+    """Time the fastest of several runs, after one to warm up."""
     run()
     times = []
     for _ in range(REPEATS):

@@ -86,7 +86,7 @@ class BenchClient:
         self._process.stdin.flush()
 
     def finish(self, stream: Stream, result: Path) -> StreamResult:
-        """What the run showed, once it has ended.
+        """Wait until the run has ended, and return what it showed.
 
         Args:
             result: the file that the arguments named.

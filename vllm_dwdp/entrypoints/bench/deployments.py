@@ -50,7 +50,7 @@ class Deployment:
     start_s: float = field(compare=False)
 
     def url(self, rank: int) -> str:
-        """Where the traffic of `rank` goes."""
+        """Say where the traffic of `rank` goes."""
         return self.servers[rank % len(self.servers)].url
 
     @property
@@ -59,7 +59,7 @@ class Deployment:
         return [server.command for server in self.servers]
 
     def memory_bytes(self) -> int:
-        """Proportional set size of all its processes: shared pages count once."""
+        """Sum the proportional set size of all its processes: shared pages count once."""
         total = 0
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
@@ -67,7 +67,7 @@ class Deployment:
         return total
 
     def processes(self) -> list[psutil.Process]:
-        """All of its servers."""
+        """List the processes of all its servers."""
         return [
             process
             for server in self.servers
@@ -76,7 +76,7 @@ class Deployment:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Runs only meanwhile (SIGCONT, SIGSTOP)."""
+        """Let its servers run only meanwhile (SIGCONT, SIGSTOP)."""
         for server in self.servers:
             server.resume()
         try:
@@ -103,14 +103,14 @@ class Setting:
     folder: Path
 
     def cores(self, rank: int) -> list[int]:
-        """The cores of a rank: an even share of ours, or all if they are fewer than the ranks."""
+        """Choose the cores of a rank: an even share of ours, or all if they are fewer than the ranks."""
         ours = sorted(os.sched_getaffinity(0))
         first, last = (len(ours) * edge // self.num_ranks for edge in (rank, rank + 1))
         return ours[first:last] or ours
 
 
 def has_gpu() -> bool:
-    """Whether an NVIDIA driver answers on this machine."""
+    """Say whether an NVIDIA driver answers on this machine."""
     return Path("/proc/driver/nvidia/version").exists()
 
 
@@ -184,7 +184,7 @@ def _make_servers(stack: ExitStack, name: str, setting: Setting) -> Iterator[Ser
 
 
 def _dwdp_arguments(stack: ExitStack, name: str, setting: Setting) -> list[str]:
-    """Of ranks that are started one by one, so that each has an API server of its own."""
+    """Start ranks one by one, so that each has an API server of its own."""
     meet = stack.enter_context(tempfile.TemporaryDirectory(prefix="dwdp-bench-"))
     dwdp = {"rendezvous": f"unix://{meet}/meet", "mode": "auto" if name == DWDP else name}
     return [
@@ -200,7 +200,7 @@ def _server(stack: ExitStack, arguments: list[str], log: Path, binding: str) -> 
 
 
 def _bind(server: Server, cores: Sequence[int]) -> None:
-    """Every thread of the server's processes, and all they will start, onto `cores`."""
+    """Bind every thread of the server's processes, and all they will start, to `cores`."""
     for process in [psutil.Process(server.process.pid), *server.processes()]:
         for task in Path(f"/proc/{process.pid}/task").iterdir():
             with contextlib.suppress(ProcessLookupError):

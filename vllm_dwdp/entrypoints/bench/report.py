@@ -1,17 +1,15 @@
 """What `vllm-dwdp bench` shows of its result: tables and pictures."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-
-from rich.console import Console
-from rich.table import Table
 
 from vllm_dwdp.entrypoints.bench.deployments import DWDP
 from vllm_dwdp.entrypoints.bench.result import BenchResult, Ratio
 from vllm_dwdp.entrypoints.bench.traffic import ALONE, EVEN_SATURATED, SKEWED
 from vllm_dwdp.entrypoints.pictures.figures import Bar, Bars, Picture
+from vllm_dwdp.entrypoints.tables import say, show
 
 RESULTS = Path("benchmarks/results")
 INDEPENDENT = 1.1
@@ -33,51 +31,40 @@ _PICTURED = ("tokens_per_s", "ttft_p50_ms", "itl_p99_ms")
 
 
 def default_output() -> Path:
-    """A new file in the results folder."""
+    """Name a new file in the results folder."""
     return RESULTS / f"bench-{datetime.now(UTC):%Y%m%d-%H%M%S}.json"
 
 
-def show_result(result: BenchResult, console: Console) -> None:
-    """Deployments, ratios to each baseline, and whether ranks are independent."""
-    console.print(result.machine, soft_wrap=True)
-    _show_deployments(result, console)
+def show_result(result: BenchResult) -> None:
+    """Print deployments, ratios to each baseline, and whether ranks are independent."""
+    say(result.machine)
+    memory = "memory, MiB (shared pages once)"
+    show("deployments", ("", "answers after, s", memory), _deployment_rows(result))
     for baseline in result.deployments:
         if baseline != DWDP:
-            _show_ratios([r for r in result.ratios() if r.baseline == baseline], baseline, console)
-    _show_independence(result, console)
-    _show_other_work(result, console)
-
-
-def _show_other_work(result: BenchResult, console: Console) -> None:
-    cores = [run.other_cores for run in result.runs]
-    median, most = statistics.median(cores), max(cores)
-    advice = " Measure again when the machine is idle." if median > BUSY_CORES else ""
-    console.print(
-        f"Other processes kept {median:.2f} cores busy in the median run, {most:.2f} at most.{advice}",
-        soft_wrap=True,
+            show(
+                f"dwdp over {baseline}: median of the rounds, lowest - highest; below 1 is less time, "
+                "or fewer tokens/s",
+                ("load", "figure", "dwdp", baseline, f"dwdp / {baseline}"),
+                _ratio_rows([r for r in result.ratios() if r.baseline == baseline]),
+            )
+    show(
+        f"P99 ITL of the last rank: {SKEWED} over {ALONE}",
+        ("", "alone, ms", "beside long prompts, ms", "ratio"),
+        _independence_rows(result),
     )
+    say(*_verdicts(result))
 
 
-def _show_deployments(result: BenchResult, console: Console) -> None:
-    table = Table(title="deployments")
-    for heading in ("", "answers after, s", "memory, MiB (shared pages once)"):
-        table.add_column(heading)
+def _deployment_rows(result: BenchResult) -> Iterator[tuple[str, ...]]:
     for name, facts in result.deployments.items():
-        memory = f"{facts['memory_bytes'] / 2**20:.0f}"
-        table.add_row(name, f"{facts['start_s']:.0f}", memory)
-    console.print(table)
+        yield name, f"{facts['start_s']:.0f}", f"{facts['memory_bytes'] / 2**20:.0f}"
 
 
-def _show_ratios(ratios: Sequence[Ratio], baseline: str, console: Console) -> None:
-    table = Table(
-        title=f"dwdp over {baseline}: median of the rounds, lowest - highest; below 1 is less time, "
-        "or fewer tokens/s"
-    )
-    for heading in ("load", "figure", "dwdp", baseline, f"dwdp / {baseline}"):
-        table.add_column(heading)
+def _ratio_rows(ratios: Sequence[Ratio]) -> Iterator[tuple[str, ...]]:
     previous = ""
     for ratio in ratios:
-        table.add_row(
+        yield (
             ratio.load if ratio.load != previous else "",
             _SHOWN[ratio.figure],
             f"{ratio.dwdp:.1f}",
@@ -85,13 +72,9 @@ def _show_ratios(ratios: Sequence[Ratio], baseline: str, console: Console) -> No
             f"{ratio.median:.2f} [{ratio.low:.2f} - {ratio.high:.2f}]",
         )
         previous = ratio.load
-    console.print(table)
 
 
-def _show_independence(result: BenchResult, console: Console) -> None:
-    table = Table(title=f"P99 ITL of the last rank: {SKEWED} over {ALONE}")
-    for heading in ("", "alone, ms", "beside long prompts, ms", "ratio"):
-        table.add_column(heading)
+def _independence_rows(result: BenchResult) -> Iterator[tuple[str, ...]]:
     for name, ratios in result.independence().items():
         alone, beside = (
             statistics.median(
@@ -102,29 +85,35 @@ def _show_independence(result: BenchResult, console: Console) -> None:
             for load in (ALONE, SKEWED)
         )
         spread = f"{statistics.median(ratios):.2f} [{min(ratios):.2f} - {max(ratios):.2f}]"
-        table.add_row(name, f"{alone:.1f}", f"{beside:.1f}", spread)
-    console.print(table)
+        yield name, f"{alone:.1f}", f"{beside:.1f}", spread
+
+
+def _verdicts(result: BenchResult) -> Iterator[str]:
     ours = statistics.median(result.independence()[DWDP])
     verdict = "holds" if ours <= INDEPENDENT else "does NOT hold"
-    console.print(
+    yield (
         f"A rank is not touched by another's long prompts: {verdict} ({ours:.2f}, wanted at most "
-        f"{INDEPENDENT}).",
-        soft_wrap=True,
+        f"{INDEPENDENT})."
     )
     for name in result.deployments:
         covered = min(
             run.coverage for run in result.runs if (run.load, run.deployment) == (SKEWED, name)
         )
         if covered < 1:
-            console.print(
+            yield (
                 f"On {name} the long prompts ended after {100 * covered:.0f} % of a run, so the ratio "
-                "understates what they do.",
-                soft_wrap=True,
+                "understates what they do."
             )
+    cores = [run.other_cores for run in result.runs]
+    median, most = statistics.median(cores), max(cores)
+    advice = " Measure again when the machine is idle." if median > BUSY_CORES else ""
+    yield (
+        f"Other processes kept {median:.2f} cores busy in the median run, {most:.2f} at most.{advice}"
+    )
 
 
 def bench_pictures(result: BenchResult) -> list[Picture]:
-    """Independence, and ratios to the baselines."""
+    """Show independence, and ratios to the baselines."""
     independence = result.independence()
     ours = statistics.median(independence[DWDP])
     pictures: list[Picture] = [

@@ -14,7 +14,7 @@ class Run:
     """One load on one deployment in one round.
 
     Args:
-        figures: by name, as `bench_traffic.figures` gives them.
+        figures: by name, as `traffic.figures` gives them.
         last_rank_itl_p99_ms: of the requests of the last rank only.
         coverage: seconds of the first rank's stream over those of the last rank's.
         other_cores: that processes which are neither deployment nor client kept busy meanwhile.
@@ -41,14 +41,14 @@ class BenchResult:
     runs: tuple[Run, ...] = field(repr=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Convert to JSON."""
         return asdict(self) | {
             "ratios": [asdict(ratio) for ratio in self.ratios()],
             "independence": self.independence(),
         }
 
     def ratios(self) -> list["Ratio"]:
-        """Every figure of DWDP over the same of each baseline, round by round.
+        """Compare every figure of DWDP to the same of each baseline, round by round.
 
         Not those that a load does not have, e.g. an inter-token latency where one token is generated.
         """
@@ -62,7 +62,7 @@ class BenchResult:
         return [ratio for ratio in found if ratio is not None]
 
     def independence(self) -> dict[str, list[float]]:
-        """P99 inter-token latency of the last rank beside long prompts over that alone, by round."""
+        """Divide the last rank's P99 inter-token latency beside long prompts by that alone, by round."""
         found: dict[str, list[float]] = {}
         for name in self.deployments:
             beside, alone = (

@@ -42,12 +42,11 @@ from vllm_dwdp.entrypoints.bench.traffic import (
     make_loads,
     probe_load,
 )
-from vllm_dwdp.planner.checked import MOST_RANKS, real, whole
-from vllm_dwdp.planner.config_fields import read_config
-from vllm_dwdp.planner.percentiles import percentile
+from vllm_dwdp.planner.checked import real, whole
+from vllm_dwdp.planner.checkpoint import read_config
+from vllm_dwdp.planner.simulate import percentile
 
 Say = Callable[[str], None]
-MOST_ROUNDS, MOST_SECONDS = 1000, 3600
 SERVE_ARGUMENTS = ("--max-model-len", "2048", "--no-enable-prefix-caching")
 SERVE_ARGUMENTS_CPU = ("--kv-cache-memory-bytes", str(256 * 2**20))
 
@@ -59,7 +58,7 @@ class BenchOptions:
     Args:
         model: folder or name; None makes a small MoE checkpoint of random weights.
         num_ranks: of every deployment.
-        baselines: names of `bench_deployments.BASELINES`.
+        baselines: names of `deployments.BASELINES`.
         rounds: counted rounds.
         shape: of the traffic.
         serve_arguments: further arguments of every `vllm serve`.
@@ -75,11 +74,11 @@ class BenchOptions:
     warms_up: bool = True
 
     def __post_init__(self) -> None:
-        whole("--rounds", self.rounds, 1, MOST_ROUNDS)
+        whole("--rounds", self.rounds, 1)
         if self.model is not None and self.model.startswith((".", "/")):
             read_config(Path(self.model))
-        whole("--ranks", self.num_ranks, 2, MOST_RANKS)
-        real("--seconds", self.shape.seconds, 0, MOST_SECONDS, above=True)
+        whole("--ranks", self.num_ranks, 2)
+        real("--seconds", self.shape.seconds, above=True)
         check_baselines(self.baselines, self.num_ranks)
 
     @classmethod
@@ -94,7 +93,7 @@ class BenchOptions:
         smoke: bool,
         serve_arguments: tuple[str, ...],
     ) -> "BenchOptions":
-        """As the command line says; `smoke` is the smallest run that still shows everything."""
+        """Follow the command line; `smoke` is the smallest run that still shows everything."""
         shape = Shape(seconds=seconds)
         if smoke:
             baselines, rounds, num_ranks = (), 1, 2
@@ -211,7 +210,7 @@ class _Bench:
         )
 
     def drive(self, deployment: Deployment, load: Load, seed: int = 0) -> dict[int, StreamResult]:
-        """One load on one deployment; the others are suspended. Results by rank."""
+        """Drive one load on one deployment; the others are suspended. Return the results by rank."""
         sent: dict[int, tuple[Stream, Path]] = {}
         with deployment.running():
             for rank, stream in enumerate(load.streams):
@@ -237,7 +236,7 @@ def _facts(deployment: Deployment) -> dict[str, Any]:
 
 
 def default_model() -> str:
-    """Random weights, made once: 6 layers, hidden 512, 32 experts of 256, 4 per token, bf16."""
+    """Make random weights, once: 6 layers, hidden 512, 32 experts of 256, 4 per token, bf16."""
     from vllm_dwdp.entrypoints.bench.checkpoints import make_checkpoint
 
     folder = Path(tempfile.gettempdir()) / f"dwdp-bench-model-{os.getuid()}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_dwdp.planner.percentiles import percentile
+from vllm_dwdp.planner.simulate import percentile
 
 PERCENTILES = (50, 99)
 
@@ -41,7 +41,7 @@ class Stream:
         return self.output_tokens == 1
 
     def arguments(self, url: str, tokenizer: str, result: Path, seed: int) -> list[str]:
-        """Of `vllm bench serve`."""
+        """List the arguments of `vllm bench serve`."""
         rate = "inf" if self.request_rate is None else f"{self.request_rate:.4g}"
         return [
             *("--base-url", url, "--model", "m", "--tokenizer", tokenizer),
@@ -94,18 +94,18 @@ LONG_STREAM_MARGIN = 1.6
 
 
 def probe_load(shape: Shape, num_ranks: int) -> Load:
-    """A first run that warms up and shows how many requests fill `shape.seconds`."""
+    """Describe a first run that warms up and shows how many requests fill `shape.seconds`."""
     count = 2 * shape.concurrency
     return Load(name="probe", streams=(_ordinary(shape, count),) * num_ranks)
 
 
 def long_probe_load(shape: Shape, num_ranks: int) -> Load:
-    """The same for the long prompts."""
+    """Describe the same run for the long prompts."""
     return Load(name="probe of long prompts", streams=(_long(shape, 4), *(None,) * (num_ranks - 1)))
 
 
 def make_loads(shape: Shape, num_ranks: int, per_s: float, long_per_s: float) -> list[Load]:
-    """The loads of a benchmark, sized by the probes.
+    """Size the loads of a benchmark by the probes.
 
     Args:
         per_s: ordinary requests per second that one rank answered.
@@ -159,7 +159,7 @@ class StreamResult:
 
 
 def read_stream(path: Path) -> StreamResult:
-    """The detailed result file of one `vllm bench serve`."""
+    """Read the detailed result file of one `vllm bench serve`."""
     found: dict[str, Any] = json.loads(path.read_text())
     gaps = [tuple(request) for request in found["itls"]]
     return StreamResult(
@@ -176,7 +176,7 @@ def read_stream(path: Path) -> StreamResult:
 def figures(
     results: Sequence[StreamResult], long_prompts: Sequence[StreamResult] = ()
 ) -> dict[str, float]:
-    """The figures of a run: tokens/s of all streams, percentiles over the requests of each kind, ms.
+    """Return tokens/s of all streams, and percentiles over the requests of each kind, ms.
 
     Args:
         results: of the ordinary streams.

@@ -1,14 +1,20 @@
-"""The ranks that meet somewhere, as they describe themselves."""
+"""`vllm-dwdp status`: the ranks that meet somewhere, as they describe themselves."""
 
 import re
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from vllm_dwdp.distributed.endpoint import Endpoint
 from vllm_dwdp.distributed.meeting import parse_endpoint
 from vllm_dwdp.distributed.status import query_status
 from vllm_dwdp.distributed.tcp import TcpEndpoint
 from vllm_dwdp.distributed.unix import UnixEndpoint
+from vllm_dwdp.entrypoints.cli.options import AsJson
+from vllm_dwdp.entrypoints.tables import print_json, say, show
 from vllm_dwdp.errors import (
     DwdpConfigError,
     ProtocolError,
@@ -19,12 +25,72 @@ from vllm_dwdp.errors import (
 ANSWER_TIMEOUT_S = 2.0
 
 _SOCKET = re.compile(r"g(\d+)-r(\d+)\.sock")
+_HEADINGS = ("group", "rank", "state", "started", "pid", "held", "remote", "steps", "peers")
+
+
+def status(
+    rendezvous: Annotated[
+        str, typer.Argument(help="The ranks' meeting place, unix:///folder or tcp://host:port.")
+    ],
+    as_json: AsJson = False,
+    secret_file: Annotated[str, typer.Option(help="For tcp://: the shared secret.")] = "",
+    group_size: Annotated[int, typer.Option(min=1, help="For tcp://: ranks of a group.")] = 1,
+    groups: Annotated[int, typer.Option(min=1, help="For tcp://: groups.")] = 1,
+) -> None:
+    """Show every rank that meets there: its state, generation, memory, peers and last failure.
+
+    Exits 1 if there is none, if one is dead (also if only its peers say so), or does not answer.
+    """
+    ranks = find_ranks(
+        rendezvous, secret_file=secret_file or None, group_size=group_size, num_groups=groups
+    )
+    if as_json:
+        print_json(ranks)
+    else:
+        show(f"ranks at {rendezvous}", _HEADINGS, [_row(entry) for entry in ranks])
+        for entry in ranks:
+            say(*_sentences(entry))
+    if needs_attention(ranks):
+        raise typer.Exit(1)
+
+
+def _row(entry: dict[str, Any]) -> list[str]:
+    return [
+        str(entry["group"]),
+        str(entry["dwdp_rank"]),
+        str(entry["state"]),
+        _clock(entry.get("generation", 0) / 1e9),
+        str(entry.get("pid", "")),
+        _mib(entry.get("resident_expert_bytes")),
+        _mib(entry.get("remote_expert_bytes")),
+        str(sum(entry.get("steps", {}).values())),
+        " ".join(f"{peer}:{state}" for peer, state in entry.get("peers", {}).items()),
+    ]
+
+
+def _sentences(entry: dict[str, Any]) -> Iterator[str]:
+    rank = f"rank {entry['dwdp_rank']} of group {entry['group']}"
+    if entry.get("doing"):
+        yield f"{rank} {entry['doing']}"
+    if entry.get("last_failure"):
+        when = _clock(entry.get("last_failure_at", 0.0))
+        topic = f"{rank}, last failure {when}" if when else rank
+        yield f"{topic}: {entry['last_failure']}"
+
+
+def _clock(seconds: float) -> str:
+    """Format a Unix time as the local date and time; empty for 0."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds)) if seconds else ""
+
+
+def _mib(num_bytes: int | None) -> str:
+    return "" if num_bytes is None else f"{num_bytes / 2**20:.0f} MiB"
 
 
 def find_ranks(
     rendezvous: str, *, secret_file: str | None, group_size: int, num_groups: int
 ) -> list[dict[str, Any]]:
-    """Each rank's status, in order of group and rank.
+    """Ask each rank for its status, in order of group and rank.
 
     `state` is serving, starting, not answering (somebody listens in its place) or dead.
 
@@ -51,7 +117,7 @@ def find_ranks(
 
 
 def _listed(folder: Path) -> list[tuple[int, int]]:
-    """Group and rank of every socket in the folder."""
+    """List group and rank of every socket in the folder."""
     matches = [_SOCKET.fullmatch(path.name) for path in folder.glob("g*-r*.sock")]
     return [(int(match[1]), int(match[2])) for match in matches if match is not None]
 
@@ -70,7 +136,7 @@ def _ask(endpoint: Endpoint, group: int, rank: int) -> dict[str, Any]:
 
 
 def needs_attention(ranks: list[dict[str, Any]]) -> bool:
-    """Whether nobody is there, a rank is dead or silent, or one that answers has lost a peer.
+    """Say whether nobody is there, a rank is dead or silent, or one that answers has lost a peer.
 
     A dead rank's socket may have been tidied away: then only its peers know of it.
     """

@@ -32,7 +32,7 @@ class Finding:
     advice: str = ""
 
     def as_dict(self) -> dict[str, str]:
-        """For JSON."""
+        """Convert to JSON."""
         return asdict(self)
 
 
@@ -52,8 +52,6 @@ def examine(*, group_size: int, expert_bytes: int) -> list[Finding]:
         _memfd(),
         _cores(group_size),
         judge_scheduler(platform.release()),
-        _huge_pages(),
-        _locked_memory(),
         *judge_container(read_limits(), group_size, expert_bytes),
         *_gpus(group_size),
     ]
@@ -185,23 +183,6 @@ def judge_scheduler(release: str) -> Finding:
 
 def _linux_version(release: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", release.split("-", maxsplit=1)[0]))
-
-
-def _huge_pages() -> Finding:
-    """Told, not judged: experts are read in long runs, and 2 MiB pages read them no faster."""
-    path = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
-    if not path.exists():
-        return Finding("huge pages", "ok", "none for shared memory (not needed)")
-    chosen = path.read_text().partition("[")[2].partition("]")[0]
-    return Finding("huge pages", "ok", f"shmem_enabled is {chosen} (not needed)")
-
-
-def _locked_memory() -> Finding:
-    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    unlimited = soft == resource.RLIM_INFINITY
-    return Finding(
-        "locked memory", "ok", "unlimited" if unlimited else f"{soft} bytes (not needed)"
-    )
 
 
 def judge_container(limits: Limits, group_size: int, expert_bytes: int) -> list[Finding]:

@@ -1,21 +1,55 @@
-"""Draws pictures by matplotlib (PNG) or plotly (HTML).
+"""Draws pictures by matplotlib into a PNG.
 
-Both are optional (the extra `plots`) and imported only when a picture is asked for.
+matplotlib is optional (the extra `plots`) and imported only when a picture is asked for.
 """
 
+import importlib.util
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_dwdp.entrypoints.files import check_writable, refusing
 from vllm_dwdp.entrypoints.pictures.figures import COLOURS, Bars, Lines, Picture
+from vllm_dwdp.errors import DwdpConfigError
 
 _WIDTH_INCHES, _HEIGHT_INCHES, _HEIGHT_PER_BAR = 8.0, 4.2, 0.3
 _TITLE_WIDTH = 84
 
 
+class PngFile:
+    """Where pictures go, if anywhere; refuses at once what could not be written at the end.
+
+    Args:
+        path: None draws nothing.
+
+    Raises:
+        DwdpConfigError: matplotlib is not installed, or the file cannot be written.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        if path is None:
+            return
+        if importlib.util.find_spec("matplotlib") is None:
+            raise DwdpConfigError(
+                "--png needs matplotlib, which is not installed: pip install 'vllm-dwdp[plots]'."
+            )
+        check_writable("--png", path)
+
+    def write(self, make: Callable[[], Sequence[Picture]]) -> None:
+        """Make the pictures and draw them, if they were asked for.
+
+        Raises:
+            DwdpConfigError: the file cannot be written after all.
+        """
+        if self._path is not None:
+            with refusing("--png", self._path):
+                write_png(make(), self._path)
+
+
 def write_png(pictures: Sequence[Picture], path: Path) -> None:
-    """All pictures, one below the other."""
+    """Draw all pictures, one below the other."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -106,62 +140,3 @@ def _legend(part: Any, picture: Bars) -> None:
     ]
     if len(handles) > 1:
         part.legend(handles=handles, frameon=False, loc="outside lower right", ncols=len(handles))
-
-
-def write_html(pictures: Sequence[Picture], path: Path) -> None:
-    """All pictures on one page that needs no network."""
-    bodies = [
-        _plotly_figure(picture).to_html(full_html=False, include_plotlyjs=index == 0)
-        for index, picture in enumerate(pictures)
-    ]
-    head = '<!doctype html><meta charset="utf-8"><title>vllm-dwdp</title>'
-    path.write_text(head + "\n".join(bodies))
-
-
-def _plotly_figure(picture: Picture) -> Any:
-    from plotly import graph_objects
-
-    figure = graph_objects.Figure()
-    figure.update_layout(
-        title={"text": picture.title, "x": 0.02},
-        xaxis_title=picture.x_label,
-        template="simple_white",
-        height=int(100 * _height(picture)),
-    )
-    if isinstance(picture, Lines):
-        for colour, (name, (xs, ys)) in zip(COLOURS, picture.series.items(), strict=False):
-            line = {"color": colour}
-            figure.add_scatter(x=list(xs), y=list(ys), name=name, mode="lines", line=line)
-        for place, (label, x) in enumerate(picture.marks.items()):
-            note = {"annotation_text": label, "annotation_yshift": -18 * place}
-            figure.add_vline(x=x, line_dash="dash", **note)
-        if picture.level is not None:
-            figure.add_hline(y=picture.level)
-        figure.update_xaxes(type="log" if picture.log_x else "linear")
-        figure.update_yaxes(title=picture.y_label, rangemode="tozero")
-        return figure
-    for group, colour in picture.colours.items():
-        bars = [bar for bar in picture.bars if bar.group == group]
-        figure.add_bar(
-            y=[bar.label for bar in bars],
-            x=[bar.value - picture.reference for bar in bars],
-            base=picture.reference,
-            orientation="h",
-            name=group,
-            marker_color=colour,
-            text=[f"{bar.value:.3g}" for bar in bars],
-            error_x={
-                "type": "data",
-                "symmetric": False,
-                "array": [(bar.high or bar.value) - bar.value for bar in bars],
-                "arrayminus": [bar.value - (bar.low or bar.value) for bar in bars],
-            },
-        )
-    if picture.log_x:
-        figure.update_xaxes(type="log", dtick="D2")
-    if picture.band is not None:
-        figure.add_vrect(*picture.band, fillcolor="#2e933c", opacity=0.12, line_width=0)
-    figure.add_vline(x=picture.reference)
-    order = [bar.label for bar in picture.bars]
-    figure.update_yaxes(autorange="reversed", categoryorder="array", categoryarray=order)
-    return figure

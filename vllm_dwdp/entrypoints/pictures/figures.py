@@ -1,14 +1,7 @@
-"""Pictures of what the commands print: what is in them and where they go. Drawn by `pictures_draw`."""
+"""What a picture shows: curves or bars, and the message above them. Pure; `draw` draws them."""
 
-import importlib.util
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
-
-from vllm_dwdp.errors import DwdpConfigError
 
 COLOURS = ("#1f6feb", "#d1495b", "#2e933c", "#edae49", "#6c757d")
 
@@ -68,84 +61,9 @@ class Bars:
 
     @property
     def colours(self) -> dict[str, str]:
-        """Of each group."""
+        """The colour of each group."""
         groups = dict.fromkeys(bar.group for bar in self.bars)
         return {group: COLOURS[index % len(COLOURS)] for index, group in enumerate(groups)}
 
 
 Picture = Lines | Bars
-
-
-class Pictures:
-    """Where pictures go; refuses at once what could not be written at the end.
-
-    Raises:
-        DwdpConfigError: the library is not installed, or the file cannot be written.
-    """
-
-    def __init__(self, *, html: Path | None, png: Path | None) -> None:
-        self._html, self._png = html, png
-        for option, path, library in (("--html", html, "plotly"), ("--png", png, "matplotlib")):
-            if path is None:
-                continue
-            if importlib.util.find_spec(library) is None:
-                raise DwdpConfigError(
-                    f"{option} needs {library}, which is not installed: pip install "
-                    "'vllm-dwdp[plots]'."
-                )
-            check_writable(option, path)
-
-    def write(self, draw: Callable[[], Sequence[Picture]]) -> None:
-        """Draw and write what was asked for.
-
-        Raises:
-            DwdpConfigError: a file cannot be written after all.
-        """
-        from vllm_dwdp.entrypoints.pictures.draw import write_html, write_png
-
-        for option, path, write in (
-            ("--html", self._html, write_html),
-            ("--png", self._png, write_png),
-        ):
-            if path is not None:
-                with refusing(option, path):
-                    write(draw(), path)
-
-
-def check_writable(option: str, path: Path) -> None:
-    """Refuse a file that could not be written, before an hour of work.
-
-    Raises:
-        DwdpConfigError: its folder is missing or may not be written, or it is a folder itself.
-    """
-    with refusing(option, path):
-        is_new = not path.exists()
-        with path.open("a"):
-            pass
-        if is_new:
-            path.unlink()
-
-
-@contextmanager
-def refusing(option: str, path: Path) -> Iterator[None]:
-    """Says in a line that a file cannot be written.
-
-    Raises:
-        DwdpConfigError: in place of an OSError.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise DwdpConfigError(
-            f"{option} {path} cannot be written ({error.strerror}): give a file in a writable folder."
-        ) from error
-
-
-def write_json(option: str, path: Path, content: Any) -> None:
-    """Write a result file.
-
-    Raises:
-        DwdpConfigError: the path cannot be written.
-    """
-    with refusing(option, path):
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -6,14 +6,9 @@ from dataclasses import replace
 from vllm_dwdp.entrypoints.pictures.figures import Bar, Bars, Lines, Picture
 from vllm_dwdp.paper import TOLERANCE, Row
 from vllm_dwdp.planner.cost import CostModel
-from vllm_dwdp.planner.estimates import (
-    Traffic,
-    auto_step,
-    break_even_tokens,
-    parts,
-    speedups,
-)
+from vllm_dwdp.planner.estimates import Part, auto_step, break_even_tokens, parts, speedups
 from vllm_dwdp.planner.simulate import Outcome
+from vllm_dwdp.planner.traffic import Traffic
 
 _NUM_POINTS = 400
 _SMALLEST = 256
@@ -21,7 +16,7 @@ NEAR = 0.02
 
 
 def plan_pictures(model: CostModel, traffic: Traffic) -> list[Picture]:
-    """The gain over DEP by the size of a step, and where it comes from."""
+    """Show the gain over DEP by the size of a step, and where it comes from."""
     needed = break_even_tokens(model, traffic.input_tokens).number
     largest = 4 * max(needed or 0, traffic.max_num_batched_tokens, _SMALLEST)
     sizes = [round(2 ** (k / 8)) for k in range(8 * 20) if _SMALLEST <= 2 ** (k / 8) <= largest]
@@ -59,19 +54,17 @@ def _gain_bars(model: CostModel, traffic: Traffic) -> Bars:
         x_label="saved over DEP, % of a DWDP step",
         bars=[
             Bar(
-                label=name.replace(
-                    "experts read once per rank, not once per group", "expert reads"
-                ),
+                label="expert reads" if part is Part.EXPERT_READS else part.title,
                 value=100 * seconds / dwdp,
                 group="gain" if seconds >= 0 else "loss",
             )
-            for name, seconds in parts(model, traffic).items()
+            for part, seconds in parts(model, traffic).items()
         ],
     )
 
 
 def ttft_pictures(model: CostModel, outcomes: Mapping[str, Outcome]) -> list[Picture]:
-    """The distribution of the time to first token of each deployment."""
+    """Show the distribution of the time to first token of each deployment."""
     series = {}
     for name, outcome in outcomes.items():
         ordered = sorted(outcome.ttft_s)
@@ -93,7 +86,7 @@ def ttft_pictures(model: CostModel, outcomes: Mapping[str, Outcome]) -> list[Pic
 
 
 def paper_pictures(rows: Sequence[Row]) -> list[Picture]:
-    """The error of every row that is not near."""
+    """Show the error of every row that is not near."""
     shown = [row for row in rows if abs(row.error) >= NEAR]
     within = sum(row.is_reached for row in rows)
     return [
@@ -115,5 +108,5 @@ def paper_pictures(rows: Sequence[Row]) -> list[Picture]:
 
 
 def _short(source: str) -> str:
-    """Without the deployment, where the first words name the table."""
+    """Leave out the deployment, where the first words name the table."""
     return source.split(",", maxsplit=1)[0] if source.startswith(("roofline", "SGLang")) else source

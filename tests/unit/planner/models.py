@@ -1,0 +1,53 @@
+"""Models, traffic and machines that the planner's tests plan with."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from vllm_dwdp.paper import DEEPSEEK_R1, GPT_OSS_120B
+from vllm_dwdp.planner.cost import CostModel, Exchange
+from vllm_dwdp.planner.estimates import Tokens, break_even_tokens
+from vllm_dwdp.planner.hardware import PEAK, find_hardware
+from vllm_dwdp.planner.model_shape import shape_of
+from vllm_dwdp.planner.quantisation import FORMATS, Precision
+from vllm_dwdp.planner.traffic import Traffic
+
+
+def config(name: str) -> dict[str, Any]:
+    """Read the fields of a published config.json that matter here."""
+    path = Path(__file__).with_name("configs") / f"{name}.json"
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+QWEN3_30B, MIXTRAL_8X7B, GLM_4_5 = config("qwen3_30b"), config("mixtral_8x7b"), config("glm_4_5")
+LLAMA4_MAVERICK, LLAMA4_MAVERICK_FP8 = config("llama4_maverick"), config("llama4_maverick_fp8")
+ALL = (DEEPSEEK_R1, QWEN3_30B, GPT_OSS_120B, MIXTRAL_8X7B, LLAMA4_MAVERICK, GLM_4_5)
+
+TRAFFIC = Traffic(
+    input_tokens=8192, output_tokens=1, variation=0.2, max_num_batched_tokens=32768, batch_size=64
+)
+
+
+def tokens_of(found: Tokens) -> int:
+    assert found.number is not None, found.instead
+    return found.number
+
+
+def break_even(model: CostModel, input_tokens: int = 8192) -> int:
+    return tokens_of(break_even_tokens(model, input_tokens))
+
+
+def r1_on_gb200(**changes: Any) -> CostModel:
+    """DeepSeek-R1 in NVFP4 on four GB200, at the plain roofline."""
+    settings: dict[str, Any] = {
+        "shape": replace(
+            shape_of(DEEPSEEK_R1, "nvfp4"), shared_precision=Precision.of(FORMATS["nvfp4"])
+        ),
+        "hardware": find_hardware("gb200"),
+        "efficiency": PEAK,
+        "group_size": 4,
+        "exchange": Exchange.PER_EXPERT,
+    }
+    return CostModel(**(settings | changes))

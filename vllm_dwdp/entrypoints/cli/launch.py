@@ -1,0 +1,41 @@
+"""`vllm-dwdp launch`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vllm_dwdp.entrypoints.launch import launcher
+from vllm_dwdp.entrypoints.launch.plan import LaunchPlan, split_arguments
+from vllm_dwdp.entrypoints.launch.ports import free_ports
+from vllm_dwdp.entrypoints.tables import say
+
+
+def launch(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="As for vllm serve.")],
+    ranks: Annotated[int, typer.Option(min=1, help="Servers that share one copy.")] = 2,
+    host: Annotated[str, typer.Option(help="Address to serve on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to serve on.")] = 8000,
+    logs: Annotated[Path, typer.Option(help="Folder for the logs.")] = Path("dwdp-logs"),
+) -> None:
+    """Serve MODEL on ranks that outlive each other, behind vllm-router.
+
+    Every rank is its own vllm serve, restarted with back-off when it dies; a rank that comes back
+    adopts its experts from the survivors. Further arguments go to every vllm serve.
+    """
+    arguments, additional_config = split_arguments(context.args)
+    with launcher.meeting_folder() as rendezvous:
+        plan = LaunchPlan(
+            model=model,
+            num_ranks=ranks,
+            host=host,
+            port=port,
+            rank_ports=tuple(free for free in free_ports(ranks + 1) if free != port)[:ranks],
+            rendezvous=rendezvous,
+            arguments=arguments,
+            additional_config=additional_config,
+        )
+        meeting = plan.dwdp_options["rendezvous"]
+        say(f"ranks meet at {meeting}; logs in {logs}/")
+        launcher.launch(plan, logs, say)

@@ -1,0 +1,86 @@
+"""`vllm-dwdp plan`."""
+
+from typing import Annotated
+
+import typer
+
+from vllm_dwdp.entrypoints.cli.options import (
+    AsJson,
+    DenseDtype,
+    Dtypes,
+    ExpertDtype,
+    Gpu,
+    HardwareFile,
+    KvDtype,
+    Model,
+    Png,
+    cost_model,
+)
+from vllm_dwdp.entrypoints.pictures.draw import PngFile
+from vllm_dwdp.entrypoints.pictures.planner import plan_pictures
+from vllm_dwdp.entrypoints.tables import figure, print_json, say, show
+from vllm_dwdp.planner.plan import Figure, make_plan
+from vllm_dwdp.planner.traffic import Traffic
+
+
+def plan(
+    model: Model = None,
+    gpu: Gpu = "gb200",
+    ranks: Annotated[int, typer.Option(help="Ranks that share one copy.")] = 4,
+    input_tokens: Annotated[int, typer.Option(help="Per request.")] = 8192,
+    output_tokens: Annotated[int, typer.Option(help="Per request.")] = 1024,
+    variation: Annotated[
+        float,
+        typer.Option(
+            help="Standard deviation of a rank's tokens per step over their mean; near 0 where "
+            "chunked prefill fills every step."
+        ),
+    ] = 0.2,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="vLLM's limit per step.")] = 16384,
+    batch_size: Annotated[int, typer.Option(help="Sequences that decode together.")] = 64,
+    experts_per_rank: Annotated[int, typer.Option(help="0: an even share.")] = 0,
+    expert_dtype: ExpertDtype = "",
+    dense_dtype: DenseDtype = "",
+    kv_dtype: KvDtype = "",
+    hardware: HardwareFile = None,
+    as_json: AsJson = False,
+    png: Png = None,
+) -> None:
+    """Say whether DWDP pays off, from a config.json, before renting anything.
+
+    Every figure is marked: "config" and "spec" are counted from the model's config and the data sheet,
+    "calibrated" ones were measured by calibrate, "default" ones rest on published efficiencies,
+    "part default" ones on both, or on the assumptions that are printed last. In JSON a figure that there
+    is none of has low and high null, and a reason.
+    """
+    picture = PngFile(png)
+    dtypes = Dtypes(experts=expert_dtype, dense=dense_dtype, kv_cache=kv_dtype)
+    cost = cost_model(model, gpu, ranks, dtypes, hardware, experts_per_rank)
+    traffic = Traffic(
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        variation=variation,
+        max_num_batched_tokens=max_num_batched_tokens,
+        batch_size=batch_size,
+    )
+    made = make_plan(cost, traffic)
+    picture.write(lambda: plan_pictures(cost, traffic))
+    if as_json:
+        lines = [each.as_dict() for each in made.figures]
+        print_json({"lines": lines, "advice": made.advice, "assumptions": made.assumptions})
+        return
+    topics = [each.topic for each in made.figures]
+    rows = [
+        ("" if each.topic == before else each.topic, each.quantity, _value(each), each.unit, each.origin)
+        for before, each in zip(["", *topics], made.figures, strict=False)
+    ]  # fmt: skip
+    title = f"{cost.shape.name} on {ranks} x {gpu} ({cost.hardware.source})"
+    show(title, ("", "quantity", "value", "unit", "origin"), rows)
+    say(*(f"- {sentence}" for sentence in made.advice))
+    say("Assumed:", *(f"- {sentence}" for sentence in made.assumptions))
+
+
+def _value(shown: Figure) -> str:
+    if shown.low is None or shown.high is None:
+        return shown.reason
+    return figure(shown.low) if shown.low == shown.high else f"{shown.low:.2f} - {shown.high:.2f}"
