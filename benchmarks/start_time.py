@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "dwdp-bench")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()
-    model = str(make_checkpoint(options.folder / "start", "qwen3_moe", 64, **SHAPE, **HEADS))
+    model = str(make_checkpoint(options.folder / "start", 64, **SHAPE, **HEADS))
     seconds: dict[str, list[float]] = {"dwdp": [], "stock": []}
     for number in range(options.rounds + 1):
         for kind, values in seconds.items():

@@ -37,7 +37,7 @@ console = Console()
 def main() -> int:
     started = time.monotonic()
     step(f"checkpoint: Qwen3-MoE, {NUM_EXPERTS} experts, random weights -> {CHECKPOINT}")
-    make_checkpoint(CHECKPOINT, "qwen3_moe", NUM_EXPERTS, **SHAPE)
+    make_checkpoint(CHECKPOINT, NUM_EXPERTS, **SHAPE)
     with serve() as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
         model = client.models.list().data[0].id

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from vllm_dwdp.entrypoints.bench.checkpoints import make_checkpoint
+from gpu_checks.checkpoints import make_checkpoint
 
 
 @pytest.fixture(scope="session")

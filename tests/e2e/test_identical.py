@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from gpu_checks.checkpoints import ARCHITECTURES
 from tests.e2e.conftest import Checkpoints
 from tests.e2e.matrix import run_cases
-from vllm_dwdp.entrypoints.bench.checkpoints import ARCHITECTURES
 
 pytestmark = pytest.mark.e2e
 

@@ -105,13 +105,12 @@ def test_on_a_gpu_its_worker_is_chosen_with_a_warning(
 def test_a_dense_model(tmp_path: Any) -> None:
     import transformers
 
-    from vllm_dwdp.entrypoints.bench.run import checkpoints
+    from vllm_dwdp.entrypoints.bench.checkpoints import COMMON, write_checkpoint
 
     config = transformers.Qwen3Config(
-        **(checkpoints._COMMON | {"intermediate_size": 64, "num_hidden_layers": 1})
+        **(COMMON | {"intermediate_size": 64, "num_hidden_layers": 1})
     )
-    checkpoints._save_model(tmp_path, config, seed=0)
-    checkpoints._save_tokenizer(tmp_path)
+    write_checkpoint(tmp_path, config)
     with pytest.raises(DwdpUnsupportedError, match=r"has no routed experts.*Leave the flag out"):
         configure(str(tmp_path))
 

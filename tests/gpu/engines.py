@@ -154,7 +154,7 @@ def compare_engines(name: str) -> None:
 
 def make_model(folder: Path, *, fp8: bool = False, **overrides: Any) -> Path:
     """A small qwen3_moe."""
-    from vllm_dwdp.entrypoints.bench.checkpoints import make_checkpoint, make_fp8_checkpoint
+    from gpu_checks.checkpoints import make_checkpoint, make_fp8_checkpoint
 
     make = make_fp8_checkpoint if fp8 else make_checkpoint
     return make(folder, "qwen3_moe", 8, **(CHECKPOINT | overrides))

@@ -243,7 +243,6 @@ def default_model() -> str:
     return str(
         make_checkpoint(
             folder,
-            "qwen3_moe",
             32,
             hidden_size=512,
             moe_intermediate_size=256,

@@ -1,0 +1,239 @@
+"""Checkpoints with random weights of every family that is tested, and block-FP8 ones.
+
+The files have the layout (per-expert or fused 3-D tensors) that real checkpoints of that family have:
+transformers' own `save_pretrained` writes them.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from vllm_dwdp.entrypoints.bench.checkpoints import COMMON, qwen3_moe, write_checkpoint
+
+FP8_BLOCK = 128
+"""Rows and columns that share a scale."""
+
+
+def _qwen3_moe_mixed(num_experts: int) -> transformers.PretrainedConfig:
+    """Layers with and without experts, mixed."""
+    config = qwen3_moe(num_experts)
+    config.num_hidden_layers = 4
+    config.mlp_only_layers = [1]
+    return config
+
+
+def _qwen2_moe(num_experts: int) -> transformers.PretrainedConfig:
+    common = {key: value for key, value in COMMON.items() if key != "head_dim"}
+    return transformers.Qwen2MoeConfig(
+        **common,
+        intermediate_size=160,
+        moe_intermediate_size=96,
+        shared_expert_intermediate_size=160,
+        num_experts=num_experts,
+        num_experts_per_tok=2,
+    )
+
+
+def _mixtral(num_experts: int) -> transformers.PretrainedConfig:
+    return transformers.MixtralConfig(
+        **COMMON, intermediate_size=96, num_local_experts=num_experts, num_experts_per_tok=2
+    )
+
+
+def _dbrx(num_experts: int) -> transformers.PretrainedConfig:
+    """Its experts are a class of their own in vLLM, which cannot be sharded: to test the refusal."""
+    return transformers.DbrxConfig(
+        d_model=160,
+        n_heads=5,
+        n_layers=2,
+        max_seq_len=2048,
+        vocab_size=512,
+        attn_config={"kv_n_heads": 1, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        ffn_config={
+            "ffn_hidden_size": 96,
+            "moe_num_experts": num_experts,
+            "moe_top_k": 2,
+            "hidden_size": 160,
+        },
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+    )
+
+
+def _olmoe(num_experts: int) -> transformers.PretrainedConfig:
+    common = {key: value for key, value in COMMON.items() if key != "head_dim"}
+    return transformers.OlmoeConfig(
+        **common, intermediate_size=96, num_experts=num_experts, num_experts_per_tok=2
+    )
+
+
+def _granite_moe(num_experts: int) -> transformers.PretrainedConfig:
+    common = {key: value for key, value in COMMON.items() if key != "head_dim"}
+    return transformers.GraniteMoeConfig(
+        **common, intermediate_size=96, num_local_experts=num_experts, num_experts_per_tok=2
+    )
+
+
+def _glm4_moe(num_experts: int) -> transformers.PretrainedConfig:
+    """A dense first layer, a shared expert, a score-correction bias."""
+    return transformers.Glm4MoeConfig(
+        **COMMON,
+        intermediate_size=160,
+        moe_intermediate_size=96,
+        n_routed_experts=num_experts,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        n_group=1,
+        topk_group=1,
+        use_qk_norm=True,
+        partial_rotary_factor=0.5,
+    )
+
+
+def _gpt_oss(num_experts: int) -> transformers.PretrainedConfig:
+    """Experts with biases, stored as fused 3-D tensors."""
+    return transformers.GptOssConfig(
+        **COMMON,
+        intermediate_size=96,
+        num_local_experts=num_experts,
+        num_experts_per_tok=2,
+        sliding_window=128,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    )
+
+
+def _deepseek(base: type, num_experts: int, **extra: Any) -> transformers.PretrainedConfig:
+    common = {key: value for key, value in COMMON.items() if key != "head_dim"}
+    common["num_key_value_heads"] = common["num_attention_heads"] = 4
+    config: transformers.PretrainedConfig = base(
+        **common,
+        intermediate_size=160,
+        moe_intermediate_size=96,
+        n_routed_experts=num_experts,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        n_group=1,
+        topk_group=1,
+        q_lora_rank=None,
+        kv_lora_rank=512,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        **extra,
+    )
+    return config
+
+
+def _deepseek_v2(num_experts: int) -> transformers.PretrainedConfig:
+    return _deepseek(transformers.DeepseekV2Config, num_experts, topk_method="greedy")
+
+
+def _deepseek_v3(num_experts: int) -> transformers.PretrainedConfig:
+    return _deepseek(
+        transformers.DeepseekV3Config, num_experts, topk_method="noaux_tc", scoring_func="sigmoid"
+    )
+
+
+ARCHITECTURES: dict[str, Callable[[int], transformers.PretrainedConfig]] = {
+    "qwen3_moe": qwen3_moe,
+    "qwen3_moe_mixed": _qwen3_moe_mixed,
+    "qwen2_moe": _qwen2_moe,
+    "mixtral": _mixtral,
+    "olmoe": _olmoe,
+    "dbrx": _dbrx,
+    "granite_moe": _granite_moe,
+    "glm4_moe": _glm4_moe,
+    "gpt_oss": _gpt_oss,
+    "deepseek_v2": _deepseek_v2,
+    "deepseek_v3": _deepseek_v3,
+}
+
+
+def make_checkpoint(
+    folder: Path, architecture: str, num_experts: int = 8, seed: int = 0, **overrides: Any
+) -> Path:
+    """Write a checkpoint of random bf16 weights and return `folder`.
+
+    Args:
+        folder: created if absent; a folder that holds a finished checkpoint is kept as it is.
+        architecture: a key of `ARCHITECTURES`.
+        num_experts: routed experts per MoE layer.
+        seed: of the weights.
+        overrides: fields of the Hugging Face config, e.g. `hidden_size=1024`.
+    """
+    return write_checkpoint(folder, ARCHITECTURES[architecture](num_experts), seed, **overrides)
+
+
+def make_fp8_checkpoint(
+    folder: Path, architecture: str, num_experts: int = 8, seed: int = 0, **overrides: Any
+) -> Path:
+    """As `make_checkpoint`, with the experts in float8 and a scale for each block of them.
+
+    The format of DeepSeek-V3 and of Qwen's FP8 checkpoints, as vLLM's `Fp8MoEMethod` loads it.
+    Everything but the experts stays bf16, so that nothing but their kernel differs. Only for
+    architectures whose experts are saved one by one.
+    """
+    done = folder / "experts.fp8.done"
+    if not done.exists():
+        make_checkpoint(folder, architecture, num_experts, seed, **overrides)
+        _quantise_experts(folder)
+        done.touch()
+    return folder
+
+
+def _quantise_experts(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    tensors: dict[str, torch.Tensor] = {}
+    skipped = []
+    for name, tensor in load_file(path).items():
+        if re.search(r"\.experts\.\d+\.\w+\.weight$", name):
+            tensors[name], tensors[f"{name}_scale_inv"] = _quantise_blocks(tensor)
+            continue
+        tensors[name] = tensor
+        if name.endswith(".weight") and tensor.dim() == 2:
+            skipped.append(name.removesuffix(".weight"))
+    assert any(name.endswith("_scale_inv") for name in tensors), f"{path}: no expert of its own"
+    save_file(tensors, path, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
+        "modules_to_not_convert": skipped,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def _quantise_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float8 weights, and what to multiply each block by: `[rows / 128, columns / 128]`, float32."""
+    rows, columns = weight.shape
+    assert rows % FP8_BLOCK == columns % FP8_BLOCK == 0, (rows, columns)
+    blocks = weight.float().view(rows // FP8_BLOCK, FP8_BLOCK, columns // FP8_BLOCK, FP8_BLOCK)
+    scales = blocks.abs().amax(dim=(1, 3)) / torch.finfo(torch.float8_e4m3fn).max
+    scaled = (blocks / scales[:, None, :, None]).view(rows, columns)
+    return scaled.to(torch.float8_e4m3fn), scales
+
+
+def main() -> None:
+    """Write one: `FOLDER --architecture qwen3_moe --experts 8`."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--architecture", choices=sorted(ARCHITECTURES), default="qwen3_moe")
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--config", type=json.loads, default={}, help="JSON overrides")
+    options = parser.parse_args()
+    print(make_checkpoint(options.folder, options.architecture, options.experts, **options.config))
+
+
+if __name__ == "__main__":
+    main()
