@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from vllm_dwdp.paper.factors import Row, gpt_oss_model, kind_of, r1_model
+from vllm_dwdp.paper.factors import Row, gpt_oss_model, r1_model, row
 from vllm_dwdp.paper.kernels import PUBLISHED_VARIATION
 from vllm_dwdp.paper.saturated import Lengths, dep_tokens_per_s, saturated_gain
 from vllm_dwdp.planner.contention import Pulls
@@ -24,10 +24,7 @@ def _both(
     source: str, what: str, published: tuple[float, float], ttft: float, tps: float
 ) -> Iterator[Row]:
     for quantity, seen, ours in (("TTFT", published[0], ttft), ("TPS/GPU", published[1], tps)):
-        name = f"{quantity}, {what}"
-        yield Row(
-            source=source, quantity=name, published=seen, model=ours, kind=kind_of(source, name)
-        )
+        yield row(source, f"{quantity}, {what}", seen, ours)
 
 
 def context_only() -> Iterator[Row]:
@@ -64,26 +61,17 @@ def slicing() -> Iterator[Row]:
     )
     for share, max_tokens, without, with_slices in published:
         for what, seen, pulls in (("without", without, whole), ("with", with_slices, None)):
-            yield Row(
-                source="slices",
-                quantity=f"TPS/GPU {what} slices, lengths {share} - 1, MNT {max_tokens}",
-                published=seen,
-                model=_gain(Lengths(8192, share), max_tokens, pulls=pulls),
-                kind="default",
-            )
+            quantity = f"TPS/GPU {what} slices, lengths {share} - 1, MNT {max_tokens}"
+            gain = _gain(Lengths(8192, share), max_tokens, pulls=pulls)
+            yield row("slices", quantity, seen, gain)
 
 
 def sglang() -> Iterator[Row]:
     """[S] gpt-oss-120b, prefill only, DWDP4 over DEP4."""
-    model = gpt_oss_model()
+    model, source = gpt_oss_model(), "SGLang, gpt-oss-120b, B200 x4, prefill, MNT 16384"
     for tokens, seen in ((4096, 1.16), (8192, 1.37), (16384, 1.18)):
-        yield Row(
-            source="SGLang, gpt-oss-120b, B200 x4, prefill, MNT 16384",
-            quantity=f"throughput, ISL {tokens}",
-            published=seen,
-            model=saturated_gain(model, model, Lengths(tokens), 16384, PUBLISHED_VARIATION),
-            kind="default",
-        )
+        gain = saturated_gain(model, model, Lengths(tokens), 16384, PUBLISHED_VARIATION)
+        yield row(source, f"throughput, ISL {tokens}", seen, gain)
 
 
 def end_to_end() -> Iterator[Row]:
@@ -106,24 +94,7 @@ def end_to_end() -> Iterator[Row]:
         gain = end_to_end_gain(r1_model(), service, rate, context_gain)
         if tokens_per_user < 100:
             gains.append(gain)
-        yield Row(
-            source=source,
-            quantity=f"TPS/user, at {band} (generation servers unchanged)",
-            published=per_user,
-            model=1.0,
-            kind="default",
-        )
-        yield Row(
-            source=source,
-            quantity=f"TPS/GPU, at {band}",
-            published=per_gpu,
-            model=gain,
-            kind="default",
-        )
-    yield Row(
-        source=source,
-        quantity="TPS/GPU, mean over 20 - 100 TPS/user",
-        published=1.088,
-        model=sum(gains) / len(gains),
-        kind="default",
-    )
+        yield row(source, f"TPS/user, at {band} (generation servers unchanged)", per_user, 1.0)
+        yield row(source, f"TPS/GPU, at {band}", per_gpu, gain)
+    mean = sum(gains) / len(gains)
+    yield row(source, "TPS/GPU, mean over 20 - 100 TPS/user", 1.088, mean)

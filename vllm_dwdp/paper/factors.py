@@ -124,12 +124,18 @@ DERIVED: Mapping[str, str] = {
 """Rows that follow from fitted ones, so that meeting them says little more, and how."""
 
 
-def kind_of(source: str, quantity: str) -> str:
-    """Return `fitted` for the rows of FITTED, `derived` for those of DERIVED, else `default`."""
+def row(source: str, quantity: str, published: float, model: float, kind: str = "") -> Row:
+    """Make a row: `fitted` if FITTED names it, `derived` if DERIVED does, else `default`.
+
+    Args:
+        kind: in place of these.
+    """
     name = f"{source}: {quantity}"
-    if any(name in factor.rows for factor in FITTED.values()):
-        return "fitted"
-    return "derived" if name in DERIVED else "default"
+    is_fitted = any(name in factor.rows for factor in FITTED.values())
+    found = "fitted" if is_fitted else "derived" if name in DERIVED else "default"
+    return Row(
+        source=source, quantity=quantity, published=published, model=model, kind=kind or found
+    )
 
 
 def roofline_model() -> CostModel:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from vllm_dwdp.paper.factors import FITTED, Row, kind_of, r1_model, roofline_model
+from vllm_dwdp.paper.factors import FITTED, Row, r1_model, roofline_model, row
 from vllm_dwdp.paper.saturated import Lengths, mean_step, synchronisation_seconds
 from vllm_dwdp.planner.contention import contention
 from vllm_dwdp.planner.cost import CostModel, Step
@@ -12,33 +12,14 @@ PUBLISHED_VARIATION = 0.20
 """Of the tokens of a rank's step, at which the paper states the synchronisation tax."""
 
 _BREAKDOWN: Mapping[str, Mapping[str, float]] = {
-    "DEP4": {
-        "Attention": 269.67,
-        "GroupedGEMM": 342.40,
-        "DenseGEMM": 177.50,
-        "Others": 241.69,
-        "Communication": 126.74,
-        "Synchronisation": 161.85,
-        "Iteration": 1319.85,
-    },
-    "DWDP4 naive": {
-        "Attention": 320.56,
-        "GroupedGEMM": 337.42,
-        "DenseGEMM": 189.28,
-        "Others": 284.32,
-        "Merge copy": 34.00,
-        "P2P copy": 429.00,
-        "Iteration": 1165.58,
-    },
-    "DWDP4 without merge copy": {
-        "Attention": 320.56,
-        "GroupedGEMM": 337.42,
-        "DenseGEMM": 189.28,
-        "Others": 284.32,
-        "P2P copy": 429.00,
-        "Iteration": 1131.58,
-    },
-}
+    "DEP4": {"Attention": 269.67, "GroupedGEMM": 342.40, "DenseGEMM": 177.50, "Others": 241.69,
+             "Communication": 126.74, "Synchronisation": 161.85, "Iteration": 1319.85},
+    "DWDP4 naive": {"Attention": 320.56, "GroupedGEMM": 337.42, "DenseGEMM": 189.28,
+                    "Others": 284.32, "Merge copy": 34.00, "P2P copy": 429.00,
+                    "Iteration": 1165.58},
+    "DWDP4 without merge copy": {"Attention": 320.56, "GroupedGEMM": 337.42, "DenseGEMM": 189.28,
+                                 "Others": 284.32, "P2P copy": 429.00, "Iteration": 1131.58},
+}  # fmt: skip
 """Milliseconds per step of DeepSeek-R1, ISL 8192, lengths 0.8 - 1, MNT 32768, GB200 x4."""
 
 
@@ -54,13 +35,7 @@ def roofline() -> Iterator[Row]:
             "T_DEP / T_DWDP": (dep_over_dwdp, model.dep_layer(step) / model.dwdp_layer(step)),
         }
         for quantity, (seen, ours) in values.items():
-            yield Row(
-                source=source,
-                quantity=f"{quantity}, ISL {tokens}",
-                published=seen,
-                model=ours,
-                kind="predicted",
-            )
+            yield row(source, f"{quantity}, ISL {tokens}", seen, ours, "predicted")
 
 
 def contention_rows() -> Iterator[Row]:
@@ -76,33 +51,20 @@ def contention_rows() -> Iterator[Row]:
     for group_size, percents in published.items():
         chances = contention(group_size)
         for count, percent in enumerate(percents, 1):
-            yield Row(
-                source="contention at a source",
-                quantity=f"Pr[C = {count}], {group_size} ranks, %",
-                published=percent,
-                model=100 * chances[count - 1],
-                kind="predicted",
-            )
+            quantity = f"Pr[C = {count}], {group_size} ranks, %"
+            ours = 100 * chances[count - 1]
+            yield row("contention at a source", quantity, percent, ours, "predicted")
 
 
 def bounds() -> Iterator[Row]:
     """[P] What copies can cost the compute beside them."""
     hardware = find_hardware("gb200")
-    yield Row(
-        source="interference in memory",
-        quantity="NVLink both ways over HBM, %",
-        published=22.5,
-        model=100 * 2 * hardware.link_gbps / hardware.memory_gbps,
-        kind="predicted",
-    )
+    both_ways = 100 * 2 * hardware.link_gbps / hardware.memory_gbps
+    quantity = "NVLink both ways over HBM, %"
+    yield row("interference in memory", quantity, 22.5, both_ways, "predicted")
     attention, copies, idle = 96.7, 30.5, 12.9
-    yield Row(
-        source="power, % of TDP",
-        quantity="attention (96.7) + copies (30.5) - idle (12.9)",
-        published=114.4,
-        model=attention + copies - idle,
-        kind="derived",
-    )
+    quantity = f"attention ({attention}) + copies ({copies}) - idle ({idle})"
+    yield row("power, % of TDP", quantity, 114.4, attention + copies - idle, "derived")
 
 
 def breakdown() -> Iterator[Row]:
@@ -110,29 +72,16 @@ def breakdown() -> Iterator[Row]:
     models = {"DEP4": _dep4(), "DWDP4 naive": _dwdp4(merge=True)}
     models["DWDP4 without merge copy"] = _dwdp4(merge=False)
     for column, published in _BREAKDOWN.items():
-        source = f"breakdown, {column}"
         for quantity, seen in published.items():
-            yield Row(
-                source=source,
-                quantity=quantity,
-                published=seen,
-                model=1e3 * models[column][quantity],
-                kind=kind_of(source, quantity),
-            )
+            yield row(f"breakdown, {column}", quantity, seen, 1e3 * models[column][quantity])
 
 
 def synchronisation() -> Iterator[Row]:
     """[P], [B] Part of a DEP step that ranks wait at 20 % variation of their tokens."""
     parts = _dep4()
+    waiting = 100 * parts["Synchronisation"] / parts["Iteration"]
     for source, percent in (("synchronisation tax [P]", 12.0), ("synchronisation tax [B]", 10.0)):
-        quantity = "waiting in a DEP step, CV 20 %, %"
-        yield Row(
-            source=source,
-            quantity=quantity,
-            published=percent,
-            model=100 * parts["Synchronisation"] / parts["Iteration"],
-            kind=kind_of(source, quantity),
-        )
+        yield row(source, "waiting in a DEP step, CV 20 %, %", percent, waiting)
 
 
 def _step() -> Step:

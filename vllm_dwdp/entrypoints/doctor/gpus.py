@@ -60,13 +60,13 @@ class Topology:
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
-        """Every pair of GPUs."""
+        """All pairs of GPUs."""
         count = range(len(self.gpus))
         return [(first, second) for first in count for second in count if first < second]
 
 
 def has_driver() -> bool:
-    """Whether an NVIDIA driver is installed."""
+    """Say whether an NVIDIA driver is installed."""
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -77,7 +77,7 @@ def has_driver() -> bool:
 def one_gpu_each(
     num_ranks: int, environment: Mapping[str, str], count: int
 ) -> list[dict[str, str]]:
-    """What to add to the environment of each rank, so that rank n sees one GPU, the n-th.
+    """Return what to add to the environment of each rank, so that rank n sees one GPU, the n-th.
 
     Args:
         environment: of this process; its `CUDA_VISIBLE_DEVICES` says which GPUs may be used.
@@ -100,7 +100,7 @@ def one_gpu_each(
 
 
 def count_gpus() -> int:
-    """GPUs of this machine, 0 without a driver or where the driver finds no device.
+    """Count the GPUs of this machine: 0 without a driver or where the driver finds no device.
 
     Raises:
         DwdpConfigError: there is a driver, and nvidia-ml-py to ask it is not installed.
@@ -173,7 +173,7 @@ def _describe(nvml: Any, handle: Any) -> Gpu:
 
 
 def _open_channels(folder: Path) -> tuple[str, ...]:
-    """IMEX channels that this process may open; fabric handles are imported through one."""
+    """List the IMEX channels that this process may open; fabric handles are imported through one."""
     if not folder.is_dir():
         return ()
     return tuple(
