@@ -8,9 +8,11 @@ experts compute too while the copies of the next ones flow (`model_shape.dense_b
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from operator import add
+from typing import NamedTuple
 
 from vllm_dwdp.planner.hardware import Efficiency, Hardware
 from vllm_dwdp.planner.model_shape import ModelShape
@@ -61,9 +63,8 @@ class Step:
         return cls(num_tokens=batch_size, mean_keys=context_tokens, tokens_per_reading=1.0)
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerSeconds:
-    """One layer of one rank, or all of them, seconds by part.
+class LayerSeconds(NamedTuple):
+    """One layer of one rank, or several, seconds by part.
 
     Args:
         linear: dense matrix products: projections, shared experts, dense feed-forwards.
@@ -89,30 +90,15 @@ class LayerSeconds:
 
     def and_feed_forward(self, *, linear: float, experts: float) -> "LayerSeconds":
         """Add the products of a feed-forward."""
-        return LayerSeconds(
-            linear=self.linear + linear,
-            attention=self.attention,
-            experts=self.experts + experts,
-            other=self.other,
-        )
+        return self._replace(linear=self.linear + linear, experts=self.experts + experts)
 
     def times(self, number: float) -> "LayerSeconds":
         """Multiply every part by a number of layers."""
-        return LayerSeconds(
-            linear=number * self.linear,
-            attention=number * self.attention,
-            experts=number * self.experts,
-            other=number * self.other,
-        )
+        return LayerSeconds(*(number * part for part in self))
 
     def plus(self, more: "LayerSeconds") -> "LayerSeconds":
         """Add two times part by part."""
-        return LayerSeconds(
-            linear=self.linear + more.linear,
-            attention=self.attention + more.attention,
-            experts=self.experts + more.experts,
-            other=self.other + more.other,
-        )
+        return LayerSeconds(*map(add, self, more))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,7 +220,7 @@ class CostModel:
         own = self.layer(step, self.shape.num_experts)
         local = self.shape.num_experts / self.group_size
         touched = self.touched_experts(step.num_tokens * self.group_size, local)
-        return replace(own, experts=self._routed(step, touched))
+        return own._replace(experts=self._routed(step, touched))
 
     def all_to_all(self, step: Step) -> float:
         """Time dispatch and combine, or of gathering everything."""

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -81,32 +81,16 @@ class BenchOptions:
         real("--seconds", self.shape.seconds, above=True)
         check_baselines(self.baselines, self.num_ranks)
 
-    @classmethod
-    def of(
-        cls,
-        *,
-        model: str | None,
-        num_ranks: int,
-        baselines: tuple[str, ...],
-        rounds: int,
-        seconds: float,
-        smoke: bool,
-        serve_arguments: tuple[str, ...],
-    ) -> "BenchOptions":
-        """Follow the command line; `smoke` is the smallest run that still shows everything."""
-        shape = Shape(seconds=seconds)
-        if smoke:
-            baselines, rounds, num_ranks = (), 1, 2
-            shape = Shape(input_tokens=16, output_tokens=24, long_input_tokens=256, seconds=1.0)
-            serve_arguments = ("--enforce-eager", *serve_arguments)
-        return cls(
-            model=model,
-            num_ranks=num_ranks,
-            baselines=baselines,
-            rounds=rounds,
-            shape=shape,
-            serve_arguments=serve_arguments,
-            warms_up=not smoke,
+    def in_short(self) -> "BenchOptions":
+        """Reduce to the smallest run that still shows everything."""
+        return replace(
+            self,
+            num_ranks=2,
+            baselines=(),
+            rounds=1,
+            shape=Shape(input_tokens=16, output_tokens=24, long_input_tokens=256, seconds=1.0),
+            serve_arguments=("--enforce-eager", *self.serve_arguments),
+            warms_up=False,
         )
 
 

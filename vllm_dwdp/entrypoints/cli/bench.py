@@ -12,6 +12,7 @@ from vllm_dwdp.entrypoints.bench import run
 from vllm_dwdp.entrypoints.bench.calibrate import calibrate_machine
 from vllm_dwdp.entrypoints.bench.deployments import DEFAULT_BASELINES
 from vllm_dwdp.entrypoints.bench.report import bench_pictures, default_output, show_result
+from vllm_dwdp.entrypoints.bench.traffic import Shape
 from vllm_dwdp.entrypoints.cli.options import AsJson, Png
 from vllm_dwdp.entrypoints.files import check_writable, refusing, write_json
 from vllm_dwdp.entrypoints.pictures.draw import PngFile
@@ -60,15 +61,15 @@ def bench(
         calibrate(calibrate_to)
         return
     picture, command = PngFile(png), _command()
-    options = run.BenchOptions.of(
+    options = run.BenchOptions(
         model=model or None,
         num_ranks=ranks,
         baselines=() if baseline == ["none"] else tuple(baseline or DEFAULT_BASELINES),
         rounds=rounds,
-        seconds=seconds,
-        smoke=smoke,
+        shape=Shape(seconds=seconds),
         serve_arguments=tuple(serve_argument or ()),
     )
+    options = options.in_short() if smoke else options
     file = _result_file(output)
     signal.signal(signal.SIGTERM, _end)  # so that the servers end with us
     result = run.run_bench(
