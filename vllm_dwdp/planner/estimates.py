@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import lru_cache
+from typing import NamedTuple
 
 from vllm_dwdp.planner.cost import COMBINE_BITS, CostModel, Step
 from vllm_dwdp.planner.traffic import Traffic
@@ -79,17 +80,22 @@ class Tokens:
 ALWAYS = Tokens(number=None, instead="any step")
 
 
-def memory_bytes(model: CostModel) -> dict[str, float]:
-    """Return the bytes of a rank: experts, slots, dense weights, and what is left for the KV cache."""
+class RankMemory(NamedTuple):
+    """The memory of a rank in bytes; `kv_cache` is what is left, negative if the rest does not fit."""
+
+    experts: float
+    slots: float
+    dense: float
+    kv_cache: float
+
+
+def memory_bytes(model: CostModel) -> RankMemory:
+    """Divide the memory of a rank."""
     shape = model.shape
-    resident = shape.num_moe_layers * model.resident_experts * shape.expert_bytes
+    experts = shape.num_moe_layers * model.resident_experts * shape.expert_bytes
+    slots, dense = NUM_SLOTS * model.remote_bytes, shape.dense_bytes
     usable = USABLE_MEMORY * model.hardware.memory_gb * 1e9
-    sizes = {
-        "resident experts": resident,
-        "prefetch slots": NUM_SLOTS * model.remote_bytes,
-        "dense weights": shape.dense_bytes,
-    }
-    return sizes | {"KV cache": usable - sum(sizes.values())}
+    return RankMemory(experts, slots, dense, usable - (experts + slots + dense))
 
 
 def replica_kv_bytes(model: CostModel) -> float:
@@ -105,7 +111,7 @@ def replica_fits(model: CostModel) -> bool:
 
 def kv_tokens(model: CostModel, context_tokens: float) -> float:
     """Return the tokens of sequences of `context_tokens` that fit the KV cache of a rank."""
-    room = max(0.0, memory_bytes(model)["KV cache"])
+    room = max(0.0, memory_bytes(model).kv_cache)
     return room / model.shape.kv_bytes_per_token(context_tokens)
 
 
@@ -260,7 +266,7 @@ def assumptions(model: CostModel) -> list[str]:
 
 def redundancy(model: CostModel, traffic: Traffic) -> tuple[int, float, Tokens]:
     """Return the experts that spare memory holds per layer, the copies saved, the break-even."""
-    spare_bytes = memory_bytes(model)["KV cache"] - KV_RESERVE * model.hardware.memory_gb * 1e9
+    spare_bytes = memory_bytes(model).kv_cache - KV_RESERVE * model.hardware.memory_gb * 1e9
     num_remote = model.shape.num_experts - model.resident_experts
     per_layer = model.shape.num_moe_layers * model.shape.expert_bytes
     spare = min(num_remote, int(max(0.0, spare_bytes) // per_layer))

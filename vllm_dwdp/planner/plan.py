@@ -84,12 +84,11 @@ def _memory(model: CostModel, traffic: Traffic) -> list[Figure]:
     context = traffic.input_tokens + traffic.output_tokens
     per_token = model.shape.kv_bytes_per_token(context)
     weights = model.shape.experts_bytes + model.shape.dense_bytes
-    weighed = [
-        _figure(topic, name, value / 1e9, "GB", "config" if name != "KV cache" else "spec")
-        for name, value in sizes.items()
-    ]
     return [
-        *weighed,
+        _figure(topic, "resident experts", sizes.experts / 1e9, "GB", "config"),
+        _figure(topic, "prefetch slots", sizes.slots / 1e9, "GB", "config"),
+        _figure(topic, "dense weights", sizes.dense / 1e9, "GB", "config"),
+        _figure(topic, "KV cache", sizes.kv_cache / 1e9, "GB", "spec"),
         _figure(topic, "KV cache per token", per_token / 1e3, "kB", "config"),
         _figure(topic, "tokens that fit the KV cache", kv_tokens(model, context), "tokens", "spec"),
         _figure(topic, "weights of a full replica", weights / 1e9, "GB", "config"),
@@ -177,7 +176,7 @@ def advise(model: CostModel, traffic: Traffic) -> Iterator[str]:
 
 def lacking_memory(model: CostModel) -> Iterator[str]:
     """Say where the weights of a rank do not fit."""
-    left = memory_bytes(model)["KV cache"]
+    left = memory_bytes(model).kv_cache
     if left <= 0:
         yield (
             f"It does not fit: a rank lacks {-left / 1e9:.0f} GB. Use more ranks per group or smaller "
@@ -202,7 +201,7 @@ def _about_memory(model: CostModel) -> Iterator[str]:
         yield (
             "A full replica fits one accelerator: plain data parallelism (dwdp mode 'replica') is "
             "faster. DWDP pays off here only if room for the KV cache is the point: "
-            f"{memory_bytes(model)['KV cache'] / 1e9:.0f} GB instead of "
+            f"{memory_bytes(model).kv_cache / 1e9:.0f} GB instead of "
             f"{replica_kv_bytes(model) / 1e9:.0f} GB per rank."
         )
 

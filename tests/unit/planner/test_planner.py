@@ -95,7 +95,7 @@ def test_every_family_on_every_machine(config: dict[str, Any], gpu: str) -> None
     topics = {shown.topic for shown in made.figures}
     assert {"memory per rank", "prefill", "prefill, DWDP over DEP"} < topics
     assert all(is_finite(shown) or shown.reason for shown in made.figures)
-    fits = memory_bytes(model)["KV cache"] > 0
+    fits = memory_bytes(model).kv_cache > 0
     assert fits != any("It does not fit" in sentence for sentence in made.advice)
 
 
@@ -114,9 +114,9 @@ def test_where_a_replica_fits_the_planner_says_so() -> None:
 
 def test_memory_adds_up() -> None:
     model = r1_on_gb200()
-    parts = memory_bytes(model)
-    assert sum(parts.values()) == pytest.approx(0.9 * 186e9)
-    assert parts["resident experts"] == pytest.approx(model.shape.experts_bytes / 4)
+    memory = memory_bytes(model)
+    assert sum(memory) == pytest.approx(0.9 * 186e9)
+    assert memory.experts == pytest.approx(model.shape.experts_bytes / 4)
 
 
 def test_break_even_is_where_compute_meets_prefetch() -> None:
@@ -159,7 +159,7 @@ def test_spare_memory_buys_redundancy() -> None:
     assert saved == pytest.approx(spare / 192)
     assert tokens_of(tokens) < break_even(roomy)
     richer = r1_on_gb200(efficiency=DEFAULT, hardware=find_hardware("gb300"), extra_experts=spare)
-    assert memory_bytes(richer)["KV cache"] > 0
+    assert memory_bytes(richer).kv_cache > 0
 
 
 def test_decode_heavy_traffic_is_told_to_separate() -> None:
