@@ -4,7 +4,7 @@
 DEVICE ?= cpu
 PY := .venv/bin/python
 
-.PHONY: setup native demo test test-unit test-native test-e2e fuzz lint format clean
+.PHONY: setup native demo test test-unit test-cuda test-native test-e2e fuzz lint format clean
 .PHONY: gpu-minutes test-gpu bench-gpu native-gpu
 
 setup:
@@ -16,10 +16,14 @@ native:
 demo: setup
 	@$(PY) examples/demo.py
 
-test: setup lint test-native test-unit test-e2e
+test: setup lint test-native test-unit test-cuda test-e2e
 
 test-unit:
-	$(PY) -m pytest -q -m "not e2e and not gpu" tests
+	$(PY) -m pytest -q -m "not e2e" tests
+
+# The CUDA device over the fake driver: no evidence about hardware.
+test-cuda:
+	env $$($(PY) -m gpu_checks.fake) $(PY) -m pytest -q tests/cuda
 
 # The copy engine under the address, undefined-behaviour and thread sanitizers.
 test-native:
@@ -38,13 +42,13 @@ GPU_PY ?= python3
 ON_GPU = PYTHONUNBUFFERED=1 PYTHONPATH=$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH)) $(GPU_PY)
 
 gpu-minutes: native-gpu
-	$(ON_GPU) scripts/gpu_first_minutes.py
+	$(ON_GPU) -m gpu_checks --first-minutes
 
 test-gpu: native-gpu
-	$(ON_GPU) -m tests.gpu
+	$(ON_GPU) -m gpu_checks --skip bench
 
 bench-gpu: native-gpu
-	$(ON_GPU) benchmarks/bench_gpu.py
+	$(ON_GPU) -m gpu_checks --only bench
 
 native-gpu:
 	@test -e vllm_dwdp/device/libdwdp.so || $(GPU_PY) setup.py -q build_ext --inplace

@@ -15,20 +15,8 @@ from typing import Any, Protocol
 
 import torch
 
+from gpu_checks.fake import SIMULATED_ENV
 from vllm_dwdp.device.cuda import CudaMemory
-
-SIMULATED_ENV = "DWDP_SIMULATED_GPU"
-
-
-def simulated_environment(**settings: object) -> dict[str, str]:
-    """An environment in which `accelerator()` is the simulated one.
-
-    Args:
-        settings: of the fake driver, as in `fake_cuda_environment`.
-    """
-    from gpu_checks.fake_cuda import fake_cuda_environment
-
-    return fake_cuda_environment(**settings) | {SIMULATED_ENV: "1"}
 
 
 class Accelerator(Protocol):

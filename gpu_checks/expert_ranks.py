@@ -1,8 +1,7 @@
 """The expert memory of ranks without a model: shards, peers, views and rings over made-up layers.
 
-Everything below vLLM is the product's own: `ExpertShard`, `CompositeMapper`, `PrefetchRings`. Used by
-the GPU tests, by `scripts/gpu_first_minutes.py` and by `benchmarks/bench_gpu.py`, on a GPU or over the
-fake driver.
+Everything below vLLM is the product's own: `ExpertShard`, `CompositeMapper`, `PrefetchRings`. On a GPU
+or over the fake driver.
 """
 
 import hashlib
@@ -21,6 +20,7 @@ from vllm_dwdp.layout.placement import ExpertRange, Placement
 from vllm_dwdp.model_executor.composites import CompositeMapper, LayerView
 from vllm_dwdp.model_executor.expert_shard import ExpertShard, ShardedLayer
 from vllm_dwdp.model_executor.rings import PrefetchRings
+from vllm_dwdp.prefetch.ring import Ring
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +192,11 @@ class RankMemory:
         """Views, rings, peers, shard, in that order."""
         self.device.synchronize()
         self.resources.close()
+
+
+def only_ring(rings: PrefetchRings) -> Ring:
+    """The ring of `RankMemory.rings`."""
+    return rings.rings[0]
 
 
 class HostPeer:

@@ -8,7 +8,7 @@ stream plays their part, and every wait for it blocks.
 
 import torch
 
-from gpu_checks.fake_cuda import ComputeStream
+from gpu_checks.compute_stream import ComputeStream
 from vllm_dwdp.device.cuda import CudaMemory
 from vllm_dwdp.device.cuda_queue import CudaQueue
 from vllm_dwdp.device.limits import release_free_heap

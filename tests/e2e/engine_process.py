@@ -48,7 +48,7 @@ def run(case: dict[str, Any], rank: int) -> dict[str, Any]:
     with replaced(case["replace"]) if "replace" in case else contextlib.nullcontext():
         result = run_case(case, rank)
     if "simulated" in json.dumps(case):
-        from gpu_checks.fake_cuda import live_objects
+        from gpu_checks.fake import live_objects
 
         gc.collect()
         result["cuda_left"] = dataclasses.asdict(live_objects())
@@ -339,11 +339,12 @@ def digest_of_weights(worker: Any) -> dict[str, str]:
         if not isinstance(module, RoutedExperts):
             continue
         position = getattr(module, "ring_position", None)
-        dummy = torch.zeros(1)
+        parameters = dict(module.named_parameters(recurse=False))
+        dummy = torch.zeros(1, device=next(iter(parameters.values())).device)
         if position is not None:
             ops.wait_layer(dummy, position.ring, position.index)
-        for name, parameter in module.named_parameters(recurse=False):
-            content = parameter.data.contiguous().view(torch.uint8).numpy().tobytes()
+        for name, parameter in parameters.items():
+            content = parameter.data.contiguous().view(torch.uint8).cpu().numpy().tobytes()
             digests[f"{module.layer_name}.{name}"] = hashlib.sha256(content).hexdigest()
         if position is not None:
             ops.record_layer(dummy, position.ring, position.index)

@@ -25,24 +25,24 @@ from tests.e2e.engine_process import PROMPTS, close_engine, find, footprint, gen
 from vllm_dwdp.distributed.status import query_status
 from vllm_dwdp.entrypoints.launch.ports import free_ports
 
-GROUP = "vllm_dwdp.model_executor.group:ExpertGroup"
+JOINING = "vllm_dwdp.model_executor.joining"
 JOIN_TIMEOUT_S = 8.0
 """Of the ranks that can only give up: more than two starts differ, on a busy machine too."""
 LIFE_TIMEOUT_S = 90.0
 
 BEFORE_SERVING = {
     "hello": "vllm_dwdp.distributed.membership:Membership.meet",
-    "mapping": f"{GROUP}._map_peer",
+    "mapping": "vllm_dwdp.model_executor.peers:PeerShards._map",
     "completing": "vllm_dwdp.distributed.membership:Membership.announce_ready",
 }
 """Rank 0 is killed here, and rank 1 can only give up by its deadline."""
 
 WHILE_SERVING = {
     "first prefetch": ("vllm_dwdp.prefetch.ring:Ring.begin_forward", 0),
-    "hand-over": (f"{GROUP}._meet", 0),
-    "binding": (f"{GROUP}._bind", 0),
-    "steady state": ("vllm_dwdp.executor.worker:DwdpWorker.execute_model", 7),
-    "shutdown": (f"{GROUP}.close", 0),
+    "hand-over": (f"{JOINING}:meet_peers", 0),
+    "binding": (f"{JOINING}:bind_views", 0),
+    "steady state": ("vllm_dwdp.executor.cpu_worker:DwdpCPUWorker.execute_model", 7),
+    "shutdown": ("vllm_dwdp.model_executor.group:ExpertGroup.close", 0),
 }
 """Rank 0 is killed at this call of this, in one life after the other, while rank 1 serves."""
 
@@ -173,7 +173,7 @@ def serve_until(done: Path, serving: Path, case: dict[str, Any]) -> dict[str, An
         "states": sorted(states),
         "grown": {key: value - before[key] for key, value in resources().items()},
         "last_failure": query_status(
-            worker.expert_group.launch.endpoint, 0, int(os.environ["VLLM_DP_RANK"]), 5.0
+            worker.expert_group.seat.launch.endpoint, 0, int(os.environ["VLLM_DP_RANK"]), 5.0
         )["last_failure"],
     }
     close_engine(engine)

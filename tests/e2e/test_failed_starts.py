@@ -20,7 +20,6 @@ from vllm_dwdp.entrypoints.launch.server import VLLM
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
-GROUP = "vllm_dwdp.model_executor.group"
 STEPS = {
     "making the shard": "vllm_dwdp.device.host:HostShard.append",
     "publishing a layer": "vllm_dwdp.model_executor.expert_shard:ExpertShard.publish_layer",
@@ -29,7 +28,7 @@ STEPS = {
     "listening": "vllm_dwdp.distributed.unix:AbstractEndpoint.listen",
     "publishing": "vllm_dwdp.distributed.membership:Membership.publish",
     "meeting": "vllm_dwdp.distributed.membership:Membership.meet",
-    "mapping a peer": f"{GROUP}:ExpertGroup._map_peer",
+    "mapping a peer": "vllm_dwdp.model_executor.peers:PeerShards._map",
     "edges": "vllm_dwdp.model_executor.expert_shard:ExpertShard.fill_edges",
     "announcing": "vllm_dwdp.distributed.membership:Membership.announce_ready",
     "slots": "vllm_dwdp.device.host:HostSlots.__init__",

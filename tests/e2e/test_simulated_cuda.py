@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gpu_checks.fake_cuda import fake_cuda_environment
+from gpu_checks.fake import fake_cuda_environment
 from tests.e2e.conftest import Checkpoints
 from tests.e2e.matrix import run_cases
 

@@ -1,19 +1,60 @@
 // The fake driver's settings, errors, devices and contexts. NOT A GPU.
-#include <atomic>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <string>
 
 #include "fake.h"
 
 namespace fake {
 namespace {
 
-long number(const char* name, long fallback) {
-  const char* value = std::getenv(name);
-  return value != nullptr ? std::strtol(value, nullptr, 10) : fallback;
+struct Setting {
+  const char* name;
+  const char* environment;
+  const char* fallback;
+  void (*apply)(Settings&, const char*);
+};
+
+long number(const char* value) { return std::strtol(value, nullptr, 10); }
+
+const Setting kSettings[] = {
+    {"devices", "DWDP_FAKE_CUDA_DEVICES", "2",
+     [](Settings& all, const char* value) { all.num_devices = static_cast<int>(number(value)); }},
+    {"memory_mib", "DWDP_FAKE_CUDA_MEMORY_MIB", "4096",
+     [](Settings& all, const char* value) {
+       all.memory_bytes = static_cast<std::size_t>(number(value)) << 20;
+     }},
+    {"version", "DWDP_FAKE_CUDA_VERSION", "13000",
+     [](Settings& all, const char* value) { all.version = static_cast<int>(number(value)); }},
+    {"fabric", "DWDP_FAKE_CUDA_FABRIC", "0",
+     [](Settings& all, const char* value) { all.fabric = number(value) != 0; }},
+    {"read_only", "DWDP_FAKE_CUDA_READ_ONLY", "1",
+     [](Settings& all, const char* value) { all.read_only = number(value) != 0; }},
+    {"event_nodes", "DWDP_FAKE_CUDA_EVENT_NODES", "launch",
+     [](Settings& all, const char* value) { all.look_when_run = std::strcmp(value, "run") == 0; }},
+    {"max_delay_us", "DWDP_FAKE_CUDA_MAX_DELAY_US", "0",
+     [](Settings& all, const char* value) {
+       all.max_delay_us = static_cast<unsigned>(number(value));
+     }},
+    {"seed", "DWDP_FAKE_CUDA_SEED", "0",
+     [](Settings& all, const char* value) {
+       all.random = static_cast<std::uint64_t>(number(value));
+     }},
+};
+
+void set(Settings& all, const Setting& setting, const char* value) {
+  if (value == nullptr) value = std::getenv(setting.environment);
+  setting.apply(all, value != nullptr ? value : setting.fallback);
+}
+
+Settings& all_settings() {
+  static Settings* all = [] {
+    auto* made = new Settings;  // never destroyed: threads of streams may outlive main
+    for (const Setting& setting : kSettings) set(*made, setting, nullptr);
+    return made;
+  }();
+  return *all;
 }
 
 bool initialized = false;
@@ -29,26 +70,12 @@ bool valid_context(void* context) {
 
 }  // namespace
 
-const Settings& settings() {
-  static const Settings settings = [] {
-    const char* look = std::getenv("DWDP_FAKE_CUDA_EVENT_NODES");
-    return Settings{static_cast<int>(number("DWDP_FAKE_CUDA_DEVICES", 2)),
-                    static_cast<std::size_t>(number("DWDP_FAKE_CUDA_MEMORY_MIB", 4096)) << 20,
-                    static_cast<int>(number("DWDP_FAKE_CUDA_VERSION", 13000)),
-                    number("DWDP_FAKE_CUDA_FABRIC", 0) != 0,
-                    number("DWDP_FAKE_CUDA_READ_ONLY", 1) != 0,
-                    look != nullptr && std::strcmp(look, "run") == 0,
-                    static_cast<unsigned>(number("DWDP_FAKE_CUDA_MAX_DELAY_US", 0))};
-  }();
-  return settings;
-}
+const Settings& settings() { return all_settings(); }
 
 void pause() {
   const unsigned max_delay_us = settings().max_delay_us;
   if (max_delay_us == 0) return;
-  static std::atomic<std::uint64_t> state{
-      static_cast<std::uint64_t>(number("DWDP_FAKE_CUDA_SEED", 0))};
-  std::uint64_t value = state.fetch_add(0x9e3779b97f4a7c15);
+  std::uint64_t value = all_settings().random.fetch_add(0x9e3779b97f4a7c15);
   value = (value ^ (value >> 32)) * 0xd6e8feb86659fd93;
   std::this_thread::sleep_for(std::chrono::microseconds((value >> 32) % max_delay_us));
 }
@@ -75,9 +102,18 @@ Live live() {
 
 using namespace fake;
 
-// Only this driver has it.
+// Only this driver has these two.
 FAKE_API void dwdp_fake_cuda_live(Live* result) {
   api([&](Lock&) { *result = live(); });
+}
+
+// `value` may be null: what the environment says, or the default.
+FAKE_API Result dwdp_fake_cuda_set(const char* name, const char* value) {
+  return api([&](Lock&) {
+    for (const Setting& setting : kSettings)
+      if (std::strcmp(setting.name, name) == 0) return set(all_settings(), setting, value);
+    throw Failure{kInvalidValue};
+  });
 }
 
 FAKE_API Result cuInit(unsigned flags) {
@@ -151,6 +187,7 @@ FAKE_API Result cuDevicePrimaryCtxRelease_v2(int device) {
     --retained[device];
     for (const auto& [other, references] : retained)
       if (references > 0) return;
+    fail_later(kSuccess);  // an asynchronous error ends with the last context
     const Live left = live();
     if (left.handles + left.mappings + left.reservations + left.streams + left.events +
             left.graphs ==

@@ -5,10 +5,11 @@
 // the reference leaves room, it takes the stricter reading. Device addresses are host addresses,
 // streams are threads, allocations are memfds.
 //
-// Environment, read once:
+// Environment, read once; `dwdp_fake_cuda_set` changes a setting later, by its name in lower case:
 //   DWDP_FAKE_CUDA_DEVICES       devices (2)
 //   DWDP_FAKE_CUDA_MEMORY_MIB    memory of each (4096)
-//   DWDP_FAKE_CUDA_VERSION       driver version; before 12080 there is no batch copy (13000)
+//   DWDP_FAKE_CUDA_VERSION       driver version; before 12080 there is no batch copy (13000). Our
+//                                wrapper looks functions up once, so set it by the environment
 //   DWDP_FAKE_CUDA_FABRIC        1: fabric handles can be made (0)
 //   DWDP_FAKE_CUDA_READ_ONLY     0: read-only access is refused (1)
 //   DWDP_FAKE_CUDA_EVENT_NODES   when an external wait node looks at its event: "launch" or "run"
@@ -16,6 +17,7 @@
 //   DWDP_FAKE_CUDA_SEED          of the delays (0)
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -50,14 +52,13 @@ inline void require(bool condition, Result result) {
   if (!condition) throw Failure{result};
 }
 
+// Atomic: threads of streams read what the host may set.
 struct Settings {
-  int num_devices;
-  std::size_t memory_bytes;
-  int version;
-  bool fabric;
-  bool read_only;
-  bool look_when_run;
-  unsigned max_delay_us;
+  std::atomic<int> num_devices, version;
+  std::atomic<std::size_t> memory_bytes;
+  std::atomic<bool> fabric, read_only, look_when_run;
+  std::atomic<unsigned> max_delay_us;
+  std::atomic<std::uint64_t> random;  // the state of the delays
 };
 const Settings& settings();
 void pause();  // a random delay

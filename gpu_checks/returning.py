@@ -1,4 +1,4 @@
-"""A killed rank returns to its group inside vLLM, on a GPU with no room for a second shard.
+"""The question whether a killed rank returns to its group inside vLLM without room for a second shard.
 
 Two ranks share the GPU. One is killed; the rest of the device is taken, but a few GiB; it starts again
 with a memory budget that does not fit into what is free, and fits once the shard that its peer kept for
@@ -17,22 +17,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.gpu.processes import Rank
+from gpu_checks.ranks import Rank
 
 START_S, ANSWER_S = 150, 60
 LEFT_FREE_BYTES = 5 * 2**30
 FREED_S = 20.0
 
 
-def kill_and_return() -> None:
-    """The scenario."""
-    from tests.gpu import engines, kv_sizing
+def kill_and_return() -> str:
+    """Kill rank 1 of two, start it again, and compare tokens, weights and memory."""
+    from gpu_checks import engines, kv_sizing
     from vllm_dwdp.entrypoints.launch.ports import free_ports
 
     simulated = engines.is_simulated()
     with tempfile.TemporaryDirectory() as made, contextlib.ExitStack() as stack:
         folder = Path(made)
-        shape = {} if simulated else kv_sizing.LARGE
+        shape: dict[str, Any] = {} if simulated else kv_sizing.LARGE
         case: dict[str, Any] = {
             "model": str(engines.make_model(folder / "qwen3-moe", **shape)),
             "engine_args": engines.EAGER | ({} if simulated else engines.GPU_ARGS),
@@ -68,6 +68,7 @@ def kill_and_return() -> None:
         for rank in ranks:
             rank.ask("close", ANSWER_S)
             assert rank.process.wait(timeout=ANSWER_S) == 0
+    return f"{shard_bytes} bytes were adopted; the same weights and tokens"
 
 
 def start(folder: Path, case: dict[str, Any], number: int, stack: contextlib.ExitStack) -> Rank:
@@ -76,7 +77,7 @@ def start(folder: Path, case: dict[str, Any], number: int, stack: contextlib.Exi
     listing = folder / f"rank{number}-{lives}.json"
     listing.write_text(json.dumps(case))
     with listing.with_suffix(".log").open("wb") as log:
-        rank = Rank(number, "tests.gpu.returning", str(listing), str(number), log=log)
+        rank = Rank(number, __name__, str(listing), str(number), log=log)
     stack.callback(rank.end)
     stack.push(lambda kind, *_: kind and print(listing.with_suffix(".log").read_text()[-4000:]))
     return rank
@@ -167,11 +168,10 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # vLLM logs to standard output
     case, rank = json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2])
-    from tests.gpu import engines
+    from gpu_checks import engines
 
     engines.prepare_process()
-    from tests.e2e import engine_process
-
+    engine_process = engines.engine_process()
     engine_process.take_place(case, rank)
     found: dict[str, int] = {}
     if not engines.is_simulated():

@@ -1,4 +1,4 @@
-"""Does vLLM's KV cache leave room for shards and slots? Two ranks on one GPU, no given cache size.
+"""The question whether vLLM's KV cache leaves room for shards and slots: two ranks on one GPU.
 
 vLLM takes what is missing of the device's free memory since the worker began for its own, so a rank here
 counts its peer's memory as well. Ranks take turns, so that this is exact: both begin before either
@@ -26,7 +26,7 @@ TURN_S = 200
 UTILIZATION = 0.15
 TOLERANCE_BYTES = 64 * MIB
 # Experts of 24 MiB: a shard of 768 MiB and slots of 192 MiB, so that a missing one shows.
-LARGE = {"hidden_size": 2048, "moe_intermediate_size": 2048, "num_hidden_layers": 8}
+LARGE: dict[str, Any] = {"hidden_size": 2048, "moe_intermediate_size": 2048, "num_hidden_layers": 8}
 SHARING: dict[str, dict[str, Any]] = {
     "first": {"mode": "direct"},  # loads the kernels, which then take memory no more
     "direct": {"mode": "direct"},
@@ -35,9 +35,9 @@ SHARING: dict[str, dict[str, Any]] = {
 }
 
 
-def compare_sizes() -> None:
-    """Engines that differ in shards and slots only."""
-    from tests.gpu import engines
+def compare_sizes() -> str:
+    """Engines that differ in shards and slots only, and whose cache size is vLLM's choice."""
+    from gpu_checks import engines
 
     arguments = engines.EAGER | engines.GPU_ARGS
     arguments |= {"kv_cache_memory_bytes": None, "gpu_memory_utilization": UTILIZATION}
@@ -47,15 +47,18 @@ def compare_sizes() -> None:
             "engine_args": arguments,
             "num_ranks": 2,
             "begin_s": engines.ENGINES_S,
-            "report": "tests.gpu.kv_sizing:memory_of",
+            "report": f"{__name__}:memory_of",
         }
         cases = [case | {"name": name, "dwdp": dwdp} for name, dwdp in SHARING.items()]
         results = engines.run_ranks(Path(folder), cases, {TURNS_ENV: folder})
-    check_sizing({name: [result["memory"] for result in each] for name, each in results.items()})
+    memory = {name: [result["memory"] for result in each] for name, each in results.items()}
+    check_sizing(memory)
+    caches = {name: f"{ranks[0]['cache'] / MIB:.0f} MiB" for name, ranks in memory.items()}
+    return f"it does; rank 0's caches: {caches}"
 
 
 def check_sizing(memory: dict[str, list[dict[str, int]]]) -> None:
-    """What `memory_of` found, by case and rank."""
+    """Hold what `memory_of` found, by case and rank, to what must be left."""
     for name, ranks in memory.items():
         both = sum(each["shard"] + each["slots"] for each in ranks)
         for rank, each in enumerate(ranks):
@@ -81,7 +84,7 @@ def check_sizing(memory: dict[str, list[dict[str, int]]]) -> None:
 
 
 def memory_of(worker: Any) -> dict[str, Any]:
-    """`report` of a case: what the rank takes, bytes. Both ranks serve while it looks."""
+    """Report, of a case, what the rank takes, bytes. Both ranks serve while it looks."""
     import torch
 
     assert _turns is not None, f"{TURNS_ENV} is not set"

@@ -1,10 +1,11 @@
-"""Real vLLM engines: two ranks that share GPU 0, and one stock engine whose tokens they must give.
+"""Questions about real vLLM engines: two ranks that share GPU 0, and a stock one to compare with.
 
 Each rank is a process with an engine of its own in vLLM's SPMD style (`tests.e2e.engine_process`); run
-as a module, this file is that process. Needs vLLM, on a machine without it the bundle of
-`../shared/gpu`. Copies are late and poison their slots, so that a race would show in the tokens.
+as a module, this file is that process. Needs vLLM. Copies are late and poison their slots, so that a
+race would show in the tokens.
 """
 
+import importlib
 import json
 import os
 import subprocess
@@ -14,9 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gpu_checks.fake import SIMULATED_ENV
 from vllm_dwdp.entrypoints.launch.ports import free_ports
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
+ENGINE_PROCESS = "tests.e2e.engine_process"
 ENGINES_S = 280
 
 # Experts of 2.75 and 1.375 MiB: several pages of 2 MiB each, and most end within one.
@@ -38,7 +41,7 @@ GPU_ARGS = {
 SIZES = [1, 2, 4, 8, 16, 32, 64]
 SIMULATED_MEMORY = [
     "vllm_dwdp.executor.cpu_worker:DwdpCPUWorker.make_device",
-    "tests.e2e.engine_process:make_simulated_device",
+    f"{ENGINE_PROCESS}:make_simulated_device",
 ]
 """`replace` of a case: the CUDA device over the fake driver, under a CPU worker."""
 
@@ -109,24 +112,45 @@ SHARING = {
 
 
 def is_simulated() -> bool:
-    from gpu_checks.accelerator import SIMULATED_ENV
-
+    """Whether engines run on the CPU, over the fake driver."""
     return os.environ.get(SIMULATED_ENV) == "1"
 
 
-def compare_engines(name: str) -> None:
-    """Tokens and weights of both ranks equal those of a stock engine of the same mode."""
+def engine_process() -> Any:
+    """The module that runs an engine in this process; the end-to-end tests use it too."""
+    return importlib.import_module(ENGINE_PROCESS)
+
+
+def stock_generates() -> str:
+    """Tokens of a small model, eagerly and in graphs."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = str(make_model(Path(folder, "qwen3-moe")))
+        modes = ("eager",) if is_simulated() else ("eager", "full")
+        cases = [
+            {"name": mode, "model": model, "engine_args": engine_args(MODES[mode])}
+            for mode in modes
+        ]
+        results = run_ranks(Path(folder), cases, {}, num_ranks=1)
+    tokens = [results[mode][0]["tokens"] for mode in modes]
+    assert all(tokens[0]), tokens
+    num_tokens = sum(map(len, tokens[0]))
+    are_equal = tokens[0] == tokens[-1]
+    return f"{num_tokens} tokens, {', '.join(modes)}: {'the same' if are_equal else 'not the same'}"
+
+
+def compare_engines(name: str) -> str:
+    """Tokens and weights of both ranks, and that the mode was what its name says."""
     mode = MODES[name]
     environment = {"DWDP_DEBUG_POISON": "1", "DWDP_DEBUG_MAX_DELAY_US": "2000"} | mode.environment
     with tempfile.TemporaryDirectory() as folder:
-        common = {
+        common: dict[str, Any] = {
             "model": str(
                 make_model(
                     Path(folder, "qwen3-moe"), fp8=mode.fp8, num_hidden_layers=mode.num_layers
                 )
             ),
-            "engine_args": mode.arguments | ({} if is_simulated() else GPU_ARGS),
-            "report": "tests.gpu.engines:what_ran",
+            "engine_args": engine_args(mode),
+            "report": f"{__name__}:what_ran",
         }
         if name == "drafter":
             speculation = mode.arguments["speculative_config"] | {
@@ -139,21 +163,27 @@ def compare_engines(name: str) -> None:
         cases = [common | {"name": "stock"}]
         cases += [sharing | {"name": each, "dwdp": SHARING[each]} for each in mode.sharing]
         results = run_ranks(Path(folder), cases, environment)
-    stock = results["stock"][0]
+    stock, said = results["stock"][0], []
     for case in mode.sharing:
         assert [result["rank"] for result in results[case]] == [0, 1]
         for result in results[case]:
             where = (name, case, result["rank"])
             fetched = sum(result["status"]["fetched_bytes"].values())
-            print(f"{where}: steps {result['status']['steps']}, fetched {fetched / 2**20:.0f} MiB")
+            said.append(f"{case} {result['rank']}: {fetched / 2**20:.0f} MiB fetched")
             assert result["weights"] == stock["weights"], where
             assert result["tokens"] == stock["tokens"], (where, result["tokens"], stock["tokens"])
             assert (fetched > 0) == (case != "direct"), (where, fetched)
             check_what_ran(name, case, result["ran"])
+    return f"the same weights and tokens; {', '.join(said)}"
+
+
+def engine_args(mode: EngineMode) -> dict[str, Any]:
+    """Arguments of an engine of this mode, here."""
+    return mode.arguments | ({} if is_simulated() else GPU_ARGS)
 
 
 def make_model(folder: Path, *, fp8: bool = False, **overrides: Any) -> Path:
-    """A small qwen3_moe."""
+    """Make a small qwen3_moe."""
     from gpu_checks.checkpoints import make_checkpoint, make_fp8_checkpoint
 
     make = make_fp8_checkpoint if fp8 else make_checkpoint
@@ -161,15 +191,15 @@ def make_model(folder: Path, *, fp8: bool = False, **overrides: Any) -> Path:
 
 
 def what_ran(worker: Any) -> dict[str, Any]:
-    """`report` of a case: what must not have been left out silently."""
+    """Report, of a case, what must not have been left out silently."""
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
     group = getattr(worker, "expert_group", None)
-    rings = group.rings if group is not None else None
+    rings = group.views.rings if group is not None else None
     return {
         "ran": {
             "async": bool(worker.vllm_config.scheduler_config.async_scheduling),
-            "rings": [len(pipeline.batches) for pipeline in rings.pipelines] if rings else [],
+            "rings": [len(ring.batches) for ring in rings.rings] if rings else [],
             "experts": sorted(
                 {
                     type(module.quant_method).__name__
@@ -182,7 +212,7 @@ def what_ran(worker: Any) -> dict[str, Any]:
 
 
 def check_what_ran(name: str, case: str, ran: dict[str, Any]) -> None:
-    """The mode was what its name says, or equal tokens would prove something else."""
+    """Fail if the mode was not what its name says: equal tokens would prove something else."""
     layers = [MODES[name].num_layers] + ([2] if name == "drafter" else [])
     assert ran["rings"] == (layers if case != "direct" else []), ran
     method = "Fp8MoEMethod" if MODES[name].fp8 else "UnquantizedFusedMoEMethod"
@@ -192,18 +222,18 @@ def check_what_ran(name: str, case: str, ran: dict[str, Any]) -> None:
 
 
 def run_ranks(
-    folder: Path, cases: list[dict[str, Any]], environment: dict[str, str]
+    folder: Path, cases: list[dict[str, Any]], environment: dict[str, str], num_ranks: int = 2
 ) -> dict[str, list[dict[str, Any]]]:
-    """Results of every case, by rank; a process that fails shows the end of its log."""
+    """Run every case; its results by rank. A process that fails shows the end of its log."""
     for case, port in zip(cases, free_ports(len(cases)), strict=True):
         case["port"] = port
     listing = folder / "cases.json"
     listing.write_text(json.dumps(cases))
     processes = []
-    for rank in range(2):
+    for rank in range(num_ranks):
         log = folder / f"rank{rank}.log"
         with log.open("wb") as file:
-            command = [sys.executable, "-m", "tests.gpu.engines", str(listing), str(rank)]
+            command = [sys.executable, "-m", __name__, str(listing), str(rank)]
             process = subprocess.Popen(
                 [*command, str(folder / f"{rank}.out")],
                 cwd=ROOT,
@@ -221,51 +251,47 @@ def run_ranks(
     for code, (_, log) in zip(codes, processes, strict=True):
         assert code == 0, f"{log.name} ended with {code}:\n{log.read_text()[-8000:]}"
     results: dict[str, list[dict[str, Any]]] = {}
-    for rank in range(2):
+    for rank in range(num_ranks):
         for line in (folder / f"{rank}.out").read_text().splitlines():
             result = json.loads(line)
             results.setdefault(result["name"], []).append(result)
     return results
 
 
-def digest_of_weights(worker: Any) -> dict[str, str]:
-    """SHA-256 of every expert parameter as kernels see it, wherever it lies.
+def dual_batch_overlap() -> str:
+    """The front end's refusal, before anything starts."""
+    import vllm_dwdp
+    from vllm_dwdp.errors import DwdpUnsupportedError
 
-    In a ring each layer is brought into its slot first, as its forward would.
-    """
-    import hashlib
+    vllm_dwdp.register()
+    from vllm import EngineArgs
 
-    import torch
-    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    with tempfile.TemporaryDirectory() as folder:
+        args = EngineArgs(
+            model=str(make_model(Path(folder, "qwen3-moe"), num_hidden_layers=1)),
+            distributed_executor_backend="dwdp",
+            data_parallel_size=2,
+            enable_dbo=True,
+        )
+        refusal = ""
+        try:
+            args.create_engine_config()
+        except DwdpUnsupportedError as error:
+            refusal = str(error)
+    assert "--enable-dbo" in refusal, refusal or "dual-batch overlap was accepted"
+    return f"refused: {refusal}"
 
-    from vllm_dwdp.model_executor import ops
 
-    digests = {}
-    for module in worker.model_runner.get_model().modules():
-        if not isinstance(module, RoutedExperts):
-            continue
-        position = getattr(module, "ring_position", None)
-        parameters = dict(module.named_parameters(recurse=False))
-        tick = torch.zeros(1, device=next(iter(parameters.values())).device)
-        if position is not None:
-            ops.wait_layer(tick, position.ring, position.index)
-        for name, parameter in parameters.items():
-            content = parameter.data.contiguous().view(torch.uint8).cpu().numpy().tobytes()
-            digests[f"{module.layer_name}.{name}"] = hashlib.sha256(content).hexdigest()
-        if position is not None:
-            ops.record_layer(tick, position.ring, position.index)
-    return digests
+# --- one rank's process --------------------------------------------------------------------------
 
 
 def prepare_process() -> None:
-    """Before an engine: the plugin may not be installed here, so it is registered by hand."""
+    """Prepare for an engine: the plugin may not be installed here, so it is registered by hand."""
     import vllm_dwdp
-    from tests.e2e import engine_process
-    from tests.gpu import fp8_stand_in, kv_sizing
+    from gpu_checks import fp8_stand_in, kv_sizing
 
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     vllm_dwdp.register()
-    engine_process.digest_of_weights = digest_of_weights
     if is_simulated():
         os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
         fp8_stand_in.install()
@@ -274,11 +300,9 @@ def prepare_process() -> None:
 
 
 def main() -> None:
-    """One rank's process."""
+    """Run one rank."""
     prepare_process()
-    from tests.e2e import engine_process
-
-    engine_process.main()
+    engine_process().main()
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
-"""What `test_cuda.py` runs in child processes over the fake driver: `python -m ... NAMES`. NOT A GPU."""
+"""The CUDA device's memory: shards, peers, slots and composites."""
 
 import logging
 import os
-import sys
-import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 
-from gpu_checks.fake_cuda import LiveObjects, live_objects
+from gpu_checks.driver_memory import PAGE
+from gpu_checks.fake import fake_settings, live_objects
+from tests.cuda.conftest import NOTHING
 from vllm_dwdp.device.base import Handles, Segment
 from vllm_dwdp.device.cuda import POOL_PAGE_BYTES, CudaMemory, CudaShard
 from vllm_dwdp.device.tensor import tensor_at
@@ -16,16 +18,18 @@ from vllm_dwdp.errors import DwdpMemoryError, DwdpUnsupportedError
 from vllm_dwdp.layout.composite import ByteRange
 from vllm_dwdp.layout.slots import SlotLayout
 
-PAGE = 2 << 20
-NOTHING = LiveObjects(0, 0, 0, 0, 0, 0)
+
+@contextmanager
+def open_memory(**options: bool) -> Iterator[CudaMemory]:
+    memory = CudaMemory(0, torch_device=torch.device("cpu"), clear_cache=lambda: None, **options)
+    yield memory
+    memory.close()
 
 
-def open_memory() -> CudaMemory:
-    return CudaMemory(0, torch_device=torch.device("cpu"), clear_cache=lambda: None)
-
-
-def open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))
+@pytest.fixture
+def memory() -> Iterator[CudaMemory]:
+    with open_memory() as memory:
+        yield memory
 
 
 def filled_shard(memory: CudaMemory, *pieces: int) -> CudaShard:
@@ -43,9 +47,7 @@ def pages_of(memory: CudaMemory, address: int, num_pages: int) -> list[int]:
     return [page[0] for page in content]
 
 
-def a_composite_shows_pages_of_a_shard_a_peer_and_a_slot() -> None:
-    memory = open_memory()
-    before = open_files()
+def test_a_composite_shows_pages_of_a_shard_a_peer_and_a_slot(memory: CudaMemory) -> None:
     shard, other = filled_shard(memory, PAGE, PAGE), filled_shard(memory, PAGE, 2 * PAGE)
     peer = memory.open_peer(other.export())
     assert pages_of(memory, peer.address, 3) == [1, 2, 3]
@@ -71,12 +73,9 @@ def a_composite_shows_pages_of_a_shard_a_peer_and_a_slot() -> None:
     assert pages_of(memory, composite.address + end, 3) == [2, 3, 2], "mappings hold the memory"
     composite.unmap()
     assert live_objects() == NOTHING
-    memory.close()
-    assert open_files() == before
 
 
-def a_shard_of_an_earlier_life_is_adopted() -> None:
-    memory = open_memory()
+def test_a_shard_of_an_earlier_life_is_adopted(memory: CudaMemory) -> None:
     first = filled_shard(memory, PAGE, 2 * PAGE, PAGE)
     digest, handles = first.digest(), first.export()
     first.close()
@@ -96,11 +95,9 @@ def a_shard_of_an_earlier_life_is_adopted() -> None:
         shard.close()
         shard.close()
     assert live_objects() == NOTHING
-    memory.close()
 
 
-def one_changed_byte_changes_the_digest() -> None:
-    memory = open_memory()
+def test_one_changed_byte_changes_the_digest(memory: CudaMemory) -> None:
     shard = memory.new_shard("test")
     mapping = shard.append([PAGE, PAGE])
     digests = {shard.digest()}
@@ -109,12 +106,9 @@ def one_changed_byte_changes_the_digest() -> None:
         digests.add(shard.digest())
     assert len(digests) == 4
     shard.close()
-    memory.close()
 
 
-def what_fails_halfway_is_given_back() -> None:
-    memory = open_memory()
-    before = open_files()
+def test_what_fails_halfway_is_given_back(memory: CudaMemory) -> None:
     shard = filled_shard(memory, PAGE)
     held = live_objects()
     nonsense = Handles(fds=(os.open("/dev/null", os.O_RDONLY),), num_bytes=(PAGE,))
@@ -133,63 +127,53 @@ def what_fails_halfway_is_given_back() -> None:
     assert live_objects() == held
     shard.close()
     assert live_objects() == NOTHING
-    memory.close()
-    assert open_files() == before
 
 
-def too_little_memory_names_what_is_needed_and_free() -> None:
-    memory = open_memory()
+def test_too_little_memory_names_what_is_needed_and_free(memory: CudaMemory) -> None:
     shard = memory.new_shard("test")
-    with pytest.raises(
-        DwdpMemoryError,
-        match=r"this rank's experts need 0.06250 GiB more of device memory, of which 0.03125 GiB "
-        r"are free: allocating .*CUDA_ERROR_OUT_OF_MEMORY.*Use more ranks",
-    ):
+    needed = (
+        r"this rank's experts need 0.06250 GiB more of device memory, of which 0.03125 GiB "
+        r"are free: allocating .*CUDA_ERROR_OUT_OF_MEMORY.*Use more ranks"
+    )
+    with fake_settings(memory_mib=64), pytest.raises(DwdpMemoryError, match=needed):
         shard.append([16 * PAGE, 32 * PAGE])
     shard.close()
     assert live_objects() == NOTHING
-    memory.close()
 
 
-def a_driver_without_read_only_mappings_is_said_once() -> None:
+def test_a_driver_without_read_only_mappings_is_said_once(memory: CudaMemory) -> None:
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("vllm.dwdp").addHandler(handler)
-    memory = open_memory()
-    shard = filled_shard(memory, PAGE)
-    peers = [memory.open_peer(shard.export()) for _ in range(2)]
-    assert [pages_of(memory, peer.address, 1) for peer in peers] == [[1], [1]]
+    logger = logging.getLogger("vllm.dwdp")
+    logger.addHandler(handler)
+    try:
+        with fake_settings(read_only=0):
+            shard = filled_shard(memory, PAGE)
+            peers = [memory.open_peer(shard.export()) for _ in range(2)]
+            assert [pages_of(memory, peer.address, 1) for peer in peers] == [[1], [1]]
+    finally:
+        logger.removeHandler(handler)
     assert len(said) == 1 and "maps no device memory read-only" in said[0]
     for owner in (*peers, shard):
         owner.close()
-    memory.close()
 
 
-def a_shard_is_passed_by_fabric_handles() -> None:
-    memory = CudaMemory(0, fabric=True, torch_device=torch.device("cpu"), clear_cache=lambda: None)
-    shard = filled_shard(memory, PAGE, 2 * PAGE)
-    handles = shard.export()
-    assert [len(name) for name in handles.fabric] == [64, 64] and not handles.fds
-    peer = memory.open_peer(handles)
-    assert pages_of(memory, peer.address, 3) == [1, 2, 3]
-    for owner in (peer, shard):
-        owner.close()
-    assert live_objects() == NOTHING
-    memory.close()
+def test_a_shard_is_passed_by_fabric_handles() -> None:
+    with fake_settings(fabric=1), open_memory(fabric=True) as memory:
+        shard = filled_shard(memory, PAGE, 2 * PAGE)
+        handles = shard.export()
+        assert [len(name) for name in handles.fabric] == [64, 64] and not handles.fds
+        peer = memory.open_peer(handles)
+        assert pages_of(memory, peer.address, 3) == [1, 2, 3]
+        for owner in (peer, shard):
+            owner.close()
+        assert live_objects() == NOTHING
 
 
-def a_device_without_fabric_handles_is_refused() -> None:
-    with pytest.raises(DwdpUnsupportedError, match=r"CUDA device 0 makes no fabric .*IMEX"):
-        CudaMemory(0, fabric=True, torch_device=torch.device("cpu"), clear_cache=lambda: None)
-
-
-if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        try:
-            globals()[name]()
-        except BaseException:
-            print(f"failed {name}", flush=True)
-            traceback.print_exc()
-            os._exit(1)
-        print(f"ok {name}", flush=True)
+def test_a_device_without_fabric_handles_is_refused() -> None:
+    with (
+        pytest.raises(DwdpUnsupportedError, match=r"CUDA device 0 makes no fabric .*IMEX"),
+        open_memory(fabric=True),
+    ):
+        pass

@@ -1,4 +1,4 @@
-"""A rank in a process of its own, told over its standard input what to do next.
+"""Questions about ranks in processes of their own, which are told over standard input what to do.
 
 `Rank` is the parent's side; run as a module, this file is the rank: it builds its shard, meets its
 group through the product's `Membership`, maps its peers and answers each command with a line.
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 NUM_LAYERS = 3
 START_S, ANSWER_S = 120, 60
 
@@ -48,10 +48,7 @@ class Rank:
         from vllm_dwdp.distributed.meeting import make_abstract_endpoint
 
         endpoint = str(make_abstract_endpoint())
-        ranks = [
-            cls(number, "tests.gpu.processes", str(number), str(size), endpoint)
-            for number in range(size)
-        ]
+        ranks = [cls(number, __name__, str(number), str(size), endpoint) for number in range(size)]
         for rank in ranks:
             stack.callback(rank.end)
         for rank in ranks:
@@ -96,11 +93,37 @@ class Rank:
         self.process.wait()
 
 
+def ranks_meet(end: str) -> str:
+    """Three ranks check every layer; survivors of a kill do so as before, in place and by copies."""
+    with contextlib.ExitStack() as stack:
+        ranks = Rank.start_group(3, stack)
+        for _round in range(2):
+            for rank in ranks:
+                rank.ask("check")
+        if end == "and_one_is_killed":
+            killed = ranks.pop(1)
+            killed.process.kill()
+            killed.process.wait()
+            for rank in ranks:
+                rank.ask("spend")  # take what the driver might have freed
+                for _round in range(2):
+                    rank.ask("check")
+        for rank in ranks:
+            rank.ask("close")
+            assert rank.process.wait(timeout=60) == 0
+    return f"all is right, as seen by {len(ranks)} ranks to the end"
+
+
+# --- the rank's process --------------------------------------------------------------------------
+
+
 def say(**content: Any) -> None:
+    """Answer the parent."""
     print(json.dumps(content), flush=True)
 
 
 def fingerprint(size: int, page_bytes: int) -> Any:
+    """The same of all ranks, which is all that matters here."""
     from vllm_dwdp.distributed.fingerprint import Fingerprint
 
     same = dict.fromkeys(
@@ -118,7 +141,7 @@ def fingerprint(size: int, page_bytes: int) -> Any:
 
 
 def check(rank: Any, direct: Any, rings: Any, gpu: Any) -> list[str]:
-    """What is wrong with either view of any layer."""
+    """Name what is wrong with either view of any layer."""
     import torch
 
     from gpu_checks.expert_ranks import wrong_weights
@@ -144,7 +167,7 @@ def main() -> None:
     from gpu_checks.accelerator import accelerator
     from gpu_checks.expert_ranks import RankMemory
     from gpu_checks.ring_check import provoke_races
-    from tests.gpu.scenarios import SHAPE
+    from gpu_checks.views import SHAPE
     from vllm_dwdp.device.base import Handles
     from vllm_dwdp.distributed.meeting import parse_endpoint
     from vllm_dwdp.distributed.membership import Membership

@@ -23,8 +23,10 @@ UNIT_BYTES = 16
 """Offsets are counted in these, so that the compiler knows that 16-byte accesses are aligned."""
 
 
-@triton.jit
-def _gather_chunks(anchor, chunks, routed, CHUNK_WORDS: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit  # type: ignore[untyped-decorator]
+def _gather_chunks(  # type: ignore[no-untyped-def]
+    anchor, chunks, routed, CHUNK_WORDS: tl.constexpr, BLOCK: tl.constexpr
+):
     """One chunk: expert, source and destination in units from `anchor`, length in units."""
     chunk = chunks + tl.program_id(0).to(tl.int64) * 4
     expert = tl.load(chunk)

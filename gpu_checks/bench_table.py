@@ -1,9 +1,8 @@
-"""The table of `bench_gpu.py`, and the promises that its rows must keep."""
+"""The tables of `gpu_checks.bench`, and the promises that its rows must keep."""
 
 from typing import Any
 
-from benchmarks.gpu_cases import NUM_LAYERS
-from benchmarks.gpu_model import MODES
+from gpu_checks.bench_cases import MODES, NUM_LAYERS
 
 PROMISED_RATIO = 1.03
 TIMES = ("layer ms", "moe ms", "fill ms")
@@ -17,7 +16,13 @@ RATIOS = {
 }
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
+def print_tables(rows: list[dict[str, Any]]) -> None:
+    """Print steps, copies and the host's time, and what issuing copies costs the host."""
+    print_steps(rows)
+    print_issue_times(rows)
+
+
+def print_steps(rows: list[dict[str, Any]]) -> None:
     """Ratios are to resident weights in the same mode."""
     print("\nstep time over that of resident weights in the same mode (prefetch unless named)")
     print("* : a layer computes longer than its copy takes, so that prefetch promises <= 1.03")
@@ -51,12 +56,20 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             print(f"kernel: {kernel}")
     print(
         "Without `host`: peers are on the same GPU, copies run on its multiprocessors and share its\n"
-        "memory's bandwidth. `host`: a copy engine reads pinned memory over PCIe. See --help."
+        "memory's bandwidth. `host`: a copy engine reads pinned memory over PCIe (gpu_checks/bench.py)."
     )
 
 
+def print_issue_times(rows: list[dict[str, Any]]) -> None:
+    """What a layer's copies cost the host to enqueue, beside the steps."""
+    print(f"\n{'issue of one layer':<26}{'2 MiB slices':>13}{'us':>8}{'us per slice':>14}")
+    for row in {row["case"]: row for row in rows}.values():
+        us, slices = row["host_us"]["issue"], row["host_us"]["slices"]
+        print(f"{row['case']:<26}{slices:>13}{us:>8.1f}{us / max(1, slices):>14.2f}")
+
+
 def broken_promises(rows: list[dict[str, Any]]) -> list[str]:
-    """Where a real copy engine had time enough and a step still took longer than promised."""
+    """Say where a real copy engine had time enough and a step still took longer than promised."""
     broken = []
     for row in rows:
         if not all(row["same"].values()):

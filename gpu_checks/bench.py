@@ -1,10 +1,10 @@
-"""One GPU: what prefetching experts costs beside having them all, and beside other ways to fetch them.
+"""What prefetching experts costs on one GPU beside having them all, and beside other ways to fetch them.
 
-    PYTHONPATH=. python3 benchmarks/bench_gpu.py                       # under five minutes
-    PYTHONPATH=. python3 benchmarks/bench_gpu.py --cases "qwen3-30b-a3b bf16" --tokens 64 8192
+    python -m gpu_checks --only bench --budget-s 285
+    python -m gpu_checks --only steps:qwen3-30b-a3b-bf16 --tokens 64 8192
 
-A rank's shard, views, ring, pipeline and copy queue are the product's; a step is `NUM_LAYERS` layers of
-a fused-MoE kernel and dense products in the place of attention. Compared, in interleaved rounds within
+A rank's shard, views, ring and copy queue are the product's; a step is `NUM_LAYERS` layers of a
+fused-MoE kernel and dense products in the place of attention. Compared, in interleaved rounds within
 one process, always in the same mode (eager, a graph per layer, one graph):
 
     resident   all experts in the device's memory, one composite tensor, no ring
@@ -12,7 +12,7 @@ one process, always in the same mode (eager, a graph per layer, one graph):
     merge      our ring, then own and fetched experts copied together into one torch tensor
     join       copies of layer l+1 inside the graph of layer l, which ends when they do (what vLLM's
                offloader does in piecewise graphs)
-    gather     a Triton kernel copies just the routed remote experts (benchmarks/expert_gather.py)
+    gather     a Triton kernel copies just the routed remote experts (gpu_checks/expert_gather.py)
 
 READ THIS BEFORE THE NUMBERS. There is one GPU, so the peers are on it too. Copies within a device run
 on its multiprocessors and share its memory's bandwidth with the kernels: prefetch looks worse than
@@ -20,35 +20,31 @@ over NVLink. In the `host` cases the peers' experts lie in pinned host memory an
 moves them, beside the kernels as over NVLink, but at the speed of PCIe; these decide whether the ring
 hides copies. And "in place" reads here are of own memory, so `resident` is also direct mode at its best.
 
-Each case is a child process. Prints one row per case and number of tokens, writes everything with
-spreads to --json (by default bench_gpu.json in $OUT). Never run on a GPU so far (docs/gpu.md); over the
-fake driver it runs with toy shapes, and its numbers there mean nothing.
+Never run on a GPU so far (docs/gpu.md); over the fake driver it runs with toy shapes, and its numbers
+there mean nothing.
 """
 
-import argparse
-import faulthandler
 import json
 import os
-import queue
 import statistics
-import subprocess
-import sys
-import threading
 import time
-import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
-from benchmarks.gpu_cases import NUM_LAYERS, SIMULATED, all_cases
-from benchmarks.gpu_model import MODES, SLICE_BYTES, WAYS, Model
-from benchmarks.gpu_table import broken_promises, print_table
 from gpu_checks.accelerator import Accelerator, accelerator
+from gpu_checks.asking import emit_row
+from gpu_checks.bench_cases import MODES, NUM_LAYERS, all_cases
+from gpu_checks.bench_model import SLICE_BYTES, WAYS, Model
+from gpu_checks.bench_table import broken_promises
 from gpu_checks.expert_ranks import (
     RankMemory,
     local_ranks,
+    only_ring,
     peers_on_host,
     same_bytes,
 )
@@ -58,22 +54,41 @@ from vllm_dwdp.model_executor import ops
 from vllm_dwdp.model_executor.rings import PrefetchRings
 from vllm_dwdp.prefetch.copy_plan import plan_layer_copies
 
-ROOT = Path(__file__).parents[1]
 STEPS_PER_ROUND = 3
-CASE_S = 110
-"""A case that says nothing for so long hangs, seconds."""
-
-# --- one case ------------------------------------------------------------------------------------
 
 
-def run_case(name: str, options: argparse.Namespace) -> None:
-    """One case in this process: prints a JSON line per number of tokens."""
-    case = all_cases()[name]
-    gpu = accelerator()
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the command line says about benchmarks.
+
+    Args:
+        tokens: instead of each case's own.
+        rounds: of each measurement, by default 5, and 1 where there is no GPU.
+        torch_kernel: not vLLM's, even if it works.
+        profile: a folder for traces of piecewise prefetch.
+    """
+
+    tokens: list[int] | None = None
+    rounds: int | None = None
+    torch_kernel: bool = False
+    profile: str | None = None
+
+    @classmethod
+    def of_process(cls) -> Self:
+        """The options that the parent passed on."""
+        return cls(**json.loads(os.environ.get("GPU_CHECKS_BENCH", "{}")))
+
+
+def steps(name: str) -> str:
+    """Measure one case, and hand on a row per number of tokens."""
+    gpu, options = accelerator(), Options.of_process()
+    case = all_cases(toy=not gpu.is_real)[name]
+    rounds = options.rounds or (5 if gpu.is_real else 1)
     kernel_name, kernel = choose_kernel(case.shape.num_experts, case.shape.dtype, gpu.device)
     if options.torch_kernel:
         kernel_name, kernel = "torch grouped_mm, as asked", grouped_moe
     memory = gpu.open_memory()
+    rows = []
     with (
         torch.no_grad(),
         local_ranks(
@@ -94,43 +109,33 @@ def run_case(name: str, options: argparse.Namespace) -> None:
         }
         for num_tokens in options.tokens or case.tokens:
             model = Model(gpu, rank, mapper, rings, direct, kernel, num_tokens)
-            row = common | {"tokens": num_tokens} | measure_steps(model, options.rounds)
+            rows.append(common | {"tokens": num_tokens} | measure_steps(model, rounds))
+            emit_row(rows[-1])
             if options.profile and gpu.is_real:
-                trace = f"{name}-{num_tokens}.json.gz".replace("/", "-").replace(" ", "-")
+                trace = f"{name}-{num_tokens}.json.gz".replace("/", "-")
                 step = model.make_step("prefetch", "piecewise")
-                write_profile(model, step, options.profile / trace)
+                write_profile(model, step, Path(options.profile, trace))
             model.close()
             del model
-            print(json.dumps(row), flush=True)
         gpu.synchronize()
         rings.queue.drain()
     memory.close()
-
-
-def run_in_process(options: argparse.Namespace) -> int:
-    """Cases one after the other; the first error ends the process, which may be past use."""
-    faulthandler.enable()
-    try:
-        for name in options.in_process:
-            print(f"begin {name}", flush=True)
-            run_case(name, options)
-            accelerator().release_memory()
-            print(f"end {name}", flush=True)
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
-    return 0
+    gpu.release_memory()
+    broken = broken_promises(rows)
+    assert not broken, f"BROKEN: {'; '.join(broken)}"
+    ratios = [f"{row['ratios']['prefetch piecewise']:.3f} at {row['tokens']}" for row in rows]
+    return f"prefetch over resident, piecewise: {', '.join(ratios)} tokens; {kernel_name}"
 
 
 def write_profile(model: Model, step: Callable[[], None], target: Path) -> None:
-    """A trace of two steps, to look at what overlaps: nothing should join within a graph."""
+    """Write a trace of two steps, to look at what overlaps: nothing should join within a graph."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     model.gpu.synchronize()
     with torch.profiler.profile(activities=activities) as profile:
         step()
         step()
         model.gpu.synchronize()
+    target.parent.mkdir(parents=True, exist_ok=True)
     profile.export_chrome_trace(str(target))
 
 
@@ -179,9 +184,12 @@ def milliseconds_per_step(model: Model, step: Callable[[], None]) -> float:
     """In the steady state: the step before the clock starts leaves its copies under way."""
     model.gpu.synchronize()
     step()
-    return (
-        model.gpu.milliseconds(lambda: [step() for _ in range(STEPS_PER_ROUND)]) / STEPS_PER_ROUND
-    )
+
+    def round_of_steps() -> None:
+        for _ in range(STEPS_PER_ROUND):
+            step()
+
+    return model.gpu.milliseconds(round_of_steps) / STEPS_PER_ROUND
 
 
 def moe_milliseconds(model: Model) -> float:
@@ -203,8 +211,8 @@ def copies_against_plain(
     gpu: Accelerator, rank: RankMemory, rings: PrefetchRings, *, on_host: bool
 ) -> dict[str, float]:
     """GB/s of one layer's fill, and of one large torch copy of as many bytes, in turns."""
-    pipeline, queue = rings.pipelines[0], rings.queue
-    num_bytes = sum(pipeline.layer_bytes(0).values())
+    ring, queue = only_ring(rings), rings.queue
+    num_bytes = sum(ring.layer_bytes(0).values())
     target = torch.empty(num_bytes, dtype=torch.uint8, device=gpu.device)
     if on_host:
         source = gpu.pinned(num_bytes)
@@ -213,7 +221,7 @@ def copies_against_plain(
     source.fill_(1)
 
     def fill() -> None:
-        queue.issue(pipeline.batches[0], None)
+        queue.issue(ring.batches[0], None)
         queue.drain()
 
     def plain() -> None:
@@ -263,29 +271,33 @@ def host_us(gpu: Accelerator, rings: PrefetchRings) -> dict[str, float]:
     for number in range(NUM_LAYERS):
         layer(number)
     gpu.synchronize()
-    pieces = [gpu.capture(lambda number=number: layer(number)) for number in range(NUM_LAYERS)]
+    pieces = [gpu.capture(partial(layer, number)) for number in range(NUM_LAYERS)]
     plain = gpu.capture(lambda: tick.add_(1))
-    eager, ring, bare = [], [], []
+
+    def wait_and_record(number: int) -> None:
+        ops.wait_layer(tick, 0, number)
+        ops.record_layer(tick, 0, number)
+
+    actions: dict[str, Callable[[int], None]] = {
+        "eager": wait_and_record,
+        "ring": lambda number: pieces[number](),
+        "bare": lambda number: plain(),
+    }
+    found: dict[str, list[float]] = {name: [] for name in actions}
     for _ in range(20):
-        for times, action in (
-            (
-                eager,
-                lambda number: (ops.wait_layer(tick, 0, number), ops.record_layer(tick, 0, number)),
-            ),
-            (ring, lambda number: pieces[number]()),
-            (bare, lambda number: plain()),
-        ):
+        for name, action in actions.items():
             gpu.synchronize()
             rings.queue.drain()
             started = time.perf_counter()
             for number in range(NUM_LAYERS):
                 action(number)
-            times.append((time.perf_counter() - started) / NUM_LAYERS * 1e6)
+            found[name].append((time.perf_counter() - started) / NUM_LAYERS * 1e6)
     gpu.synchronize()
+    bare = statistics.median(found["bare"])
     return {
-        "wait_and_record": statistics.median(eager),
-        "added_to_a_replay": statistics.median(ring) - statistics.median(bare),
-        "replay_alone": statistics.median(bare),
+        "wait_and_record": statistics.median(found["eager"]),
+        "added_to_a_replay": statistics.median(found["ring"]) - bare,
+        "replay_alone": bare,
     }
 
 
@@ -294,136 +306,13 @@ def issue_us(rank: RankMemory, rings: PrefetchRings) -> dict[str, float]:
 
     The copy stream is idle each time, as in a step whose copies are hidden.
     """
-    pipeline, queue = rings.pipelines[0], rings.queue
+    ring, queue = only_ring(rings), rings.queue
     times = []
     for number in range(5 * NUM_LAYERS + 2):
         queue.drain()
         started = time.perf_counter()
-        queue.issue(pipeline.batches[number % NUM_LAYERS], None)
+        queue.issue(ring.batches[number % NUM_LAYERS], None)
         times.append((time.perf_counter() - started) * 1e6)
     queue.drain()  # the last two were layers 0 and 1, which the ring believes in its slots
     num_slices = len(plan_layer_copies(rank.layout.layers[0], rank.dwdp_rank, SLICE_BYTES))
     return {"issue": statistics.median(times[2:]), "slices": num_slices}
-
-
-# --- the table -----------------------------------------------------------------------------------
-
-
-class Child:
-    """A process that runs cases one after the other; what it prints comes line by line."""
-
-    def __init__(self, names: list[str], options: argparse.Namespace) -> None:
-        command = [sys.executable, str(Path(__file__).resolve()), "--in-process", *names]
-        command += ["--rounds", str(options.rounds)]
-        if options.tokens:
-            command += ["--tokens", *map(str, options.tokens)]
-        if options.torch_kernel:
-            command.append("--torch-kernel")
-        if options.profile:
-            command += ["--profile", str(options.profile.resolve())]
-        self.process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-        )
-        self.lines: queue.Queue[str | None] = queue.Queue()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.put(line.rstrip())
-        self.lines.put(None)
-
-    def end(self) -> None:
-        """Whatever it does."""
-        self.process.kill()
-        self.process.wait()
-
-
-def run_together(
-    names: list[str], options: argparse.Namespace, deadline: float
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows of cases that share a child, until one fails or hangs; and the cases to go on with."""
-    rows: list[dict[str, Any]] = []
-    left, running, said = list(names), names[0], [""]
-    started = time.monotonic()
-    child = Child(names, options)
-    try:
-        while True:
-            timeout_s = min(CASE_S, max(0.1, deadline - time.monotonic()))
-            line = child.lines.get(timeout=timeout_s)
-            if line is None:
-                break
-            if line.startswith('{"case"'):
-                rows.append(json.loads(line))
-            elif line.startswith("begin "):
-                running, said, started = line.removeprefix("begin "), [""], time.monotonic()
-            elif line.startswith("end "):
-                left.remove(running)
-                print(f"{running}: {time.monotonic() - started:.0f} s", flush=True)
-            else:
-                said.append(line)
-        code = child.process.wait()
-    except queue.Empty:
-        code, said = -1, [*said, "said nothing more in time"]
-    finally:
-        child.end()
-    if code and running in left:
-        left.remove(running)
-        print(f"{running}: FAILED")
-        print("\n".join(f"    | {line[:300]}" for line in said[-8:]), flush=True)
-    return rows, left
-
-
-def print_issue_times(rows: list[dict[str, Any]]) -> None:
-    """Of the host, beside the table's: what a layer's copies cost to enqueue."""
-    print(f"\n{'issue of one layer':<26}{'2 MiB slices':>13}{'us':>8}{'us per slice':>14}")
-    for row in {row["case"]: row for row in rows}.values():
-        us, slices = row["host_us"]["issue"], row["host_us"]["slices"]
-        print(f"{row['case']:<26}{slices:>13}{us:>8.1f}{us / max(1, slices):>14.2f}")
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    cases = all_cases()
-    parser.add_argument("--cases", nargs="+", choices=cases, default=None, metavar="NAME")
-    parser.add_argument("--tokens", nargs="+", type=int, help="instead of each case's own")
-    parser.add_argument("--rounds", type=int, default=1 if SIMULATED else 5)
-    parser.add_argument("--budget-s", type=float, default=285, help="no case starts after this")
-    parser.add_argument("--torch-kernel", action="store_true", help="not vLLM's, even if it works")
-    parser.add_argument("--json", type=Path, default=None)
-    parser.add_argument("--profile", type=Path, help="folder for traces of piecewise prefetch")
-    parser.add_argument("--in-process", nargs="+", choices=cases, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.in_process:
-        return run_in_process(options)
-    started = time.monotonic()
-    # The ones that matter most first: the time may not suffice for all.
-    order = options.cases or sorted(cases, key=lambda name: not name.endswith("host"))
-    rows: list[dict[str, Any]] = []
-    deadline = started + options.budget_s
-    while order and time.monotonic() < deadline - 15:
-        more, order = run_together(order, options, deadline)
-        rows += more
-    print_table(rows)
-    print_issue_times(rows)
-    broken = broken_promises(rows)
-    for line in broken:
-        print(f"BROKEN: {line}")
-    if order:
-        print(f"not run, the budget of {options.budget_s:.0f} s was spent: {', '.join(order)}")
-    target = options.json or Path(os.environ.get("OUT", "/tmp"), "bench_gpu.json")
-    target.write_text(json.dumps({"rows": rows, "broken": broken, "left_out": order}, indent=1))
-    print(f"everything with spreads: {target}")
-    return 1 if broken or not rows else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,9 +1,6 @@
-"""What `test_cuda_group.py` runs over the fake driver, in child processes: `python -m ... NAMES`."""
+"""A rank's views on the CUDA device, over the fake driver. NOT A GPU."""
 
 import math
-import os
-import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,7 +8,7 @@ from typing import Any
 import pytest
 
 from gpu_checks.expert_ranks import ExpertShape, local_ranks
-from gpu_checks.fake_cuda import live_objects
+from gpu_checks.fake import live_objects
 from gpu_checks.simulated_cuda import SimulatedCudaMemory
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.model_executor import views
@@ -37,7 +34,7 @@ def bound_views(shape: ExpertShape, **options: Any) -> Iterator[tuple[ExpertView
     memory.close()
 
 
-def a_rank_that_holds_every_page_reads_in_place() -> None:
+def test_a_rank_that_holds_every_page_reads_in_place() -> None:
     """There is nothing to copy and nothing to measure, though experts are remote by number."""
     with bound_views(SMALL) as (made, bound):
         assert made.policy.modes == {Mode.DIRECT}
@@ -45,14 +42,14 @@ def a_rank_that_holds_every_page_reads_in_place() -> None:
         assert made.rings is None and list(bound) == ["None"]
 
 
-def auto_measures_and_keeps_both_views() -> None:
+def test_auto_measures_and_keeps_both_views() -> None:
     with bound_views(LARGE, direct_max_tokens=5) as (made, bound):
         assert made.policy.name == "auto"
         assert made.rings is not None and made.rings.slot_bytes > 0
         assert len(bound) == 1 + 4, "in place, and in the ring's four positions"
 
 
-def slots_are_given_back_where_direct_always_wins() -> None:
+def test_slots_are_given_back_where_direct_always_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     class Costs(LayerCosts):
         @property
         def direct_max_tokens(self) -> float:
@@ -67,7 +64,7 @@ def slots_are_given_back_where_direct_always_wins() -> None:
         direct_bytes_per_s=9.0,
         other_seconds=1.0,
     )
-    with pytest.MonkeyPatch.context() as patch:
+    with monkeypatch.context() as patch:
         patch.setattr(views, "measure_costs", lambda *_: slow_link)
         patch.setattr(views, "check_views", lambda *_: None)
         with bound_views(LARGE) as (made, bound):
@@ -76,14 +73,3 @@ def slots_are_given_back_where_direct_always_wins() -> None:
             without = live_objects()
     with bound_views(LARGE, mode="direct"):
         assert live_objects() == without, "slots, ring views or a copy stream were kept"
-
-
-if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        try:
-            globals()[name]()
-        except BaseException:
-            print(f"failed {name}", flush=True)
-            traceback.print_exc()
-            os._exit(1)
-        print(f"ok {name}", flush=True)

@@ -1,18 +1,19 @@
-"""The made-up model of `bench_gpu.py`, whose layers get their experts in several ways.
+"""The made-up model of `gpu_checks.bench`, whose layers get their experts in several ways.
 
-The ways are listed in `bench_gpu.py`; each is one method of `Model`, and what it does is what a graph of
+The ways are listed there; each is one method of `Model`, and what it does is what a graph of
 piecewise mode holds. `join` and `gather` use the ring's slots behind its back.
 """
 
 import os
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.expert_gather import ExpertGather
-from benchmarks.gpu_cases import NUM_LAYERS
 from gpu_checks.accelerator import Accelerator
+from gpu_checks.bench_cases import MODES, NUM_LAYERS
+from gpu_checks.expert_gather import ExpertGather
 from gpu_checks.expert_ranks import RankMemory
 from gpu_checks.moe_kernels import MoeKernel, Routing
 from vllm_dwdp.device.cuda_driver import CudaCopyQueue
@@ -22,7 +23,6 @@ from vllm_dwdp.model_executor.rings import PrefetchRings
 from vllm_dwdp.prefetch.copy_plan import plan_layer_copies
 
 SLICE_BYTES = 2 * 2**20
-MODES = ("eager", "piecewise", "full")
 
 
 class Model:
@@ -140,9 +140,7 @@ class Model:
         self.gpu.synchronize()
         if mode == "full":
             return self.gpu.capture(whole)
-        replays = [
-            self.gpu.capture(lambda layer=layer: piece(layer)) for layer in range(NUM_LAYERS)
-        ]
+        replays = [self.gpu.capture(partial(piece, layer)) for layer in range(NUM_LAYERS)]
 
         def pieces() -> None:
             for replay in replays:

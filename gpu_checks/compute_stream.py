@@ -1,74 +1,14 @@
-"""The fake CUDA driver of `csrc/tests/fake_cuda` for child processes, and a stream to play compute.
+"""A stream that plays the part of compute, and its graphs, on whichever driver the process finds.
 
-NOT A GPU: the fake keeps the driver's documented rules on host memory. What passes with it is no
-evidence about hardware. A child process started with `fake_cuda_environment()` finds it as
-`libcuda.so.1`; no product code knows of it. `ComputeStream` and `Graph` call whichever driver the
-process finds, so that they serve with a real one as well.
+Its kernels are copies, so that the order of copies and kernels can be checked without torch: on a GPU,
+or over the fake driver (`gpu_checks.fake`).
 """
 
-import atexit
 import ctypes
-import dataclasses
 import functools
-import os
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import Self
 
 from vllm_dwdp.errors import TransferError
-
-_SOURCES = Path(__file__).parents[1] / "csrc" / "tests" / "fake_cuda"
-
-
-@functools.cache
-def fake_cuda_library() -> Path:
-    """The compiled fake, as `libcuda.so.1` in a folder that is removed at exit."""
-    sources = sorted(str(path) for path in _SOURCES.glob("*.cpp"))
-    if not sources:
-        raise FileNotFoundError(f"no sources in {_SOURCES}: the fake needs a checkout")
-    folder = Path(tempfile.mkdtemp(prefix="dwdp-fake-cuda-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    target = folder / "libcuda.so.1"
-    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden"]
-    compiler = os.environ.get("CXX", "g++")
-    subprocess.run([compiler, *flags, "-o", str(target), *sources], check=True)
-    return target
-
-
-def fake_cuda_environment(**settings: object) -> dict[str, str]:
-    """This process's environment with the fake in front.
-
-    Args:
-        settings: the fake's settings in lower case, as listed in `fake.h`: `max_delay_us=500`.
-    """
-    folder = str(fake_cuda_library().parent)
-    search = os.environ.get("LD_LIBRARY_PATH")
-    return {
-        **os.environ,
-        "LD_LIBRARY_PATH": f"{folder}:{search}" if search else folder,
-        **{f"DWDP_FAKE_CUDA_{name.upper()}": str(value) for name, value in settings.items()},
-    }
-
-
-@dataclasses.dataclass(frozen=True)
-class LiveObjects:
-    """What a process holds of the fake driver."""
-
-    handles: int
-    mappings: int
-    reservations: int
-    streams: int
-    events: int
-    graphs: int
-
-
-def live_objects() -> LiveObjects:
-    """What this process holds; only the fake driver can say."""
-    counts = (ctypes.c_size_t * len(dataclasses.fields(LiveObjects)))()
-    _driver().dwdp_fake_cuda_live(counts)
-    return LiveObjects(*counts)
 
 
 @functools.cache

@@ -1,14 +1,12 @@
-"""What `bench_gpu.py` runs: shapes of known models, and where the peers' experts lie."""
+"""What `gpu_checks.bench` measures: shapes of known models, and where the peers' experts lie."""
 
-import os
 from dataclasses import dataclass, replace
 
 import torch
 
-from gpu_checks.accelerator import SIMULATED_ENV
 from gpu_checks.expert_ranks import ExpertShape
 
-SIMULATED = os.environ.get(SIMULATED_ENV) == "1"
+MODES = ("eager", "piecewise", "full")
 NUM_LAYERS = 4  # even, so that the two slots alternate across the end of a step as well
 
 SHAPES = {
@@ -39,35 +37,39 @@ class Case:
     experts_per_rank: int | None = None
 
 
-def all_cases() -> dict[str, Case]:
-    """By name: every shape and type within the device, two of them from the host."""
+def all_cases(*, toy: bool = False) -> dict[str, Case]:
+    """Name every shape and type within the device, and two of them from the host.
+
+    Args:
+        toy: small enough for a CPU.
+    """
     cases = {
-        f"{name} {dtype}": Case(
+        f"{name}-{dtype}": Case(
             shape=replace(shape, dtype=DTYPES[dtype]), group_size=4, tokens=(4, 64, 1024, 8192)
         )
         for dtype in DTYPES
         for name, shape in SHAPES.items()
     }
     # Redundant ranks, so that few experts are remote and a copy over PCIe takes milliseconds.
-    cases["qwen3-30b-a3b bf16 host"] = Case(
+    cases["qwen3-30b-a3b-bf16-host"] = Case(
         shape=SHAPES["qwen3-30b-a3b"],
         group_size=2,
         tokens=(16, 4096, 16384, 32768),
         on_host=True,
         experts_per_rank=112,
     )
-    cases["mixtral-8x7b bf16 host"] = Case(
+    cases["mixtral-8x7b-bf16-host"] = Case(
         shape=SHAPES["mixtral-8x7b"],
         group_size=2,
         tokens=(16, 2048, 8192, 16384),
         on_host=True,
         experts_per_rank=7,
     )
-    return {name: _toy(case) for name, case in cases.items()} if SIMULATED else cases
+    return {name: _toy(case) for name, case in cases.items()} if toy else cases
 
 
 def _toy(case: Case) -> Case:
-    """Small enough for a CPU, with experts of more than a page where a rank lacks only one of them."""
+    """Shrink a case, with experts of more than a page where a rank lacks only one of them."""
     hidden, intermediate = (1024, 1280) if case.on_host else (256, 320)
     shape = replace(
         case.shape,

@@ -1,26 +1,28 @@
-"""Our rings on our CUDA queue over the fake driver: `python -m ... NAMES`. NOT A GPU.
+"""Rings, schedule, queue and graph seam together, over the fake driver, at random speed. NOT A GPU.
 
 A layer's kernels are a copy from its slot to an output, on a stream of its own; slots are overwritten
 with 0xff before each fill, and the fake delays every operation at random.
 """
 
-import os
-import sys
-import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
+import pytest
 import torch
 
-from gpu_checks.fake_cuda import ComputeStream, Graph, LiveObjects, live_objects
+from gpu_checks.compute_stream import ComputeStream, Graph
+from gpu_checks.driver_memory import PAGE
+from gpu_checks.fake import fake_settings
 from vllm_dwdp.compat.worker.cuda_graphs import followed_by
 from vllm_dwdp.device.cuda import CudaMemory
 from vllm_dwdp.device.cuda_queue import CudaQueue
+from vllm_dwdp.device.host_queue import POISON_ENV
 from vllm_dwdp.prefetch.captured_ring import CapturedRing
 from vllm_dwdp.prefetch.ring import Ring
 
+pytestmark = pytest.mark.timeout(120)
+
 NUM_LAYERS, NUM_SLOTS, NUM_BYTES = 7, 2, 4096
-PAGE = 2 << 20
 
 
 class Model:
@@ -45,10 +47,8 @@ class Model:
             [(self._at(self.slots, layer % NUM_SLOTS), self._at(self.sources, layer), NUM_BYTES)]
             for layer in range(NUM_LAYERS)
         ]
-        self.pipeline = Ring(
-            batches, [{1: NUM_BYTES}] * NUM_LAYERS, self.queue, num_slots=NUM_SLOTS
-        )
-        self.ring = CapturedRing(self.pipeline, self.queue)
+        self.eager = Ring(batches, [{1: NUM_BYTES}] * NUM_LAYERS, self.queue, num_slots=NUM_SLOTS)
+        self.ring = CapturedRing(self.eager, self.queue)
         stack.enter_context(followed_by([self.ring], FakeTorchGraph))
         self.graphs: dict[tuple[int, ...], FakeTorchGraph] = {}
         stack.callback(lambda: [graph.executable.close() for graph in self.graphs.values()])
@@ -109,7 +109,22 @@ class FakeTorchGraph:
 EVERY = range(NUM_LAYERS)
 
 
-def eager_piecewise_and_full_steps_read_their_own_layers() -> None:
+@pytest.fixture(
+    autouse=True,
+    params=[
+        {"max_delay_us": 300, "seed": 1},
+        {"max_delay_us": 300, "seed": 2, "event_nodes": "run"},
+    ],
+    ids=["events looked at early", "events looked at late"],
+)
+def provoked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Slots are poisoned, and every operation of the fake is late at random."""
+    monkeypatch.setenv(POISON_ENV, "1")
+    with fake_settings(**request.param):
+        yield
+
+
+def test_eager_piecewise_and_full_steps_read_their_own_layers() -> None:
     with ExitStack() as stack:
         model = Model(stack)
         for step in range(6):
@@ -122,10 +137,9 @@ def eager_piecewise_and_full_steps_read_their_own_layers() -> None:
         for step in range(6):
             model.piece(EVERY)
             assert not model.wrong(EVERY), f"full {step}"
-    assert live_objects() == LiveObjects(0, 0, 0, 0, 0, 0)
 
 
-def steps_in_flight_and_mixed_kinds() -> None:
+def test_steps_in_flight_and_mixed_kinds() -> None:
     """Several steps are enqueued before the first is done, of any kind, some cut short."""
     with ExitStack() as stack:
         model = Model(stack)
@@ -138,26 +152,15 @@ def steps_in_flight_and_mixed_kinds() -> None:
             for start in range(0, NUM_LAYERS, 2):
                 model.piece(range(start, min(start + 2, NUM_LAYERS)))
             assert step % 4 != 3 or not model.wrong(EVERY), step
-        counters = model.pipeline.counters()
+        counters = model.eager.counters()
         assert counters.fetched_bytes[1] == counters.fills * NUM_BYTES
 
 
-def without_the_wait_poison_is_read() -> None:
+def test_without_the_wait_poison_is_read() -> None:
     with ExitStack() as stack:
         model = Model(stack)
         seen = 0
         for _ in range(10):
             model.run(EVERY, wait=False)
             seen += len(model.wrong(EVERY))
-        assert seen, "the scenario cannot fail"
-
-
-if __name__ == "__main__":
-    os.environ["DWDP_DEBUG_POISON"] = "1"
-    for name in sys.argv[1:]:
-        try:
-            globals()[name]()
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        print(f"ok {name}", flush=True)
+        assert seen, "the other tests cannot fail"

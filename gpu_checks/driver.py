@@ -1,0 +1,327 @@
+"""Questions about the driver and our wrapper of it: memory of other processes, copies, captures.
+
+Each function that `gpu_checks.questions` names is one question: it returns what it found, and fails by
+an exception. What the fake driver assumes of a real one is asked here.
+"""
+
+import contextlib
+import ctypes
+import re
+import time
+from collections.abc import Callable
+
+import torch
+
+from gpu_checks.accelerator import Accelerator, accelerator
+from gpu_checks.copy_ring import copy_ring, when_waits_look, wrong_layers_of_graphs
+from gpu_checks.driver_memory import (
+    PAGE,
+    driver_call,
+    exported_content,
+    exporter,
+    imported,
+    open_files,
+)
+from gpu_checks.views import check_writable_peers
+from vllm_dwdp.device.cuda_driver import CudaCopyQueue, CudaDevice, ReadOnlyAccessError
+from vllm_dwdp.device.tensor import tensor_at
+from vllm_dwdp.errors import DwdpError, TransferError
+
+# --- copies and captures -------------------------------------------------------------------------
+
+
+def driver_ring(way: str) -> str:
+    """Steps one by one, or back to back, on the bare copy queue."""
+    with copy_ring() as ring:
+        ring.start()
+        wrong = ring.wrong_layers([ring.eager_step], 10, at_once=way == "back_to_back")
+    assert not wrong, f"wrong layers {wrong}"
+    return "every layer is right"
+
+
+def empty_batch() -> str:
+    """A layer without remote experts has nothing to copy."""
+    with CudaDevice(0) as device, CudaCopyQueue(device) as queue:
+        batch = queue.add_batch([])
+        queue.issue(batch, batch)
+        queue.drain()
+        assert queue.is_done(batch), "an empty batch is not done"
+    return "it is"
+
+
+def batch_copy_under_capture() -> str:
+    """The copy stream joins a capture; a fill issued as usual must be refused and seen to be."""
+    with copy_ring() as ring:
+        queue, batches, stream = ring.queue, ring.batches, ring.stream
+        if not queue.uses_batch_copy:
+            return "this driver has no batch copies"
+        stream.begin_capture()
+        queue.capture_record(batches[0], stream.handle)
+        queue.capture_fill(batches[2], batches[0], stream.handle)
+        said = refusal(lambda: queue.issue(batches[3], None))
+        assert re.match(r"issuing copies failed: .* returned \d+ \(CUDA_", said), (
+            f"{said}: THE COPY VANISHED SILENTLY"
+        )
+        ended = ""
+        try:
+            stream.end_capture().close()
+        except DwdpError as error:
+            ended = f"; the capture then ends with {error}"
+        for batch in batches[:2]:
+            queue.issue(batch, None)  # a failed capture leaves the queue usable
+        assert not ring.wrong_layers([ring.eager_step], 2), "wrong layers after the capture"
+    documented = re.search(
+        r"cuMemcpyBatchAsync\(2 copies, 0x[0-9a-f]+\) returned 900 "
+        r"\(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED\)",
+        said,
+    )
+    return f"refused{' as documented' if documented else ''}: {said}{ended}"
+
+
+def refusal(call: Callable[[], object]) -> str:
+    """What a call that must fail says."""
+    try:
+        call()
+    except DwdpError as error:
+        return str(error)
+    return "nothing was refused"
+
+
+def capture_misuse() -> str:
+    """What must not be captured is refused, and the queue stays usable."""
+    with copy_ring() as ring:
+        queue, batches, stream = ring.queue, ring.batches, ring.stream
+        checks: list[tuple[Callable[[], object], str]] = [
+            (lambda: queue.wait_external(batches[0], stream.handle), "INVALID_VALUE"),
+            (lambda: queue.record_external(batches[0], stream.handle), "INVALID_VALUE"),
+            (
+                lambda: queue.capture_record(batches[0], stream.handle),
+                "marking a consumed slot .* is not capturing",
+            ),
+            (
+                lambda: queue.capture_fill(batches[2], batches[0], stream.handle),
+                "filling a slot in a graph: .* is not capturing",
+            ),
+        ]
+        expect_refusals(checks)
+        ring.full_step()
+        stream.begin_capture()
+        expect_refusals(
+            [
+                (
+                    lambda: queue.capture_fill(batches[2], batches[0], stream.handle),
+                    "consumed in the same capture: call capture_record",
+                )
+            ]
+        )
+        assert queue.is_done(batches[0]), "asking is allowed during a capture"
+        expect_refusals(
+            [
+                (
+                    lambda: queue.wait(batches[0], stream.handle),
+                    r"\(CUDA_ERROR_STREAM_CAPTURE_ISOLATION\)",
+                ),
+                (
+                    lambda: queue.capture_record(batches[0], stream.handle),
+                    "an earlier error invalidated",
+                ),
+                (stream.end_capture, r"\(CUDA_ERROR_STREAM_CAPTURE_INVALIDATED\)"),
+            ]
+        )
+        ring.start()
+        wrong = ring.wrong_layers([ring.eager_step], 1)
+        assert not wrong, f"a failed capture left the queue unusable: {wrong}"
+    return "every misuse is refused as documented"
+
+
+def expect_refusals(checks: list[tuple[Callable[[], object], str]]) -> None:
+    """Each call fails with a message that its pattern matches."""
+    for call, pattern in checks:
+        said = refusal(call)
+        assert re.search(pattern, said), f"{said!r} does not say {pattern!r}"
+
+
+def external_waits() -> str:
+    """When a wait node looks at its event."""
+    return when_waits_look()
+
+
+def external_order(kind: str) -> str:
+    """Whether external nodes keep the order of graphs and copies."""
+    wrong = wrong_layers_of_graphs(kind)
+    return f"no: wrong layers {sorted(wrong)}" if wrong else "yes, every layer is right"
+
+
+# --- the device ----------------------------------------------------------------------------------
+
+
+def which_device() -> str:
+    """Everything else depends on it."""
+    gpu = accelerator()
+    with CudaDevice(0) as device:
+        text = (
+            f"{gpu.describe()}; granularity {device.granularity_bytes // 1024} KiB, "
+            f"{device.free_bytes / 2**30:.1f} of {device.total_bytes / 2**30:.1f} GiB free, "
+            f"fabric handles {'work' if device.supports_fabric else 'do not work'} here"
+        )
+        with CudaCopyQueue(device) as queue:
+            text += f", batch copies {'in use' if queue.uses_batch_copy else 'missing'}"
+        assert 16 * 2**20 % device.granularity_bytes == 0, f"pool pages do not fit: {text}"
+    return text
+
+
+def partial_mappings() -> str:
+    """Mappings that are smaller than their allocation."""
+    found = []
+    with CudaDevice(0) as device:
+        page = device.granularity_bytes
+        for what, offset in (
+            ("starts one page into", page),
+            ("ends one page before the end of", 0),
+        ):
+            address = device.reserve(2 * page)
+            handle = device.create(2 * page, handle_type="posix_fd")
+            status = driver_call(
+                "cuMemMap",
+                ctypes.c_uint64(address),
+                ctypes.c_size_t(page),
+                ctypes.c_size_t(offset),
+                ctypes.c_uint64(handle),
+                ctypes.c_ulonglong(0),
+            )
+            if status == 0:
+                device.unmap(address, page)
+            device.release(handle)
+            device.free_address(address, 2 * page)
+            verdict = "is accepted" if status == 0 else f"is refused with status {status}"
+            found.append(f"a mapping that {what} an allocation {verdict}")
+    return "; ".join(found)
+
+
+def copy_speed() -> str:
+    """Our slices against one copy of torch's."""
+    gpu = accelerator()
+    num_bytes = 2**28 if gpu.is_real else 2**22
+    found = []
+    target = torch.empty(num_bytes, dtype=torch.uint8, device=gpu.device)
+    sources = {
+        "within the device": torch.ones(num_bytes, dtype=torch.uint8, device=gpu.device),
+        "pinned host to device": gpu.pinned(num_bytes),
+    }
+    gpu.synchronize()
+    with CudaDevice(0) as device, CudaCopyQueue(device) as queue:
+        for name, source in sources.items():
+            addresses = target.data_ptr(), source.data_ptr()
+            slices = [
+                (addresses[0] + start, addresses[1] + start, PAGE)
+                for start in range(0, num_bytes, PAGE)
+            ]
+            batch = queue.add_batch(slices)
+
+            def ours(batch: int = batch) -> None:
+                queue.issue(batch, None)
+                queue.drain()
+
+            def plain(source: torch.Tensor = source) -> None:
+                target.copy_(source, non_blocking=True)
+                gpu.synchronize()
+
+            speeds = [num_bytes / 1e9 / best_seconds(action) for action in (ours, plain)]
+            found.append(f"{name} {speeds[0]:.0f} GB/s in 2 MiB slices, torch {speeds[1]:.0f} GB/s")
+    return "; ".join(found) + " (bytes moved once)"
+
+
+def best_seconds(action: Callable[[], object]) -> float:
+    """The best of ten."""
+    action()
+    times = []
+    for _ in range(10):
+        started = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+# --- memory of another process -------------------------------------------------------------------
+
+
+def holds(address: int, pattern: int, gpu: Accelerator) -> bool:
+    """Whether kernels read what the exporter wrote."""
+    pages = tensor_at(address, torch.uint8, (2 * PAGE,), gpu.device)
+    expected = torch.frombuffer(bytearray(exported_content(pattern)), dtype=torch.uint8)
+    return bool(torch.equal(pages, expected.to(gpu.device)))
+
+
+def killed_exporter() -> str:
+    """Read a peer's pages before and after `kill -9`: mapped already, and imported after it."""
+    gpu = accelerator()
+    with CudaDevice(0) as device, exporter(77) as (process, fd):
+        with imported(device, fd, writable=True) as address:
+            assert holds(address, 77, gpu), "read wrong before the kill"
+            process.kill()
+            process.wait()
+            filler = [
+                torch.full((PAGE,), 3, dtype=torch.uint8, device=gpu.device) for _ in "x" * 64
+            ]
+            assert holds(address, 77, gpu), "what was mapped is lost with its exporter"
+            del filler
+        access = composite_with_a_peer(device, fd, 77)
+        files = open_files()
+        assert composite_with_a_peer(device, fd, 77) == access
+        assert open_files() == files, "a descriptor was left open"
+    return f"read before, mapped after and imported after the kill; in a composite, mapped {access}"
+
+
+def composite_with_a_peer(device: CudaDevice, fd: int, pattern: int) -> str:
+    """One range over an own page and an exporter's two; how the driver lets us map the latter."""
+    peer = exported_content(pattern)
+    address = device.reserve(3 * PAGE)
+    handles = [device.create(PAGE, handle_type="posix_fd"), device.import_fd(fd)]
+    device.map(address, PAGE, handles[0])
+    device.map(address + PAGE, 2 * PAGE, handles[1])
+    for handle in handles:
+        device.release(handle)
+    device.set_access(address, PAGE, writable=True)
+    access = "read-only"
+    try:
+        device.set_access(address + PAGE, 2 * PAGE, writable=False)
+    except ReadOnlyAccessError:
+        access = "writable, as the driver refuses read-only access"
+        device.set_access(address + PAGE, 2 * PAGE, writable=True)
+    device.write(address, b"mine" * (PAGE // 4))
+    assert device.read(address, 3 * PAGE) == b"mine" * (PAGE // 4) + peer, (
+        "imported, but read wrong"
+    )
+    device.copy(address, address + 2 * PAGE, PAGE)
+    assert device.read(address, PAGE) == peer[PAGE:], "copied wrong from a peer's page to an own"
+    device.unmap(address, PAGE)
+    device.unmap(address + PAGE, 2 * PAGE)
+    device.free_address(address, 3 * PAGE)
+    return access
+
+
+_kept: list[object] = []
+
+
+def read_only_peers() -> str:
+    """Views over peers that are mapped writable; then whether this driver needs that."""
+    gpu = accelerator()
+    check_writable_peers(gpu)
+    device = CudaDevice(0)
+    with exporter(78) as (_process, fd), contextlib.ExitStack() as stack:
+        try:
+            address = stack.enter_context(imported(device, fd, writable=False))
+        except ReadOnlyAccessError as error:
+            return f"read-only is refused, the product maps peers writable: {error}"
+        assert holds(address, 78, gpu), "mapped read-only, but read wrong"
+        _kept.append(stack.pop_all())  # after the fault this process can give nothing back
+        try:
+            if gpu.is_real:
+                tensor_at(address, torch.uint8, (2 * PAGE,), gpu.device).fill_(1)
+                gpu.synchronize()
+            else:
+                device.write(address, b"x")
+        except (RuntimeError, TransferError) as error:
+            reason = str(error).splitlines()[0][:150]
+            return f"read-only is allowed, and a write faults: {reason}"
+        return "read-only is allowed, but a write goes through: no protection"

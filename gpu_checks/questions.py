@@ -1,0 +1,198 @@
+"""Everything that is asked of a GPU, in one list, the most valuable first.
+
+A question is a function that returns what it found and fails by an exception, named here by its module
+so that listing needs no torch. Its tag says what an answer is worth:
+
+    fact    what the hardware or the driver does; whatever it is, it is no failure
+    must    what our code must do
+    bench   a measurement
+
+Nothing here has run on a GPU yet (docs/gpu.md).
+"""
+
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Literal
+
+Tag = Literal["fact", "must", "bench"]
+CHEAP_S = 15
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question, or the same question with several arguments.
+
+    Args:
+        cost_s: how long one answer takes on a GPU, roughly.
+        function: `module:name` within `gpu_checks`.
+        needs: a package beside torch, without which it is skipped.
+        alone: whether nothing else may run on the device meanwhile.
+        limit_s: no answer in this time is a failure, or of a fact that it hangs.
+        simulated: the arguments that can be asked over the fake driver, by default all.
+        shares_process: whether cases that follow each other run in one process.
+        breaks_context: whether its process cannot end tidily, whatever it found.
+    """
+
+    name: str
+    tag: Tag
+    cost_s: int
+    function: str
+    text: str
+    _: KW_ONLY
+    arguments: tuple[str, ...] = ("",)
+    needs: str = "torch"
+    alone: bool = False
+    limit_s: float = 120
+    simulated: tuple[str, ...] | None = None
+    shares_process: bool = False
+    breaks_context: bool = False
+
+
+@dataclass(frozen=True)
+class Case:
+    """A question with one of its arguments."""
+
+    question: Question
+    argument: str
+
+    @property
+    def title(self) -> str:
+        """The case as `--only` takes it: `name` or `name:argument`."""
+        return ":".join(filter(None, (self.question.name, self.argument)))
+
+    def limited_to(self, limit_s: float) -> "Case":
+        """The case with another limit of time."""
+        return replace(self, question=replace(self.question, limit_s=limit_s))
+
+    @property
+    def can_be_simulated(self) -> bool:
+        """Whether it can be asked over the fake driver."""
+        return self.question.simulated is None or self.argument in self.question.simulated
+
+    @property
+    def is_cheap(self) -> bool:
+        """Whether it belongs to the first minutes."""
+        return self.question.tag != "bench" and self.question.cost_s <= CHEAP_S
+
+
+# fmt: off
+QUESTIONS: tuple[Question, ...] = (
+    # The cheap ones, which are the first minutes.
+    Question("which_device", "must", 8, "driver:which_device",
+             "What is here, and do our pages fit its granularity?"),
+    Question("killed_exporter", "must", 8, "driver:killed_exporter",
+             "Does exported memory outlive `kill -9` of its process: mapped before, imported after?"),
+    Question("torch_on_composites", "must", 8, "views:torch_on_composites",
+             "Do torch's kernels and copies work on a tensor assembled from several allocations?"),
+    Question("races", "must", 12, "rings:races",
+             "Do late copies never show a kernel foreign bytes, but in rings broken on purpose?",
+             arguments=("full", "piecewise", "eager")),
+    Question("moe_outputs", "must", 15, "views:moe_outputs",
+             "Does a fused-MoE kernel give the bits of full weights, through the ring and in place?",
+             arguments=("eager", "piecewise", "full")),
+    Question("batch_copy_under_capture", "must", 7, "driver:batch_copy_under_capture",
+             "Is a batch copy that meets a capture refused, and seen to be refused?"),
+    Question("graph_seam", "must", 7, "rings:graph_seam",
+             "Do torch's graphs tell a follower of capture and replay?", simulated=()),
+    Question("driver_ring", "must", 7, "driver:driver_ring",
+             "Do events order late copies and kernels on the bare copy queue?",
+             arguments=("one_by_one", "back_to_back")),
+    Question("read_only_peers", "must", 10, "driver:read_only_peers",
+             "Are views right over peers mapped writable, and can peers be mapped read-only here?",
+             breaks_context=True),
+    Question("empty_batch", "must", 6, "driver:empty_batch",
+             "Is a batch without copies ready at once?"),
+    Question("partial_mappings", "fact", 6, "driver:partial_mappings",
+             "May a mapping start within an allocation, or end within it?"),
+    Question("external_waits", "fact", 8, "driver:external_waits",
+             "When does an external wait node look at its event: at the launch or when it runs?",
+             limit_s=30),
+    Question("external_order", "fact", 8, "driver:external_order",
+             "Do external event nodes, which we do not use, keep the order of graphs and copies?",
+             arguments=("piecewise", "full"), limit_s=30),
+    Question("capture_misuse", "fact", 7, "driver:capture_misuse",
+             "Is each misuse of a capture refused as documented, and the queue usable afterwards?",
+             limit_s=30),
+    Question("no_join", "must", 12, "rings:no_join",
+             "Do copies for later layers leave the pieces before them alone (nothing joins)?",
+             alone=True),
+    Question("copy_speed", "fact", 8, "driver:copy_speed",
+             "How fast are our copies beside torch's, in the device and from pinned host memory?",
+             alone=True),
+    Question("costs", "must", 10, "views:costs",
+             "Does the measurement at start, by which `auto` chooses, find credible speeds?",
+             alone=True),
+    Question("leaks", "must", 12, "views:leaks",
+             "Do device memory and descriptors return when a rank closes?", alone=True),
+    # Expert memory without an engine.
+    Question("views", "must", 20, "views:views",
+             "Do both views equal `torch.cat` bit by bit on every rank, with and without redundancy?",
+             arguments=("2", "3", "3/6")),
+    Question("mixed_modes", "must", 30, "rings:mixed_modes",
+             "Are eager, piecewise and full steps and forwards cut short right in any order?",
+             arguments=("1", "2")),
+    Question("adoption", "must", 20, "views:adoption",
+             "Is a shard that is adopted from descriptors after its rank is gone the same memory?"),
+    Question("failed_set_up", "must", 20, "views:failed_set_up",
+             "Does a set-up that fails half-way give everything back?", alone=True),
+    Question("gather", "must", 20, "views:gather",
+             "Does the gather kernel fetch the routed remote experts, whole, and nothing else?",
+             needs="triton"),
+    Question("ranks_meet", "must", 25, "ranks:ranks_meet",
+             "Do three processes meet and read the same weights, also when one of them is killed?",
+             arguments=("and_close", "and_one_is_killed"), needs="msgspec"),
+    # vLLM.
+    Question("vllm_generates", "must", 60, "engines:stock_generates",
+             "Does stock vLLM generate here, without us?", needs="vllm", alone=True, limit_s=300),
+    Question("dual_batch_overlap", "must", 20, "engines:dual_batch_overlap",
+             "Is dual-batch overlap refused, on the configuration that vLLM makes for this device?",
+             needs="vllm"),
+    Question("engines", "must", 150, "engines:compare_engines",
+             "Do two vLLM ranks on one GPU give the weights and tokens of one stock engine?",
+             arguments=("eager", "full", "piecewise", "fp8", "full_v1", "default", "async", "drafter"),
+             needs="vllm", alone=True, limit_s=300, simulated=("fp8",)),
+    Question("a_rank_returns", "must", 150, "returning:kill_and_return",
+             "Does a killed rank adopt its experts in vLLM, where a second copy has no room?",
+             needs="vllm", alone=True, limit_s=300),
+    Question("kv_sizing", "must", 150, "kv_sizing:compare_sizes",
+             "Does vLLM's KV cache leave room for shards and slots that torch knows nothing of?",
+             needs="vllm", alone=True, limit_s=300, simulated=()),
+    # Measurements; from pinned host memory first: these decide whether copies are hidden.
+    Question("steps", "bench", 25, "bench:steps",
+             "What does a step with prefetched experts cost over one that has them all?",
+             arguments=(
+                 "qwen3-30b-a3b-bf16-host", "mixtral-8x7b-bf16-host",
+                 "qwen3-30b-a3b-bf16", "mixtral-8x7b-bf16", "gpt-oss-20b-bf16",
+                 "deepseek-v3/64-bf16", "qwen3-30b-a3b-fp8", "mixtral-8x7b-fp8",
+                 "gpt-oss-20b-fp8", "deepseek-v3/64-fp8"),
+             needs="triton", alone=True, limit_s=110, shares_process=True),
+)
+# fmt: on
+CASES: dict[str, Case] = {
+    case.title: case
+    for question in QUESTIONS
+    for case in (Case(question, argument) for argument in question.arguments)
+}
+"""Every question with every argument, by title."""
+
+NAMES = {*CASES, *(question.name for question in QUESTIONS), "fact", "must", "bench"}
+"""What `--only` and `--skip` take: titles, names (all their arguments) and tags."""
+
+
+def choose(only: list[str], skip: list[str], *, cheap: bool = False) -> list[Case]:
+    """Return the cases to ask, in the order of `only`, or of the list."""
+
+    def expand(names: list[str]) -> dict[str, Case]:
+        return {
+            title: case
+            for name in names
+            for title, case in CASES.items()
+            if name in (title, case.question.name, case.question.tag)
+        }
+
+    skipped = expand(skip)
+    chosen = expand(only) if only else CASES
+    return [
+        case
+        for title, case in chosen.items()
+        if title not in skipped and (case.is_cheap or not cheap)
+    ]

@@ -1,0 +1,123 @@
+"""The order of the bare copy queue: eager steps, external nodes, graphs, and what breaks them."""
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from gpu_checks import driver
+from gpu_checks.compute_stream import ComputeStream
+from gpu_checks.copy_ring import copy_ring, wrong_layers_of_graphs
+from gpu_checks.fake import fake_cuda_environment, fake_settings
+from tests.cuda.conftest import is_older_driver
+from vllm_dwdp.device.cuda_driver import CudaCopyQueue, CudaDevice
+from vllm_dwdp.errors import TransferError
+
+ROOT = Path(__file__).parents[2]
+seeds = pytest.mark.parametrize("seed", [1, 2])
+
+
+@seeds
+def test_eager_steps_never_see_poison(seed: int) -> None:
+    with fake_settings(max_delay_us=700, seed=seed), copy_ring() as ring:
+        ring.start()
+        assert not ring.wrong_layers([ring.eager_step], 10)
+        assert ring.queue.uses_batch_copy != is_older_driver()
+
+
+@seeds
+def test_eager_steps_back_to_back_never_see_poison(seed: int) -> None:
+    with fake_settings(max_delay_us=700, seed=seed), copy_ring() as ring:
+        ring.start()
+        assert not ring.wrong_layers([ring.eager_step], 10, at_once=True)
+
+
+@seeds
+def test_the_default_stream_in_another_thread_never_sees_poison(seed: int) -> None:
+    """A thread without a current context, and compute on the legacy default stream."""
+    with fake_settings(max_delay_us=700, seed=seed), copy_ring() as ring:
+        wrong: list[object] = []
+
+        def steps() -> None:
+            try:
+                with ComputeStream(default=True) as ring.stream:
+                    assert ring.stream.handle == 0
+                    ring.start()
+                    wrong.extend(ring.wrong_layers([ring.eager_step], 10))
+            except BaseException as error:
+                wrong.append(error)
+
+        own = ring.stream
+        thread = threading.Thread(target=steps)
+        thread.start()
+        thread.join()
+        ring.stream = own
+        assert wrong == []
+
+
+@seeds
+@pytest.mark.parametrize("kind", ["piecewise", "full"])
+def test_graphs_with_external_nodes_never_see_poison(kind: str, seed: int) -> None:
+    with fake_settings(max_delay_us=700, seed=seed):
+        assert not wrong_layers_of_graphs(kind)
+
+
+@pytest.mark.parametrize("missing", [{"wait": False}, {"record": False}], ids=str)
+def test_a_missing_event_shows_in_eager_steps(missing: dict[str, bool]) -> None:
+    with fake_settings(max_delay_us=700), copy_ring() as ring:
+        ring.start()
+        ring.queue.drain()
+        seen = ring.wrong_layers([lambda: ring.eager_step(**missing)], 10)
+    assert seen, "a missing event must show, or the other tests prove nothing"
+
+
+def test_a_missing_wait_shows_in_graphs() -> None:
+    with fake_settings(max_delay_us=700), copy_ring() as ring:
+        replay = ring.piecewise_step(wait=False)
+        ring.start()
+        ring.queue.drain()
+        assert ring.wrong_layers([replay], 10)
+
+
+def test_an_older_driver_without_batch_copies_copies_one_by_one() -> None:
+    """The wrapper looks functions up once, so this needs a process of its own."""
+    if is_older_driver():
+        pytest.skip("this is that process")
+    ended = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/cuda/test_rings.py"]
+        + ["tests/cuda/test_driver_ring.py", "-k", "never_see_poison or test_rings"],
+        cwd=ROOT,
+        env=fake_cuda_environment(version=12070),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "skipped" not in ended.stdout, ended.stdout
+
+
+def test_misuse_of_a_capture_is_an_error() -> None:
+    driver.capture_misuse()
+
+
+def test_batch_copies_cannot_be_captured() -> None:
+    said = driver.batch_copy_under_capture()
+    assert said.startswith("refused as documented: issuing copies failed: ")
+    assert "(CUDA_ERROR_STREAM_CAPTURE_UNJOINED)" in said, "by the poison of the refused fill"
+
+
+def test_a_bad_copy_is_named() -> None:
+    with CudaDevice(0) as device, CudaCopyQueue(device) as queue:
+        batch = queue.add_batch([(0x1000, 0x2000, 0), (0x3000, 0, 5)])
+        with pytest.raises(
+            TransferError,
+            match=r"cuMemcpyBatchAsync\(2 copies, .*\), copy 1 \(0x3000, 0, 5\), returned 1 \(CUDA_",
+        ):
+            queue.issue(batch, None)
+
+
+def test_an_empty_batch_is_ready() -> None:
+    driver.empty_batch()

@@ -1,0 +1,97 @@
+"""Every question to a GPU, asked over the fake driver and CPU kernels: that it is asked and can be
+answered, not what a GPU would say.
+
+One run of the whole program answers them all; what has no stand-in (graphs and their compiler, the V1
+runner on GPUs, the size of a device's memory) is skipped, and nothing else.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpu_checks.questions import CASES
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(1500)]
+
+SIMULATED = [title for title, case in CASES.items() if case.can_be_simulated]
+Answers = dict[str, dict[str, Any]]
+
+
+def ask(target: Path, *options: str, **environment: str) -> Answers:
+    """The program's answers by title; it must succeed."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "gpu_checks", "--simulated", "--json", str(target), *options],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return {answer["title"]: answer for answer in json.loads(target.read_text())}
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    return ask(tmp_path_factory.mktemp("gpu_checks") / "answers.json", "--jobs", "2")
+
+
+@pytest.mark.parametrize("title", SIMULATED)
+def test_every_question_is_answered(title: str, answers: Answers) -> None:
+    answer = answers[title]
+    good = {"must": "yes", "fact": "fact", "bench": "bench"}[answer["tag"]]
+    assert answer["answered"] and answer["word"] == good, answer
+
+
+def test_nothing_is_skipped_but_what_has_no_stand_in(answers: Answers) -> None:
+    skipped = {title for title, answer in answers.items() if answer["word"] == "skip"}
+    assert skipped == set(CASES) - set(SIMULATED)
+    assert skipped == {"graph_seam", "kv_sizing"} | {
+        title for title in CASES if title.startswith("engines:") and title != "engines:fp8"
+    }
+
+
+@pytest.mark.parametrize(
+    ("title", "said"),
+    [
+        ("which_device", "NOT A GPU"),
+        ("batch_copy_under_capture", "returned 900"),
+        ("read_only_peers", "ILLEGAL_ADDRESS"),
+        ("external_waits", "when the graph is launched"),
+        ("external_order:piecewise", "yes, every layer is right"),
+        ("external_order:full", "yes, every layer is right"),
+        ("capture_misuse", "every misuse is refused"),
+    ],
+)
+def test_the_fake_is_seen_as_it_is(title: str, said: str, answers: Answers) -> None:
+    assert said in answers[title]["text"]
+
+
+@pytest.mark.parametrize("title", [title for title in CASES if title.startswith("steps:")])
+def test_a_benchmark_gives_the_bits_of_resident_weights(title: str, answers: Answers) -> None:
+    rows = answers[title]["rows"]
+    assert len(rows) == 2
+    for row in rows:
+        assert all(row["same"].values())
+        ways = {"resident", "prefetch", "merge", "join"}
+        assert {name.split()[0] for name in row["ms"]} == ways
+        assert row["copies"]["bytes"] > 0 and row["host_us"]["slices"] > 0, "nothing was fetched"
+        assert row["host_us"]["issue"] > 0
+
+
+def test_external_nodes_that_look_when_they_run_are_told_and_their_hang_is_a_fact(
+    tmp_path: Path,
+) -> None:
+    late = {"DWDP_FAKE_CUDA_EVENT_NODES": "run"}
+    waits = ask(tmp_path / "waits.json", "--only", "external_waits", **late)["external_waits"]
+    assert waits["word"] == "fact" and waits["text"].startswith("when it runs")
+    options = ["--only", "external_order:piecewise", "which_device", "--limit-s", "8"]
+    order = ask(tmp_path / "order.json", *options, **late)["external_order:piecewise"]
+    assert order["word"] == "fact" and order["text"] == "no answer in 8 s; it hangs"
+    assert not order["answered"]
