@@ -1,7 +1,18 @@
-"""What holds for every test process."""
+"""What holds for every test process, and what a test session ends with."""
 
+from collections.abc import Iterator
+
+import pytest
+
+from tests.helpers.engines import end_servers
 from vllm_dwdp.entrypoints.launch.process import hear_ignored_signals
 
 # `make test &` in a script starts pytest with SIGINT ignored; the programs that tests start must
 # not inherit that.
 hear_ignored_signals()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _fork_servers_end_with_the_session() -> Iterator[None]:
+    yield
+    end_servers()

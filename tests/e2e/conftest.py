@@ -8,6 +8,7 @@ import psutil
 import pytest
 
 from gpu_checks.checkpoints import make_checkpoint
+from tests.helpers.engines import server_pids
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +33,7 @@ def no_process_is_left_behind() -> Iterator[None]:
     """Whatever a module started has ended when it is over."""
     before = {child.pid for child in psutil.Process().children(recursive=True)}
     yield
+    before |= server_pids()
     children = psutil.Process().children(recursive=True)
     left = [child for child in children if child.pid not in before and is_ours(child)]
     alive = psutil.wait_procs(left, timeout=20)[1]

@@ -1,8 +1,8 @@
 """One rank, or one stock engine, that runs a list of cases in one process and writes its tokens.
 
-A vLLM engine spends most of its start importing; here the real engine core and the real worker run
-in this process, so that a case costs seconds and every architecture can be compared. Started by
-`matrix.py`, one process per rank, in vLLM's SPMD offline style.
+The real engine core and the real worker run in this process, so that a case costs a second and every
+architecture can be compared. Forked by `matrix.py`, one process per rank, in vLLM's SPMD offline
+style.
 """
 
 import contextlib
@@ -361,7 +361,4 @@ def close_engine(engine: Any) -> None:
 
 
 if __name__ == "__main__":
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-    os.environ["OMP_NUM_THREADS"] = "1"
     main()

@@ -1,8 +1,7 @@
 """Ranks that are killed at named points of their lives, each a fork of one process with vLLM loaded.
 
-Importing vLLM is most of a start, so this process imports it once and forks every life. Run by
-`test_kill_points.py` with a checkpoint and a file for the results; with a number of kills and a seed,
-three ranks are killed at random moments instead.
+Forked by `test_kill_points.py` with a checkpoint and a file for the results, it forks every life. With
+a number of kills and a seed, three ranks are killed at random moments instead.
 
     python -m tests.e2e.rank_lives CHECKPOINT RESULTS.json [KILLS SEED]
 """
@@ -306,11 +305,6 @@ def main_random(model: str, results: Path, num_kills: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-    import vllm.v1.engine.llm_engine
-    import vllm.v1.worker.cpu_worker  # noqa: F401
-
     engine_process.PROMPTS[:] = PROMPTS[:2]
     if len(sys.argv) > 3:
         main_random(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

@@ -6,18 +6,14 @@ around them; `test_survival` does the same to whole servers.
 
 import json
 import os
-import signal
-import subprocess
-import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.e2e.conftest import Checkpoints
-from tests.e2e.matrix import ROOT
 from tests.e2e.rank_lives import BEFORE_SERVING, JOIN_TIMEOUT_S, WHILE_SERVING
+from tests.helpers.engines import fork
 
 NUM_KILLS = int(os.environ.get("DWDP_KILLS", "30"))
 SEED = os.environ.get("DWDP_SEED", "5")
@@ -28,22 +24,12 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400 + 20 * NUM_KILLS)]
 def run_lives(model: str, folder: Path, *arguments: str) -> tuple[dict[str, Any], str]:
     """What `rank_lives` found, and its log."""
     results, log = folder / "results.json", folder / "lives.log"
-    command = [sys.executable, "-m", "tests.e2e.rank_lives", model]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [*command, str(results), *arguments],
-            cwd=ROOT,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=os.environ,
-            start_new_session=True,
-        )
+    command = ["-m", "tests.e2e.rank_lives", model, str(results), *arguments]
+    process = fork(command, log)
     try:
         code = process.wait(timeout=380 + 20 * NUM_KILLS)
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.kill()
     assert code == 0, log.read_text()[-6000:]
     return json.loads(results.read_text()), log.read_text()
 
