@@ -1,10 +1,11 @@
 # The few commands to remember:
 #   make demo   set up, start two ranks, talk to them, show what they share
-#   make test   set up, lint and run the tests
+#   make test   set up, lint and run the tests of every push
+#   make test-all   the same with the tests that take longer
 DEVICE ?= cpu
 PY := .venv/bin/python
 
-.PHONY: setup native demo test test-unit test-cuda test-native test-e2e fuzz lint format clean
+.PHONY: setup native demo test test-all test-unit test-cuda test-native test-e2e fuzz lint format clean
 .PHONY: gpu-minutes test-gpu bench-gpu native-gpu
 
 setup:
@@ -16,10 +17,14 @@ native:
 demo: setup
 	@$(PY) examples/demo.py
 
-test: setup lint test-native test-unit test-cuda test-e2e
+test test-all: setup lint test-native test-unit test-cuda test-e2e
+
+# Tests marked `slow` are left out, except by test-all.
+CHOSEN := and not slow
+test-all: CHOSEN :=
 
 test-unit:
-	$(PY) -m pytest -q -m "not e2e" tests
+	$(PY) -m pytest -q -n 2 --dist loadfile -m "not e2e $(CHOSEN)" tests
 
 # The CUDA device over the fake driver: no evidence about hardware.
 test-cuda:
@@ -30,7 +35,7 @@ test-native:
 	@scripts/test_native.sh
 
 test-e2e:
-	$(PY) -m pytest -q -m "e2e" --durations=20 tests/e2e
+	$(PY) -m pytest -q -m "e2e $(CHOSEN)" --durations=20 tests/e2e
 
 # Coverage-guided fuzzing of the messages between ranks; needs `pip install -e .[fuzz]`.
 FUZZ_SECONDS ?= 60

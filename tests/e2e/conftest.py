@@ -1,13 +1,17 @@
 """Shared checkpoints and the processes that run engines. Everything started here is ended here."""
 
 import hashlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from gpu_checks.checkpoints import make_checkpoint
+from tests.e2e.matrix import run_cases
 from tests.helpers.engines import server_pids
 
 
@@ -26,6 +30,43 @@ class Checkpoints:
         digest = hashlib.sha256(repr(sorted(overrides.items())).encode()).hexdigest()[:8]
         folder = self.folder / f"{architecture}-{num_experts}-{digest}"
         return str(make_checkpoint(folder, architecture, num_experts, **overrides))
+
+
+@pytest.fixture(scope="session")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> "StockEngine":
+    """Stock vLLM to compare with, run once per session and model."""
+    return StockEngine(tmp_path_factory.mktemp("stock"))
+
+
+class StockEngine:
+    """Results of stock engines in one process each, by model and settings, computed when asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._results: dict[str, dict[str, Any]] = {}
+
+    def __call__(self, model: str, **settings: Any) -> dict[str, Any]:
+        """The result of a case of this model and these settings."""
+        return self.all([model], **settings)[model]
+
+    def all(self, models: Sequence[str], **settings: Any) -> dict[str, dict[str, Any]]:
+        """The results by model; missing ones are computed by two processes beside each other."""
+        names = {model: json.dumps([model, settings], sort_keys=True) for model in models}
+        missing = [
+            {"name": name, "model": model} | settings
+            for model, name in names.items()
+            if name not in self._results
+        ]
+
+        def run(half: int) -> dict[str, list[dict[str, Any]]]:
+            cases = missing[half::2]
+            name = f"{len(self._results)}-{half}"
+            return run_cases(self._folder, name, cases) if cases else {}
+
+        with ThreadPoolExecutor(2) as pool:
+            for results in list(pool.map(run, (0, 1))):
+                self._results |= {name: result for name, (result,) in results.items()}
+        return {model: self._results[name] for model, name in names.items()}
 
 
 @pytest.fixture(autouse=True, scope="module")

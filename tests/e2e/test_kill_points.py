@@ -1,7 +1,7 @@
 """SIGKILL at named points of a rank's life: the other ends with a named error, or serves on.
 
-Three more ranks are killed at random moments, `DWDP_KILLS` times (`DWDP_SEED`): engines without a server
-around them; `test_survival` does the same to whole servers.
+Three more ranks are killed at random moments, five times or, in `make test-all`, `DWDP_KILLS` times
+(`DWDP_SEED`): engines without a server around them; `test_survival` does the same to whole servers.
 """
 
 import json
@@ -66,14 +66,15 @@ def test_killed_at_every_named_point(checkpoints: Checkpoints, tmp_path: Path) -
     assert "adopted" in log, "no life found its experts at the survivor"
 
 
-def test_killed_at_random_moments(checkpoints: Checkpoints, tmp_path: Path) -> None:
-    found, log = run_lives(checkpoints("mixtral", 8), tmp_path, str(NUM_KILLS), SEED)
+@pytest.mark.parametrize("num_kills", [5, pytest.param(NUM_KILLS, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(checkpoints: Checkpoints, tmp_path: Path, num_kills: int) -> None:
+    found, log = run_lives(checkpoints("mixtral", 8), tmp_path, str(num_kills), SEED)
     back, grown = found.pop("back_after_s"), found["grown"]
     print(found, f"back after {back[len(back) // 2]:.1f} s (median), {back[-1]:.1f} s (longest)")
     assert found["num_different"] == 0 and not found["tokens_differ"]
-    assert found["num_answers"] > 10 * NUM_KILLS
-    assert log.count("adopted") == NUM_KILLS
-    assert max(found["kills_survived"]) >= NUM_KILLS // 2, "no life saw enough deaths to leak"
+    assert found["num_answers"] > 10 * num_kills
+    assert log.count("adopted") == num_kills
+    assert max(found["kills_survived"]) >= num_kills // 2, "no life saw enough deaths to leak"
     for rank in grown:
         assert rank.pop("anonymous_bytes") < 16 * 2**20
         assert not any(rank.values()), grown

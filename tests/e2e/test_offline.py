@@ -6,8 +6,7 @@ import signal
 import psutil
 import pytest
 
-from tests.e2e.conftest import Checkpoints
-from tests.e2e.matrix import run_cases
+from tests.e2e.conftest import Checkpoints, StockEngine
 
 pytestmark = [
     pytest.mark.e2e,
@@ -20,7 +19,7 @@ SETTINGS = {"enforce_eager": True, "max_num_seqs": 1, "max_model_len": 512, "see
 
 
 def test_generate_chat_order_and_a_rank_that_dies(
-    checkpoints: Checkpoints, tmp_path: object, monkeypatch: pytest.MonkeyPatch
+    stock: StockEngine, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm import SamplingParams
@@ -29,7 +28,7 @@ def test_generate_chat_order_and_a_rank_that_dies(
     from vllm_dwdp import LLM
 
     model = checkpoints("qwen3_moe", 8)
-    (expected,) = run_cases(tmp_path, "stock", [{"name": "stock", "model": model}])["stock"]
+    expected = stock(model)
     llm = LLM(model, data_parallel_size=2, **SETTINGS)
     try:
         params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gpu_checks.fake import fake_cuda_environment
-from tests.e2e.conftest import Checkpoints
+from tests.e2e.conftest import Checkpoints, StockEngine
 from tests.e2e.matrix import run_cases
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -26,15 +26,11 @@ SIMULATED = {
 
 
 def test_tokens_and_weights_over_simulated_device_memory(
-    checkpoints: Checkpoints, tmp_path: Path
+    stock: StockEngine, checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
     model = checkpoints("mixtral", 8, **SHAPE)
-    biased = checkpoints("gpt_oss", 7, **(SHAPE | {"num_hidden_layers": 3}))
-    reference = run_cases(
-        tmp_path,
-        "stock",
-        [{"name": "mixtral", "model": model}, {"name": "gpt_oss", "model": biased}],
-    )
+    biased = checkpoints("gpt_oss", 7, **SHAPE)
+    reference = {"mixtral": stock(model), "gpt_oss": stock(biased)}
     common = {"num_ranks": 3} | SIMULATED
     limit = {"mode": "auto", "direct_max_tokens": 8}
     redundant = {"mode": "prefetch", "experts_per_rank": 4}
@@ -47,7 +43,7 @@ def test_tokens_and_weights_over_simulated_device_memory(
     environment = fake_cuda_environment() | races
     results = run_cases(tmp_path, "simulated", listed, environment)
     for name, ranks in results.items():
-        expected = reference["gpt_oss" if "gpt_oss" in name else "mixtral"][0]
+        expected = reference[name.partition("@")[0]]
         assert len(ranks) == 3
         for result in ranks:
             assert result["weights"] == expected["weights"], (name, result["rank"])

@@ -12,7 +12,7 @@ import pytest
 from tests.e2e.conftest import Checkpoints
 from vllm_dwdp.entrypoints.launch.server import Server
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
 PROMPTS = [f"topology {index} " * (1 + 5 * index) for index in range(4)]
 EAGER = ("--enforce-eager", "--api-server-count", "1", "--served-model-name", "m")

@@ -204,8 +204,9 @@ def main(fd: int) -> None:
     gc.collect()
     gc.freeze()
     request = ForkServer(socket.socket(fileno=fd)).run()
-    if request is not None:
-        become(request)
+    if request is None:
+        os._exit(0)  # libraries complain about a frozen heap at an ordinary exit
+    become(request)
 
 
 if __name__ == "__main__":
