@@ -13,7 +13,7 @@ layer is simulated slice by slice once per ratio of compute to prefetch and look
 import heapq
 import random
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from vllm_dwdp.errors import DwdpConfigError
@@ -245,16 +245,3 @@ def _outcome(
         busy=busy_s / seconds,
         ttft_s=tuple(ranks.ttft_s),
     )
-
-
-def sweep(
-    model: CostModel,
-    requests: Sequence[Request],
-    *,
-    max_tokens: int,
-    routing_skew: float,
-    pulls: Pulls | None = None,
-) -> Iterator[tuple[str, Outcome]]:
-    """Simulate the deployments that `vllm-dwdp simulate` compares."""
-    yield "DEP", simulate_dep(model, requests, max_tokens=max_tokens, routing_skew=routing_skew)
-    yield "DWDP", simulate_dwdp(model, requests, max_tokens=max_tokens, pulls=pulls)

@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dwdp.paper import DEEPSEEK_R1, GPT_OSS_120B
-from vllm_dwdp.planner.cost import CostModel, Exchange
+from vllm_dwdp.paper.factors import roofline_model
+from vllm_dwdp.planner.cost import CostModel
 from vllm_dwdp.planner.estimates import Tokens, break_even_tokens
-from vllm_dwdp.planner.hardware import PEAK, find_hardware
-from vllm_dwdp.planner.model_shape import shape_of
-from vllm_dwdp.planner.quantisation import FORMATS, Precision
 from vllm_dwdp.planner.traffic import Traffic
 
 
@@ -41,13 +39,4 @@ def break_even(model: CostModel, input_tokens: int = 8192) -> int:
 
 def r1_on_gb200(**changes: Any) -> CostModel:
     """DeepSeek-R1 in NVFP4 on four GB200, at the plain roofline."""
-    settings: dict[str, Any] = {
-        "shape": replace(
-            shape_of(DEEPSEEK_R1, "nvfp4"), shared_precision=Precision.of(FORMATS["nvfp4"])
-        ),
-        "hardware": find_hardware("gb200"),
-        "efficiency": PEAK,
-        "group_size": 4,
-        "exchange": Exchange.PER_EXPERT,
-    }
-    return CostModel(**(settings | changes))
+    return replace(roofline_model(), **changes)

@@ -30,7 +30,14 @@ from vllm_dwdp.planner.cost import CostModel
 from vllm_dwdp.planner.disaggregated import GENERATION_GPUS, Service, output_tokens_per_s
 from vllm_dwdp.planner.estimates import assumptions
 from vllm_dwdp.planner.plan import kv_shortage, lacking_memory
-from vllm_dwdp.planner.simulate import Outcome, check_steps, coarsened, pulls_for, sweep
+from vllm_dwdp.planner.simulate import (
+    Outcome,
+    check_steps,
+    coarsened,
+    pulls_for,
+    simulate_dep,
+    simulate_dwdp,
+)
 from vllm_dwdp.planner.traffic import Request, poisson_traffic, read_trace
 
 
@@ -133,15 +140,12 @@ class SimulationReport:
     @cached_property
     def outcomes(self) -> dict[str, Outcome]:
         """The outcomes by deployment."""
-        return dict(
-            sweep(
-                self.model,
-                self.requests,
-                max_tokens=self.max_tokens,
-                routing_skew=self.routing_skew,
-                pulls=self.pulls,
-            )
-        )
+        model, requests, limit = self.model, self.requests, self.max_tokens
+        dep = simulate_dep(model, requests, max_tokens=limit, routing_skew=self.routing_skew)
+        return {
+            "DEP": dep,
+            "DWDP": simulate_dwdp(model, requests, max_tokens=limit, pulls=self.pulls),
+        }
 
     @cached_property
     def _capacities(self) -> dict[str, float]:
