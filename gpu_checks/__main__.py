@@ -29,7 +29,7 @@ from gpu_checks.questions import NAMES, Case, choose
 
 
 def main() -> int:
-    """Ask what was chosen; the exit status."""
+    """Ask what was chosen and return the exit status."""
     options = parse()
     cases = choose(options.only, options.skip, cheap=options.first_minutes)
     if options.limit_s:
@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="gpu_checks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -85,19 +85,19 @@ def parse() -> argparse.Namespace:
 
 
 def print_list(cases: Sequence[Case]) -> None:
-    """One line a case."""
+    """Print one line per case."""
     for case in cases:
         question = case.question
         print(f"{question.tag:<6}{case.title:<34}{question.cost_s:>4} s  {question.text}")
 
 
 def is_simulated() -> bool:
-    """Whether children find the fake driver."""
+    """Return whether children find the fake driver."""
     return os.environ.get(SIMULATED_ENV) == "1"
 
 
 def has_gpu() -> bool:
-    """Whether anything can be asked; else say why not."""
+    """Return whether anything can be asked; say why if not."""
     if importlib.util.find_spec("torch") is None:
         print("torch is not installed; nothing was asked.")
         return False
@@ -110,7 +110,7 @@ def has_gpu() -> bool:
 
 
 def why_not(case: Case) -> str:
-    """Why a case cannot be asked here; empty if it can."""
+    """Say why a case cannot be asked here; empty if it can."""
     if is_simulated() and not case.can_be_simulated:
         return "nothing here stands for a GPU's part in it"
     if importlib.util.find_spec(case.question.needs) is None:
@@ -150,7 +150,7 @@ def report(result: Result) -> None:
 
 
 def conclude(results: Sequence[Result]) -> int:
-    """Print the measurements and the sum of it all; the exit status."""
+    """Print the measurements and the totals, and return the exit status."""
     if rows := [row for result in results for row in result.rows]:
         from gpu_checks.bench_table import print_tables
 

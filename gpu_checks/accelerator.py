@@ -24,35 +24,35 @@ class Accelerator(Protocol):
 
     @property
     def is_real(self) -> bool:
-        """Whether it is a GPU."""
+        """Whether this is a GPU."""
 
     @property
     def device(self) -> torch.device:
         """Where torch's tensors live."""
 
     def describe(self) -> str:
-        """One line: device, driver, torch."""
+        """Describe device, driver and torch in one line."""
 
     def open_memory(self) -> CudaMemory:
-        """Its memory behind the product's seam; closed by the caller."""
+        """Open its memory behind the product's seam; the caller closes it."""
 
     def current_stream(self) -> int:
-        """The CUstream that kernels of this thread go to."""
+        """Return the CUstream that this thread's kernels go to."""
 
     def on_stream(self) -> Any:
-        """A context manager: kernels go to a new stream of their own."""
+        """Return a context manager in which kernels go to a new stream."""
 
     def pause(self, microseconds: int) -> None:
-        """A kernel that takes at least about this long; may be captured."""
+        """Enqueue a kernel that takes about this long at least; may be captured."""
 
     def capture(self, body: Callable[[], object]) -> Callable[[], None]:
-        """Capture what `body` enqueues, which must have run before; the result replays it."""
+        """Capture what `body`, which has run before, enqueues; return its replay."""
 
     def milliseconds(self, body: Callable[[], object]) -> float:
-        """How long the device takes for what `body` enqueues."""
+        """Measure how long the device takes for what `body` enqueues."""
 
     def pinned(self, num_bytes: int) -> torch.Tensor:
-        """Bytes of host memory that copy engines read."""
+        """Allocate host memory that copy engines can read."""
 
     def synchronize(self) -> None:
         """Block until the device is idle."""
@@ -73,7 +73,7 @@ class Gpu:
         self._pool = torch.cuda.graph_pool_handle()
 
     def describe(self) -> str:
-        """Name, driver, torch and CUDA."""
+        """Describe name, driver, torch and CUDA."""
         properties = torch.cuda.get_device_properties(self.device)
         driver = "unknown driver"
         try:
@@ -90,24 +90,24 @@ class Gpu:
         )
 
     def open_memory(self) -> CudaMemory:
-        """The product's CUDA device."""
+        """Open the product's CUDA device."""
         return CudaMemory(0)
 
     def current_stream(self) -> int:
-        """torch's current stream."""
+        """Return torch's current stream."""
         return int(torch.cuda.current_stream().cuda_stream)
 
     def on_stream(self) -> Any:
-        """A new torch stream, after what the device was given before."""
+        """Use a new torch stream, once the device is idle."""
         torch.cuda.synchronize()
         return torch.cuda.stream(torch.cuda.Stream())
 
     def pause(self, microseconds: int) -> None:
-        """A kernel that spins; the clock is at most 2 GHz."""
+        """Spin in a kernel; the clock is at most 2 GHz."""
         torch.cuda._sleep(microseconds * 2000)
 
     def capture(self, body: Callable[[], object]) -> Callable[[], None]:
-        """A `torch.cuda.CUDAGraph`. All share one pool, as vLLM's do: replay one at a time."""
+        """Make a `torch.cuda.CUDAGraph`; all share one pool, as vLLM's do, so replay one at a time."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             body()
@@ -115,7 +115,7 @@ class Gpu:
         return replay
 
     def milliseconds(self, body: Callable[[], object]) -> float:
-        """Between two events on the current stream."""
+        """Measure between two events on the current stream."""
         begin = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
         begin.record()
@@ -125,7 +125,7 @@ class Gpu:
         return float(begin.elapsed_time(end))
 
     def pinned(self, num_bytes: int) -> torch.Tensor:
-        """Page-locked memory."""
+        """Allocate page-locked memory."""
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
     def synchronize(self) -> None:
@@ -148,11 +148,11 @@ class SimulatedGpu:
         self._stream = 0
 
     def describe(self) -> str:
-        """Says that it is none."""
+        """Say that this is no GPU."""
         return f"NOT A GPU: the fake driver and CPU kernels, torch {torch.__version__}"
 
     def open_memory(self) -> CudaMemory:
-        """The CUDA device over the fake driver."""
+        """Open the CUDA device over the fake driver."""
         from gpu_checks.simulated_cuda import SimulatedCudaMemory
 
         memory = SimulatedCudaMemory()
@@ -160,33 +160,33 @@ class SimulatedGpu:
         return memory
 
     def current_stream(self) -> int:
-        """The stream that plays the kernels' part; memory must be open."""
+        """Return the stream that stands for the kernels'; memory must be open."""
         return self._stream
 
     @contextmanager
     def on_stream(self) -> Iterator[None]:
-        """Nothing: there is one stream."""
+        """Do nothing: there is one stream."""
         yield
 
     def pause(self, microseconds: int) -> None:
-        """Nothing: CPU kernels have returned when the next is called."""
+        """Do nothing: CPU kernels have returned when the next is called."""
 
     def capture(self, body: Callable[[], object]) -> Callable[[], None]:
-        """The function itself."""
+        """Return a function that calls `body` again."""
         return lambda: (body(), None)[1]
 
     def milliseconds(self, body: Callable[[], object]) -> float:
-        """Host time."""
+        """Measure host time."""
         started = time.perf_counter()
         body()
         return (time.perf_counter() - started) * 1e3
 
     def pinned(self, num_bytes: int) -> torch.Tensor:
-        """Plain memory."""
+        """Allocate plain memory."""
         return torch.empty(num_bytes, dtype=torch.uint8)
 
     def synchronize(self) -> None:
-        """Nothing to wait for."""
+        """Do nothing: CPU kernels have returned."""
 
     def release_memory(self) -> None:
         """Collect garbage."""
@@ -194,7 +194,7 @@ class SimulatedGpu:
 
 
 def accelerator() -> Accelerator:
-    """The one that this process was started for.
+    """Return the accelerator that this process was started for.
 
     Raises:
         RuntimeError: there is no GPU and none is simulated.

@@ -53,16 +53,16 @@ class Result:
 
     @classmethod
     def of(cls, case: Case) -> "Result":
-        """Nothing yet."""
+        """Make the result of a case that has not ended."""
         return cls(title=case.title, tag=case.question.tag, question=case.question.text)
 
     def end(self, word: str, text: str) -> "Result":
-        """Say what became of it."""
+        """Set what became of the case."""
         self.word, self.text = word, text
         return self
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, for a file."""
+        """Return everything, for a file."""
         return asdict(self)
 
 
@@ -99,7 +99,7 @@ class Child:
         self._lines.put(None)
 
     def next_line(self, deadline: float) -> str | None:
-        """The next line; None at the end.
+        """Return the next line; None at the end.
 
         Raises:
             queue.Empty: there is none until the deadline.
@@ -128,7 +128,7 @@ def ask(cases: Sequence[Case], deadline: float) -> Iterator[Result]:
 
 
 def _ask_together(cases: Sequence[Case], deadline: float) -> Iterator[Result]:
-    """Yield at least one result."""
+    """Yield results until one of them ends the process; at least one."""
     child = Child(cases)
     try:
         for number, case in enumerate(cases):

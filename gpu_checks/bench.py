@@ -75,7 +75,7 @@ class Options:
 
     @classmethod
     def of_process(cls) -> Self:
-        """The options that the parent passed on."""
+        """Read the options that the parent passed on."""
         return cls(**json.loads(os.environ.get("GPU_CHECKS_BENCH", "{}")))
 
 
@@ -140,7 +140,7 @@ def write_profile(model: Model, step: Callable[[], None], target: Path) -> None:
 
 
 def measure_steps(model: Model, rounds: int) -> dict[str, Any]:
-    """Milliseconds of a step, by way and mode: each round runs all of them once."""
+    """Measure a step by way and mode; each round runs all of them once."""
     steps: dict[str, Callable[[], None]] = {}
     for way, modes in WAYS.items():
         for mode in modes:
@@ -181,7 +181,7 @@ def measure_steps(model: Model, rounds: int) -> dict[str, Any]:
 
 
 def milliseconds_per_step(model: Model, step: Callable[[], None]) -> float:
-    """In the steady state: the step before the clock starts leaves its copies under way."""
+    """Measure the steady state: the step before the clock starts leaves its copies under way."""
     model.gpu.synchronize()
     step()
 
@@ -193,7 +193,7 @@ def milliseconds_per_step(model: Model, step: Callable[[], None]) -> float:
 
 
 def moe_milliseconds(model: Model) -> float:
-    """The expert kernels of one layer alone, on resident weights."""
+    """Measure the expert kernels of one layer alone, on resident weights."""
     model.gpu.synchronize()
     routing, tensors = model.routings[0], model.direct[0].tensors
     return model.gpu.milliseconds(
@@ -210,7 +210,7 @@ def moe_milliseconds(model: Model) -> float:
 def copies_against_plain(
     gpu: Accelerator, rank: RankMemory, rings: PrefetchRings, *, on_host: bool
 ) -> dict[str, float]:
-    """GB/s of one layer's fill, and of one large torch copy of as many bytes, in turns."""
+    """Measure, in turns, one layer's fill and one torch copy of as many bytes."""
     ring, queue = only_ring(rings), rings.queue
     num_bytes = sum(ring.layer_bytes(0).values())
     target = torch.empty(num_bytes, dtype=torch.uint8, device=gpu.device)
@@ -251,7 +251,7 @@ def copies_against_plain(
 
 
 def read_gbps(gpu: Accelerator, rank: RankMemory) -> float:
-    """GB/s at which a reduction reads the largest piece of a peer's shard where it is."""
+    """Measure how fast a reduction reads a peer's shard where it is."""
     peer = next(iter(rank.peers.values()))
     num_bytes = min(2**30, rank.layout.shard_bytes[next(iter(rank.peers))])
     words = tensor_at(peer.address, torch.int32, (num_bytes // 4,), gpu.device)
@@ -260,7 +260,7 @@ def read_gbps(gpu: Accelerator, rank: RankMemory) -> float:
 
 
 def host_us(gpu: Accelerator, rings: PrefetchRings) -> dict[str, float]:
-    """Microseconds of the host per layer: wait and record eagerly, and what a ring adds to a replay."""
+    """Measure the host per layer: wait and record eagerly, and what a ring adds to a replay."""
     tick = torch.zeros(1, device=gpu.device)
 
     def layer(number: int) -> None:
@@ -302,7 +302,7 @@ def host_us(gpu: Accelerator, rings: PrefetchRings) -> dict[str, float]:
 
 
 def issue_us(rank: RankMemory, rings: PrefetchRings) -> dict[str, float]:
-    """Microseconds of the host for `issue` of one layer's real slices, which every layer costs.
+    """Measure the host's `issue` of one layer's real slices, which every layer costs.
 
     The copy stream is idle each time, as in a step whose copies are hidden.
     """

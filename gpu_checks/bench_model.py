@@ -67,16 +67,16 @@ class Model:
         ]
 
     def close(self) -> None:
-        """Before the ring."""
+        """Close the copy queue; before the ring is closed."""
         self.gpu.synchronize()
         self.join_queue.close()
 
     def attention(self) -> None:
-        """What stands for attention: it runs between the graphs of piecewise mode."""
+        """Stand in for attention, which runs between the graphs of piecewise mode."""
         torch.mm(self.hidden, self.dense[0], out=self.attended)
 
     def experts(self, layer: int, tensors: dict[str, torch.Tensor]) -> None:
-        """The expert kernels and two dense products."""
+        """Run the expert kernels and two dense products."""
         routing = self.routings[layer]
         output = self.kernel(
             self.attended,
@@ -124,7 +124,7 @@ class Model:
     # --- steps ---
 
     def make_step(self, way: str, mode: str) -> Callable[[], None]:
-        """A step that fetches in one way and runs in one mode; captures what it needs."""
+        """Make a step that fetches in one way and runs in one mode; capture what it needs."""
         piece: Callable[[int], None] = getattr(self, way)
 
         def whole() -> None:
@@ -150,7 +150,7 @@ class Model:
         return pieces
 
     def output_of(self, step: Callable[[], None]) -> torch.Tensor:
-        """What a step makes of the same input."""
+        """Return what a step makes of the same input."""
         self.hidden.fill_(0.5)
         self.rings.begin_forward()
         step()
@@ -161,7 +161,7 @@ class Model:
 def _resolved(
     mapper: CompositeMapper, rings: PrefetchRings, layer: int
 ) -> list[tuple[int, int, int]]:
-    """The copies of a layer as addresses, as the ring's own."""
+    """Resolve the copies of a layer to addresses, as the ring does."""
     return [
         (
             rings.views[layer].addresses[copy.weight] + copy.offset,

@@ -23,7 +23,7 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
 
 
 def print_steps(rows: list[dict[str, Any]]) -> None:
-    """Ratios are to resident weights in the same mode."""
+    """Print step times, as ratios to resident weights in the same mode."""
     print("\nstep time over that of resident weights in the same mode (prefetch unless named)")
     print("* : a layer computes longer than its copy takes, so that prefetch promises <= 1.03")
     heading = f"{'case':<26}{'tokens':>7}" + "".join(f"{name:>9}" for name in (*TIMES, *RATIOS))
@@ -61,7 +61,7 @@ def print_steps(rows: list[dict[str, Any]]) -> None:
 
 
 def print_issue_times(rows: list[dict[str, Any]]) -> None:
-    """What a layer's copies cost the host to enqueue, beside the steps."""
+    """Print what a layer's copies cost the host to enqueue."""
     print(f"\n{'issue of one layer':<26}{'2 MiB slices':>13}{'us':>8}{'us per slice':>14}")
     for row in {row["case"]: row for row in rows}.values():
         us, slices = row["host_us"]["issue"], row["host_us"]["slices"]

@@ -56,7 +56,7 @@ class Graph:
         self._context.call("cuGraphLaunch", self._executable, ctypes.c_void_p(stream.handle))
 
     def close(self) -> None:
-        """Destroy it, after its last launch is over."""
+        """Destroy the graph, once its last launch is over."""
         self._context.call("cuGraphExecDestroy", self._executable)
 
 
@@ -95,7 +95,7 @@ class ComputeStream:
         self._context.call("cuStreamBeginCapture_v2", self._stream, mode)
 
     def end_capture(self) -> Graph:
-        """The instantiated graph of what was captured."""
+        """Return the instantiated graph of what was captured."""
         graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
         self._context.call("cuStreamEndCapture", self._stream, ctypes.byref(graph))
         self._context.call(

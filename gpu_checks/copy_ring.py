@@ -47,12 +47,12 @@ class CopyRing:
             self._graphs.pop().close()
 
     def slot(self, layer: int) -> int:
-        """Address of a layer's slot."""
+        """Return the address of a layer's slot."""
         return self.slots + layer % NUM_SLOTS * SLOT_BYTES
 
     @staticmethod
     def expected(layer: int) -> bytes:
-        """A layer's bytes."""
+        """Return a layer's bytes."""
         return bytes([layer + 1]) * SLOT_BYTES
 
     # --- one layer ---
@@ -167,7 +167,7 @@ class CopyRing:
 
 @contextmanager
 def copy_ring() -> Iterator[CopyRing]:
-    """A ring on device 0, whose queue delays its copies and poisons its slots."""
+    """Make a ring on device 0, whose queue delays copies and poisons slots."""
     with (
         CudaDevice(0) as device,
         mapped(device, PAGE) as (address, _handles),
@@ -208,7 +208,7 @@ def when_waits_look(rounds: int = 3) -> str:
 
 
 def _what_a_graph_reads(old: int, new: int) -> int:
-    """What a graph reads that is launched before, and runs after, a fill is issued anew.
+    """Return what a graph reads that is launched before, and runs after, a fill is issued anew.
 
     ::
 

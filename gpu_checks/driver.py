@@ -31,7 +31,7 @@ from vllm_dwdp.errors import DwdpError, TransferError
 
 
 def driver_ring(way: str) -> str:
-    """Steps one by one, or back to back, on the bare copy queue."""
+    """Run steps one by one, or back to back, on the bare copy queue."""
     with copy_ring() as ring:
         ring.start()
         wrong = ring.wrong_layers([ring.eager_step], 10, at_once=way == "back_to_back")
@@ -40,7 +40,7 @@ def driver_ring(way: str) -> str:
 
 
 def empty_batch() -> str:
-    """A layer without remote experts has nothing to copy."""
+    """Issue a batch of a layer that has nothing to copy."""
     with CudaDevice(0) as device, CudaCopyQueue(device) as queue:
         batch = queue.add_batch([])
         queue.issue(batch, batch)
@@ -50,7 +50,7 @@ def empty_batch() -> str:
 
 
 def batch_copy_under_capture() -> str:
-    """The copy stream joins a capture; a fill issued as usual must be refused and seen to be."""
+    """Let the copy stream join a capture, then issue a fill as usual."""
     with copy_ring() as ring:
         queue, batches, stream = ring.queue, ring.batches, ring.stream
         if not queue.uses_batch_copy:
@@ -79,7 +79,7 @@ def batch_copy_under_capture() -> str:
 
 
 def refusal(call: Callable[[], object]) -> str:
-    """What a call that must fail says."""
+    """Return what a call that must fail says."""
     try:
         call()
     except DwdpError as error:
@@ -88,7 +88,7 @@ def refusal(call: Callable[[], object]) -> str:
 
 
 def capture_misuse() -> str:
-    """What must not be captured is refused, and the queue stays usable."""
+    """Misuse a capture in every way, then run a step."""
     with copy_ring() as ring:
         queue, batches, stream = ring.queue, ring.batches, ring.stream
         checks: list[tuple[Callable[[], object], str]] = [
@@ -135,19 +135,19 @@ def capture_misuse() -> str:
 
 
 def expect_refusals(checks: list[tuple[Callable[[], object], str]]) -> None:
-    """Each call fails with a message that its pattern matches."""
+    """Check that each call fails with a message that its pattern matches."""
     for call, pattern in checks:
         said = refusal(call)
         assert re.search(pattern, said), f"{said!r} does not say {pattern!r}"
 
 
 def external_waits() -> str:
-    """When a wait node looks at its event."""
+    """Find out when a wait node looks at its event."""
     return when_waits_look()
 
 
 def external_order(kind: str) -> str:
-    """Whether external nodes keep the order of graphs and copies."""
+    """Replay graphs with external nodes while copies are late."""
     wrong = wrong_layers_of_graphs(kind)
     return f"no: wrong layers {sorted(wrong)}" if wrong else "yes, every layer is right"
 
@@ -156,7 +156,7 @@ def external_order(kind: str) -> str:
 
 
 def which_device() -> str:
-    """Everything else depends on it."""
+    """Describe what everything else depends on."""
     gpu = accelerator()
     with CudaDevice(0) as device:
         text = (
@@ -171,7 +171,7 @@ def which_device() -> str:
 
 
 def partial_mappings() -> str:
-    """Mappings that are smaller than their allocation."""
+    """Map less than an allocation."""
     found = []
     with CudaDevice(0) as device:
         page = device.granularity_bytes
@@ -199,7 +199,7 @@ def partial_mappings() -> str:
 
 
 def copy_speed() -> str:
-    """Our slices against one copy of torch's."""
+    """Compare our slices with one copy of torch's."""
     gpu = accelerator()
     num_bytes = 2**28 if gpu.is_real else 2**22
     found = []
@@ -232,7 +232,7 @@ def copy_speed() -> str:
 
 
 def best_seconds(action: Callable[[], object]) -> float:
-    """The best of ten."""
+    """Return the best time of ten."""
     action()
     times = []
     for _ in range(10):
@@ -246,7 +246,7 @@ def best_seconds(action: Callable[[], object]) -> float:
 
 
 def holds(address: int, pattern: int, gpu: Accelerator) -> bool:
-    """Whether kernels read what the exporter wrote."""
+    """Return whether kernels read what the exporter wrote."""
     pages = tensor_at(address, torch.uint8, (2 * PAGE,), gpu.device)
     expected = torch.frombuffer(bytearray(exported_content(pattern)), dtype=torch.uint8)
     return bool(torch.equal(pages, expected.to(gpu.device)))
@@ -273,7 +273,7 @@ def killed_exporter() -> str:
 
 
 def composite_with_a_peer(device: CudaDevice, fd: int, pattern: int) -> str:
-    """One range over an own page and an exporter's two; how the driver lets us map the latter."""
+    """Map an own page and an exporter's two as one range; return how the latter were mapped."""
     peer = exported_content(pattern)
     address = device.reserve(3 * PAGE)
     handles = [device.create(PAGE, handle_type="posix_fd"), device.import_fd(fd)]
@@ -304,7 +304,7 @@ _kept: list[object] = []
 
 
 def read_only_peers() -> str:
-    """Views over peers that are mapped writable; then whether this driver needs that."""
+    """Check views over writable peers, then find out whether this driver needs them."""
     gpu = accelerator()
     check_writable_peers(gpu)
     device = CudaDevice(0)

@@ -26,7 +26,7 @@ LAST = b"last"
 def mapped(
     device: CudaDevice, *sizes: int, handle_type: HandleType = "posix_fd"
 ) -> Iterator[tuple[int, list[int]]]:
-    """Map one writable range over several allocations: its address and their handles."""
+    """Map one writable range over several allocations; yield its address and their handles."""
     with contextlib.ExitStack() as stack:
         total = sum(sizes)
         address = device.reserve(total)
@@ -65,13 +65,13 @@ def driver_call(name: str, *arguments: object) -> int:
 
 
 def exported_content(pattern: int) -> bytes:
-    """What an exporter's two pages hold."""
+    """Return what an exporter's two pages hold."""
     return bytes([pattern]) * (2 * PAGE - len(LAST)) + LAST
 
 
 @contextlib.contextmanager
 def exporter(pattern: int) -> Iterator[tuple["subprocess.Popen[bytes]", int]]:
-    """Start a process that holds two pages: it, and a descriptor of them."""
+    """Start a process that holds two pages; yield it and their descriptor."""
     here, there = socket.socketpair()
     with here, there:
         process = subprocess.Popen(

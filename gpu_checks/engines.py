@@ -112,17 +112,17 @@ SHARING = {
 
 
 def is_simulated() -> bool:
-    """Whether engines run on the CPU, over the fake driver."""
+    """Return whether engines run on the CPU, over the fake driver."""
     return os.environ.get(SIMULATED_ENV) == "1"
 
 
 def engine_process() -> Any:
-    """The module that runs an engine in this process; the end-to-end tests use it too."""
+    """Import the module that runs an engine in this process, which the end-to-end tests share."""
     return importlib.import_module(ENGINE_PROCESS)
 
 
 def stock_generates() -> str:
-    """Tokens of a small model, eagerly and in graphs."""
+    """Generate tokens with a small model, eagerly and in graphs."""
     with tempfile.TemporaryDirectory() as folder:
         model = str(make_model(Path(folder, "qwen3-moe")))
         modes = ("eager",) if is_simulated() else ("eager", "full")
@@ -139,7 +139,7 @@ def stock_generates() -> str:
 
 
 def compare_engines(name: str) -> str:
-    """Tokens and weights of both ranks, and that the mode was what its name says."""
+    """Compare both ranks' tokens and weights with the stock engine's, and check what really ran."""
     mode = MODES[name]
     environment = {"DWDP_DEBUG_POISON": "1", "DWDP_DEBUG_MAX_DELAY_US": "2000"} | mode.environment
     with tempfile.TemporaryDirectory() as folder:
@@ -178,7 +178,7 @@ def compare_engines(name: str) -> str:
 
 
 def engine_args(mode: EngineMode) -> dict[str, Any]:
-    """Arguments of an engine of this mode, here."""
+    """Return the arguments of an engine of this mode, here."""
     return mode.arguments | ({} if is_simulated() else GPU_ARGS)
 
 
@@ -224,7 +224,7 @@ def check_what_ran(name: str, case: str, ran: dict[str, Any]) -> None:
 def run_ranks(
     folder: Path, cases: list[dict[str, Any]], environment: dict[str, str], num_ranks: int = 2
 ) -> dict[str, list[dict[str, Any]]]:
-    """Run every case; its results by rank. A process that fails shows the end of its log."""
+    """Run every case and return its results by rank; a failure shows the end of its log."""
     for case, port in zip(cases, free_ports(len(cases)), strict=True):
         case["port"] = port
     listing = folder / "cases.json"
@@ -259,7 +259,7 @@ def run_ranks(
 
 
 def dual_batch_overlap() -> str:
-    """The front end's refusal, before anything starts."""
+    """Ask the front end for it, before anything starts."""
     import vllm_dwdp
     from vllm_dwdp.errors import DwdpUnsupportedError
 

@@ -27,7 +27,7 @@ UNIT_BYTES = 16
 def _gather_chunks(  # type: ignore[no-untyped-def]
     anchor, chunks, routed, CHUNK_WORDS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One chunk: expert, source and destination in units from `anchor`, length in units."""
+    """Copy one chunk: expert, source and destination in units from `anchor`, length in units."""
     chunk = chunks + tl.program_id(0).to(tl.int64) * 4
     expert = tl.load(chunk)
     if tl.load(routed + expert) != 0:
@@ -51,7 +51,7 @@ class ExpertGather:
 
     @classmethod
     def plan(cls, mapper: CompositeMapper, index: int, view: LayerView) -> "ExpertGather":
-        """From the peers' shards into the ring view of layer number `index`.
+        """Plan copies from the peers' shards into the ring view of layer number `index`.
 
         Raises:
             ValueError: an expert's bytes are no multiple of 16.
@@ -104,13 +104,13 @@ class ExpertGather:
             )
 
     def gathered_bytes(self, topk_ids: torch.Tensor) -> int:
-        """What a launch copies for `topk_ids`; waits for the device."""
+        """Return what a launch copies for `topk_ids`; waits for the device."""
         experts = set(topk_ids.flatten().tolist())
         return sum(row[3] * UNIT_BYTES for row in self.chunks.tolist() if row[0] in experts)
 
 
 def _by_expert(span: ByteRange, expert_bytes: int) -> list[tuple[int, ByteRange]]:
-    """`span` cut at the borders of experts, each part with its expert."""
+    """Cut `span` at the borders of experts; each part comes with its expert."""
     first, last = span.start // expert_bytes, (span.stop - 1) // expert_bytes
     return [
         (

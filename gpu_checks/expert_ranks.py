@@ -39,7 +39,7 @@ class ExpertShape:
 
     @property
     def weights(self) -> dict[str, tuple[int, int]]:
-        """Shape of one expert's part of each weight, in vLLM's layout."""
+        """The shape of one expert's part of each weight, in vLLM's layout."""
         return {
             "w13_weight": (2 * self.intermediate_size, self.hidden_size),
             "w2_weight": (self.hidden_size, self.intermediate_size),
@@ -47,14 +47,14 @@ class ExpertShape:
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes of one expert."""
+        """The bytes of one expert."""
         return 3 * self.intermediate_size * self.hidden_size * int(self.dtype.itemsize)
 
 
 def make_experts(
     shape: ExpertShape, layer: int, experts: ExpertRange, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """The weights of some experts, `[len(experts), ...]`: the same whoever makes them."""
+    """Make the weights of some experts, `[len(experts), ...]`: the same in every process."""
     made = {}
     for number, (name, (rows, columns)) in enumerate(shape.weights.items()):
         whole = torch.empty(len(experts), rows, columns, dtype=shape.dtype, device=device)
@@ -135,11 +135,11 @@ class RankMemory:
 
     @property
     def placement(self) -> Placement:
-        """Of every layer."""
+        """The placement of every layer."""
         return self.shard.published[0].placement
 
     def handle_bytes(self, rank: int) -> tuple[int, ...]:
-        """Bytes behind each handle of the shard of `rank`."""
+        """Return the bytes behind each handle of the shard of `rank`."""
         return self.device.handle_bytes(self.layout.piece_bytes(rank))
 
     def connect(self, peers: Mapping[int, PeerMemory]) -> None:
@@ -150,7 +150,7 @@ class RankMemory:
         self.shard.fill_edges(self.layout, self.peers)
 
     def mapper(self, peers: Mapping[int, PeerMemory] | None = None) -> CompositeMapper:
-        """Makes views; `peers` may be something else than what was connected (copies only)."""
+        """Make a mapper of views; `peers` may be other than what was connected (copies only)."""
         return CompositeMapper(
             device=self.device,
             layout=self.layout,
@@ -162,14 +162,14 @@ class RankMemory:
         )
 
     def direct_views(self) -> list[LayerView]:
-        """Every layer's experts where they are."""
+        """View every layer's experts where they are."""
         mapper = self.mapper()
         return [mapper.direct_view(index) for index in range(len(self.layout.layers))]
 
     def rings(
         self, peers: Mapping[int, PeerMemory] | None = None, slice_bytes: int = 2 * 2**20
     ) -> PrefetchRings:
-        """One ring over all layers; its operators are installed until `close`.
+        """Make one ring over all layers; its operators are installed until `close`.
 
         Args:
             peers: where copies come from, if not from the peers that were connected.
@@ -181,7 +181,7 @@ class RankMemory:
         return rings
 
     def whole(self, layer: int) -> dict[str, torch.Tensor]:
-        """What a view of the layer must equal, as torch allocates it: `torch.cat` over the ranks."""
+        """Return what a view of the layer must equal: `torch.cat` over the ranks."""
         parts = [
             make_experts(self.shape, layer, span, self.device.torch_device)
             for span in _tiling(self.placement)
@@ -189,13 +189,13 @@ class RankMemory:
         return {name: torch.cat([part[name] for part in parts]) for name in self.shape.weights}
 
     def close(self) -> None:
-        """Views, rings, peers, shard, in that order."""
+        """Close views, rings, peers and the shard, in that order."""
         self.device.synchronize()
         self.resources.close()
 
 
 def only_ring(rings: PrefetchRings) -> Ring:
-    """The ring of `RankMemory.rings`."""
+    """Return the one ring of `RankMemory.rings`."""
     return rings.rings[0]
 
 
@@ -210,17 +210,17 @@ class HostPeer:
         self.address = content.data_ptr()
 
     def digest(self) -> bytes:
-        """SHA-256 of the content."""
+        """Return the SHA-256 of the content."""
         return hashlib.sha256(self._content.numpy()).digest()
 
     def close(self) -> None:
-        """Nothing: the tensor owns the memory."""
+        """Do nothing: the tensor owns the memory."""
 
 
 def peers_on_host(
     rank: RankMemory, pinned: Callable[[int], torch.Tensor]
 ) -> Mapping[int, PeerMemory]:
-    """Copies of the shards of all peers of `rank` in host memory that `pinned` allocates."""
+    """Copy all peers' shards of `rank` to host memory that `pinned` allocates."""
     moved: dict[int, PeerMemory] = {}
     for peer_rank, peer in rank.peers.items():
         num_bytes = rank.layout.shard_bytes[peer_rank]
@@ -232,7 +232,7 @@ def peers_on_host(
 
 
 def _tiling(placement: Placement) -> list[ExpertRange]:
-    """Ranges that tile all experts, one per rank that starts a new one."""
+    """Return ranges that tile all experts, one per rank that starts a new one."""
     starts = sorted({span.start for span in placement.resident} | {placement.num_experts})
     return [ExpertRange(start, stop) for start, stop in pairwise(starts)]
 
@@ -245,7 +245,7 @@ def local_ranks(
     group_size: int,
     experts_per_rank: int | None = None,
 ) -> Iterator[list[RankMemory]]:
-    """All ranks of a group in this process, on one device, each with its peers' shards mapped."""
+    """Make all ranks of a group on one device in this process, each with its peers mapped."""
     with ExitStack() as stack:
         ranks = []
         for rank in range(group_size):
@@ -263,7 +263,7 @@ def local_ranks(
 
 
 def same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Whether two tensors hold the same bytes, whatever their type says of equality."""
+    """Return whether two tensors hold the same bytes, whatever their type says of equality."""
     if left.shape != right.shape or left.dtype != right.dtype:
         return False
     return bool(
@@ -272,5 +272,5 @@ def same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 
 def wrong_weights(view: LayerView, expected: Mapping[str, torch.Tensor]) -> Sequence[str]:
-    """Names of the weights of a view that differ from what they must be."""
+    """Return the names of the weights of a view that differ from what they must be."""
     return [name for name in expected if not same_bytes(view.tensors[name], expected[name])]

@@ -13,7 +13,7 @@ from gpu_checks.checkpoints import FP8_BLOCK
 
 
 def install() -> None:
-    """From now on vLLM builds the stand-in; under vLLM's name, by which parameters are declared."""
+    """Let vLLM build the stand-in from now on, under vLLM's name, by which parameters are declared."""
     from vllm.model_executor.layers.quantization import fp8
 
     class Fp8MoEMethod(fp8.Fp8MoEMethod):
@@ -51,7 +51,7 @@ def install() -> None:
 
 
 def dequantised(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """One expert's weight in float32; a scale for every block of 128 by 128."""
+    """Return one expert's weight in float32; a scale for every block of 128 by 128."""
     rows, columns = weight.shape
     blocks = weight.float().view(rows // FP8_BLOCK, FP8_BLOCK, columns // FP8_BLOCK, FP8_BLOCK)
     return (blocks * scales[:, None, :, None]).view(rows, columns)

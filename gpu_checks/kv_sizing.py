@@ -36,7 +36,7 @@ SHARING: dict[str, dict[str, Any]] = {
 
 
 def compare_sizes() -> str:
-    """Engines that differ in shards and slots only, and whose cache size is vLLM's choice."""
+    """Run engines that differ in shards and slots only, and let vLLM size their caches."""
     from gpu_checks import engines
 
     arguments = engines.EAGER | engines.GPU_ARGS
@@ -113,7 +113,7 @@ class Turns:
         self._number = 0
 
     def together(self) -> None:
-        """Go on when every rank is here."""
+        """Wait until every rank is here."""
         self._number += 1
         (self.folder / f"turn{self._number}-{self.rank}").touch()
         deadline = time.monotonic() + TURN_S
@@ -123,7 +123,7 @@ class Turns:
                 time.sleep(0.01)
 
     def one_by_one(self, action: Callable[[], Any]) -> Any:
-        """Each rank acts while the others wait."""
+        """Let each rank act while the others wait."""
         result = None
         for rank in range(self.num_ranks):
             self.together()
@@ -137,7 +137,7 @@ _turns: Turns | None = None
 
 
 def take_turns(folder: Path, rank: int) -> None:
-    """From now on the GPU workers of this process begin, and size their caches, in turn."""
+    """Let GPU workers of this process begin, and size their caches, in turn from now on."""
     from vllm_dwdp.executor.gpu_worker import DwdpGPUWorker
 
     global _turns

@@ -28,7 +28,7 @@ class Routing:
     def random(
         cls, num_tokens: int, num_experts: int, top_k: int, device: torch.device, seed: int = 0
     ) -> "Routing":
-        """Independent of each other and uniform."""
+        """Route every token independently and uniformly."""
         generator = torch.Generator(device).manual_seed(seed)
         logits = torch.randn(num_tokens, num_experts, generator=generator, device=device)
         weights, ids = logits.softmax(dim=-1).topk(top_k)
@@ -42,7 +42,7 @@ def grouped_moe(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
 ) -> torch.Tensor:
-    """Tokens sorted by expert, two grouped products, summed back in a fixed order."""
+    """Sort tokens by expert, take two grouped products and sum in a fixed order."""
     num_tokens, top_k = topk_ids.shape
     flat = topk_ids.flatten().long()
     order = flat.argsort(stable=True)
@@ -61,14 +61,14 @@ def grouped_moe(
 def _grouped_product(
     rows: torch.Tensor, weights: torch.Tensor, offsets: torch.Tensor
 ) -> torch.Tensor:
-    """bf16: torch.nn.functional.grouped_mm, in torch since 2.10."""
+    """Multiply in bf16 by torch.nn.functional.grouped_mm, in torch since 2.10."""
     return F.grouped_mm(rows, weights.transpose(-2, -1), offs=offsets)
 
 
 def _grouped_float8_product(
     rows: torch.Tensor, weights: torch.Tensor, offsets: torch.Tensor
 ) -> torch.Tensor:
-    """float8 with one scale per row, for Hopper only."""
+    """Multiply in float8 with one scale per row, on Hopper only."""
     ones = torch.ones(1, dtype=torch.float32, device=rows.device)
     result: torch.Tensor = torch._scaled_grouped_mm(
         rows.to(weights.dtype),
@@ -89,7 +89,7 @@ def reference_moe(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
 ) -> torch.Tensor:
-    """The same, expert by expert in float32; waits for the device."""
+    """Compute the layer expert by expert in float32; waits for the device."""
     output = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
     for expert in range(w13.shape[0]):
         tokens, place = (topk_ids == expert).nonzero(as_tuple=True)
@@ -100,7 +100,7 @@ def reference_moe(
 
 
 def vllm_moe(num_experts: int, dtype: torch.dtype, device: torch.device) -> MoeKernel:
-    """vLLM's Triton kernel, quantising the input per tensor where the weights are float8.
+    """Return vLLM's Triton kernel, which quantises the input per tensor for float8 weights.
 
     Raises:
         ImportError: vLLM is not importable here.
@@ -136,7 +136,7 @@ def vllm_moe(num_experts: int, dtype: torch.dtype, device: torch.device) -> MoeK
 def choose_kernel(
     num_experts: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[str, MoeKernel]:
-    """vLLM's kernel if it works here, else torch's grouped matmul; and which it is, and why."""
+    """Return vLLM's kernel if it works here, else torch's; and which it is, and why."""
     reason = "NOT A GPU"
     if device.type == "cuda":
         try:

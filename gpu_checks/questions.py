@@ -56,11 +56,11 @@ class Case:
 
     @property
     def title(self) -> str:
-        """The case as `--only` takes it: `name` or `name:argument`."""
+        """The name that `--only` takes: `name` or `name:argument`."""
         return ":".join(filter(None, (self.question.name, self.argument)))
 
     def limited_to(self, limit_s: float) -> "Case":
-        """The case with another limit of time."""
+        """Return the case with another limit of time."""
         return replace(self, question=replace(self.question, limit_s=limit_s))
 
     @property

@@ -44,7 +44,7 @@ class Rank:
 
     @classmethod
     def start_group(cls, size: int, stack: contextlib.ExitStack) -> list["Rank"]:
-        """Ranks that have met; ended with the stack."""
+        """Start ranks and wait until they have met; the stack ends them."""
         from vllm_dwdp.distributed.meeting import make_abstract_endpoint
 
         endpoint = str(make_abstract_endpoint())
@@ -66,7 +66,7 @@ class Rank:
         return answer
 
     def answer(self, timeout_s: float) -> dict[str, Any]:
-        """The next line that is JSON; others are shown."""
+        """Return the next line that is JSON; others are shown."""
         assert self.process.stdout is not None
         deadline = time.monotonic() + timeout_s
         with selectors.DefaultSelector() as selector:
@@ -88,13 +88,13 @@ class Rank:
                     self._text += data
 
     def end(self) -> None:
-        """Whatever state it is in."""
+        """Kill the rank, whatever state it is in."""
         self.process.kill()
         self.process.wait()
 
 
 def ranks_meet(end: str) -> str:
-    """Three ranks check every layer; survivors of a kill do so as before, in place and by copies."""
+    """Let three ranks check every layer, and the survivors of a kill do so again."""
     with contextlib.ExitStack() as stack:
         ranks = Rank.start_group(3, stack)
         for _round in range(2):
@@ -123,7 +123,7 @@ def say(**content: Any) -> None:
 
 
 def fingerprint(size: int, page_bytes: int) -> Any:
-    """The same of all ranks, which is all that matters here."""
+    """Return the fingerprint of every rank; that they are equal is all that matters here."""
     from vllm_dwdp.distributed.fingerprint import Fingerprint
 
     same = dict.fromkeys(
@@ -159,7 +159,7 @@ def check(rank: Any, direct: Any, rings: Any, gpu: Any) -> list[str]:
 
 
 def main() -> None:
-    """The rank's process."""
+    """Run one rank."""
     faulthandler.enable()
     number, size, endpoint = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     import torch

@@ -72,7 +72,7 @@ def kill_and_return() -> str:
 
 
 def start(folder: Path, case: dict[str, Any], number: int, stack: contextlib.ExitStack) -> Rank:
-    """A life of a rank, whose log is `rank<number>-<lives before>.log`; ended with the stack."""
+    """Start a rank, whose log is `rank<number>-<starts before>.log`; the stack ends it."""
     lives = len(list(folder.glob(f"rank{number}-*.log")))
     listing = folder / f"rank{number}-{lives}.json"
     listing.write_text(json.dumps(case))
@@ -102,7 +102,7 @@ def little_left_free() -> Iterator[None]:
 
 
 def check_memory(memory: dict[str, int], shard_bytes: int, slot_bytes: int) -> None:
-    """The adopted shard was counted, as it had to be, and was not held twice.
+    """Check that the adopted shard was counted, as it had to be, and was not held twice.
 
     Args:
         memory: what `Life` measured, bytes.
@@ -123,7 +123,7 @@ def check_memory(memory: dict[str, int], shard_bytes: int, slot_bytes: int) -> N
 
 
 def just_too_much(kept_bytes: int) -> float:
-    """A share of the device that exceeds what is free by less than what peers keep for us."""
+    """Return a share of the device that exceeds what is free by less than what peers keep for us."""
     import torch
 
     torch.empty(1, device="cuda")  # the context, which vLLM has too when it looks
@@ -132,7 +132,7 @@ def just_too_much(kept_bytes: int) -> float:
 
 
 def watch_loading() -> dict[str, int]:
-    """From now on a GPU worker that loads its model writes down what that took."""
+    """Let GPU workers write down from now on what loading a model took."""
     import torch
 
     from vllm_dwdp.executor.gpu_worker import DwdpGPUWorker
@@ -153,7 +153,7 @@ def watch_loading() -> dict[str, int]:
 
 
 def memory_of(worker: Any, found: dict[str, int]) -> dict[str, int]:
-    """Bytes, for `check_memory`."""
+    """Return the bytes that `check_memory` looks at."""
     utilization = worker.cache_config.gpu_memory_utilization
     return found | {
         "free_at_start": worker.init_snapshot.free_memory,
@@ -163,7 +163,7 @@ def memory_of(worker: Any, found: dict[str, int]) -> dict[str, int]:
 
 
 def main() -> None:
-    """Start, say what is there, then do as told."""
+    """Start, say what is there, and obey commands."""
     faulthandler.enable()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # vLLM logs to standard output

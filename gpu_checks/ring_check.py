@@ -22,7 +22,7 @@ PAUSE_US = 600
 
 
 def provoke_races(max_delay_us: int = 3000) -> None:
-    """Queues that this process makes from now on poison slots and delay copies."""
+    """Let queues that this process makes from now on poison slots and delay copies."""
     os.environ |= {POISON_ENV: "1", DELAY_ENV: str(max_delay_us)}
 
 
@@ -41,7 +41,7 @@ class RingCheck:
         self._tick = torch.zeros(1, device=gpu.device)
 
     def run(self, layers: Sequence[int]) -> None:
-        """The kernels of some layers, on the current stream, eagerly or captured."""
+        """Run the kernels of some layers on the current stream, eagerly or captured."""
         for layer in layers:
             ops.wait_layer(self._tick, 0, layer)
             self.gpu.pause(PAUSE_US)
@@ -50,7 +50,7 @@ class RingCheck:
             ops.record_layer(self._tick, 0, layer)
 
     def make_step(self, mode: str) -> Callable[[], object]:
-        """One forward of all layers: `eager`, `piecewise` (graphs of two layers) or `full`."""
+        """Make one forward of all layers: `eager`, `piecewise` (graphs of two layers) or `full`."""
         layers = range(self.num_layers)
         if mode == "eager":
             return lambda: self.run(layers)
@@ -62,7 +62,7 @@ class RingCheck:
         return lambda: [replay() for replay in replays]
 
     def wrong_layers(self, step: Callable[[], object], rounds: int) -> list[int]:
-        """Layers that saw anything but their experts, in single steps and steps back to back."""
+        """Return layers that saw anything but their experts, in steps one by one and back to back."""
         wrong: set[int] = set()
         for number in range(rounds):
             self.rings.begin_forward()
@@ -79,7 +79,7 @@ class RingCheck:
                 seen.zero_()
 
     def compare(self) -> list[int]:
-        """Layers that saw anything but their experts since `forget`."""
+        """Return layers that saw anything but their experts since `forget`."""
         self.gpu.synchronize()
         return [
             number

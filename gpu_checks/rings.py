@@ -25,7 +25,7 @@ LARGE = ExpertShape(num_experts=8, hidden_size=2048, intermediate_size=2048, top
 
 
 def races(mode: str) -> str:
-    """Late copies, slow kernels, poisoned slots: right with the events, and wrong without."""
+    """Run with late copies, slow kernels and poisoned slots; then without the events."""
     gpu = accelerator()
     provoke_races(3000 if gpu.is_real else 200_000)
     controls = []
@@ -48,7 +48,7 @@ def races(mode: str) -> str:
 
 
 def mixed_modes(seed: str) -> str:
-    """Eager, piecewise and full steps and forwards cut short, in any order, back to back."""
+    """Mix eager, piecewise and full steps and forwards cut short, back to back."""
     gpu = accelerator()
     provoke_races(1500)
     dice = random.Random(int(seed))
@@ -74,7 +74,7 @@ def mixed_modes(seed: str) -> str:
 
 
 def graph_seam() -> str:
-    """What a follower of torch's graphs is told."""
+    """Write down what a follower of torch's graphs is told."""
     gpu = accelerator()
     told: list[str] = []
 
@@ -82,20 +82,20 @@ def graph_seam() -> str:
         """Writes down what it is told."""
 
         def begin_capture(self) -> None:
-            """A capture begins."""
+            """Note that a capture begins."""
             told.append("begin")
 
         def end_capture(self) -> RingGraph:
-            """A capture ends."""
+            """Note that a capture ends."""
             told.append("end")
             return RingGraph(needs=[0])
 
         def before_launch(self, graph: RingGraph) -> None:
-            """A replay begins."""
+            """Note that a replay begins."""
             told.append("before")
 
         def after_launch(self, graph: RingGraph) -> None:
-            """A replay was enqueued."""
+            """Note that a replay was enqueued."""
             told.append("after")
 
     x = torch.zeros(4, device=gpu.device)
@@ -111,7 +111,7 @@ def graph_seam() -> str:
 
 
 def no_join() -> str:
-    """The time of pieces whose later layers are still being copied."""
+    """Time pieces while the layers of later ones are being copied."""
     gpu = accelerator()
     with group(gpu, shape=LARGE if gpu.is_real else SHAPE) as ranks, gpu.on_stream():
         rank = ranks[0]
@@ -141,7 +141,7 @@ def no_join() -> str:
 
 
 def milliseconds_of_fill(rings: PrefetchRings) -> float:
-    """The median time of layer 0's copies, by the host's clock."""
+    """Measure layer 0's copies by the host's clock."""
     times = []
     for _ in range(5):
         started = time.perf_counter()

@@ -22,7 +22,7 @@ class SimulatedCudaMemory(CudaMemory):
         self._compute = ComputeStream()
 
     def make_queue(self) -> "SynchronousQueue":
-        """A copy stream beside a compute stream that the host waits for."""
+        """Make a copy stream beside a compute stream that the host waits for."""
         return SynchronousQueue(self, self._compute)
 
     def close(self) -> None:

@@ -43,7 +43,7 @@ def group(
     experts_per_rank: int | None = None,
     shape: ExpertShape = SHAPE,
 ) -> Iterator[list[RankMemory]]:
-    """All ranks of a group in this process."""
+    """Make all ranks of a group in this process."""
     memory = gpu.open_memory()
     try:
         with local_ranks(memory, shape, num_layers, size, experts_per_rank) as ranks:
@@ -56,7 +56,7 @@ def group(
 
 
 def views(argument: str) -> str:
-    """Both views, twice around; `3/6` is three ranks with six experts each."""
+    """Compare both views, twice around; `3/6` is three ranks with six experts each."""
     size, _, per_rank = argument.partition("/")
     gpu = accelerator()
     provoke_races(500)
@@ -84,7 +84,7 @@ def views(argument: str) -> str:
 
 
 def check_writable_peers(gpu: Accelerator) -> None:
-    """Views over peers that are mapped writable, as where a driver maps nothing read-only."""
+    """Check views over writable peers, as where a driver maps nothing read-only."""
     memory = gpu.open_memory()
     memory.memory._read_only_works = False
     try:
@@ -97,7 +97,7 @@ def check_writable_peers(gpu: Accelerator) -> None:
 
 
 def adoption() -> str:
-    """A shard that is adopted from descriptors after its rank is gone."""
+    """Adopt a shard from descriptors after its rank is gone."""
     gpu = accelerator()
     memory = gpu.open_memory()
     try:
@@ -122,7 +122,7 @@ def adoption() -> str:
 
 
 def torch_on_composites() -> str:
-    """torch's products and copies against those on torch's own memory."""
+    """Compare torch's products and copies with those on torch's own memory."""
     gpu = accelerator()
     facts = []
     with group(gpu, num_layers=1) as ranks, torch.no_grad():
@@ -155,7 +155,7 @@ def torch_on_composites() -> str:
 def pointer_attribute(
     address: int, attribute: int, value: ctypes.c_uint | ctypes.c_int | ctypes.c_size_t
 ) -> str:
-    """One attribute of an address as the driver knows it; the product does not ask."""
+    """Return an attribute of an address as the driver knows it; the product does not ask."""
     status = driver_call(
         "cuPointerGetAttribute", ctypes.byref(value), attribute, ctypes.c_uint64(address)
     )
@@ -163,7 +163,7 @@ def pointer_attribute(
 
 
 def moe_outputs(mode: str) -> str:
-    """A fused-MoE kernel through the ring and in place, against full weights."""
+    """Run a fused-MoE kernel through the ring, in place and on full weights."""
     gpu = accelerator()
     name, kernel = choose_kernel(SHAPE.num_experts, SHAPE.dtype, gpu.device)
     provoke_races(1000)
@@ -215,7 +215,7 @@ def moe_outputs(mode: str) -> str:
 
 
 def gather() -> str:
-    """Routed experts are whole, remote ones that nobody was routed to keep the slot's poison."""
+    """Gather: routed experts become whole, the other remote ones keep the slot's poison."""
     gpu = accelerator()
     if not gpu.is_real:
         os.environ["TRITON_INTERPRET"] = "1"  # before the kernel is made
@@ -265,7 +265,7 @@ def gather() -> str:
 
 
 def leaks() -> str:
-    """Rings, graphs and both views are made and closed four times."""
+    """Make and close rings, graphs and both views four times."""
     gpu = accelerator()
     measured = []
     with CudaDevice(0) as probe:
@@ -286,7 +286,7 @@ def leaks() -> str:
 
 
 def failed_set_up() -> str:
-    """A peer's descriptors that are none."""
+    """Open a peer from descriptors that are no memory."""
     gpu = accelerator()
     memory = gpu.open_memory()
     free = memory.device.free_bytes
@@ -307,7 +307,7 @@ def failed_set_up() -> str:
 
 
 def costs() -> str:
-    """Speeds that memory can have, by which `auto` chooses."""
+    """Measure as a start does, and check that memory can be so fast."""
     gpu = accelerator()
     with group(gpu, 2) as ranks:
         rank = ranks[0]

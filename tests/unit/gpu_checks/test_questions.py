@@ -60,6 +60,12 @@ def test_listing_needs_no_torch() -> None:
     assert all(title in ended.stdout for title in CASES)
 
 
+def test_the_product_knows_nothing_of_its_checks() -> None:
+    sources = list((ROOT / "vllm_dwdp").rglob("*.py"))
+    assert len(sources) > 50
+    assert not [path for path in sources if "gpu_checks" in path.read_text()]
+
+
 # --- asking --------------------------------------------------------------------------------------
 
 
