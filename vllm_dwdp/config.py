@@ -6,7 +6,6 @@ Pure: imports neither vLLM nor torch. Every refusal names the setting, the value
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
 
 from vllm_dwdp.errors import DwdpConfigError
 
@@ -15,7 +14,7 @@ MODES = ("auto", "direct", "prefetch", "replica")
 
 @dataclass(frozen=True, kw_only=True)
 class DwdpConfig:
-    """The options of one DWDP deployment.
+    """The options of one DWDP deployment; one that cannot be used is never made.
 
     Args:
         mode: how remote experts reach the kernel. `direct` maps the peers' memory, `prefetch`
@@ -41,12 +40,40 @@ class DwdpConfig:
     rendezvous_secret_file: str | None = None
     join_timeout_s: float = 600.0
 
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise DwdpConfigError(
+                f"dwdp mode={self.mode!r} is unknown; choose one of {', '.join(MODES)}."
+            )
+        _check_integer("group_size", self.group_size, 1)
+        _check_integer("slice_bytes", self.slice_bytes, 4096)
+        if self.experts_per_rank is not None:
+            _check_integer("experts_per_rank", self.experts_per_rank, 1)
+        if self.direct_max_tokens is not None:
+            _check_integer("direct_max_tokens", self.direct_max_tokens, 0)
+        if not _is_number(self.join_timeout_s) or self.join_timeout_s <= 0:
+            raise DwdpConfigError(
+                f"dwdp join_timeout_s={self.join_timeout_s!r} must be a positive number of seconds."
+            )
+        self._check_rendezvous()
+
+    def _check_rendezvous(self) -> None:
+        for name in ("rendezvous", "rendezvous_secret_file"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise DwdpConfigError(f"dwdp {name}={value!r} must be a string.")
+        if self.rendezvous_secret_file and not (self.rendezvous or "").startswith("tcp://"):
+            raise DwdpConfigError(
+                f"dwdp rendezvous_secret_file={self.rendezvous_secret_file!r} is used by tcp:// "
+                f"only, and rendezvous is {self.rendezvous!r}. Leave the secret out."
+            )
+
     @classmethod
     def from_options(cls, options: object, data_parallel_size: int) -> "DwdpConfig":
-        """Check `additional_config["dwdp"]` against the data-parallel size.
+        """Read `additional_config["dwdp"]` of a deployment of `data_parallel_size` ranks.
 
         Raises:
-            DwdpConfigError: a key is unknown or a value cannot be used.
+            DwdpConfigError: a key is unknown, or a value cannot be used, alone or at that size.
         """
         if not isinstance(options, Mapping):
             raise DwdpConfigError(
@@ -58,7 +85,12 @@ class DwdpConfig:
             if key not in known:
                 raise DwdpConfigError(_unknown_key(str(key), known))
         config = cls(**{"group_size": data_parallel_size, **options})
-        config._check(data_parallel_size)
+        if data_parallel_size % config.group_size:
+            divisors = [n for n in range(1, data_parallel_size + 1) if not data_parallel_size % n]
+            raise DwdpConfigError(
+                f"dwdp group_size={config.group_size} does not divide --data-parallel-size "
+                f"{data_parallel_size}; choose one of {divisors}, or leave it out."
+            )
         return config
 
     @property
@@ -66,43 +98,10 @@ class DwdpConfig:
         """Whether ranks hold experts for each other at all."""
         return self.mode != "replica" and self.group_size > 1
 
-    def _check(self, data_parallel_size: int) -> None:
-        if self.mode not in MODES:
-            raise DwdpConfigError(
-                f"dwdp mode={self.mode!r} is unknown; choose one of {', '.join(MODES)}."
-            )
-        self._check_integer("group_size", self.group_size, 1)
-        if data_parallel_size % self.group_size:
-            divisors = [n for n in range(1, data_parallel_size + 1) if not data_parallel_size % n]
-            raise DwdpConfigError(
-                f"dwdp group_size={self.group_size} does not divide --data-parallel-size "
-                f"{data_parallel_size}; choose one of {divisors}, or leave it out."
-            )
-        self._check_integer("slice_bytes", self.slice_bytes, 4096)
-        if self.experts_per_rank is not None:
-            self._check_integer("experts_per_rank", self.experts_per_rank, 1)
-        if self.direct_max_tokens is not None:
-            self._check_integer("direct_max_tokens", self.direct_max_tokens, 0)
-        if not _is_number(self.join_timeout_s) or self.join_timeout_s <= 0:
-            raise DwdpConfigError(
-                f"dwdp join_timeout_s={self.join_timeout_s!r} must be a positive number of seconds."
-            )
-        for name in ("rendezvous", "rendezvous_secret_file"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                raise DwdpConfigError(f"dwdp {name}={value!r} must be a string.")
-        if self.rendezvous_secret_file and not (self.rendezvous or "").startswith("tcp://"):
-            raise DwdpConfigError(
-                f"dwdp rendezvous_secret_file={self.rendezvous_secret_file!r} is used by tcp:// "
-                f"only, and rendezvous is {self.rendezvous!r}. Leave the secret out."
-            )
 
-    @staticmethod
-    def _check_integer(name: str, value: Any, smallest: int) -> None:
-        if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
-            raise DwdpConfigError(
-                f"dwdp {name}={value!r} must be an integer of at least {smallest}."
-            )
+def _check_integer(name: str, value: object, smallest: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
+        raise DwdpConfigError(f"dwdp {name}={value!r} must be an integer of at least {smallest}.")
 
 
 def _is_number(value: object) -> bool:

@@ -48,3 +48,11 @@ def test_some_settings_share_nothing(options: dict[str, Any], size: int) -> None
 def test_refusals_name_setting_value_and_fix(options: Any, message: str) -> None:
     with pytest.raises(DwdpConfigError, match=message):
         DwdpConfig.from_options(options, data_parallel_size=4)
+
+
+def test_no_config_is_made_unchecked() -> None:
+    """Also not by those who know the field names: processes of ranks rely on what the front end saw."""
+    with pytest.raises(DwdpConfigError, match="mode='fast' is unknown"):
+        DwdpConfig(mode="fast", group_size=2)
+    with pytest.raises(DwdpConfigError, match="group_size=0 must be"):
+        DwdpConfig(group_size=0)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from vllm_dwdp.compat.frontend import startup, stats
+from vllm_dwdp.compat.frontend import startup, stat_logger
 from vllm_dwdp.compat.frontend.backend import BACKEND, EXECUTOR_CLS, WORKER_CLS, offline_size
 from vllm_dwdp.compat.frontend.ranks import (
     choose_endpoint,
@@ -104,7 +104,7 @@ def _build(args: Any, config: DwdpConfig, device: str, build_stock: Callable[[],
 def _install_front_end(launch: DwdpLaunch) -> None:
     """Prepare this process for the engines that it will start."""
     forget_ranks_at_exit(launch)
-    stats.install(launch)
+    stat_logger.install(launch)
     startup.install()
 
 

@@ -1,26 +1,13 @@
-"""DWDP metrics on vLLM's `/metrics`.
+"""DWDP metrics on vLLM's `/metrics`: what ranks say of themselves, as Prometheus metrics.
 
-One thread of the front end asks each of its ranks for its status and copies it into Prometheus
-metrics of the process, which both of vLLM's registries (one process, or several API servers) can
-read. With several API servers only the first exports, so that nothing is counted twice. Never in
-the serving path.
+The metrics belong to the process, so that both of vLLM's registries (one process, or several API
+servers) can read them. `polling` keeps them current.
 """
 
-import threading
 from typing import Any
 
 from prometheus_client import Counter, Gauge
 
-from vllm_dwdp.distributed.launch import DwdpLaunch
-from vllm_dwdp.distributed.status import query_status
-from vllm_dwdp.errors import DwdpError
-from vllm_dwdp.logger import init_logger
-
-logger = init_logger(__name__)
-
-INTERVAL_S = 1.0
-TIMEOUT_S = 5.0
-"""For a rank's answer, in which it looks at its peers."""
 _LABELS = ("model_name", "engine")
 _PEER_STATES = ("missing", "published", "ready", "dead")
 
@@ -118,77 +105,3 @@ def _gauge(name: str, text: str, *labels: str) -> Gauge:
 
 def _counter(name: str, text: str, *labels: str) -> Counter:
     return Counter(f"vllm:dwdp_{name}", text, [*_LABELS, *labels])
-
-
-class StatusPoller:
-    """A daemon thread that keeps `RankMetrics` current until `close`."""
-
-    def __init__(self, launch: DwdpLaunch, engines: list[int], metrics: RankMetrics) -> None:
-        self._launch = launch
-        self._engines = engines
-        self._metrics = metrics
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="dwdp-metrics", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        """Stop polling."""
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._stop.wait(INTERVAL_S):
-            for engine in self._engines:
-                self._poll(engine)
-
-    def _poll(self, engine: int) -> None:
-        seat = self._launch.seat(engine)
-        try:
-            status = query_status(
-                self._launch.endpoint, seat.group, seat.dwdp_rank, timeout_s=TIMEOUT_S
-            )
-        except (DwdpError, OSError) as error:
-            logger.debug("rank %d does not report its status: %s", seat.rank, error)
-            return
-        if "resident_expert_bytes" in status:
-            self._metrics.update(engine, status)
-
-
-def make_stat_logger(launch: DwdpLaunch) -> type:
-    """A vLLM stat logger class that exports the ranks of `launch`."""
-    from vllm.v1.metrics.loggers import AggregateStatLoggerBase
-
-    class DwdpStatLogger(AggregateStatLoggerBase):
-        """Starts the poller; vLLM's own statistics are of no interest to it."""
-
-        def __init__(self, vllm_config: Any, engine_indexes: list[int]) -> None:
-            self._vllm_config = vllm_config
-            self._engines = list(engine_indexes)
-
-        def record(self, *args: Any, **kwargs: Any) -> None:
-            """Nothing: ranks are polled, not counted per iteration."""
-
-        def log_engine_initialized(self) -> None:
-            """Start exporting. Not earlier: vLLM's own logger, made after us, clears `vllm:*`."""
-            if self._vllm_config.parallel_config._api_process_rank > 0:
-                return
-            metrics = _process_metrics(self._vllm_config.model_config.served_model_name)
-            if launch.config.shares_experts:
-                StatusPoller(launch, self._engines, metrics)
-                return
-            for engine in self._engines:
-                metrics.update(engine, {"mode": "replica", "saved_bytes": 0})
-
-    return DwdpStatLogger
-
-
-_metrics_of_process: RankMetrics | None = None
-
-
-def _process_metrics(model_name: Any) -> RankMetrics:
-    global _metrics_of_process
-    if _metrics_of_process is None:
-        _metrics_of_process = RankMetrics(
-            model_name if isinstance(model_name, str) else model_name[0]
-        )
-    return _metrics_of_process
