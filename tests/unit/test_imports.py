@@ -120,7 +120,6 @@ def test_imports_point_one_way() -> None:
         assert not wrong, f"{room} imports {wrong}"
 
 
-@pytest.mark.xfail(strict=True, reason="three circles of the old house are left")
 def test_no_module_imports_itself_through_others() -> None:
     assert find_cycles(import_graph()) == []
 
