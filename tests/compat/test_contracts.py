@@ -380,3 +380,18 @@ def test_expert_parameters_carry_the_layers_own_weight_loader() -> None:
     assert parameters == list(inspect.signature(DwdpRoutedExperts.weight_loader).parameters)
     assert '"weight_loader": self.weight_loader' in source(RoutedExperts)
     assert RoutedExperts.weight_loader.supports_moe_loading
+
+
+def test_a_forward_knows_how_many_tokens_it_computes() -> None:
+    """Both runners say it of every forward that is not captured whole."""
+    from vllm.forward_context import BatchDescriptor, ForwardContext, override_forward_context
+
+    from vllm_dwdp.compat.worker.forward import num_tokens_of_forward
+
+    assert num_tokens_of_forward() is None
+    facts: dict[str, Any] = {"no_compile_layers": {}, "attn_metadata": {}, "slot_mapping": {}}
+    with override_forward_context(ForwardContext(**facts)):
+        assert num_tokens_of_forward() is None
+    descriptor = BatchDescriptor(num_tokens=24)
+    with override_forward_context(ForwardContext(**facts, batch_descriptor=descriptor)):
+        assert num_tokens_of_forward() == 24
