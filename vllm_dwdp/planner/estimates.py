@@ -23,7 +23,6 @@ LARGEST_STEP = 1 << 20
 """Tokens up to which a break-even is looked for."""
 _ROUNDING = 1e-9
 
-
 LINK = ("link",)
 LINEAR = ("dense_gemm", "attention", "other_passes")
 EXPERTS = ("grouped_gemm", "memory")
