@@ -6,7 +6,6 @@ only while it starts. Every wait has a deadline and names who is missing.
 """
 
 import functools
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from types import TracebackType
@@ -15,21 +14,14 @@ from typing import Any, Self
 from vllm_dwdp.distributed import messages
 from vllm_dwdp.distributed.dialling import Dialler
 from vllm_dwdp.distributed.endpoint import Endpoint
+from vllm_dwdp.distributed.exchange import ShardExchange
 from vllm_dwdp.distributed.fingerprint import Fingerprint
 from vllm_dwdp.distributed.group_state import GroupState
-from vllm_dwdp.distributed.published_shard import (
-    PeerState,
-    PublishedShard,
-    closed_on_error,
-    duplicates,
-)
+from vllm_dwdp.distributed.published_shard import PeerState, PublishedShard, duplicates
 from vllm_dwdp.distributed.returning import Return
 from vllm_dwdp.distributed.server import Server
 from vllm_dwdp.distributed.status import RankStatus
-from vllm_dwdp.distributed.waiting import Wait
-from vllm_dwdp.errors import JoinTimeoutError, RendezvousError
-
-POLL_INTERVAL_S = 0.05
+from vllm_dwdp.errors import RendezvousError
 
 
 class Membership:
@@ -43,7 +35,7 @@ class Membership:
         state: what we know of them; owned by `resources`.
         status: what we say of ourselves.
         returning: what the peers had of our earlier starts when we joined.
-        join_timeout_s: deadline of `meet` and of `wait_ready`.
+        exchange: gets the shards of the peers.
         resources: everything that `close` closes.
     """
 
@@ -53,14 +45,14 @@ class Membership:
         state: GroupState,
         status: RankStatus,
         returning: Return,
-        join_timeout_s: float,
+        exchange: ShardExchange,
         resources: ExitStack,
     ) -> None:
         self.returning = returning
         self._dialler = dialler
         self._state = state
         self._status = status
-        self._join_timeout_s = join_timeout_s
+        self._exchange = exchange
         self._resources = resources
 
     @classmethod
@@ -111,7 +103,8 @@ class Membership:
             undo.callback(server.close)
             undo.push(dialler.tell_failure)
             returning = Return.ask(dialler)
-            return cls(dialler, state, status, returning, join_timeout_s, undo.pop_all())
+            exchange = ShardExchange(dialler, state, status, join_timeout_s)
+            return cls(dialler, state, status, returning, exchange, undo.pop_all())
 
     def __enter__(self) -> Self:
         return self
@@ -182,16 +175,7 @@ class Membership:
             RendezvousError: it has more handles than peers accept, none that can travel to them, or
                 they cannot be duplicated.
         """
-        if max(len(fds), len(fabric_handles)) > messages.MAX_HANDLES:
-            raise RendezvousError(
-                f"this rank's shard has {max(len(fds), len(fabric_handles))} memory handles; at "
-                f"most {messages.MAX_HANDLES} can be handed over. Use more ranks per group."
-            )
-        if not self._dialler.endpoint.carries_fds and any(handle_bytes) and not fabric_handles:
-            raise RendezvousError(
-                f"this rank's shard has no CUDA fabric handles, and nothing else can be handed over "
-                f"at {self._dialler.endpoint}. Use unix:///folder for the ranks of one host."
-            )
+        self._check_handles(max(len(fds), len(fabric_handles)), handle_bytes, bool(fabric_handles))
         shard = PublishedShard(
             rank=self.dwdp_rank,
             generation=self.generation,
@@ -204,107 +188,31 @@ class Membership:
         )
         self._state.publish(shard)
 
+    def _check_handles(self, count: int, handle_bytes: Sequence[int], is_fabric: bool) -> None:
+        """Check that a shard of `count` handles can be handed over here."""
+        if count > messages.MAX_HANDLES:
+            raise RendezvousError(
+                f"this rank's shard has {count} memory handles; at most {messages.MAX_HANDLES} can "
+                "be handed over. Use more ranks per group."
+            )
+        endpoint = self._dialler.endpoint
+        if not endpoint.carries_fds and any(handle_bytes) and not is_fabric:
+            raise RendezvousError(
+                f"this rank's shard has no CUDA fabric handles, and nothing else can be handed over "
+                f"at {endpoint}. Use unix:///folder for the ranks of one host."
+            )
+
     def announce_ready(self, digest: bytes) -> None:
         """Let peers map every page: our edge pages are whole, and `digest` covers all of the shard."""
         self._state.announce_ready(digest)
 
     def meet(self) -> dict[int, PublishedShard]:
-        """Wait for every peer's shard; by rank, owned by the caller.
-
-        Raises:
-            JoinTimeoutError: peers did not publish in time; names them.
-            PeerMismatchError: a peer has another model, layout or version.
-            SecretMismatchError: a peer has another secret.
-            RendezvousError: a peer gave up its start; quotes its reason.
-        """
-        shards: dict[int, PublishedShard] = {}
-        with closed_on_error(shards):
-            self._poll_peers(lambda rank: self._fetch(rank, shards), "publish their experts")
-        self._status.doing = "maps the experts of its peers"
-        return shards
+        """Wait for every peer's shard; as `ShardExchange.meet`."""
+        return self._exchange.meet()
 
     def wait_ready(self) -> dict[int, PublishedShard]:
-        """Wait until every peer's pages are whole.
-
-        A peer that restarted since `meet` has another shard now, and the one that we mapped may
-        never become whole: its new one is returned, owned by the caller, to be mapped in its place.
-
-        Raises:
-            JoinTimeoutError, RendezvousError: as `meet`.
-        """
-        replaced: dict[int, PublishedShard] = {}
-        with closed_on_error(replaced):
-            self._poll_peers(
-                lambda rank: self._is_ready(rank, replaced), "complete their shared pages"
-            )
-        self._status.doing = "binds its experts"
-        return replaced
-
-    def _poll_peers(self, step: Callable[[int], bool], purpose: str) -> None:
-        """Call `step(rank)` for every peer until all returned true, or the deadline passed."""
-        who = f"DWDP rank {self.dwdp_rank} of group {self._dialler.group}"
-        wait = Wait(who, self.peer_ranks, purpose, self._join_timeout_s)
-        self._status.doing = self._dialler.wait = wait
-        while True:
-            for rank in sorted(wait.missing):
-                if step(rank):
-                    wait.missing -= {rank}
-            if not wait.missing:
-                return
-            self._state.raise_failures(self._dialler.group)
-            if wait.left_s < 0:
-                raise self._timeout(sorted(wait.missing), purpose)
-            wait.notice()
-            time.sleep(POLL_INTERVAL_S)
-
-    def _timeout(self, missing: list[int], purpose: str) -> JoinTimeoutError:
-        dialler = self._dialler
-        seen = "".join(
-            f" Rank {rank} answered last: {dialler.problems[rank]}."
-            for rank in missing
-            if rank in dialler.problems
-        )
-        return JoinTimeoutError(
-            f"ranks {missing} of group {dialler.group} did not {purpose} within dwdp "
-            f"join_timeout_s={self._join_timeout_s:g} (this is rank {self.dwdp_rank} of "
-            f"{dialler.group_size}, meeting at {dialler.endpoint}).{seen} Check that those ranks "
-            "were started with the same rendezvous and did not fail, or raise join_timeout_s."
-        )
-
-    def _fetch(self, rank: int, shards: dict[int, PublishedShard]) -> bool:
-        """Get the shard of `rank`: from itself, or, if it is dead, from a peer that holds it."""
-        for peer in (rank, *self._others_than(rank)):
-            shard = self._dialler.fetch(peer, rank)
-            if shard is not None:
-                if rank in shards:
-                    shards[rank].close()
-                shards[rank] = shard
-                self._state.hold(shard.duplicate())
-                return True
-        return False
-
-    def _is_ready(self, rank: int, replaced: dict[int, PublishedShard]) -> bool:
-        """Whether the shard of `rank` that we hold is whole; if it has another now, fetch that."""
-        held = self._state.held()[rank]
-        if held.ready:
-            return True
-        answers = {rank: self._dialler.ask(rank, rank)}
-        if answers[rank] is None:
-            answers = {peer: self._dialler.ask(peer, rank) for peer in self._others_than(rank)}
-        for peer, answer in answers.items():
-            self._dialler.raise_refusal(peer, answer)
-            if not isinstance(answer, messages.Shard):
-                continue
-            if answer.generation != held.generation:
-                return self._fetch(rank, replaced) and replaced[rank].ready
-            if answer.ready:
-                self._state.mark_whole(rank, answer.digest)
-                return True
-        return False
-
-    def _others_than(self, rank: int) -> list[int]:
-        """The peers that may hold the shard of `rank`."""
-        return [peer for peer in self.peer_ranks if peer != rank]
+        """Wait until every peer's pages are whole; as `ShardExchange.wait_ready`."""
+        return self._exchange.wait_ready()
 
 
 def _answer(
