@@ -1,4 +1,4 @@
-"""What a rank knows of its group, and what it therefore answers.
+"""The group as one of its ranks knows it, and what that rank therefore answers.
 
 Shared by the thread that starts the rank and the one that answers its peers; every method takes the
 lock, and none waits for anybody else.
@@ -91,7 +91,7 @@ class GroupState:
     def peer_states(
         self, held: Mapping[int, PublishedShard], alive: set[int]
     ) -> dict[int, PeerState]:
-        """How each peer is, given which of those we met still listen; notes new deaths."""
+        """The state of each peer, given which of those we met still listen; notes new deaths."""
         states = {}
         with self._lock:
             for rank in sorted(self.peer_ranks):
@@ -120,7 +120,7 @@ class GroupState:
     def answer(
         self, request: messages.Hello | messages.Borrow | messages.Failed
     ) -> list[messages.Packet]:
-        """The packets of our reply to a peer."""
+        """Make the packets of our reply to a peer."""
         with self._lock:
             refusal = self._refusal(request)
             if refusal is not None:
@@ -145,7 +145,7 @@ class GroupState:
     def _refusal(
         self, request: messages.Hello | messages.Borrow | messages.Failed
     ) -> messages.Refused | None:
-        """Why we do not talk to this peer, or None."""
+        """The reason why we do not talk to this peer, or None."""
         rank = request.dwdp_rank
         if rank not in self.peer_ranks:
             return messages.Refused(

@@ -62,7 +62,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 
 class StatusRequest(msgspec.Struct, frozen=True, tag=True):
-    """How are you?"""
+    """Somebody asks how this rank is."""
 
 
 class NotYet(msgspec.Struct, frozen=True, tag=True):

@@ -40,7 +40,7 @@ class PublishedShard:
         messages.close_all(self.fds)
 
     def duplicate(self) -> "PublishedShard":
-        """The same shard with descriptors of its own.
+        """Make the same shard with descriptors of its own.
 
         Raises:
             RendezvousError: the limit of open files is reached.
@@ -66,14 +66,14 @@ class PublishedShard:
 
 @dataclass(frozen=True)
 class PeerState:
-    """What we know of a peer: `missing`, `published`, `ready` or `dead`."""
+    """The state of a peer: `missing`, `published`, `ready` or `dead`."""
 
     state: str
     generation: int
 
 
 def duplicates(fds: Sequence[int]) -> tuple[int, ...]:
-    """Descriptors of our own for the same files.
+    """Make descriptors of our own for the same files.
 
     Raises:
         RendezvousError: the limit of open files is reached; none is left open.

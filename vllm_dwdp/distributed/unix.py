@@ -31,7 +31,7 @@ _UCRED = struct.Struct("3i")
 
 @dataclass(frozen=True)
 class _LocalEndpoint(Endpoint):
-    """What both kinds share."""
+    """An endpoint on one host: what both kinds share."""
 
     carries_fds = True
 
@@ -39,14 +39,14 @@ class _LocalEndpoint(Endpoint):
 
     @abstractmethod
     def _address(self, group: int, rank: int) -> str:
-        """What to bind and to connect to."""
+        """The address to bind and to connect to."""
 
     def greet(self, sock: socket.socket, group: int, rank: int) -> PacketConnection | None:
         """A connection, if the other end runs as our user or as root."""
         return PacketConnection(sock) if _peer_uid(sock) in (os.geteuid(), 0) else None
 
     def connect(self, group: int, rank: int, timeout_s: float) -> PacketConnection | None:
-        """As `Endpoint.connect`; a rank with a crowd before its door is waited for.
+        """As `Endpoint.connect`; a rank whose backlog is full is waited for.
 
         Raises:
             ProtocolError: another user listens there.
@@ -192,7 +192,7 @@ class UnixEndpoint(_LocalEndpoint):
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Alone in changing names in the folder; the kernel drops the lock of a killed process."""
+        """Be alone in changing names in the folder; the kernel drops the lock of a killed process."""
         folder = os.open(self.location, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         deadline = time.monotonic() + LOCK_TIMEOUT_S
         try:

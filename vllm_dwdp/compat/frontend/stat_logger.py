@@ -40,7 +40,7 @@ def make_stat_logger(launch: DwdpLaunch) -> type:
             self._engines = list(engine_indexes)
 
         def record(self, *args: Any, **kwargs: Any) -> None:
-            """Nothing: ranks are polled, not counted per iteration."""
+            """No-op: ranks are polled, not counted per iteration."""
 
         def log_engine_initialized(self) -> None:
             """Start exporting. Not earlier: vLLM's own logger, made after us, clears `vllm:*`."""
