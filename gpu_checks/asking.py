@@ -25,6 +25,7 @@ from gpu_checks.questions import CASES, Case
 
 ROOT = Path(__file__).parents[1]
 MARK = "@@gpu_checks "
+LIMIT_ENV = "GPU_CHECKS_LIMIT_S"
 SHORTEST_S = 20.0
 """With less time left nothing is begun."""
 
@@ -81,6 +82,7 @@ class Child:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "gpu_checks.asking", *(case.title for case in cases)],
             cwd=ROOT,
+            env=os.environ | {LIMIT_ENV: str(cases[0].question.limit_s)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

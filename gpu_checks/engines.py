@@ -11,16 +11,19 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gpu_checks.asking import LIMIT_ENV
 from gpu_checks.fake import SIMULATED_ENV
 from vllm_dwdp.entrypoints.launch.ports import free_ports
 
 ROOT = Path(__file__).parents[1]
 ENGINE_PROCESS = "tests.e2e.engine_process"
-ENGINES_S = 280
+ENGINES_S = float(os.environ.get(LIMIT_ENV, "300")) - 20
+"""So that the logs of engines that hang are still shown."""
 
 # Experts of 2.75 and 1.375 MiB: several pages of 2 MiB each, and most end within one.
 CHECKPOINT = {
@@ -242,14 +245,17 @@ def run_ranks(
                 env=os.environ | environment,
             )
         processes.append((process, log))
-    try:
-        codes = [process.wait(timeout=ENGINES_S) for process, _ in processes]
-    finally:
-        for process, _ in processes:
-            process.kill()
-            process.wait()
-    for code, (_, log) in zip(codes, processes, strict=True):
-        assert code == 0, f"{log.name} ended with {code}:\n{log.read_text()[-8000:]}"
+    deadline = time.monotonic() + ENGINES_S
+    while any(process.poll() is None for process, _ in processes) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for process, _ in processes:
+        process.kill()
+    for process, log in processes:
+        if code := process.wait():
+            print(log.read_text()[-8000:])
+            raise AssertionError(
+                f"{log.stem} ended with {code} within {ENGINES_S:.0f} s: see its log"
+            )
     results: dict[str, list[dict[str, Any]]] = {}
     for rank in range(num_ranks):
         for line in (folder / f"{rank}.out").read_text().splitlines():
