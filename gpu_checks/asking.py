@@ -5,6 +5,7 @@ standard output, in lines that begin with `MARK`, which question it begins and w
 """
 
 import contextlib
+import ctypes
 import faulthandler
 import importlib
 import json
@@ -26,6 +27,7 @@ from gpu_checks.questions import CASES, Case
 ROOT = Path(__file__).parents[1]
 MARK = "@@gpu_checks "
 LIMIT_ENV = "GPU_CHECKS_LIMIT_S"
+PR_SET_PDEATHSIG = 1
 SHORTEST_S = 20.0
 """With less time left nothing is begun."""
 
@@ -202,6 +204,7 @@ def answer(case: Case) -> str:
 def main() -> None:
     """Answer the titles of the command line; the first error ends the process."""
     faulthandler.enable()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # do not outlive a killed parent
     for title in sys.argv[1:]:
         try:
             said = {"found": answer(CASES[title])}

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from gpu_checks import driver
+from gpu_checks import peer_memory
 from gpu_checks.driver_memory import PAGE, mapped
 from gpu_checks.fake import SIMULATED_ENV, fake_settings, live_objects
 from vllm_dwdp.device.cuda_driver import CudaCopyQueue, CudaDevice, ReadOnlyAccessError
@@ -134,7 +134,7 @@ def test_exported_memory_outlives_its_exporter(
 ) -> None:
     monkeypatch.setenv(SIMULATED_ENV, "1")
     with fake_settings(read_only=read_only):
-        said = driver.killed_exporter()
+        said = peer_memory.killed_exporter()
     assert said.endswith("mapped read-only") == bool(read_only)
 
 
