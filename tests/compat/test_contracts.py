@@ -8,9 +8,13 @@ import dataclasses
 import inspect
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from tests.compat.syntax import assignments, calls, entries
+from vllm_dwdp.layout.placement import ExpertRange
 
 pytestmark = pytest.mark.compat
 
@@ -46,13 +50,46 @@ def test_engine_args_tells_spawned_api_servers_apart() -> None:
     assert {"_api_process_count", "_api_process_rank", "worker_cls"} <= fields
 
 
-def test_independence_is_keyed_on_is_moe() -> None:
+@pytest.mark.parametrize("is_moe", [False, True])
+def test_independence_is_keyed_on_is_moe(is_moe: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's own process function makes one kind of engine or the other, and uncouples the rank."""
     from vllm.config import ModelConfig
     from vllm.v1.engine import core
 
     assert isinstance(inspect.getattr_static(ModelConfig, "is_moe"), property)
-    assert "model_config.is_moe" in source(core.EngineCoreProc.run_engine_core)
-    assert "reconfigure_for_independent_dp_rank" in source(core.EngineCoreProc.run_engine_core)
+    run_engine_core = core.EngineCoreProc.run_engine_core
+    done: list[str] = []
+
+    class Made(Exception):
+        pass
+
+    def engine(kind: str) -> Any:
+        def make(*args: Any, **kwargs: Any) -> None:
+            done.append(kind)
+            raise Made
+
+        return make
+
+    for name in ("set_process_title", "decorate_logs", "maybe_init_worker_tracer"):
+        monkeypatch.setattr(core, name, lambda *args: None)
+    monkeypatch.setattr(core, "maybe_register_config_serialize_by_value", lambda: None)
+    handlers = SimpleNamespace(SIGTERM=15, SIGINT=2, SIG_DFL=0, signal=lambda *args: None)
+    monkeypatch.setattr(core, "signal", handlers)
+    monkeypatch.setattr(core, "DPEngineCoreProc", engine("lockstep"))
+    monkeypatch.setattr(core, "EngineCoreProc", engine("independent"))
+    parallel_config = SimpleNamespace(
+        data_parallel_size=2,
+        numa_bind=False,
+        reconfigure_for_independent_dp_rank=lambda: done.append("uncoupled"),
+    )
+    vllm_config = SimpleNamespace(
+        parallel_config=parallel_config,
+        model_config=SimpleNamespace(is_moe=is_moe),
+        kv_transfer_config=None,
+    )
+    with pytest.raises(Made):
+        run_engine_core(vllm_config=vllm_config, dp_rank=1, local_dp_rank=1)
+    assert done == (["lockstep"] if is_moe else ["uncoupled", "independent"])
 
 
 def test_the_independent_config_pickles_by_reference() -> None:
@@ -69,13 +106,23 @@ def test_the_independent_config_pickles_by_reference() -> None:
 
 
 def test_expert_map_fields() -> None:
+    """What is written to the private fields is what vLLM's layers read."""
     from vllm.model_executor.layers.fused_moe import config, expert_map_manager
 
-    manager = source(expert_map_manager.ExpertMapManager)
-    assert "self._local_num_experts" in manager
-    assert "self._expert_map" in manager
+    from vllm_dwdp.compat.worker.moe import keep_resident_experts
+
     fields = {field.name for field in dataclasses.fields(config.FusedMoEConfig)}
     assert {"num_experts", "num_local_experts"} <= fields
+    unsharded: Any = SimpleNamespace(
+        ep_size=1, ep_rank=0, tp_size=1, tp_rank=0, use_ep=False, dp_size=1
+    )
+    manager = expert_map_manager.ExpertMapManager(64, 2, 8, 0, None, unsharded, "linear", False)
+    assert (manager.local_num_experts, manager.expert_map) == (8, None)
+    moe_config = SimpleNamespace(num_experts=8, num_local_experts=8)
+    keep_resident_experts(manager, moe_config, ExpertRange(2, 5))
+    assert manager.local_num_experts == moe_config.num_local_experts == 3
+    assert manager.expert_map is not None
+    assert manager.expert_map.tolist() == [-1, -1, 0, 1, 2, -1, -1, -1]
 
 
 def test_routed_experts_takes_what_the_replacement_passes() -> None:
@@ -96,8 +143,19 @@ def test_routed_experts_takes_what_the_replacement_passes() -> None:
 def test_layer_registry() -> None:
     from vllm.model_executor.custom_op import PluggableLayer, op_registry_oot
 
+    class StockLayer(PluggableLayer):
+        pass
+
+    class OurLayer(StockLayer):
+        pass
+
     assert isinstance(op_registry_oot, dict)
-    assert "op_registry_oot" in source(PluggableLayer.__new__)
+    assert type(StockLayer()) is StockLayer
+    op_registry_oot["StockLayer"] = OurLayer
+    try:
+        assert type(StockLayer()) is OurLayer
+    finally:
+        del op_registry_oot["StockLayer"]
 
 
 def test_weights_can_be_called_processed() -> None:
@@ -125,13 +183,23 @@ def test_declared_quantisation_methods_exist_and_take_processed_weights() -> Non
         assert hasattr(found[name], "supports_pre_processed_weights")
 
 
-def test_checkpoint_reader_hooks() -> None:
+def test_checkpoint_reader_hooks(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+    from vllm.config import LoadConfig
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
     parameters = list(inspect.signature(DefaultModelLoader._init_ep_weight_filter).parameters)
     assert parameters == ["self", "model_config"]
-    assert "local_expert_ids" in source(DefaultModelLoader)
-    assert callable(DefaultModelLoader.get_all_weights)
+    names = [f"model.layers.0.mlp.experts.{expert}.up_proj.weight" for expert in range(3)]
+    save_file({name: torch.zeros(1) for name in [*names, "dense"]}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    model: Any = SimpleNamespace()
+    config: Any = SimpleNamespace(model=str(tmp_path), revision=None)
+    loader = DefaultModelLoader(LoadConfig(use_tqdm_on_load=False))
+    assert {name for name, _ in loader.get_all_weights(config, model)} == {*names, "dense"}
+    loader.local_expert_ids = {1}
+    assert {name for name, _ in loader.get_all_weights(config, model)} == {names[1], "dense"}
 
 
 def test_wrappable_classes_exist() -> None:
@@ -142,11 +210,21 @@ def test_wrappable_classes_exist() -> None:
     assert all(issubclass(cls, RoutedExperts) for cls in wrappable_classes())
 
 
-def test_cpu_worker_sizes_by_resident_memory() -> None:
+def test_cpu_worker_sizes_by_resident_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.v1.worker import cpu_worker
 
-    assert "psutil.Process(" in source(cpu_worker)
-    assert ".rss" in source(cpu_worker)
+    from vllm_dwdp.compat.worker import cpu
+
+    worker: Any = SimpleNamespace(
+        _should_warm_up_model=lambda: False,
+        cache_config=SimpleNamespace(kv_cache_memory_bytes=None),
+        requested_cpu_memory=2**30,
+    )
+    nodes = SimpleNamespace(available_memory=2**40, total_memory=2**40)
+    monkeypatch.setattr(cpu_worker, "get_memory_node_info", lambda node: nodes)
+    monkeypatch.setattr(cpu, "proportional_set_bytes", lambda pid: 2**20)
+    with cpu.proportional_memory():
+        assert cpu_worker.CPUWorker.determine_available_memory(worker) == 2**30 - 2**20
 
 
 def test_cpu_binding_variable() -> None:
@@ -161,32 +239,34 @@ def test_cpu_binding_variable() -> None:
 def test_stat_logger_factories_are_looked_up_by_name() -> None:
     from vllm.v1.engine import async_llm
 
-    assert "load_stat_logger_plugin_factories()" in source(async_llm.AsyncLLM)
+    assert callable(async_llm.load_stat_logger_plugin_factories)
+    assert "load_stat_logger_plugin_factories" in calls(async_llm.AsyncLLM.__init__)
 
 
 def test_start_up_wait_is_looked_up_by_name_and_interrupts_are_swallowed() -> None:
     """The second half fails when the shim can go."""
-    from vllm.utils import network_utils
+    import zmq
+    from vllm.utils.network_utils import zmq_socket_ctx
     from vllm.v1.engine import utils
 
-    assert "wait_for_engine_startup(" in source(utils.launch_core_engines)
-    assert "except KeyboardInterrupt" in source(network_utils.zmq_socket_ctx)
+    assert callable(utils.wait_for_engine_startup)
+    assert "wait_for_engine_startup" in calls(utils.launch_core_engines)
+    with zmq_socket_ctx("inproc://contract", zmq.PULL, bind=True) as opened:
+        raise KeyboardInterrupt
+    assert opened.closed
 
 
 def test_offline_client_members() -> None:
     from vllm.v1.engine import core_client
 
-    client = source(core_client)
-    for name in (
-        "core_engines",
-        "utility_results",
-        "outputs_queue",
-        "input_socket",
-        "engine_manager",
-        "engine_dead",
-        "_format_exception",
-    ):
-        assert name in client, name
+    made = dict(assignments(core_client.MPClient.__init__))
+    made |= dict(assignments(core_client.SyncMPClient.__init__))
+    for name in ("core_engines", "utility_results", "outputs_queue", "input_socket", "encoder"):
+        assert f"self.{name}" in made, name
+    assert made["self.resources"].startswith("BackgroundResources(")
+    resources = {field.name for field in dataclasses.fields(core_client.BackgroundResources)}
+    assert {"engine_manager", "engine_dead"} <= resources
+    assert callable(core_client.SyncMPClient._format_exception)
     parameters = list(inspect.signature(core_client.EngineCoreClient.make_client).parameters)
     assert parameters[:5] == [
         "multiprocess_mode",
@@ -311,12 +391,20 @@ def is_graph(name: str) -> bool:
     return bool(re.fullmatch(rf"([\w.]+\.)?({members})", name))
 
 
-def test_on_gpus_the_layer_is_called_inside_an_opaque_operator() -> None:
+def test_on_gpus_the_layer_is_called_inside_an_opaque_operator(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """There wait and record run eagerly, also during capture, and are never traced."""
+    import torch
     from vllm.model_executor.layers.fused_moe.runner import moe_runner
 
-    assert "torch.ops.vllm.moe_forward" in source(moe_runner.MoERunner._select_forward)
-    assert "self.routed_experts.forward_modular(" in source(moe_runner)
+    gpu = SimpleNamespace(is_tpu=lambda: False, is_cpu=lambda: False)
+    monkeypatch.setattr(moe_runner, "current_platform", gpu)
+    for shared, operator in ((None, "moe_forward"), (object(), "moe_forward_shared")):
+        runner: Any = SimpleNamespace(_shared_experts=shared)
+        chosen = moe_runner.MoERunner._select_forward(runner)
+        assert chosen is getattr(torch.ops.vllm, operator)
+    assert "self.routed_experts.forward_modular" in calls(moe_runner.MoERunner)
 
 
 def test_gpu_worker_hooks() -> None:
@@ -328,15 +416,14 @@ def test_gpu_worker_hooks() -> None:
     for name in ("load_model", "shutdown", "reload_weights", "sleep"):
         assert callable(getattr(Worker, name))
         assert getattr(DwdpGPUWorker, name) is not getattr(Worker, name)
-    assert "self.device = torch.device(" in source(Worker.init_device)
+    assert "self.device" in dict(assignments(Worker.init_device))
     # Shards and slots are no torch memory: they are seen only because free memory is what counts.
-    assert "before_create.free_memory - result.after_profile.free_memory" in source(mem_utils)
+    consumed = dict(assignments(mem_utils.memory_profiling))["result.total_consumed"]
+    assert consumed == "result.before_create.free_memory - result.after_profile.free_memory"
 
 
 def test_weights_held_outside_are_part_of_the_memory_budget_and_need_not_be_free() -> None:
     """A rank that returns finds its experts on its GPU: they must not refuse its start."""
-    from types import SimpleNamespace
-
     from vllm.config import CacheConfig, LoadConfig
     from vllm.model_executor.model_loader import get_model_loader
     from vllm.v1.worker.gpu_worker import Worker
@@ -344,9 +431,10 @@ def test_weights_held_outside_are_part_of_the_memory_budget_and_need_not_be_free
 
     from vllm_dwdp.compat.worker.gpu import weights_held_outside
 
-    text = source(Worker.init_device)
-    asked = text.index("get_external_weight_memory(self.vllm_config)")
-    assert text.index("self.device = torch.device(") < asked < text.index("= request_memory(")
+    called = calls(Worker.init_device)
+    (asks,) = [name for name in called if name.endswith(".get_external_weight_memory")]
+    order = ["torch.device", asks, "request_memory"]
+    assert [name for name in called if name in order] == order
     loader = get_model_loader(LoadConfig())
     with weights_held_outside(lambda: 30 * 10**9):
         kept_bytes = loader.get_external_weight_memory(None)
@@ -368,7 +456,7 @@ def test_models_are_loaded_one_by_one_through_the_base_loader() -> None:
 
     for loader in (DefaultModelLoader, DummyModelLoader):
         assert loader.load_model is BaseModelLoader.load_model
-    assert "self.create_model(" in source(BaseModelLoader.load_model)
+    assert calls(BaseModelLoader.load_model).count("self.create_model") == 1
 
 
 def test_expert_parameters_carry_the_layers_own_weight_loader() -> None:
@@ -378,7 +466,7 @@ def test_expert_parameters_carry_the_layers_own_weight_loader() -> None:
 
     parameters = list(inspect.signature(RoutedExperts.weight_loader).parameters)
     assert parameters == list(inspect.signature(DwdpRoutedExperts.weight_loader).parameters)
-    assert '"weight_loader": self.weight_loader' in source(RoutedExperts)
+    assert dict(entries(RoutedExperts.__init__))["weight_loader"] == "self.weight_loader"
     assert RoutedExperts.weight_loader.supports_moe_loading
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from tests.e2e.conftest import Checkpoints
 from tests.e2e.matrix import run_cases
+from tests.helpers.waiting import wait_until
 from vllm_dwdp.entrypoints.launch.ports import free_ports
 from vllm_dwdp.entrypoints.launch.server import VLLM
 
@@ -131,6 +132,7 @@ class Lonely:
     def __init__(self, model: str, folder: Path, join_timeout_s: float = 600) -> None:
         self.meet = folder / "meet"
         self.log = folder / "server.log"
+        self.shared_memory: set[str] = set()
         folder.mkdir()
         options = {"rendezvous": f"unix://{self.meet}", "join_timeout_s": join_timeout_s}
         command = [VLLM, "serve", model, "--enforce-eager", "--max-model-len", "512"]
@@ -153,6 +155,21 @@ class Lonely:
             assert self.process.poll() is None, self.log.read_text()[-4000:]
             assert time.monotonic() < deadline, self.log.read_text()[-4000:]
             time.sleep(0.2)
+        self.note_shared_memory()
+
+    def wait_for_end(self) -> None:
+        deadline = time.monotonic() + 200
+        while self.process.poll() is None:
+            assert time.monotonic() < deadline, self.log.read_text()[-4000:]
+            self.note_shared_memory()
+            time.sleep(0.2)
+
+    def note_shared_memory(self) -> None:
+        """Note the files of /dev/shm that its processes have mapped now."""
+        for member in self.family():
+            with contextlib.suppress(OSError):
+                maps = Path(f"/proc/{member.pid}/maps").read_text()
+                self.shared_memory |= set(re.findall(r"/dev/shm/(\S+)$", maps, re.MULTILINE))
 
     def family(self) -> list[psutil.Process]:
         """Every living process of its session, wherever it has been re-parented to."""
@@ -177,7 +194,6 @@ def lonely(
 ) -> Iterator[dict[str, Lonely]]:
     folder = tmp_path_factory.mktemp("lonely")
     model = checkpoints("mixtral", 8)
-    shared_memory = set(os.listdir("/dev/shm"))
     servers = {}
     try:
         for name in ("SIGINT", "SIGTERM", "SIGKILL", "deadline"):
@@ -187,17 +203,16 @@ def lonely(
     finally:
         for server in servers.values():
             server.end()
-    deadline = time.monotonic() + 15
-    while left := set(os.listdir("/dev/shm")) - shared_memory:
-        assert time.monotonic() < deadline, left
-        time.sleep(0.5)
+    for server in servers.values():
+        assert server.shared_memory, "vLLM's processes speak through shared memory"
+        wait_until(lambda used=server.shared_memory: used.isdisjoint(os.listdir("/dev/shm")))
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL", "deadline"])
 def test_an_interrupted_start_leaves_nothing(lonely: dict[str, Lonely], name: str) -> None:
     server = lonely[name]
     if name == "deadline":
-        server.process.wait(timeout=200)
+        server.wait_for_end()
     else:
         server.wait_for("DWDP rank 0 loaded")
         victim = server.process.pid

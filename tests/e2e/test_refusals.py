@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import Checkpoints
+from tests.helpers.engines import fork
 from vllm_dwdp.device import native
 from vllm_dwdp.entrypoints.launch.server import VLLM
 from vllm_dwdp.errors import DwdpConfigError, DwdpUnsupportedError, NativeLibraryError
@@ -149,7 +150,7 @@ def test_every_rank_and_every_start_share_one_compile_cache(checkpoints: Checkpo
     assert prefetch.compute_hash() not in hashes, "other operators"
 
 
-def test_without_dwdp_stock_vllm_is_untouched(checkpoints: Checkpoints) -> None:
+def test_without_dwdp_stock_vllm_is_untouched(checkpoints: Checkpoints, tmp_path: Path) -> None:
     """The config of a stock engine is the same with the plugin loaded and with it disabled."""
     script = (
         "import sys; from vllm import EngineArgs; import vllm.plugins as p; "
@@ -163,21 +164,16 @@ def test_without_dwdp_stock_vllm_is_untouched(checkpoints: Checkpoints) -> None:
         "hasattr(async_llm.load_stat_logger_plugin_factories, 'dwdp_stock'), op_registry_oot, "
         "'vllm_dwdp.executor.executor' in sys.modules)"
     )
-    results = [run_script(script, {"VLLM_PLUGINS": plugins}) for plugins in ("", "dwdp")]
+    results = [run_script(script, tmp_path, plugins) for plugins in ("", "dwdp")]
     assert results[0] == results[1]
     assert "False {} False" in results[1]
 
 
-def run_script(script: str, environment: dict[str, str]) -> str:
-    import os
-    import sys
-
-    ended = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-        env=os.environ | environment,
-    )
-    return next(line for line in ended.stdout.splitlines() if line.startswith("RESULT"))
+def run_script(script: str, folder: Path, plugins: str) -> str:
+    log = folder / f"plugins-{plugins}.log"
+    process = fork(["-c", script], log, {"VLLM_PLUGINS": plugins})
+    try:
+        assert process.wait(timeout=120) == 0, log.read_text()
+    finally:
+        process.kill()
+    return next(line for line in log.read_text().splitlines() if line.startswith("RESULT"))

@@ -15,12 +15,14 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import Checkpoints
-from vllm_dwdp.device.limits import proportional_set_bytes
+from tests.helpers.waiting import wait_until
 from vllm_dwdp.entrypoints.launch.server import Server, serving
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 DWDP = ("--distributed-executor-backend", "dwdp", "--data-parallel-size", "2")
+SETTLED_S = 2.5
+"""Longer than two of the polls that fill the metrics."""
 PROMPTS = [f"prompt {index} " * (1 + 7 * index) for index in range(6)]
 
 
@@ -56,32 +58,46 @@ def test_each_rank_answers_as_stock_vllm_does(server: Server, expected: list[lis
 
 
 def test_metrics_tell_the_configuration_and_count_remote_bytes(server: Server) -> None:
-    time.sleep(2.5)
     for engine in ("0", "1"):
+        wait_until(lambda engine=engine: fetched_bytes(server, engine) > 0)
         assert server.metric("vllm:dwdp_config_info", engine=engine, mode="prefetch") == 1
         resident = server.metric("vllm:dwdp_resident_expert_bytes", engine=engine)
         remote = server.metric("vllm:dwdp_remote_expert_bytes", engine=engine)
         assert resident and resident == remote, "two ranks, half the experts each"
-        fetched = server.metric("vllm:dwdp_fetched_bytes_total", engine=engine)
-        assert fetched is not None and fetched > 10 * remote
+        wait_until(lambda engine=engine, least=10 * remote: fetched_bytes(server, engine) > least)
         peer = "1" if engine == "0" else "0"
         assert server.metric("vllm:dwdp_peer_state", engine=engine, peer=peer, state="ready") == 1
         assert server.metric("vllm:dwdp_prefetch_wait_seconds_total", engine=engine) is not None
 
 
+def fetched_bytes(server: Server, engine: str) -> float:
+    return server.metric("vllm:dwdp_fetched_bytes_total", engine=engine) or 0
+
+
 def test_one_rank_runs_a_thousand_steps_while_the_other_runs_none(server: Server) -> None:
-    time.sleep(2.5)
-    before = [steps(server, rank) for rank in ("0", "1")]
+    before = settled_steps(server)
     with ThreadPoolExecutor(2) as pool:
         for _ in pool.map(
             lambda index: server.tokens(f"thousand {index}", rank=1, max_tokens=600), range(2)
         ):
             pass
         server.tokens("and some more", rank=1, max_tokens=600)
-    time.sleep(2.5)
-    after = [steps(server, rank) for rank in ("0", "1")]
+    after = settled_steps(server)
     assert after[0] - before[0] == 0, "the idle rank ran steps: it is not independent"
     assert after[1] - before[1] >= 1000
+
+
+def settled_steps(server: Server) -> list[int]:
+    """Steps of both ranks, once they have not moved for longer than metrics take to be current."""
+    seen, since = [-1, -1], time.monotonic()
+    deadline = time.monotonic() + 20
+    while time.monotonic() - since < SETTLED_S:
+        assert time.monotonic() < deadline, f"ranks without requests still run: {seen}"
+        now = [steps(server, rank) for rank in ("0", "1")]
+        if now != seen:
+            seen, since = now, time.monotonic()
+        time.sleep(0.1)
+    return seen
 
 
 def steps(server: Server, engine: str) -> int:
@@ -110,14 +126,12 @@ def abandon_stream(server: Server, prompt: str) -> None:
 
 
 def test_many_at_once_reach_both_ranks(server: Server) -> None:
-    time.sleep(2.5)
-    before = [steps(server, rank) for rank in ("0", "1")]
+    before = settled_steps(server)
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda index: server.tokens(f"at once {index}"), range(32)))
     assert all(len(answer) == 16 for answer in answers)
-    time.sleep(2.5)
-    after = [steps(server, rank) for rank in ("0", "1")]
-    assert after[0] > before[0] and after[1] > before[1]
+    for rank in (0, 1):
+        wait_until(lambda rank=rank: steps(server, str(rank)) > before[rank])
 
 
 def test_the_log_says_what_each_rank_holds(server: Server) -> None:
@@ -136,28 +150,26 @@ def test_sleep_and_reload_are_refused_before_they_start(model: str) -> None:
         args.create_engine_config()
 
 
-def test_expert_memory_is_stored_once(
-    server: Server, model: str, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    """Summed proportional set size: the dense part per rank, the experts once, the slots."""
-    log = tmp_path_factory.mktemp("replica") / "server.log"
-    used = sum(proportional_set_bytes(worker.pid) for worker in server.processes("Worker"))
+def test_expert_memory_is_stored_once(server: Server) -> None:
+    """Summed proportional set size of what ranks share: the experts once, and the slots."""
     shared = sum(proportional_memfd_bytes(worker.pid) for worker in server.processes("Worker"))
     experts = server.metric("vllm:dwdp_resident_expert_bytes") or 0
     slots = server.metric("vllm:dwdp_slot_bytes") or 0
+    assert experts > 0 and slots > 0
+    assert 0.95 * (experts + slots) <= shared <= 1.05 * (experts + slots), (shared, experts, slots)
+
+
+@pytest.mark.slow
+def test_replicas_answer_as_stock_vllm_does_and_say_so(
+    model: str, expected: list[list[int]], tmp_path: Path
+) -> None:
     replica = json.dumps({"dwdp": {"mode": "replica"}})
     chunked = ("--max-num-batched-tokens", "64")
+    log = tmp_path / "server.log"
     with serving(log, model, *DWDP, "--additional-config", replica, *chunked) as replicas:
         for rank in (0, 1):
-            for prompt in PROMPTS:
-                replicas.tokens(prompt, rank=rank)
-        full = sum(proportional_set_bytes(worker.pid) for worker in replicas.processes("Worker"))
-        time.sleep(2.5)
-        assert replicas.metric("vllm:dwdp_config_info", mode="replica") == 2
-    dense = full - 2 * experts
-    assert used <= 1.05 * (dense + experts + slots), (used, dense, experts, slots)
-    # An engine's own memory dwarfs this model, so the bound alone could hardly fail.
-    assert 0.95 * (experts + slots) <= shared <= 1.05 * (experts + slots), (shared, experts, slots)
+            assert [replicas.tokens(prompt, rank=rank) for prompt in PROMPTS] == expected
+        wait_until(lambda: replicas.metric("vllm:dwdp_config_info", mode="replica") == 2)
 
 
 def proportional_memfd_bytes(pid: int) -> int:
