@@ -23,8 +23,11 @@ test test-all: setup lint test-native test-unit test-cuda test-e2e
 CHOSEN := and not slow
 test-all: CHOSEN :=
 
+# Two files at a time; a file's tests run one after the other, in order.
+SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
+
 test-unit:
-	$(PY) -m pytest -q -n 2 --dist loadfile -m "not e2e $(CHOSEN)" tests
+	$(PY) -m pytest -q $(SIDE_BY_SIDE) -m "not e2e $(CHOSEN)" tests
 
 # The CUDA device over the fake driver: no evidence about hardware.
 test-cuda:
@@ -35,7 +38,7 @@ test-native:
 	@scripts/test_native.sh
 
 test-e2e:
-	$(PY) -m pytest -q -m "e2e $(CHOSEN)" --durations=20 tests/e2e
+	$(PY) -m pytest -q $(SIDE_BY_SIDE) -m "e2e $(CHOSEN)" --durations=20 tests/e2e
 
 # Coverage-guided fuzzing of the messages between ranks; needs `pip install -e .[fuzz]`.
 FUZZ_SECONDS ?= 60

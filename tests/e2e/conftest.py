@@ -14,6 +14,14 @@ from gpu_checks.checkpoints import make_checkpoint
 from tests.e2e.matrix import run_cases
 from tests.helpers.engines import server_pids
 
+LONGEST_FIRST = ("survival", "serve", "bench", "failed_starts", "topologies", "kill_points")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the modules that take longest, so that two workers end at about the same time."""
+    rank = {f"test_{name}": number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> "Checkpoints":
