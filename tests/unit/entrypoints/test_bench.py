@@ -12,7 +12,8 @@ from typing import Any
 import psutil
 import pytest
 
-from vllm_dwdp.entrypoints.bench.calibrate import ENTRY, entry
+from tests.unit.planner.models import MIXTRAL_8X7B
+from vllm_dwdp.entrypoints.bench.calibrate import ENTRY, entry, products_per_s
 from vllm_dwdp.entrypoints.bench.client import BenchClient
 from vllm_dwdp.entrypoints.bench.machine import OtherWork
 from vllm_dwdp.entrypoints.bench.report import bench_pictures, show_result
@@ -28,8 +29,9 @@ from vllm_dwdp.entrypoints.bench.traffic import (
     read_stream,
 )
 from vllm_dwdp.entrypoints.pictures.draw import write_png
-from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.errors import DwdpConfigError, DwdpError
 from vllm_dwdp.planner.hardware import find_hardware
+from vllm_dwdp.planner.model_shape import shape_of
 from vllm_dwdp.planner.simulate import percentile
 
 STREAM = Stream(input_tokens=8, output_tokens=8, concurrency=1, num_prompts=4)
@@ -312,3 +314,11 @@ def test_a_client_whose_run_fails_says_so(tmp_path: Path) -> None:
         assert "--no-such-option" in str(caught.value), (
             "the end of its log, which goes with the run"
         )
+
+
+@pytest.mark.parametrize("seconds", [-0.1, 0.0, 1e-9])
+def test_a_disturbed_calibration_writes_no_entry_that_plan_would_refuse(seconds: float) -> None:
+    shape = shape_of(MIXTRAL_8X7B)
+    assert products_per_s(shape, 1e3, attention_tflops=1.0) > 0
+    with pytest.raises(DwdpConfigError, match="measure again when the machine is idle"):
+        products_per_s(shape, seconds, attention_tflops=1.0)

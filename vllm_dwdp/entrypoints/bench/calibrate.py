@@ -63,7 +63,8 @@ def calibrate_machine(path: Path, command: str, say: Callable[[str], None]) -> N
     """Measure one core and write the entry.
 
     Raises:
-        DwdpConfigError: the file cannot be written, or there is a GPU, which this does not measure.
+        DwdpConfigError: the file cannot be written, there is a GPU, which this does not measure, or
+            other work disturbed the measurement.
     """
     check_writable("calibrate", path)
     import torch
@@ -76,7 +77,7 @@ def calibrate_machine(path: Path, command: str, say: Callable[[str], None]) -> N
     measured = _micro(cores[-1], say)
     shape = shape_of(read_config(Path(model)))
     attention = measured["attention"] * measured["gemm"]
-    products = _products(shape, long - short, attention)
+    products = products_per_s(shape, long - short, attention)
     # Where 16 bits have a faster unit than fp32, the loop in fp32 is no peak.
     peak = max(measured["gemm"], attention, products / 1e12)
     more = (LONG_PROMPT - SHORT_PROMPT) / (long - short)
@@ -137,8 +138,13 @@ def _step_seconds(model: str, core: int, say: Callable[[str], None]) -> tuple[fl
     return best[0], best[1]
 
 
-def _products(shape: ModelShape, seconds: float, attention_tflops: float) -> float:
-    """Return operations per second of all matrix products, by the seconds that a longer prompt adds."""
+def products_per_s(shape: ModelShape, seconds: float, attention_tflops: float) -> float:
+    """Return operations per second of all matrix products, by the seconds that a longer prompt adds.
+
+    Raises:
+        DwdpConfigError: the longer prompt added too little for its products: other work disturbed the
+            measurement.
+    """
     per_token = 2 * (
         shape.num_layers * shape.attention_params
         + shape.num_moe_layers
@@ -146,6 +152,12 @@ def _products(shape: ModelShape, seconds: float, attention_tflops: float) -> flo
     )
     keys = (LONG_PROMPT**2 - SHORT_PROMPT**2) / 2
     attention = 2 * keys * shape.core_dim * shape.num_layers / (attention_tflops * 1e12)
+    if seconds <= attention:
+        raise DwdpConfigError(
+            f"calibrate: a prompt of {LONG_PROMPT} tokens took {1e3 * seconds:.0f} ms longer than one "
+            f"of {SHORT_PROMPT}, which is less than its attention alone. Something else ran meanwhile; "
+            "measure again when the machine is idle."
+        )
     return per_token * (LONG_PROMPT - SHORT_PROMPT) / (seconds - attention)
 
 
