@@ -34,6 +34,14 @@ LEVELS = (
 PURE = ("errors", "logger", "config", "layout", "planner", "paper")
 """Rooms that reach neither torch nor vLLM, whatever they import."""
 
+PRIVATE_ELSEWHERE = {
+    "torch._C._construct_storage_from_data_pointer": "no public way to make a storage at an address",
+    "torch.autograd._profiler_enabled": "no public way to ask whether a profiler runs",
+    "getattr(model.hf_config, '_commit_hash')": "transformers has no public name for the commit",
+    "os._exit": "its public name",
+}
+"""Private names of others that may be used outside of `compat`, and why."""
+
 Graph = Mapping[str, set[str]]
 
 
@@ -143,3 +151,99 @@ def test_importing_the_package_imports_neither_vllm_nor_torch() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60
     )
     assert ended.stdout.strip() == "[]"
+
+
+# --- private names of others ----------------------------------------------------------------------
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("__") and name not in NAMED_TUPLES
+
+
+NAMED_TUPLES = ("_replace", "_asdict", "_fields", "_make")
+"""What is public of named tuples."""
+
+
+def private_names_made(tree: ast.AST) -> set[str]:
+    """The private names that a module gives to functions, classes and attributes of its own objects."""
+    made = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            made.add(node.name)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            made.add(node.attr if ast.unparse(node.value) == "self" else "")
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            made.add(node.id)
+    return {name for name in made if is_private(name)}
+
+
+def private_names_used(tree: ast.AST, own: set[str]) -> Iterator[str]:
+    """What a module reaches for that begins with an underscore and is not `own` of its objects.
+
+    Attributes of anything but `self` and `cls`; those of `self` and `cls` that a base class from
+    elsewhere must have made; attributes by name; names and modules of vLLM and torch.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_private(node.attr):
+            base = ast.unparse(node.value)
+            if base not in ("self", "cls") or node.attr not in own:
+                yield f"{base}.{node.attr}"
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ATTRIBUTE_FUNCTIONS:
+            name = node.args[1].value if isinstance(node.args[1], ast.Constant) else ""
+            if isinstance(name, str) and is_private(name):
+                yield f"{ast.unparse(node.func)}({ast.unparse(node.args[0])}, {name!r})"
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [*node.module.split("."), *(alias.name for alias in node.names)]
+            if names[0] in ("vllm", "torch") and any(is_private(name) for name in names):
+                yield ast.unparse(node)
+
+
+ATTRIBUTE_FUNCTIONS = ("getattr", "setattr", "hasattr", "delattr", "operator.attrgetter")
+
+
+def private_names_by_module() -> dict[str, list[str]]:
+    """By module outside of `compat`: what it reaches for that others call private."""
+    graph, paths = import_graph(), find_modules()
+    trees = {module: ast.parse(path.read_text()) for module, path in paths.items()}
+    made = {module: private_names_made(tree) for module, tree in trees.items()}
+    found = {}
+    for module, tree in trees.items():
+        if not module.startswith("compat."):
+            own = made[module].union(*(made[target] for target in graph[module]))
+            found[module] = [
+                name
+                for name in private_names_used(tree, own)
+                if not any(allowed.startswith(name) for allowed in PRIVATE_ELSEWHERE)
+            ]
+    return found
+
+
+def test_nothing_outside_compat_reaches_for_what_others_call_private() -> None:
+    found = {module: names for module, names in private_names_by_module().items() if names}
+    assert not found
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "config._api_process_rank",
+        "self.worker._model",
+        "super()._init_executor()",
+        "class Ours(Theirs):\n    def f(self): return self._theirs",
+        "getattr(config, '_name', None)",
+        "from vllm._custom_ops import op",
+        "from torch import _dynamo",
+        "config._name = 1",
+    ],
+)
+def test_reaching_for_a_private_name_is_seen(code: str) -> None:
+    tree = ast.parse(code)
+    assert list(private_names_used(tree, private_names_made(tree)))
+
+
+def test_our_own_private_names_are_ours() -> None:
+    code = (
+        "class Ours:\n    def __init__(self): self._own = self._f()\n    def _f(self): return _g()"
+    )
+    tree = ast.parse(code)
+    assert not list(private_names_used(tree, private_names_made(tree)))

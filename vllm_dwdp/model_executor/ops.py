@@ -64,4 +64,4 @@ for _name, _function, _argument in (
 ):
     _library.define(f"{_name}(Tensor(a!) {_argument}, int ring, int index) -> ()")
     _library.impl(_name, _function, "CompositeExplicitAutograd")
-    _library._register_fake(_name, _fake)
+    torch.library.register_fake(f"vllm_dwdp::{_name}", _fake, lib=_library)
