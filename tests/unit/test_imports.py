@@ -31,7 +31,7 @@ LEVELS = (
 )
 """Rooms (folders, and modules of the top level): each may import from those above it in this list."""
 
-PURE = ("errors", "logger", "config", "layout", "planner", "paper")
+PURE = ("errors", "logger", "config", "layout", "prefetch", "planner", "paper")
 """Rooms that reach neither torch nor vLLM, whatever they import."""
 
 PRIVATE_ELSEWHERE = {
