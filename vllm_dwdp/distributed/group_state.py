@@ -131,12 +131,13 @@ class GroupState:
                 self._failures[rank] = request.reason[:MAX_REASON]
                 self._note(f"rank {rank} failed to start: {self._failures[rank]}")
                 return [(messages.Accepted(), ())]
+            # It starts again: what its earlier start failed for is over, whatever it asks first.
             self._refusals.pop(rank, None)
+            self._failures.pop(rank, None)
             if isinstance(request, messages.Borrow) and request.wanted != self.dwdp_rank:
                 held = self._held.get(request.wanted)
                 shard = held if held is not None and held.ready else None
             else:
-                self._failures.pop(rank, None)
                 shard = self._published
         if shard is None:
             return [(messages.NotYet(), ())]
