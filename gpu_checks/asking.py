@@ -126,7 +126,7 @@ def ask(cases: Sequence[Case], deadline: float) -> Iterator[Result]:
             for case in left:
                 yield Result.of(case).end("NOT RUN", "the budget of time is spent")
             return
-        for result in _ask_together(left, deadline):
+        for result in _ask_together(tuple(left), deadline):
             left.pop(0)
             yield result
 

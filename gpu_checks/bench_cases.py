@@ -71,6 +71,7 @@ def all_cases(*, toy: bool = False) -> dict[str, Case]:
 def _toy(case: Case) -> Case:
     """Shrink a case, with experts of more than a page where a rank lacks only one of them."""
     hidden, intermediate = (1024, 1280) if case.on_host else (256, 320)
+    intermediate *= torch.bfloat16.itemsize // case.shape.dtype.itemsize  # or no page is remote
     shape = replace(
         case.shape,
         num_experts=8,

@@ -131,8 +131,11 @@ def test_cases_that_share_a_process_go_on_in_another_one(monkeypatch: pytest.Mon
         [{"found": "c"}, None, 0],
     ]
     results = list(ask(question("must", "a", "b", "c"), time.monotonic() + 100))
-    assert [result.word for result in results] == ["yes", "NO", "yes"]
-    assert [result.text for result in results] == ["a", "b", "c"]
+    assert [(result.title, result.word, result.text) for result in results] == [
+        ("made_up:a", "yes", "a"),
+        ("made_up:b", "NO", "b"),
+        ("made_up:c", "yes", "c"),
+    ]
 
 
 def test_what_has_no_time_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
