@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from tests.helpers.engines import end_servers
 from vllm_dwdp.entrypoints.launch.process import hear_ignored_signals
@@ -10,6 +11,10 @@ from vllm_dwdp.entrypoints.launch.process import hear_ignored_signals
 # `make test &` in a script starts pytest with SIGINT ignored; the programs that tests start must
 # not inherit that.
 hear_ignored_signals()
+
+# How long an example takes is the machine's: others run beside it.
+settings.register_profile("side by side", deadline=None)
+settings.load_profile("side by side")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -208,7 +208,7 @@ def lonely(
         wait_until(lambda used=server.shared_memory: used.isdisjoint(os.listdir("/dev/shm")))
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL", "deadline"])
+@pytest.mark.parametrize("name", ["deadline", "SIGINT", "SIGTERM", "SIGKILL"])
 def test_an_interrupted_start_leaves_nothing(lonely: dict[str, Lonely], name: str) -> None:
     server = lonely[name]
     if name == "deadline":
