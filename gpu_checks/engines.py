@@ -294,15 +294,15 @@ def dual_batch_overlap() -> str:
 def prepare_process() -> None:
     """Prepare for an engine: the plugin may not be installed here, so it is registered by hand."""
     import vllm_dwdp
-    from gpu_checks import fp8_stand_in, kv_sizing
+    from gpu_checks import fp8_stand_in, turns
 
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     vllm_dwdp.register()
     if is_simulated():
         os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
         fp8_stand_in.install()
-    if kv_sizing.TURNS_ENV in os.environ:
-        kv_sizing.take_turns(Path(os.environ[kv_sizing.TURNS_ENV]), int(sys.argv[2]))
+    if turns.TURNS_ENV in os.environ:
+        turns.take_turns(Path(os.environ[turns.TURNS_ENV]), int(sys.argv[2]))
 
 
 def main() -> None:

@@ -13,16 +13,13 @@ Then each rank has found the shards and slots of both. `check_sizing` holds the 
 same engine with other shards and slots, which cancels what torch and the kernels take.
 """
 
-import functools
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gpu_checks.turns import TURNS_ENV, turns_of_process
+
 MIB = 2**20
-TURNS_ENV = "DWDP_TEST_TURNS"
-TURN_S = 200
 UTILIZATION = 0.15
 TOLERANCE_BYTES = 64 * MIB
 # Experts of 24 MiB: a shard of 768 MiB and slots of 192 MiB, so that a missing one shows.
@@ -87,10 +84,10 @@ def memory_of(worker: Any) -> dict[str, Any]:
     """Report, of a case, what the rank takes, bytes. Both ranks serve while it looks."""
     import torch
 
-    assert _turns is not None, f"{TURNS_ENV} is not set"
-    _turns.together()
+    turns = turns_of_process()
+    turns.together()
     free = torch.cuda.mem_get_info(worker.device)[0]
-    _turns.together()
+    turns.together()
     status = worker.dwdp_status()
     return {
         "memory": {
@@ -103,50 +100,3 @@ def memory_of(worker: Any) -> dict[str, Any]:
             "slots": status["slot_bytes"],
         }
     }
-
-
-class Turns:
-    """Points that every rank reaches, in the same order in each."""
-
-    def __init__(self, folder: Path, rank: int, num_ranks: int = 2) -> None:
-        self.folder, self.rank, self.num_ranks = folder, rank, num_ranks
-        self._number = 0
-
-    def together(self) -> None:
-        """Wait until every rank is here."""
-        self._number += 1
-        (self.folder / f"turn{self._number}-{self.rank}").touch()
-        deadline = time.monotonic() + TURN_S
-        for rank in range(self.num_ranks):
-            while not (self.folder / f"turn{self._number}-{rank}").exists():
-                assert time.monotonic() < deadline, f"rank {rank} did not come in {TURN_S} s"
-                time.sleep(0.01)
-
-    def one_by_one(self, action: Callable[[], Any]) -> Any:
-        """Let each rank act while the others wait."""
-        result = None
-        for rank in range(self.num_ranks):
-            self.together()
-            if rank == self.rank:
-                result = action()
-        self.together()
-        return result
-
-
-_turns: Turns | None = None
-
-
-def take_turns(folder: Path, rank: int) -> None:
-    """Let GPU workers of this process begin, and size their caches, in turn from now on."""
-    from vllm_dwdp.executor.gpu_worker import DwdpGPUWorker
-
-    global _turns
-    turns = _turns = Turns(folder, rank)
-    for name in ("init_device", "determine_available_memory"):
-        stock = getattr(DwdpGPUWorker, name)
-
-        @functools.wraps(stock)
-        def in_turn(self: Any, stock: Callable[[Any], Any] = stock) -> Any:
-            return turns.one_by_one(lambda: stock(self))
-
-        setattr(DwdpGPUWorker, name, in_turn)
