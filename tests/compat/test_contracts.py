@@ -19,10 +19,6 @@ from vllm_dwdp.layout.placement import ExpertRange
 pytestmark = pytest.mark.compat
 
 
-def source(thing: Any) -> str:
-    return inspect.getsource(thing)
-
-
 def test_vllm_is_in_the_tested_range() -> None:
     from packaging.version import Version
     from vllm.version import __version__
