@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+LISTENING = " 00010000 "
+"""The flags of a listening socket in /proc/net/unix."""
 PROMPTS = [
     "The capital of France is",
     "a",
@@ -209,12 +211,14 @@ def footprint() -> dict[str, int]:
     for fd in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
             links.append(os.readlink(f"/proc/self/fd/{fd}"))
-    sockets = Path("/proc/net/unix").read_text()
+    sockets = Path("/proc/net/unix").read_text().splitlines()
+    # Where this rank listens; its peers, and other tests, listen elsewhere.
+    place = f"-{os.environ.get('VLLM_DP_MASTER_PORT')}/g0-r{os.environ.get('VLLM_DP_RANK')}"
     names = [thread.name for thread in threading.enumerate()]
     return {
         "memfds": sum("memfd:dwdp" in link for link in links),
         "mappings": Path("/proc/self/maps").read_text().count("memfd:dwdp"),
-        "sockets": sockets.count("vllm-dwdp/") if os.environ.get("VLLM_DP_SIZE") == "1" else 0,
+        "sockets": sum(LISTENING in line and line.endswith(place) for line in sockets),
         "threads": sum(name.startswith("dwdp") for name in names),
         "native_threads": sum(
             path.read_text().startswith("dwdp") for path in Path("/proc/self/task").glob("*/comm")
