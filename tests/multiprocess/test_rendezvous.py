@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.files import num_open_files
 from tests.unit.distributed.test_messages import fingerprint
 from vllm_dwdp.distributed import dialling, messages, waiting
 from vllm_dwdp.distributed.dialling import Dialler
@@ -46,9 +47,9 @@ def endpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Endpoint:
 @pytest.fixture(autouse=True)
 def nothing_leaks() -> Iterator[None]:
     resource_tracker.ensure_running()  # multiprocessing's own descriptor, opened once
-    before = len(os.listdir("/proc/self/fd")), threading.active_count()
+    before = num_open_files(), threading.active_count()
     yield
-    assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
+    assert (num_open_files(), threading.active_count()) == before
 
 
 def rank(endpoint: Endpoint, number: int, size: int = 2, **options: Any) -> Membership:
@@ -67,15 +68,6 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
-
-
-def open_files() -> int:
-    """How many files are open once the answering threads have hung up on those who asked."""
-    counts = [0, 1, 2]
-    while len(set(counts[-3:])) > 1:
-        time.sleep(0.05)
-        counts.append(len(os.listdir("/proc/self/fd")))
-    return counts[-1]
 
 
 def publish(member: Membership) -> int:
@@ -596,10 +588,10 @@ def test_a_shard_must_come_in_as_many_handles_as_it_has_pieces(endpoint: Endpoin
     members = [rank(endpoint, number, join_timeout_s=0.5) for number in range(2)]
     page = os.memfd_create("page")
     members[1].publish([page], [4096, 4096])
-    before = open_files()
+    before = num_open_files()
     with pytest.raises(ProtocolError, match="1 descriptors .* shard in 2 pieces"):
         members[0].meet()
-    assert open_files() == before
+    assert num_open_files() == before
     for member in members:
         member.close()
     os.close(page)

@@ -9,6 +9,7 @@ import pytest
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.v1.worker.gpu_worker import Worker
 
+from tests.helpers.files import num_open_files
 from tests.unit.distributed.test_messages import fingerprint
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.device.base import Device
@@ -75,9 +76,9 @@ def host_vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(Worker, "shutdown", lambda worker: None)
     monkeypatch.setattr(identity, "make_fingerprint", lambda *_: fingerprint())
     monkeypatch.setattr(BaseModelLoader, "get_external_weight_memory", lambda *_: 7)
-    before = len(os.listdir("/proc/self/fd"))
+    before = num_open_files()
     yield
-    assert (len(os.listdir("/proc/self/fd")), OpenedDevice.num_open) == (before, 0)
+    assert (num_open_files(), OpenedDevice.num_open) == (before, 0)
 
 
 def whole_shard(worker: HostBackedWorker, peer: Membership, num_bytes: int) -> None:

@@ -1,6 +1,5 @@
 """What a rank checks before it maps a peer's experts, and the order in which it leaves."""
 
-import os
 from contextlib import ExitStack
 from dataclasses import replace
 from enum import Enum
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 from gpu_checks.expert_ranks import ExpertShape, RankMemory
+from tests.helpers.files import num_open_files
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.device.base import Handles
 from vllm_dwdp.device.host import HostDevice
@@ -80,13 +80,13 @@ def test_a_lent_shard_must_be_what_its_dead_owner_published() -> None:
     device = HostDevice()
     ranks = [RankMemory(device, SHAPE, 2, number, 2) for number in range(2)]
     peers = peers_of(ranks[0])
-    num_files = len(os.listdir("/proc/self/fd"))
+    num_files = num_open_files()
     peers.map_all({1: published(ranks[1], is_lent=True)})
     changed = {1: published(ranks[1], is_lent=True, digest=b"as it was")}
     with pytest.raises(PeerMismatchError, match="a survivor that kept them has changed"):
         peers.map_all(changed)
     peers.close()
-    assert len(os.listdir("/proc/self/fd")) == num_files
+    assert num_open_files() == num_files
     for rank in ranks:
         rank.close()
 
