@@ -184,9 +184,9 @@ def show_ranks(metrics: dict[tuple[str, str], float]) -> None:
 
 
 def show_memory(server: Server, metrics: dict[tuple[str, str], float]) -> None:
-    used = sum(proportional_set_bytes(worker.pid) for worker in server.processes("Worker"))
+    used = sum(proportional_set_bytes(rank.pid) for rank in server.ranks())
     saved = sum(metrics["vllm:dwdp_saved_bytes", str(rank)] for rank in range(NUM_RANKS))
-    table = Table(title="memory of the workers (proportional set size)")
+    table = Table(title="memory of the ranks (proportional set size)")
     table.add_column("", justify="left")
     table.add_column("MiB", justify="right")
     table.add_row(f"{NUM_RANKS} ranks, one copy of the experts (measured)", mib(used))

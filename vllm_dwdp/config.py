@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from vllm_dwdp.errors import DwdpConfigError
 
 MODES = ("auto", "direct", "prefetch", "replica")
+EXECUTORS = ("uni", "mp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,8 @@ class DwdpConfig:
         direct_max_tokens: `auto` reads in place up to this many scheduled tokens per step;
             `None` takes the cost model's threshold.
         slice_bytes: size of one copy slice.
+        executor: `uni` runs the worker in the engine process, `mp` in a process of its own; `None`
+            chooses by the devices of a rank.
         rendezvous: where ranks meet: `unix:///folder`, `tcp://host[,host...]:port`, or an
             `abstract:` name made by the launcher.
         rendezvous_secret_file: file whose content authenticates `tcp://` peers.
@@ -36,6 +39,7 @@ class DwdpConfig:
     experts_per_rank: int | None = None
     direct_max_tokens: int | None = None
     slice_bytes: int = 2 * 2**20
+    executor: str | None = None
     rendezvous: str | None = None
     rendezvous_secret_file: str | None = None
     join_timeout_s: float = 600.0
@@ -44,6 +48,10 @@ class DwdpConfig:
         if self.mode not in MODES:
             raise DwdpConfigError(
                 f"dwdp mode={self.mode!r} is unknown; choose one of {', '.join(MODES)}."
+            )
+        if self.executor not in (None, *EXECUTORS):
+            raise DwdpConfigError(
+                f"dwdp executor={self.executor!r} is unknown; choose one of {', '.join(EXECUTORS)}."
             )
         _check_integer("group_size", self.group_size, 1)
         _check_integer("slice_bytes", self.slice_bytes, 4096)

@@ -6,14 +6,16 @@ An upgrade of vLLM that moves one of them fails here, by name, and not in a serv
 import ast
 import dataclasses
 import inspect
+import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tests.compat.syntax import assignments, calls, entries
+from tests.compat.syntax import assignments, calls, entries, tree
 from vllm_dwdp.layout.placement import ExpertRange
 
 pytestmark = pytest.mark.compat
@@ -223,13 +225,48 @@ def test_cpu_worker_sizes_by_resident_memory(monkeypatch: pytest.MonkeyPatch) ->
         assert cpu_worker.CPUWorker.determine_available_memory(worker) == 2**30 - 2**20
 
 
-def test_cpu_binding_variable() -> None:
+def test_cpu_binding_variable_and_its_parser() -> None:
     from vllm import envs
+    from vllm.utils.ompmultiprocessing import OMPProcessManager
 
     from vllm_dwdp.compat.worker.cpu import BIND_ENV
 
     assert BIND_ENV in envs.environment_variables
     assert envs.environment_variables[BIND_ENV]() == "auto"
+    made = dict(assignments(OMPProcessManager.__init__))
+    made |= dict(assignments(OMPProcessManager._parse_omp_threads_bind_env))
+    for name in ("use_iomp", "use_gomp", "skip_setup", "cpu_lists"):
+        assert f"self.{name}" in made, name
+
+
+def test_cpu_worker_takes_memory_of_the_node_of_the_first_core_that_it_may_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import torch
+    from vllm.utils import cpu_resource_utils
+    from vllm.v1.worker import cpu_worker
+
+    class NodeChosenError(Exception):
+        pass
+
+    def choose(nodes: list[int]) -> None:
+        raise NodeChosenError(nodes)
+
+    def start_on(core: int) -> None:
+        os.sched_setaffinity(0, {core})  # of this thread
+        cpu_worker.CPUWorker(None, 0, 0, "")
+
+    allowed = sorted(os.sched_getaffinity(0))
+    cores = [cpu_resource_utils.LogicalCPUInfo(core, core, 10 + core) for core in allowed]
+    monkeypatch.setattr(cpu_resource_utils, "_get_cpu_list", lambda: cores)
+    monkeypatch.setattr(
+        cpu_worker, "get_visible_memory_node", lambda *_: [10 + core for core in allowed]
+    )
+    monkeypatch.setattr(torch.ops._C, "init_cpu_memory_env", choose)
+    with ThreadPoolExecutor(1) as pool:
+        for core in allowed:
+            with pytest.raises(NodeChosenError, match=rf"\[{10 + core}\]"):
+                pool.submit(start_on, core).result()
 
 
 def test_stat_logger_factories_are_looked_up_by_name() -> None:
@@ -250,6 +287,22 @@ def test_start_up_wait_is_looked_up_by_name_and_interrupts_are_swallowed() -> No
     with zmq_socket_ctx("inproc://contract", zmq.PULL, bind=True) as opened:
         raise KeyboardInterrupt
     assert opened.closed
+
+
+def test_an_engine_process_only_records_signals_until_it_is_built() -> None:
+    """Fails when vLLM's engine ends by itself: then our handlers can go."""
+    from vllm.v1.engine.core import EngineCoreProc
+
+    nodes = list(ast.walk(tree(EngineCoreProc.run_engine_core)))
+    (handler,) = [
+        node
+        for node in nodes
+        if isinstance(node, ast.FunctionDef) and node.name == "signal_handler"
+    ]
+    assert not any(isinstance(node, ast.Raise) for node in ast.walk(handler))
+    made = [ast.unparse(node) for node in nodes if isinstance(node, ast.Call)]
+    assert "signal.signal(signal.SIGTERM, signal_handler)" in made
+    assert "signal.signal(signal.SIGINT, signal_handler)" in made
 
 
 def test_offline_client_members() -> None:
@@ -274,10 +327,19 @@ def test_offline_client_members() -> None:
 
 
 def test_executor_and_worker_hooks() -> None:
+    from vllm.v1.executor import Executor
     from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
     from vllm.v1.worker.cpu_worker import CPUWorker
 
-    assert callable(MultiprocExecutor._init_executor)
+    for executor in (MultiprocExecutor, UniProcExecutor):
+        assert callable(executor._init_executor)
+        assert issubclass(executor, Executor)
+        assert "self._init_executor" in calls(Executor.__init__)
+    assert UniProcExecutor.supports_async_scheduling()
+    started = calls(UniProcExecutor._init_executor)
+    for name in ("init_worker", "init_device", "load_model"):
+        assert f"self.driver_worker.{name}" in started, name
     for name in ("load_model", "execute_model", "determine_available_memory", "shutdown"):
         assert callable(getattr(CPUWorker, name))
 

@@ -229,6 +229,7 @@ def footprint() -> dict[str, int]:
 def make_engine(case: dict[str, Any]) -> Any:
     from vllm import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.executor import Executor
 
     dwdp = case.get("num_ranks", 1) > 1
     settings: dict[str, Any] = {
@@ -246,26 +247,10 @@ def make_engine(case: dict[str, Any]) -> Any:
     vllm_config = args.create_engine_config()
     return LLMEngine(
         vllm_config,
-        executor_class=make_executor_class(dwdp),
+        executor_class=Executor.get_class(vllm_config),
         log_stats=False,
         multiprocess_mode=False,
     )
-
-
-def make_executor_class(dwdp: bool) -> type:
-    from vllm.v1.executor.uniproc_executor import UniProcExecutor
-
-    from vllm_dwdp.compat.worker import independent
-
-    class InProcessExecutor(UniProcExecutor):
-        """The worker in this process; `DwdpExecutor` would start another one."""
-
-        def _init_executor(self) -> None:
-            if dwdp:
-                independent.restore_model_config(self.vllm_config)
-            super()._init_executor()
-
-    return InProcessExecutor
 
 
 def generate(engine: Any, index: int, text: str) -> list[int]:

@@ -152,7 +152,7 @@ def test_sleep_and_reload_are_refused_before_they_start(model: str) -> None:
 
 def test_expert_memory_is_stored_once(server: Server) -> None:
     """Summed proportional set size of what ranks share: the experts once, and the slots."""
-    shared = sum(proportional_memfd_bytes(worker.pid) for worker in server.processes("Worker"))
+    shared = sum(proportional_memfd_bytes(rank.pid) for rank in server.ranks())
     experts = server.metric("vllm:dwdp_resident_expert_bytes") or 0
     slots = server.metric("vllm:dwdp_slot_bytes") or 0
     assert experts > 0 and slots > 0

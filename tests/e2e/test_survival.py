@@ -81,12 +81,12 @@ class Client(threading.Thread):
 
 
 def footprint(server: Server) -> tuple[int, int, int]:
-    """Open files, shared mappings and anonymous bytes of the rank's worker."""
-    (worker,) = server.processes("Worker")
-    maps = Path(f"/proc/{worker.pid}/maps").read_text()
-    rollup = Path(f"/proc/{worker.pid}/smaps_rollup").read_text()
+    """Open files, shared mappings and anonymous bytes of the rank."""
+    (rank,) = server.ranks()
+    maps = Path(f"/proc/{rank.pid}/maps").read_text()
+    rollup = Path(f"/proc/{rank.pid}/smaps_rollup").read_text()
     anonymous = int(rollup.split("Anonymous:")[1].split()[0]) * 1024
-    return worker.num_fds(), maps.count("memfd:dwdp"), anonymous
+    return rank.num_fds(), maps.count("memfd:dwdp"), anonymous
 
 
 class Deployment:
@@ -282,13 +282,11 @@ def test_kills_under_load(ranks: Deployment) -> None:
 
 
 def proportional_experts(servers: list[Server]) -> int:
-    """Bytes of shared expert memory over all workers, each page once."""
+    """Bytes of shared expert memory over all ranks, each page once."""
     total = 0
     for server in servers:
-        (worker,) = server.processes("Worker")
-        total += sum(
-            mapping.pss for mapping in worker.memory_maps() if "memfd:dwdp" in mapping.path
-        )
+        (rank,) = server.ranks()
+        total += sum(mapping.pss for mapping in rank.memory_maps() if "memfd:dwdp" in mapping.path)
     return total
 
 
@@ -335,7 +333,7 @@ def test_launch_restarts_a_killed_rank_behind_the_router(
         router.url = f"http://127.0.0.1:{port}"
         expected = router.tokens(PROMPTS[2])
         family = psutil.Process(process.pid).children(recursive=True)
-        victim = next(child for child in family if "Worker" in " ".join(child.cmdline()))
+        victim = next(child for child in family if "EngineCore" in " ".join(child.cmdline()))
         victim.kill()
         wait_for(log, process, "restarts 1", 60)
         for _ in range(5):

@@ -15,6 +15,7 @@ def test_defaults_share_one_copy_among_all_ranks() -> None:
     assert config.experts_per_rank is None
     assert config.slice_bytes == 2 * 2**20
     assert config.join_timeout_s == 600
+    assert config.executor is None
     assert config.shares_experts
 
 
@@ -30,6 +31,7 @@ def test_some_settings_share_nothing(options: dict[str, Any], size: int) -> None
     [
         ({"moed": "direct"}, r"'moed' is unknown. Did you mean 'mode'\? Known options: mode, "),
         ({"mode": "fast"}, "mode='fast' is unknown; choose one of auto, direct, prefetch, replica"),
+        ({"executor": "ray"}, "executor='ray' is unknown; choose one of uni, mp"),
         ({"group_size": 3}, r"group_size=3 does not divide --data-parallel-size 4; .*\[1, 2, 4\]"),
         ({"group_size": 0}, "group_size=0 must be an integer of at least 1"),
         ({"group_size": True}, "group_size=True must be an integer"),

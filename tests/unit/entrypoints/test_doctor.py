@@ -13,11 +13,13 @@ from vllm_dwdp.device.container import Limits, read_limits
 from vllm_dwdp.device.limits import check_open_files, files_needed
 from vllm_dwdp.entrypoints.doctor.checks import (
     Finding,
+    examine,
     judge_container,
     judge_gpus,
     judge_open_files,
     judge_scheduler,
     judge_silent_driver,
+    judge_worker_queues,
 )
 from vllm_dwdp.entrypoints.doctor.gpus import Gpu, Topology, find_topology, one_gpu_each
 from vllm_dwdp.errors import DwdpConfigError, DwdpMemoryError
@@ -233,3 +235,19 @@ def test_launch_gives_each_rank_one_gpu() -> None:
         one_gpu_each(3, chosen, 4)
     with pytest.raises(DwdpConfigError, match=r"--ranks 9: this machine has 4 GPUs"):
         one_gpu_each(9, {}, 4)
+
+
+def test_dockers_shared_memory_is_too_small_for_worker_processes() -> None:
+    docker = judge_worker_queues(64 * 2**20)
+    assert docker.verdict == "problem"
+    assert "--shm-size" in docker.advice and "'uni', which needs none" in docker.advice
+    assert judge_worker_queues(2**30).verdict == "ok"
+
+
+def test_shared_memory_matters_to_worker_processes_only() -> None:
+    def checked(executor: str) -> list[str]:
+        findings = examine(group_size=2, expert_bytes=0, executor=executor)
+        return [finding.check for finding in findings]
+
+    assert "shared memory" not in checked("uni")
+    assert "shared memory" in checked("mp")

@@ -5,7 +5,11 @@ from contextlib import contextmanager
 from typing import Any
 
 BACKEND = "dwdp"
-EXECUTOR_CLS = "vllm_dwdp.executor.executor.DwdpExecutor"
+EXECUTOR_CLS = {
+    "uni": "vllm_dwdp.executor.executor.DwdpExecutor",
+    "mp": "vllm_dwdp.executor.executor.DwdpMultiprocExecutor",
+}
+"""The class behind each value of the option `executor`."""
 WORKER_CLS = {
     "cpu": "vllm_dwdp.executor.cpu_worker.DwdpCPUWorker",
     "cuda": "vllm_dwdp.executor.gpu_worker.DwdpGPUWorker",
@@ -15,7 +19,18 @@ WORKER_CLS = {
 
 def is_chosen(args: Any) -> bool:
     """Whether these arguments of vLLM ask for DWDP."""
-    return getattr(args, "distributed_executor_backend", None) in (BACKEND, EXECUTOR_CLS)
+    chosen = getattr(args, "distributed_executor_backend", None)
+    return chosen == BACKEND or chosen in EXECUTOR_CLS.values()
+
+
+def executor_cls(executor: str | None, chosen: Any) -> str:
+    """The executor's dotted name: of the option, of what the user chose by that name, or the default.
+
+    A rank has one device (several are refused), so the default is the one that needs one process.
+    """
+    if executor is None and chosen in EXECUTOR_CLS.values():
+        return str(chosen)
+    return EXECUTOR_CLS[executor or "uni"]
 
 
 _offline_size: int | None = None

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from vllm_dwdp.compat.frontend import startup, stat_logger
-from vllm_dwdp.compat.frontend.backend import BACKEND, EXECUTOR_CLS, WORKER_CLS, offline_size
+from vllm_dwdp.compat.frontend.backend import BACKEND, WORKER_CLS, executor_cls, offline_size
 from vllm_dwdp.compat.frontend.ranks import (
     choose_endpoint,
     find_ranks,
@@ -94,7 +94,9 @@ def _build(args: Any, config: DwdpConfig, device: str, build_stock: Callable[[],
     hashed = {BACKEND: {"mode": config.mode if config.shares_experts else "replica"}}
     with _replaced(
         args,
-        distributed_executor_backend=EXECUTOR_CLS,
+        distributed_executor_backend=executor_cls(
+            config.executor, args.distributed_executor_backend
+        ),
         worker_cls=WORKER_CLS[device],
         additional_config=dict(args.additional_config or {}) | hashed,
     ):

@@ -6,11 +6,9 @@ built. Stock engines are up soon after; a DWDP rank may be waiting minutes for a
 """
 
 import functools
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
+
+from vllm_dwdp.compat.worker.signals import ended_by_signals
 
 
 def install() -> None:
@@ -21,26 +19,8 @@ def install() -> None:
 
     @functools.wraps(stock)
     def wait_for_engine_startup(*args: Any, **kwargs: Any) -> Any:
-        with _ended_by_signals():
+        with ended_by_signals():
             return stock(*args, **kwargs)
 
     wait_for_engine_startup.dwdp_stock = stock  # type: ignore[attr-defined]
     utils.wait_for_engine_startup = wait_for_engine_startup
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """While active, SIGINT and SIGTERM raise SystemExit, which nobody swallows."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(signum: int, frame: object) -> None:
-        raise SystemExit(128 + signum)
-
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -6,7 +6,13 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 from vllm_dwdp.device.limits import proportional_set_bytes
+from vllm_dwdp.errors import DwdpConfigError
+from vllm_dwdp.logger import init_logger
+
+logger = init_logger(__name__)
 
 BIND_ENV = "VLLM_CPU_OMP_THREADS_BIND"
 
@@ -32,25 +38,74 @@ def split_cores(slot: int, num_slots: int) -> list[int]:
 
 @contextmanager
 def bound_cores(parallel_config: Any, slot: int, num_slots: int) -> Iterator[list[int] | None]:
-    """Bind the worker that is started meanwhile to its share of the host's cores.
+    """While active, vLLM binds what it starts to a rank's share of the host's cores.
 
-    What the user put into `VLLM_CPU_OMP_THREADS_BIND` is left to vLLM; then None is yielded.
+    What the user put into `VLLM_CPU_OMP_THREADS_BIND` is left to vLLM; then None is yielded. The devices
+    that vLLM gave the rank are hidden, because 0.33 takes them for memory nodes: the node is that of the
+    cores.
     """
-    if os.environ.get(BIND_ENV, "auto") != "auto":
-        yield None
+    before = os.environ.get(BIND_ENV)
+    if before not in (None, "auto"):
+        with _without(parallel_config, "assigned_physical_gpu_ids"):
+            yield None
         return
     cores = split_cores(slot, num_slots)
-    before = os.environ.get(BIND_ENV), parallel_config.data_parallel_rank_local
     os.environ[BIND_ENV] = ",".join(map(str, cores))
-    parallel_config.data_parallel_rank_local = None
     try:
-        yield cores
+        with _without(parallel_config, "assigned_physical_gpu_ids", "data_parallel_rank_local"):
+            yield cores
     finally:
-        parallel_config.data_parallel_rank_local = before[1]
-        if before[0] is None:
+        if before is None:
             del os.environ[BIND_ENV]
         else:
-            os.environ[BIND_ENV] = before[0]
+            os.environ[BIND_ENV] = before
+
+
+@contextmanager
+def _without(target: Any, *names: str) -> Iterator[None]:
+    """Set attributes to None for a while."""
+    before = {name: getattr(target, name) for name in names}
+    for name in names:
+        setattr(target, name, None)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(target, name, value)
+
+
+def bind_this_process(vllm_config: Any) -> None:
+    """Keep this thread, and every one that it will start, on the cores that a worker would get.
+
+    Call while `bound_cores` is active, before vLLM makes its worker: that takes its memory from the node
+    of the first core that it may use, and lets nobody set the number of threads afterwards. vLLM binds
+    a worker process by variables that an OpenMP runtime reads when it is loaded. Here that has happened
+    already, and the affinity does the same: all threads on all cores of the rank.
+
+    Raises:
+        DwdpConfigError: the user named cores that this process may not use.
+    """
+    from vllm.utils.ompmultiprocessing import OMPProcessManager
+
+    manager = OMPProcessManager(vllm_config)
+    if manager.skip_setup:
+        return
+    (cores,) = manager.cpu_lists
+    try:
+        os.sched_setaffinity(0, cores)
+    except OSError as error:
+        raise DwdpConfigError(
+            f"{BIND_ENV}={os.environ[BIND_ENV]!r} gives this rank the cores {cores}, and its process "
+            f"may use none but {sorted(os.sched_getaffinity(0))}. Name some of those, or leave it out."
+        ) from error
+    if manager.use_iomp or manager.use_gomp:
+        logger.warning(
+            "DWDP: the OpenMP runtime in LD_PRELOAD was loaded before the cores %s were known: threads "
+            "stay on them, but each is pinned to one of them only with the dwdp option executor 'mp'",
+            cores,
+        )
+    if torch.get_num_threads() != len(cores):
+        torch.set_num_threads(len(cores))
 
 
 @contextmanager

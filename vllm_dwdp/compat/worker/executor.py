@@ -1,16 +1,62 @@
-"""vLLM's multiprocess executor, with a hook around its start: vLLM has a private name for that only."""
+"""vLLM's executors with a hook around their start, for which vLLM has a private name only.
 
-from contextlib import AbstractContextManager
+Both run in a rank's engine process; the worker of the first one does, too.
+"""
+
+from contextlib import AbstractContextManager, ExitStack
+from multiprocessing.util import Finalize
+from typing import Any
 
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+from vllm_dwdp.compat.worker.signals import ended_by_signals, records_signals_only
 
 
-class HookedExecutor(MultiprocExecutor):
-    """An executor that starts its workers inside of `starting`."""
+class Hooked:
+    """Mixin: an executor that starts its worker inside of `starting`."""
+
+    vllm_config: Any
+    parallel_config: Any
 
     def starting(self) -> AbstractContextManager[None]:
-        """What surrounds the start of the workers."""
+        """What surrounds the start of the worker."""
         raise NotImplementedError
+
+
+class HookedUniProcExecutor(Hooked, UniProcExecutor):
+    """The worker in this process.
+
+    Whatever ends the start ends the worker, and so does the end of this process: vLLM leaves both to the
+    exit of a worker process. Signals that vLLM would only record end a start at once, because a worker
+    may be waiting minutes for its peers.
+    """
+
+    _ended: Finalize
+
+    def _init_executor(self) -> None:
+        with ExitStack() as undo:
+            if records_signals_only():
+                undo.enter_context(ended_by_signals())
+            undo.enter_context(self.starting())
+            with ExitStack() as failed:
+                failed.callback(self._end_worker)
+                super()._init_executor()
+                failed.pop_all()
+        self._ended = Finalize(None, self._end_worker, exitpriority=0)
+
+    def _end_worker(self) -> None:
+        worker = getattr(self, "driver_worker", None)
+        if worker is not None and "worker" in vars(worker):  # or it was never made
+            worker.shutdown()
+
+    def shutdown(self) -> None:
+        """As vLLM's, once."""
+        self._ended()
+
+
+class HookedMultiprocExecutor(Hooked, MultiprocExecutor):
+    """The worker in a process of its own."""
 
     def _init_executor(self) -> None:
         with self.starting():

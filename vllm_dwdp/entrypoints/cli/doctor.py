@@ -1,6 +1,6 @@
 """`vllm-dwdp doctor`."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.text import Text
@@ -9,6 +9,7 @@ from vllm_dwdp.entrypoints.cli.options import AsJson
 from vllm_dwdp.entrypoints.doctor import checks
 from vllm_dwdp.entrypoints.tables import print_json, show
 
+Executor = Literal["uni", "mp"]
 _COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}
 
 
@@ -17,10 +18,15 @@ def doctor(
     expert_gib: Annotated[
         float, typer.Option(min=0.0, help="GiB of one full copy of the experts, if known.")
     ] = 0.0,
+    executor: Annotated[
+        Executor, typer.Option(help="The dwdp option executor that the ranks will have.")
+    ] = "uni",
     as_json: AsJson = False,
 ) -> None:
     """Check this machine and say what to change. Exits 1 if something would stop a start."""
-    findings = checks.examine(group_size=group_size, expert_bytes=int(expert_gib * 2**30))
+    findings = checks.examine(
+        group_size=group_size, expert_bytes=int(expert_gib * 2**30), executor=executor
+    )
     if as_json:
         print_json([finding.as_dict() for finding in findings])
     else:

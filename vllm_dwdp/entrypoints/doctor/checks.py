@@ -4,6 +4,7 @@ import os
 import platform
 import re
 import resource
+import shutil
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +18,8 @@ from vllm_dwdp.logger import format_gib
 TESTED_VLLM = ("0.32", "0.33")
 AMPLE_FILES = 4096
 MAPPINGS_NEEDED = 65530
+SHM_FOLDER = "/dev/shm"
+WORKER_QUEUE_BYTES = 10 * (24 * 2**20 + 4096)
 TASKS_PER_RANK = 256
 BATCHED_COPIES_CUDA = 12080
 FAIR_SCHEDULER_LINUX = (6, 18, 45)
@@ -41,12 +44,13 @@ def found(check: str, seen: str, advice: str = "", verdict: str = "warning") -> 
     return Finding(check, verdict if advice else "ok", seen, advice)
 
 
-def examine(*, group_size: int, expert_bytes: int) -> list[Finding]:
+def examine(*, group_size: int, expert_bytes: int, executor: str) -> list[Finding]:
     """Run every check, in the order in which a start would meet them.
 
     Args:
         group_size: ranks that will share experts on this host.
         expert_bytes: one full copy of the experts, 0 if unknown.
+        executor: what runs a rank's worker, `uni` or `mp`.
     """
     return [
         _vllm(),
@@ -55,6 +59,7 @@ def examine(*, group_size: int, expert_bytes: int) -> list[Finding]:
         _mappings(),
         _memory(expert_bytes),
         _memfd(),
+        *([_worker_queues()] if executor == "mp" else []),
         _cores(group_size),
         judge_scheduler(platform.release()),
         *judge_container(read_limits(), group_size, expert_bytes),
@@ -138,6 +143,27 @@ def _memfd() -> Finding:
     if _linux_version(release) < (5, 1):
         return found("sealed memory", f"Linux {release}", "Linux 5.1 or later", "problem")
     return found("sealed memory", f"memfd with seals, Linux {release}")
+
+
+def _worker_queues() -> Finding:
+    try:
+        return judge_worker_queues(shutil.disk_usage(SHM_FOLDER).free)
+    except OSError as error:
+        return found("shared memory", str(error), f"mount a tmpfs at {SHM_FOLDER}", "problem")
+
+
+def judge_worker_queues(free_bytes: int) -> Finding:
+    """Judge whether vLLM may make its queues between an engine and its worker process.
+
+    It asks for the room of each queue when it makes it, and fills next to nothing of it.
+    """
+    advice = (
+        f"docker run --shm-size=1g, or dwdp executor 'uni', which needs none; each queue asks for up to "
+        f"{format_gib(WORKER_QUEUE_BYTES)}"
+    )
+    is_short = free_bytes < WORKER_QUEUE_BYTES
+    seen = f"{format_gib(free_bytes)} free in {SHM_FOLDER}"
+    return found("shared memory", seen, advice if is_short else "", "problem")
 
 
 def _cores(group_size: int) -> Finding:

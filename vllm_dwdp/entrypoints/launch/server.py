@@ -139,6 +139,10 @@ class Server:
                     found.append(child)
         return found
 
+    def ranks(self) -> list[psutil.Process]:
+        """The processes that compute: vLLM's workers, or its engines where these are one process."""
+        return self.processes("VLLM::Worker") or self.processes("VLLM::EngineCore")
+
     def tail(self) -> str:
         """The end of its log."""
         return self.log.read_text(errors="replace")[-8000:]
@@ -158,8 +162,8 @@ class Server:
                     member.send_signal(sent)
 
     def kill(self) -> None:
-        """SIGKILL for the whole family, workers first."""
-        family = [*self.processes("Worker"), *self.processes()] if self._is_alive() else []
+        """SIGKILL for the whole family, ranks first."""
+        family = [*self.ranks(), *self.processes()] if self._is_alive() else []
         for member in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.kill()
