@@ -1,22 +1,26 @@
-"""How long two DWDP ranks take to answer, against two stock servers on the same cores.
+"""What two DWDP ranks take to answer, against two stock servers on the same cores.
 
     python benchmarks/start_time.py [--rounds 3]
 
 From the start of the processes to the first `/health`, caches of torch.compile warm (one start of
-each kind before the first round). Interleaved. Prints seconds and the ratio dwdp / stock.
+each kind before the first round). Interleaved. Prints medians, and the ratio dwdp / stock of seconds.
 """
 
 import argparse
 import json
+import re
 import statistics
 import tempfile
 import time
 from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
 from rich.console import Console
 from rich.table import Table
 
+from vllm_dwdp.device.limits import proportional_set_bytes
 from vllm_dwdp.entrypoints.bench.checkpoints import make_checkpoint
 from vllm_dwdp.entrypoints.bench.machine import describe_machine
 from vllm_dwdp.entrypoints.launch.server import Server
@@ -24,7 +28,30 @@ from vllm_dwdp.entrypoints.launch.server import Server
 SHAPE = {"hidden_size": 1024, "moe_intermediate_size": 256, "num_hidden_layers": 8}
 HEADS = {"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64}
 DWDP = ("--distributed-executor-backend", "dwdp", "--data-parallel-size", "2")
+KINDS = {
+    "dwdp": ("--additional-config", '{"dwdp": {"executor": "uni"}}'),
+    "dwdp mp": ("--additional-config", '{"dwdp": {"executor": "mp"}}'),
+    "stock": (),
+}
 console = Console()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What one start took until everything answered, and what was there then.
+
+    Args:
+        cpu_s: of every process, those that have ended included.
+        memory_mib: proportional set size of all processes.
+        shared_memory_mib: size of the files of /dev/shm that they have mapped; next to nothing of it is
+            touched.
+    """
+
+    seconds: float
+    cpu_s: float
+    memory_mib: float
+    num_processes: float
+    shared_memory_mib: float
 
 
 def main() -> None:
@@ -34,49 +61,92 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()
     model = str(make_checkpoint(options.folder / "start", 64, **SHAPE, **HEADS))
-    seconds: dict[str, list[float]] = {"dwdp": [], "stock": []}
+    starts: dict[str, list[Start]] = {kind: [] for kind in KINDS}
     for number in range(options.rounds + 1):
-        for kind, values in seconds.items():
-            taken = start_once(kind, model, options.folder)
-            console.print(f"round {number}: {kind:<6} {taken:.1f} s")
+        for kind, done in starts.items():
+            start = start_once(kind, model, options.folder)
+            console.print(f"round {number}: {kind:<7} {start}")
             if number > 0:
-                values.append(taken)
-    report(seconds, options.json)
+                done.append(start)
+    report(starts, options.json)
 
 
-def start_once(kind: str, model: str, folder: Path) -> float:
-    """Seconds until both ranks (one server) or both stock servers answer."""
+def start_once(kind: str, model: str, folder: Path) -> Start:
+    """Start both ranks (one server) or both stock servers, and end them again."""
     common = [model, "--max-model-len", "1024", "--kv-cache-memory-bytes", str(256 * 2**20)]
     with ExitStack() as stack:
         started = time.monotonic()
-        if kind == "dwdp":
-            arguments = [*common, *DWDP, "--api-server-count", "1"]
-            servers = [Server(arguments, folder / "start-dwdp.log", {})]
-        else:
+        if kind == "stock":
             servers = [
                 Server(
                     common, folder / f"start-{core}.log", {"VLLM_CPU_OMP_THREADS_BIND": str(core)}
                 )
                 for core in (0, 1)
             ]
+        else:
+            arguments = [*common, *DWDP, *KINDS[kind], "--api-server-count", "1"]
+            servers = [Server(arguments, folder / f"start-{kind.replace(' ', '-')}.log", {})]
         for server in servers:
             stack.enter_context(server)
         for server in servers:
             server.wait_until_ready()
-        return time.monotonic() - started
+        return measure(time.monotonic() - started, servers)
 
 
-def report(seconds: dict[str, list[float]], path: Path | None) -> None:
-    ratios = [ours / stock for ours, stock in zip(seconds["dwdp"], seconds["stock"], strict=True)]
+def measure(seconds: float, servers: list[Server]) -> Start:
+    """Look at every process of the servers."""
+    family = [psutil.Process(server.process.pid) for server in servers]
+    family += [child for server in servers for child in server.processes()]
+    shared: dict[str, int] = {}
+    for process in family:
+        maps = Path(f"/proc/{process.pid}/maps").read_text()
+        for begin, end, name in re.findall(r"^(\w+)-(\w+) .* /dev/shm/(\S+)", maps, re.MULTILINE):
+            shared[name] = int(end, 16) - int(begin, 16)
+    return Start(
+        seconds=seconds,
+        cpu_s=sum(sum(process.cpu_times()[:4]) for process in family),
+        memory_mib=sum(proportional_set_bytes(process.pid) for process in family) / 2**20,
+        num_processes=len(family),
+        shared_memory_mib=sum(shared.values()) / 2**20,
+    )
+
+
+def report(starts: dict[str, list[Start]], path: Path | None) -> None:
     table = Table(title=describe_machine())
-    for heading in ("two ranks of", "seconds to /health", "dwdp / stock"):
+    headings = (
+        "two ranks of",
+        "seconds to /health",
+        "over stock",
+        "CPU s",
+        "MiB",
+        "processes",
+        "shm MiB",
+    )
+    for heading in headings:
         table.add_column(heading, justify="right")
-    spread = f"{statistics.median(ratios):.2f} [{min(ratios):.2f} - {max(ratios):.2f}]"
-    for kind, values in seconds.items():
-        table.add_row(kind, f"{statistics.median(values):.1f}", spread if kind == "dwdp" else "")
+    for kind, done in starts.items():
+        ratios = [
+            ours.seconds / stock.seconds for ours, stock in zip(done, starts["stock"], strict=True)
+        ]
+        spread = f"{statistics.median(ratios):.2f} [{min(ratios):.2f} - {max(ratios):.2f}]"
+        medians = {
+            name: statistics.median(asdict(start)[name] for start in done)
+            for name in asdict(done[0])
+        }
+        table.add_row(
+            kind,
+            f"{medians['seconds']:.1f}",
+            spread if kind != "stock" else "",
+            f"{medians['cpu_s']:.1f}",
+            *(
+                f"{medians[name]:.0f}"
+                for name in ("memory_mib", "num_processes", "shared_memory_mib")
+            ),
+        )
     console.print(table)
     if path is not None:
-        path.write_text(json.dumps({"machine": describe_machine(), "seconds": seconds}, indent=1))
+        values = {kind: [asdict(start) for start in done] for kind, done in starts.items()}
+        path.write_text(json.dumps({"machine": describe_machine(), "starts": values}, indent=1))
 
 
 if __name__ == "__main__":

@@ -165,6 +165,9 @@ QUESTIONS: tuple[Question, ...] = (
                  "deepseek-v3/64-bf16", "qwen3-30b-a3b-fp8", "mixtral-8x7b-fp8",
                  "gpt-oss-20b-fp8", "deepseek-v3/64-fp8"),
              needs="triton", alone=True, limit_s=110, shares_process=True),
+    Question("executors", "bench", 200, "executors:compare_executors",
+             "What does a decode step of one process cost over one of an engine and a worker process?",
+             needs="vllm", alone=True, limit_s=400, simulated=()),
 )
 # fmt: on
 CASES: dict[str, Case] = {

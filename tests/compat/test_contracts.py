@@ -289,6 +289,18 @@ def test_start_up_wait_is_looked_up_by_name_and_interrupts_are_swallowed() -> No
     assert opened.closed
 
 
+def test_worker_queues_take_as_much_shared_memory_as_doctor_asks_for() -> None:
+    from vllm.distributed.device_communicators.shm_broadcast import MessageQueue, ShmRingBuffer
+
+    from vllm_dwdp.entrypoints.doctor.checks import WORKER_QUEUE_BYTES
+
+    sizes = inspect.signature(MessageQueue.__init__).parameters
+    buffer = ShmRingBuffer(1, 1, 1)
+    each = sizes["max_chunk_bytes"].default + buffer.metadata_size
+    needed = each * sizes["max_chunks"].default
+    assert 0 <= WORKER_QUEUE_BYTES - needed < 2**20
+
+
 def test_an_engine_process_only_records_signals_until_it_is_built() -> None:
     """Fails when vLLM's engine ends by itself: then our handlers can go."""
     from vllm.v1.engine.core import EngineCoreProc

@@ -126,17 +126,19 @@ def test_models_and_parameters_that_cannot_be_shared_are_refused(
 
 
 class Lonely:
-    """`vllm serve` of rank 0 of 2 whose peer never comes: it waits with its shard published."""
+    """`vllm serve` of a rank whose last peer never comes: it waits with its shard published."""
 
-    def __init__(self, model: str, folder: Path, join_timeout_s: float = 600) -> None:
+    def __init__(
+        self, model: str, folder: Path, join_timeout_s: float = 600, *, rank: int = 0, size: int = 2
+    ) -> None:
         self.meet = folder / "meet"
-        self.log = folder / "server.log"
+        self.log = folder / f"server-{rank}.log"
         self.shared_memory: set[str] = set()
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         options = {"rendezvous": f"unix://{self.meet}", "join_timeout_s": join_timeout_s}
         command = [VLLM, "serve", model, "--enforce-eager", "--max-model-len", "512"]
-        command += ["--distributed-executor-backend", "dwdp", "--data-parallel-size", "2"]
-        command += ["--data-parallel-rank", "0", "--port", str(free_ports(1)[0])]
+        command += ["--distributed-executor-backend", "dwdp", "--data-parallel-size", str(size)]
+        command += ["--data-parallel-rank", str(rank), "--port", str(free_ports(1)[0])]
         command += ["--additional-config", json.dumps({"dwdp": options})]
         environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
         with self.log.open("wb") as output:
@@ -180,6 +182,10 @@ class Lonely:
                     found.append(process)
         return found
 
+    def engine(self) -> psutil.Process:
+        (engine,) = (each for each in self.family() if "EngineCore" in " ".join(each.cmdline()))
+        return engine
+
     def end(self) -> None:
         for process in self.family():
             with contextlib.suppress(psutil.Error):
@@ -215,8 +221,7 @@ def test_an_interrupted_start_leaves_nothing(lonely: dict[str, Lonely], name: st
         server.wait_for("DWDP rank 0 loaded")
         victim = server.process.pid
         if name == "SIGKILL":
-            engines = [p for p in server.family() if "EngineCore" in " ".join(p.cmdline())]
-            victim = engines[0].pid
+            victim = server.engine().pid
         os.kill(victim, getattr(signal, name))
         server.process.wait(timeout=60)
     assert server.process.returncode != 0
@@ -227,3 +232,27 @@ def test_an_interrupted_start_leaves_nothing(lonely: dict[str, Lonely], name: st
         log = server.log.read_text()
         assert "ranks [1] of group 0 did not publish their experts within dwdp" in log
         assert "join_timeout_s=3" in log
+
+
+def test_a_waiting_engine_ends_when_it_is_told_to_and_its_peers_hear_of_it(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """vLLM's engine only notes a signal until it is built, which is when its peers have come."""
+    ranks = [
+        Lonely(checkpoints("mixtral", 8, num_hidden_layers=3), tmp_path / "both", rank=rank, size=3)
+        for rank in (0, 1)
+    ]
+    try:
+        for rank, server in enumerate(ranks):
+            server.wait_for(f"DWDP rank {rank} loaded")
+        ended = ranks[1].engine()
+        ended.terminate()
+        ended.wait(timeout=20)
+        ranks[0].wait_for_end()
+    finally:
+        for server in ranks:
+            server.end()
+    assert "rank 1 failed to start: EndedBySignal: SIGTERM while it started" in (
+        ranks[0].log.read_text()
+    )
+    assert not list(ranks[0].meet.iterdir()), "a socket is left"

@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -46,7 +49,8 @@ def test_generate_chat_order_and_a_rank_that_dies(
         (answer,) = llm.chat(conversation, params, use_tqdm=False)
         assert len(answer.outputs[0].token_ids) == 12
 
-        victim = worker_processes()[0]
+        assert not processes("VLLM::Worker"), "a rank is one process"
+        victim = processes("VLLM::EngineCore")[0]
         os.kill(victim.pid, signal.SIGKILL)
         with pytest.raises(Exception, match=r"DWDP .*died"):
             llm.generate(prompts, params, use_tqdm=False)
@@ -54,6 +58,77 @@ def test_generate_chat_order_and_a_rank_that_dies(
         llm.llm_engine.engine_core.shutdown()
 
 
-def worker_processes() -> list[psutil.Process]:
+def test_worker_processes_on_request(
+    stock: StockEngine, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The option `executor`: the same tokens and status, and a dead worker is named alike."""
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    from vllm import SamplingParams
+
+    from tests.e2e.engine_process import PROMPTS
+    from vllm_dwdp import LLM
+
+    model = checkpoints("qwen3_moe", 8)
+    expected = stock(model)
+    options = {"dwdp": {"executor": "mp"}}
+    llm = LLM(model, data_parallel_size=2, additional_config=options, **SETTINGS)
+    try:
+        params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+        outputs = llm.generate(PROMPTS, params)
+        assert [list(output.outputs[0].token_ids) for output in outputs] == expected["tokens"]
+        assert [entry["rank"] for entry in llm.collective_rpc("dwdp_status")] == [0, 1]
+        workers = processes("VLLM::Worker")
+        assert len(workers) == 2
+        assert {len(worker.cpu_affinity()) for worker in workers} == {1}
+        workers[0].kill()
+        with pytest.raises(Exception, match=r"DWDP .*died"):
+            llm.generate(PROMPTS, params, use_tqdm=False)
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+IN_SMALL_SHARED_MEMORY = (
+    *("unshare", "--mount", "--propagation", "private", "sh", "-c"),
+    'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"',
+    "sh",
+)
+"""As in a container: Docker gives 64 MiB unless it is told otherwise."""
+
+GENERATE = """
+import sys
+from vllm import SamplingParams
+from vllm_dwdp import LLM
+
+if __name__ == "__main__":
+    llm = LLM(sys.argv[1], data_parallel_size=2, enforce_eager=True, max_model_len=512)
+    (output,) = llm.generate("hello", SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
+    print("TOKENS", len(output.outputs[0].token_ids))
+"""
+
+
+@pytest.mark.skipif(
+    subprocess.run([*IN_SMALL_SHARED_MEMORY, "true"], check=False, capture_output=True).returncode
+    != 0,
+    reason="mounting takes root",
+)
+def test_ranks_start_with_the_shared_memory_of_a_container(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    script = tmp_path / "generate.py"
+    script.write_text(GENERATE)
+    command = [*IN_SMALL_SHARED_MEMORY, sys.executable, str(script), checkpoints("mixtral", 8)]
+    ended = subprocess.run(
+        command,
+        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert "TOKENS 4" in ended.stdout, ended.stdout[-4000:]
+
+
+def processes(name: str) -> list[psutil.Process]:
     children = psutil.Process().children(recursive=True)
-    return [child for child in children if "Worker" in " ".join(child.cmdline())]
+    return [child for child in children if name in " ".join(child.cmdline())]

@@ -18,10 +18,10 @@ pytestmark = pytest.mark.e2e
 def configure(model: str, dwdp: Any = None, **arguments: Any) -> Any:
     from vllm import EngineArgs
 
+    defaults = {"data_parallel_size": 4, "distributed_executor_backend": "dwdp"}
     return EngineArgs(
         model=model,
-        distributed_executor_backend="dwdp",
-        **({"data_parallel_size": 4} | arguments),
+        **(defaults | arguments),
         additional_config={} if dwdp is None else {"dwdp": dwdp},
     ).create_engine_config()
 
@@ -36,6 +36,7 @@ def configure(model: str, dwdp: Any = None, **arguments: Any) -> Any:
         ({"experts_per_rank": 1}, r"experts_per_rank=1 .*must lie in \[2, 8\]"),
         ({"experts_per_rank": 9}, r"experts_per_rank=9 .*must lie in \[2, 8\]"),
         ({"experts_per_rank": "2"}, r"experts_per_rank='2' must be an integer"),
+        ({"executor": "ray"}, r"executor='ray' is unknown; choose one of uni, mp"),
         ({"slice_bytes": 10}, r"slice_bytes=10 must be an integer of at least 4096"),
         ({"join_timeout_s": -1}, r"join_timeout_s=-1 must be a positive number"),
         ({"rendezvous": "here"}, r"rendezvous='here' is not a meeting place; use unix:///"),
@@ -88,6 +89,31 @@ def test_a_device_without_an_implementation(
         configure(checkpoints("qwen3_moe"))
 
 
+@pytest.mark.parametrize(
+    ("dwdp", "executor"),
+    [
+        ({}, "DwdpExecutor"),
+        ({"executor": "uni"}, "DwdpExecutor"),
+        ({"executor": "mp"}, "DwdpMultiprocExecutor"),
+    ],
+)
+def test_the_executor_is_named_by_the_option(
+    checkpoints: Checkpoints, dwdp: dict[str, str], executor: str
+) -> None:
+    config = configure(checkpoints("qwen3_moe"), dwdp)
+    chosen = config.parallel_config.distributed_executor_backend
+    assert chosen == f"vllm_dwdp.executor.executor.{executor}"
+    assert config.additional_config == {"dwdp": {"mode": "auto"}}, (
+        "only what changes the graph is hashed"
+    )
+
+
+def test_an_executor_may_be_chosen_by_its_dotted_name(checkpoints: Checkpoints) -> None:
+    name = "vllm_dwdp.executor.executor.DwdpMultiprocExecutor"
+    config = configure(checkpoints("qwen3_moe"), distributed_executor_backend=name)
+    assert config.parallel_config.distributed_executor_backend == name
+
+
 def test_on_a_gpu_its_worker_is_chosen_with_a_warning(
     checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,7 +164,7 @@ def test_every_rank_and_every_start_share_one_compile_cache(checkpoints: Checkpo
     """
     model = checkpoints("qwen3_moe")
     together = configure(model)
-    again = configure(model, {"join_timeout_s": 7, "slice_bytes": 8192})
+    again = configure(model, {"join_timeout_s": 7, "slice_bytes": 8192, "executor": "mp"})
     place = {"rendezvous": "unix:///tmp/somewhere"}
     alone = [configure(model, place, data_parallel_rank=rank) for rank in (0, 1)]
     for config in (together, again, *alone):

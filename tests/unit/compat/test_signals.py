@@ -8,7 +8,12 @@ from contextlib import ExitStack
 
 import pytest
 
-from vllm_dwdp.compat.worker.signals import SIGNALS, ended_by_signals, records_signals_only
+from vllm_dwdp.compat.worker.signals import (
+    SIGNALS,
+    EndedBySignal,
+    ended_by_signals,
+    records_signals_only,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +43,7 @@ def test_the_first_signal_ends_the_start_and_no_other_disturbs_the_undoing(
             os.kill(os.getpid(), number)
             pytest.fail("went on")
 
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(EndedBySignal, match=f"^{number.name} while it started$") as ended:
         start()
     assert ended.value.code == 128 + number
     assert undone

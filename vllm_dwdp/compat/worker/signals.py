@@ -11,9 +11,20 @@ from contextlib import contextmanager
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class EndedBySignal(SystemExit):
+    """Ends the process as a signal would; nobody swallows it, and peers are told its text."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self._name = signal.Signals(number).name
+
+    def __str__(self) -> str:
+        return f"{self._name} while it started"
+
+
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """While active, the first SIGINT or SIGTERM raises SystemExit, which nobody swallows.
+    """While active, the first SIGINT or SIGTERM raises `EndedBySignal`.
 
     Later ones are ignored, so that nothing interrupts what is undone meanwhile.
     """
@@ -24,7 +35,7 @@ def ended_by_signals() -> Iterator[None]:
     def end(signum: int, frame: object) -> None:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-        raise SystemExit(128 + signum)
+        raise EndedBySignal(signum)
 
     before = {number: signal.signal(number, end) for number in SIGNALS}
     try:
