@@ -233,9 +233,8 @@ def test_cpu_binding_variable_and_its_parser() -> None:
 
     assert BIND_ENV in envs.environment_variables
     assert envs.environment_variables[BIND_ENV]() == "auto"
-    made = dict(assignments(OMPProcessManager.__init__))
-    made |= dict(assignments(OMPProcessManager._parse_omp_threads_bind_env))
-    for name in ("use_iomp", "use_gomp", "skip_setup", "cpu_lists"):
+    made = dict(assignments(OMPProcessManager._parse_omp_threads_bind_env))
+    for name in ("skip_setup", "cpu_lists"):
         assert f"self.{name}" in made, name
 
 

@@ -1,6 +1,6 @@
 """What DWDP adds to a vLLM worker: joining the group while the model loads, and refusing to sleep.
 
-Mixed into the CPU and the GPU worker. Runs in the worker process.
+Mixed into the CPU and the GPU worker. Runs in the process of the rank, or of its worker.
 """
 
 from contextlib import ExitStack, closing

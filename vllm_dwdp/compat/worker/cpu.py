@@ -10,9 +10,6 @@ import torch
 
 from vllm_dwdp.device.limits import proportional_set_bytes
 from vllm_dwdp.errors import DwdpConfigError
-from vllm_dwdp.logger import init_logger
-
-logger = init_logger(__name__)
 
 BIND_ENV = "VLLM_CPU_OMP_THREADS_BIND"
 
@@ -79,8 +76,8 @@ def bind_this_process(vllm_config: Any) -> None:
 
     Call while `bound_cores` is active, before vLLM makes its worker: that takes its memory from the node
     of the first core that it may use, and lets nobody set the number of threads afterwards. vLLM binds
-    a worker process by variables that an OpenMP runtime reads when it is loaded. Here that has happened
-    already, and the affinity does the same: all threads on all cores of the rank.
+    a worker process by variables that an OpenMP runtime reads when it is loaded, one thread to a core.
+    Here it has been loaded, and every thread may use all cores of the rank.
 
     Raises:
         DwdpConfigError: the user named cores that this process may not use.
@@ -98,12 +95,6 @@ def bind_this_process(vllm_config: Any) -> None:
             f"{BIND_ENV}={os.environ[BIND_ENV]!r} gives this rank the cores {cores}, and its process "
             f"may use none but {sorted(os.sched_getaffinity(0))}. Name some of those, or leave it out."
         ) from error
-    if manager.use_iomp or manager.use_gomp:
-        logger.warning(
-            "DWDP: the OpenMP runtime in LD_PRELOAD was loaded before the cores %s were known: threads "
-            "stay on them, but each is pinned to one of them only with the dwdp option executor 'mp'",
-            cores,
-        )
     if torch.get_num_threads() != len(cores):
         torch.set_num_threads(len(cores))
 
