@@ -102,9 +102,9 @@ def run_case(case: dict[str, Any], rank: int) -> dict[str, Any]:
 
 
 def take_place(case: dict[str, Any], rank: int) -> None:
-    """Make this process `rank` of the case, in vLLM's SPMD offline style."""
+    """Make this process `rank` of the case, in vLLM's SPMD offline style; all share GPU 0."""
     os.environ["VLLM_DP_SIZE"] = str(case.get("num_ranks", 1))
-    os.environ["VLLM_DP_RANK"] = os.environ["VLLM_DP_RANK_LOCAL"] = str(rank)
+    os.environ["VLLM_DP_RANK"], os.environ["VLLM_DP_RANK_LOCAL"] = str(rank), "0"
     os.environ["VLLM_DP_MASTER_PORT"] = str(case["port"])
 
 
