@@ -14,7 +14,7 @@ class RankSpan:
     """The ranks that one front end starts, among all ranks of the deployment.
 
     Args:
-        first: global rank of its engine 0 (not 0 when ranks or nodes are started one by one).
+        first: global rank of its first engine (not 0 when ranks or nodes are started one by one).
         count: engines that it starts.
         total: ranks of the whole deployment; on the CPU all on this host.
     """
@@ -38,14 +38,15 @@ class DwdpLaunch:
     ranks: RankSpan
     endpoint: Endpoint
 
-    def seat(self, engine_index: int) -> "Seat":
-        """The seat of engine `engine_index` of this front end."""
-        return Seat(self, self.ranks.first + engine_index)
+    def seat(self, rank: int) -> "Seat":
+        """The seat of global rank `rank`, which is also the index of its engine."""
+        return Seat(self, rank)
 
     @property
     def seats(self) -> tuple["Seat", ...]:
         """The seats of all engines of this front end, in order."""
-        return tuple(self.seat(index) for index in range(self.ranks.count))
+        first = self.ranks.first
+        return tuple(self.seat(rank) for rank in range(first, first + self.ranks.count))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ starts: the real model config back in place, and the rank's own cores or GPU.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from vllm import envs
 from vllm.platforms import current_platform
 
 from vllm_dwdp.compat.worker import cpu, independent
@@ -29,8 +28,6 @@ class RankExecutor(Hooked):
         """While active, the worker finds its rank's config, cores and GPU."""
         independent.restore_model_config(self.vllm_config)
         if not current_platform.is_cpu():
-            if envs.VLLM_DP_SIZE > 1:  # SPMD style: our processes may all see all GPUs
-                self.parallel_config.data_parallel_rank_local = envs.VLLM_DP_RANK_LOCAL
             yield
             return
         seat = independent.seat_of(self.vllm_config)

@@ -53,7 +53,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, str]]]:
 def sink(monkeypatch: pytest.MonkeyPatch, said: list[tuple[int, str]]) -> Iterator[Sink]:
     monkeypatch.setattr(polling, "INTERVAL_S", 0.02)
     made = Sink()
-    poller = polling.StatusPoller(LAUNCH, [0], made)
+    poller = polling.StatusPoller(LAUNCH, [2], made)
     yield made
     poller.close()
 
@@ -85,7 +85,7 @@ def test_an_outage_is_said_once_and_so_is_its_end(sink: Sink, said: list[tuple[i
         time.sleep(0.2)  # further polls fail, and say nothing
         with rank(resident_expert_bytes=round_):
             wait_until(lambda: bool(sink.seen))
-            assert sink.seen[-1][0] == 0
+            assert sink.seen[-1][0] == 2
             assert sink.seen[-1][1]["resident_expert_bytes"] == round_
             assert len(said) == 2 * round_
         sink.seen.clear()
@@ -110,7 +110,7 @@ def test_a_rank_that_has_no_experts_yet_is_no_outage(
     sink = Sink()
     with rank() as member:
         member.describe_by(count)
-        poller = polling.StatusPoller(LAUNCH, [0], sink)
+        poller = polling.StatusPoller(LAUNCH, [2], sink)
         wait_until(lambda: asked >= 3)
         poller.close()
     assert said == [] and sink.seen == []

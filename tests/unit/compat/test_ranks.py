@@ -17,8 +17,8 @@ from vllm_dwdp.distributed.meeting import make_abstract_endpoint, parse_endpoint
 from vllm_dwdp.errors import DwdpConfigError
 
 CONFIG = DwdpConfig(group_size=2)
-TOGETHER = StartedRanks(span=RankSpan(0, 2, 2), one_by_one=False, own_server=False)
-ALONE = StartedRanks(span=RankSpan(1, 1, 2), one_by_one=True, own_server=True)
+TOGETHER = StartedRanks(span=RankSpan(0, 2, 2), one_by_one=False)
+ALONE = StartedRanks(span=RankSpan(1, 1, 2), one_by_one=True)
 
 
 def parallel(size: int, **changes: Any) -> SimpleNamespace:
@@ -40,56 +40,63 @@ def front_end(num_servers: int = 1, number: int = -1, **changes: Any) -> SimpleN
 
 
 @pytest.mark.parametrize(
-    ("given", "made", "headless", "span", "one_by_one", "own_server"),
+    ("given", "made", "headless", "span", "one_by_one"),
     [
-        (4, parallel(4), False, RankSpan(0, 4, 4), False, False),
-        (4, parallel(4, data_parallel_size_local=2), False, RankSpan(0, 2, 4), True, False),
-        (4, parallel(4), True, RankSpan(0, 4, 4), True, False),
-        (1, parallel(1), False, RankSpan(0, 4, 4), False, False),  # one offline LLM of four ranks
-        (1, parallel(4, data_parallel_rank=3), False, RankSpan(3, 1, 4), True, True),  # SPMD
+        (4, parallel(4), False, RankSpan(0, 4, 4), False),
+        (4, parallel(4, data_parallel_size_local=2), False, RankSpan(0, 2, 4), True),
         (
             4,
-            parallel(
-                4,
-                data_parallel_rank=1,
-                data_parallel_size_local=1,
-                data_parallel_external_lb=True,
-            ),
+            parallel(4, data_parallel_rank=2, data_parallel_size_local=2),
+            True,
+            RankSpan(2, 2, 4),
+            True,
+        ),
+        (1, parallel(1), False, RankSpan(0, 4, 4), False),  # one offline LLM of four ranks
+        (1, parallel(4, data_parallel_rank=3), False, RankSpan(3, 1, 4), True),  # SPMD
+        (
+            4,
+            parallel(4, data_parallel_rank=1, data_parallel_size_local=1),
             False,
             RankSpan(1, 1, 4),
-            True,
             True,
         ),
         (
             4,
-            parallel(
-                4, data_parallel_rank=2, data_parallel_size_local=2, data_parallel_hybrid_lb=True
-            ),
+            parallel(4, data_parallel_rank=2, data_parallel_size_local=2),
             False,
             RankSpan(2, 2, 4),
-            True,
             True,
         ),
     ],
 )
-def test_a_front_end_finds_its_ranks_and_vllm_knows_of_no_others(
-    given: int,
-    made: SimpleNamespace,
-    headless: bool,
-    span: RankSpan,
-    one_by_one: bool,
-    own_server: bool,
+def test_a_front_end_finds_its_ranks(
+    given: int, made: SimpleNamespace, headless: bool, span: RankSpan, one_by_one: bool
 ) -> None:
     args, config = SimpleNamespace(data_parallel_size=given), SimpleNamespace(parallel_config=made)
     started = find_ranks(args, config, 4, headless=headless)
-    assert (started.span, started.one_by_one, started.own_server) == (span, one_by_one, own_server)
-    uncouple(made, started)
-    if own_server or given == 1:
-        assert made.data_parallel_size == made.data_parallel_size_local == span.count
-        assert (made.data_parallel_rank, made.data_parallel_rank_local) == (0, None)
-    else:
-        assert made.data_parallel_size == 4
-    assert not made.data_parallel_external_lb and not made.data_parallel_hybrid_lb
+    assert (started.span, started.one_by_one) == (span, one_by_one)
+
+
+@pytest.mark.parametrize(
+    ("given", "size", "count"),
+    [(parallel(1), 4, 4), (parallel(4, data_parallel_rank=3), 1, 1)],
+)
+def test_an_offline_llm_knows_of_the_ranks_that_it_drives(
+    given: SimpleNamespace, size: int, count: int
+) -> None:
+    args, config = SimpleNamespace(data_parallel_size=1), SimpleNamespace(parallel_config=given)
+    uncouple(given, find_ranks(args, config, 4, headless=False))
+    assert (given.data_parallel_size, given.data_parallel_size_local) == (size, count)
+
+
+def test_a_server_is_told_nothing_else_than_stock_vllm_told_it() -> None:
+    for changes in ({}, {"data_parallel_rank": 1, "data_parallel_size_local": 1}):
+        made = parallel(4, **changes)
+        before = vars(made).copy()
+        args = SimpleNamespace(data_parallel_size=4)
+        config = SimpleNamespace(parallel_config=made)
+        uncouple(made, find_ranks(args, config, 4, headless=False))
+        assert vars(made) == before
 
 
 def test_api_servers_meet_where_their_parent_said(monkeypatch: pytest.MonkeyPatch) -> None:

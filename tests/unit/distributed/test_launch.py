@@ -35,7 +35,7 @@ def test_a_front_end_in_the_middle_knows_the_seats_of_its_ranks() -> None:
     assert [seat.rank for seat in launch.seats] == [4, 5]
     assert [seat.group for seat in launch.seats] == [2, 2]
     assert [seat.dwdp_rank for seat in launch.seats] == [0, 1]
-    assert launch.seat(1) == launch.seats[1]
+    assert launch.seat(5) == launch.seats[1]
 
 
 def test_a_launch_reaches_another_process_as_it_is(endpoint: Endpoint) -> None:

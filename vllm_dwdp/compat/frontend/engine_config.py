@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from vllm_dwdp.compat.frontend import startup, stat_logger
+from vllm_dwdp.compat.frontend import own_engines, startup, stat_logger
 from vllm_dwdp.compat.frontend.backend import BACKEND, WORKER_CLS, executor_cls, offline_size
 from vllm_dwdp.compat.frontend.ranks import (
     choose_endpoint,
@@ -108,6 +108,7 @@ def _install_front_end(launch: DwdpLaunch) -> None:
     forget_ranks_at_exit(launch)
     stat_logger.install(launch)
     startup.install()
+    own_engines.install()
 
 
 @contextmanager

@@ -20,7 +20,7 @@ class StatusSink(Protocol):
     """Takes what ranks say of themselves."""
 
     def update(self, engine: int, status: dict[str, Any]) -> None:
-        """Take the status of engine `engine` of this front end."""
+        """Take the status of engine `engine`."""
 
 
 class StatusPoller:
@@ -30,7 +30,7 @@ class StatusPoller:
 
     Args:
         launch: where the ranks are.
-        engines: those to ask, by their index in this front end.
+        engines: those to ask, by their global index.
         sink: takes what they say once they have their experts.
     """
 

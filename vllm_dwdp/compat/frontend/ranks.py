@@ -1,4 +1,4 @@
-"""Which ranks a front end starts, where they meet, and how vLLM is kept from coupling them."""
+"""Which ranks a front end starts, where they meet, and which of them an offline `LLM` knows of."""
 
 import atexit
 import os
@@ -24,14 +24,11 @@ class StartedRanks:
     Args:
         span: its ranks among all of the deployment.
         one_by_one: whether other ranks are started by somebody else.
-        own_server: whether its engines serve only this front end (external and hybrid load
-            balancing, SPMD), so that vLLM need not know of the other ranks at all.
         spmd_name: a name common to the processes of vLLM's SPMD offline style, else None.
     """
 
     span: RankSpan
     one_by_one: bool
-    own_server: bool
     spmd_name: str | None = None
 
 
@@ -40,31 +37,30 @@ def find_ranks(args: Any, vllm_config: Any, size: int, *, headless: bool) -> Sta
     from vllm import envs
 
     parallel = vllm_config.parallel_config
+    first = parallel.data_parallel_rank
     if args.data_parallel_size == 1 and parallel.data_parallel_size > 1:
         return StartedRanks(
-            span=RankSpan(parallel.data_parallel_rank, 1, size),
+            span=RankSpan(first, 1, size),
             one_by_one=True,
-            own_server=True,
             spmd_name=f"spmd-{envs.VLLM_DP_MASTER_IP}-{envs.VLLM_DP_MASTER_PORT}",
         )
-    if parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb:
-        first, count = parallel.data_parallel_rank, parallel.data_parallel_size_local
-        return StartedRanks(span=RankSpan(first, count, size), one_by_one=True, own_server=True)
     count = parallel.data_parallel_size_local if parallel.data_parallel_size > 1 else size
-    return StartedRanks(
-        span=RankSpan(0, count, size), one_by_one=headless or count < size, own_server=False
-    )
+    return StartedRanks(span=RankSpan(first, count, size), one_by_one=headless or count < size)
 
 
 def uncouple(parallel: Any, started: StartedRanks) -> None:
-    """Let vLLM know of the ranks of this front end only, in its `parallel_config`."""
+    """Let an offline `LLM` know of the ranks that it drives only, in its `parallel_config`.
+
+    vLLM's offline client would wait for a wave of all ranks to end. A rank keeps its index.
+    """
+    from vllm import envs
+
     count = started.span.count
-    if started.own_server:
-        parallel.data_parallel_size = parallel.data_parallel_size_local = count
-        parallel.data_parallel_rank = parallel.data_parallel_index = 0
-        parallel.data_parallel_rank_local = None
-        parallel.data_parallel_external_lb = parallel.data_parallel_hybrid_lb = False
-    elif parallel.data_parallel_size == 1 and count > 1:  # offline LLM of several ranks
+    if started.spmd_name is not None:
+        parallel.data_parallel_size = parallel.data_parallel_size_local = 1
+        if not envs.VLLM_ENABLE_V1_MULTIPROCESSING:  # the engine's config too
+            parallel.data_parallel_rank = 0
+    elif parallel.data_parallel_size == 1 and count > 1:  # one LLM of several ranks
         parallel.data_parallel_size = parallel.data_parallel_size_local = count
         parallel.data_parallel_rank_local = None
 

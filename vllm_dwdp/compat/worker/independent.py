@@ -31,6 +31,11 @@ def plant(vllm_config: Any, launch: DwdpLaunch) -> None:
     object.__setattr__(vllm_config.model_config, "__class__", IndependentModelConfig)
 
 
+def is_planted(vllm_config: Any) -> bool:
+    """Whether this config was made for independent ranks."""
+    return isinstance(vllm_config.model_config, IndependentModelConfig)
+
+
 def restore_model_config(vllm_config: Any) -> None:
     """Give the model config its real class back; call before workers start."""
     object.__setattr__(vllm_config.model_config, "__class__", ModelConfig)
