@@ -316,6 +316,89 @@ def test_an_engine_process_only_records_signals_until_it_is_built() -> None:
     assert "signal.signal(signal.SIGINT, signal_handler)" in made
 
 
+def test_engines_are_launched_by_name_from_two_modules() -> None:
+    """What `compat.frontend.own_engines` replaces is all there is."""
+    import vllm
+
+    from vllm_dwdp.compat.frontend.own_engines import LAUNCHING_MODULES
+
+    root = Path(vllm.__file__).parent
+    importing = set()
+    for path in root.rglob("*.py"):
+        if "launch_core_engines" in (text := path.read_text()):
+            names = [
+                node.names for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)
+            ]
+            if any(alias.name == "launch_core_engines" for each in names for alias in each):
+                importing.add(".".join(("vllm", *path.relative_to(root).with_suffix("").parts)))
+    assert importing == set(LAUNCHING_MODULES)
+
+
+def test_what_starts_the_engines_of_one_front_end() -> None:
+    from vllm.v1.engine import core_client, utils
+
+    parameters = list(inspect.signature(utils.launch_core_engines).parameters)
+    assert parameters == ["vllm_config", "executor_class", "log_stats", "addresses"]
+    fields = [field.name for field in dataclasses.fields(utils.CoreEngineLaunch)]
+    assert fields[:4] == ["engine_manager", "coordinator", "addresses", "tensor_queue"]
+    assert {
+        "coordinator_input",
+        "coordinator_output",
+        "frontend_stats_publish_address",
+    } <= {field.name for field in dataclasses.fields(utils.EngineZmqAddresses)}
+    assert list(inspect.signature(utils.wait_for_engine_startup).parameters) == [
+        "handshake_socket",
+        "core_engines",
+        "parallel_config",
+        "coordinated_dp",
+        "cache_config",
+        "launch",
+    ]
+    made = set(inspect.signature(utils.CoreEngineProcManager.__init__).parameters)
+    assert made == {
+        "self",
+        "local_engine_count",
+        "start_index",
+        "local_start_index",
+        "vllm_config",
+        "local_client",
+        "handshake_address",
+        "executor_class",
+        "log_stats",
+        "client_handshake_address",
+        "tensor_queue",
+    }
+    clients = [
+        core_client.AsyncMPClient.__init__,
+        core_client.EngineCoreClient.make_async_mp_client,
+    ]
+    taken = [
+        [name for name in inspect.signature(each).parameters if name != "self"] for each in clients
+    ]
+    assert taken[0] == taken[1]
+
+
+def test_the_coordinator_is_looked_up_by_name_and_counts_its_engines() -> None:
+    from vllm.v1.engine import coordinator
+
+    runs = dict(entries(coordinator.DPCoordinator.__init__))
+    assert runs["engine_count"] == "parallel_config.data_parallel_size"
+    keywords = [
+        node
+        for node in ast.walk(tree(coordinator.DPCoordinator.__init__))
+        if isinstance(node, ast.keyword)
+    ]
+    targets = [ast.unparse(node.value) for node in keywords if node.arg == "target"]
+    assert targets == ["DPCoordinatorProc.run_coordinator"]
+    assert "DPCoordinatorProc" in calls(coordinator.DPCoordinatorProc.run_coordinator)
+    uses = {
+        ast.unparse(node)
+        for node in ast.walk(tree(coordinator.DPCoordinatorProc.process_input_socket))
+        if isinstance(node, ast.Call | ast.Subscript)
+    }
+    assert {"len(self.engines)", "self.engines[eng_index]"} <= uses
+
+
 def test_offline_client_members() -> None:
     from vllm.v1.engine import core_client
 
