@@ -56,8 +56,11 @@ def test_hybrid_nodes_with_one_group_each(checkpoints: Checkpoints, tmp_path: Pa
         log = nodes[1].log.read_text()
         assert "DWDP rank 2 serves" in log and "DWDP rank 3 serves" in log
         time.sleep(2.5)
-        for node, group in zip(nodes, ("0", "1"), strict=True):
+        for number, (node, group) in enumerate(zip(nodes, ("0", "1"), strict=True)):
             assert node.metric("vllm:dwdp_config_info", group=group, group_size="2") == 2
+            for rank in range(4):
+                counted = node.metric("vllm:generation_tokens_total", engine=str(rank))
+                assert bool(counted) == (rank // 2 == number), "labels are global ranks"
     finally:
         for node in nodes:
             node.stop()

@@ -128,6 +128,10 @@ def start(
     addresses = utils.EngineZmqAddresses(inputs=["in"], outputs=["out"])
     with launch(vllm_config, object, False, addresses) as launched:
         assert launched.addresses is addresses
+        assert (addresses.coordinator_input == "in") == (launched.coordinator is balancer)
+        assert (addresses.frontend_stats_publish_address == "stats") == (
+            launched.coordinator is balancer
+        )
     return engines, awaited
 
 
