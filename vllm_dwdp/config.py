@@ -83,6 +83,17 @@ class DwdpConfig:
         Raises:
             DwdpConfigError: a key is unknown, or a value cannot be used, alone or at that size.
         """
+        config = cls.parse(options, data_parallel_size)
+        config.check_group_size(data_parallel_size)
+        return config
+
+    @classmethod
+    def parse(cls, options: object, data_parallel_size: int) -> "DwdpConfig":
+        """Read the options as `from_options` does, and leave `check_group_size` to the caller.
+
+        Raises:
+            DwdpConfigError: a key is unknown, or a value alone cannot be used.
+        """
         if not isinstance(options, Mapping):
             raise DwdpConfigError(
                 f"additional_config['dwdp'] is {options!r}; it must be a JSON object, "
@@ -92,14 +103,38 @@ class DwdpConfig:
         for key in options:
             if key not in known:
                 raise DwdpConfigError(_unknown_key(str(key), known))
-        config = cls(**{"group_size": data_parallel_size, **options})
-        if data_parallel_size % config.group_size:
-            divisors = [n for n in range(1, data_parallel_size + 1) if not data_parallel_size % n]
-            raise DwdpConfigError(
-                f"dwdp group_size={config.group_size} does not divide --data-parallel-size "
-                f"{data_parallel_size}; choose one of {divisors}, or leave it out."
-            )
-        return config
+        return cls(**{"group_size": data_parallel_size, **options})
+
+    def check_group_size(self, data_parallel_size: int, num_experts: int | None = None) -> None:
+        """Check that groups divide the deployment and, if it is known, that each rank has an expert.
+
+        Raises:
+            DwdpConfigError: names the largest size that would do.
+        """
+        largest = num_experts if num_experts is not None and self.shares_experts else None
+        if data_parallel_size % self.group_size:
+            problem = f"does not divide --data-parallel-size {data_parallel_size}"
+        elif largest is not None and self.group_size > largest:
+            problem = f"is larger than the {largest} experts of a layer"
+        else:
+            return
+        fitting = [
+            size
+            for size in range(1, data_parallel_size + 1)
+            if not data_parallel_size % size and (largest is None or size <= largest)
+        ]
+        bound = "" if largest is None else f" and is at most the {largest} experts of a layer"
+        raise DwdpConfigError(
+            f"dwdp group_size={self.group_size} {problem}; set it to {fitting[-1]}, the largest that "
+            f"divides --data-parallel-size {data_parallel_size}{bound}, or to one of {fitting} "
+            f"(1: every rank holds all experts itself).{self._without_experts_per_rank(num_experts)}"
+        )
+
+    def _without_experts_per_rank(self, num_experts: int | None) -> str:
+        """What to do about `experts_per_rank` too, which was chosen for another group size."""
+        if self.experts_per_rank is None or num_experts is None:
+            return ""
+        return f" Leave experts_per_rank={self.experts_per_rank} out, or choose it for that size."
 
     @property
     def shares_experts(self) -> bool:

@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import os
 import re
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,6 +40,20 @@ def test_engine_args_has_every_field_that_is_refused_with_the_neutral_value_as_d
         default = defaults[field]
         if default is not dataclasses.MISSING:
             assert default in (neutral, None), f"{flag} is {default!r} when it is not given"
+
+
+def test_every_field_of_engine_args_is_in_one_class() -> None:
+    """A new flag of vLLM must be looked at; one that has gone must be forgotten."""
+    from vllm import EngineArgs
+
+    from vllm_dwdp.compat.frontend.engine_fields import FIELDS
+
+    assert list(FIELDS) == ["supported", "refused", "irrelevant", "untested"]
+    classified = Counter(name for names in FIELDS.values() for name in names)
+    fields = {field.name for field in dataclasses.fields(EngineArgs)}
+    assert not fields - set(classified), "in no class of compat/frontend/engine_fields.py"
+    assert not set(classified) - fields, "no longer fields of EngineArgs"
+    assert not [name for name, count in classified.items() if count > 1], "in two classes"
 
 
 def test_engine_args_tells_spawned_api_servers_apart() -> None:

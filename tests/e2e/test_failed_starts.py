@@ -93,6 +93,7 @@ def test_models_and_parameters_that_cannot_be_shared_are_refused(
     checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
     declared = "vllm_dwdp.model_executor.expert_parameters:PER_EXPERT"
+    refusals = "vllm_dwdp.compat.frontend.model_refusals"
     common = {"num_ranks": 2, "dwdp": {"join_timeout_s": 20}, "fails": True}
     listed = [
         common
@@ -104,6 +105,9 @@ def test_models_and_parameters_that_cannot_be_shared_are_refused(
         common
         | {"name": "method", "model": checkpoints("mixtral", 8)}
         | {"replace": [declared, {}]},
+        common
+        | {"name": "none", "model": checkpoints("qwen3_moe", 8, decoder_sparse_step=99)}
+        | {"replace": [f"{refusals}:rules_without_expert_layer", "operator:not_"]},
     ]
     results = run_cases(tmp_path, "refused", listed)
     for rank in (0, 1):
@@ -117,6 +121,10 @@ def test_models_and_parameters_that_cannot_be_shared_are_refused(
         )
         assert re.search(
             r"method UnquantizedFusedMoEMethod is not declared", results["method"][rank]["error"]
+        )
+        assert re.search(
+            r"Qwen3MoeForCausalLM has built no layer with routed experts.* Use stock vLLM",
+            results["none"][rank]["error"],
         )
         for name in results:
             assert not any(results[name][rank]["left"].values()), results[name][rank]

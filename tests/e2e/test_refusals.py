@@ -1,5 +1,6 @@
 """Bad input: one clear error that names the setting, the value and the fix, before anything starts."""
 
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,17 @@ def test_dwdp_options(checkpoints: Checkpoints, dwdp: Any, message: str) -> None
     [
         ({"tensor_parallel_size": 2}, r"--tensor-parallel-size 2 .*Use --data-parallel-size"),
         ({"pipeline_parallel_size": 2}, r"--pipeline-parallel-size 2 .*Use --data-parallel-size"),
-        ({"enable_expert_parallel": True}, r"--enable-expert-parallel cannot .*Leave it out"),
+        (
+            {"enable_expert_parallel": True},
+            r"--enable-expert-parallel cannot .*Leave it out, or give --no-enable-expert-parallel",
+        ),
+        (
+            {"enable_expert_parallel": True, "enable_eplb": True},
+            r"--enable-expert-parallel and --enable-eplb cannot .*"
+            r"--enable-expert-parallel: .*Leave it out.* --enable-eplb: .*Leave it out",
+        ),
+        ({"enable_fault_tolerance": True}, r"--enable-fault-tolerance cannot .*Leave it out"),
+        ({"load_format": "ipc_cache"}, r"--load-format ipc_cache cannot .*Leave it out"),
         ({"enable_eplb": True}, r'--enable-eplb cannot .*"experts_per_rank"'),
         ({"enable_dbo": True}, r"--enable-dbo cannot .*Leave it out"),
         ({"enable_sleep_mode": True}, r"--enable-sleep-mode cannot"),
@@ -62,12 +73,75 @@ def test_dwdp_options(checkpoints: Checkpoints, dwdp: Any, message: str) -> None
         ({"data_parallel_backend": "ray"}, r"--data-parallel-backend ray cannot"),
         ({"worker_cls": "my.Worker"}, r"--worker-cls my.Worker cannot"),
         ({"data_parallel_rank": 1}, r"rendezvous is missing.*unix:///"),
-        ({"data_parallel_size": 16}, r"group_size=16 is larger than the 8 experts"),
+        ({"data_parallel_size": 16}, r"group_size=16 is larger than the 8 experts.* set it to 8,"),
+        ({"data_parallel_size": 9}, r"group_size=9 is larger than the 8 experts.* set it to 3,"),
     ],
 )
 def test_vllm_arguments(checkpoints: Checkpoints, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises((DwdpConfigError, DwdpUnsupportedError), match=message):
         configure(checkpoints("qwen3_moe"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "message"),
+    [
+        (3, {}, r"group_size=3 is larger than the 2 experts .* set it to 1,"),
+        (4, {"group_size": 3}, r"group_size=3 does not divide .* 4; set it to 2,.* \[1, 2\] "),
+        (
+            4,
+            {"group_size": 4, "experts_per_rank": 1},
+            r"set it to 2,.* Leave experts_per_rank=1 out",
+        ),
+    ],
+)
+def test_the_group_size_that_is_named_is_accepted(
+    checkpoints: Checkpoints, size: int, options: dict[str, int], message: str
+) -> None:
+    model = checkpoints("qwen3_moe", 2)
+    with pytest.raises(DwdpConfigError, match=message) as caught:
+        configure(model, options, data_parallel_size=size)
+    named = re.search(r"set it to (\d+),", str(caught.value))
+    assert named is not None
+    configure(model, {"group_size": int(named[1])}, data_parallel_size=size)
+
+
+def test_a_replica_deployment_may_have_more_ranks_than_experts(checkpoints: Checkpoints) -> None:
+    configure(checkpoints("qwen3_moe", 2), {"mode": "replica"}, data_parallel_size=3)
+
+
+def test_a_decode_kernel_that_keeps_addresses_of_experts(checkpoints: Checkpoints) -> None:
+    from vllm import EngineArgs
+
+    arguments = EngineArgs(
+        model=checkpoints("qwen3_moe"),
+        distributed_executor_backend="dwdp",
+        additional_config={"decode_backend": "specialized"},
+    )
+    message = r"--additional-config decode_backend='specialized' cannot .* Leave decode_backend out"
+    with pytest.raises(DwdpUnsupportedError, match=message):
+        arguments.create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "overrides", "rules"),
+    [
+        ("qwen3_moe", {"mlp_only_layers": list(range(16))}, r"mlp_only_layers=\[0, 1"),
+        ("qwen3_moe", {"decoder_sparse_step": 99}, "decoder_sparse_step=99"),
+        ("deepseek_v2", {"first_k_dense_replace": 99}, "first_k_dense_replace=99"),
+    ],
+)
+def test_experts_in_the_config_and_in_no_layer(
+    checkpoints: Checkpoints, architecture: str, overrides: dict[str, Any], rules: str
+) -> None:
+    message = rf"has no layer with routed experts: its config says .*{rules}.* Leave the flag out"
+    with pytest.raises(DwdpUnsupportedError, match=message):
+        configure(checkpoints(architecture, **overrides))
+
+
+def test_experts_that_are_substituted(checkpoints: Checkpoints) -> None:
+    model = checkpoints("qwen3_moe", approximate_experts={"0": [1]})
+    with pytest.raises(DwdpUnsupportedError, match="substitutes constants for some experts"):
+        configure(model)
 
 
 def test_prefetch_without_the_native_library(

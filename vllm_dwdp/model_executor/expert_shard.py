@@ -152,14 +152,20 @@ class ExpertShard:
         """Seal the shard and lay the model out.
 
         Raises:
-            DwdpUnsupportedError: a routed-experts layer of the model was not replaced.
+            DwdpUnsupportedError: a routed-experts layer of the model was not replaced, or there is
+                none.
         """
         foreign = moe.find_foreign_layers(model, DwdpRoutedExperts)
-        if foreign or not self.layers:
+        if foreign:
             raise DwdpUnsupportedError(
-                f"{type(model).__name__} builds its experts from "
-                f"{', '.join(foreign) or 'no routed-experts layer'}, whose weight loader does not "
-                'follow the expert map, so they cannot be sharded. Use dwdp mode "replica".'
+                f"{type(model).__name__} builds its experts from {', '.join(foreign)}, whose weight "
+                "loader does not follow the expert map, so they cannot be sharded. Use dwdp mode "
+                '"replica".'
+            )
+        if not self.layers:
+            raise DwdpUnsupportedError(
+                f"{type(model).__name__} has built no layer with routed experts, though its config "
+                "counts experts, so there is nothing to share. Use stock vLLM for it."
             )
         unpublished = [entry.layer.layer_name for entry in self.layers if not entry.weights]
         if unpublished:

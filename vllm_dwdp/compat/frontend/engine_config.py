@@ -11,17 +11,14 @@ from typing import Any
 
 from vllm_dwdp.compat.frontend import own_engines, startup, stat_logger
 from vllm_dwdp.compat.frontend.backend import BACKEND, WORKER_CLS, executor_cls, offline_size
+from vllm_dwdp.compat.frontend.model_refusals import refuse_unsupported_model
 from vllm_dwdp.compat.frontend.ranks import (
     choose_endpoint,
     find_ranks,
     forget_ranks_at_exit,
     uncouple,
 )
-from vllm_dwdp.compat.frontend.refusals import (
-    refuse_unsupported,
-    refuse_unsupported_device,
-    refuse_unsupported_model,
-)
+from vllm_dwdp.compat.frontend.refusals import refuse_unsupported, refuse_unsupported_device
 from vllm_dwdp.compat.worker import independent
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.device import native
@@ -47,11 +44,11 @@ def create_dwdp_config(args: Any, build_stock: Callable[[], Any], *, headless: b
     _warn_where_untested(device)
     refuse_unsupported(args)
     size = offline_size() or max(args.data_parallel_size, _spmd_size())
-    config = DwdpConfig.from_options((args.additional_config or {}).get(BACKEND, {}), size)
+    config = DwdpConfig.parse((args.additional_config or {}).get(BACKEND, {}), size)
     if config.shares_experts and (config.mode == "prefetch" or device == "cuda"):
         native.library()
     vllm_config = _build(args, config, device, build_stock)
-    refuse_unsupported_model(vllm_config, config)
+    refuse_unsupported_model(vllm_config, config, size)
     started = find_ranks(args, vllm_config, size, headless=headless)
     endpoint = choose_endpoint(args, config, started)
     launch = DwdpLaunch(config=config, ranks=started.span, endpoint=endpoint)

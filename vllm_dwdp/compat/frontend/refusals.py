@@ -1,11 +1,13 @@
 """What DWDP cannot honour, refused before any process starts: the flag, its value and the fix."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from vllm_dwdp.compat.frontend.backend import WORKER_CLS
-from vllm_dwdp.config import DwdpConfig
-from vllm_dwdp.errors import DwdpConfigError, DwdpUnsupportedError
-from vllm_dwdp.layout.placement import Placement
+from vllm_dwdp.errors import DwdpUnsupportedError
+
+DECODE_BACKEND = "decode_backend"
+"""Key of `additional_config` that chooses a specialised decode kernel (vLLM 0.33)."""
 
 REFUSED = (
     (
@@ -36,7 +38,8 @@ REFUSED = (
         "enable_expert_parallel",
         "--enable-expert-parallel",
         False,
-        "it makes ranks wait for each other, which DWDP replaces. Leave it out.",
+        "it makes ranks wait for each other, which DWDP replaces. Leave it out, or give "
+        "--no-enable-expert-parallel to a program that switches it on by itself.",
     ),
     (
         "enable_eplb",
@@ -50,6 +53,13 @@ REFUSED = (
         "--enable-elastic-ep",
         False,
         "the number of ranks of a group is fixed. Leave it out.",
+    ),
+    (
+        "enable_fault_tolerance",
+        "--enable-fault-tolerance",
+        False,
+        "it repairs what couples ranks, and these are not coupled: vllm-dwdp launch starts a rank "
+        "that dies again. Leave it out.",
     ),
     (
         "enable_dbo",
@@ -98,6 +108,12 @@ REFUSED = (
 )
 """(field of EngineArgs, flag, value that means "off", why and what to do)."""
 
+REFUSED_VALUES = {
+    "worker_cls": "every worker class but our own",
+    "load_format": "`ipc_cache`; the tests run `auto`, and no other value",
+}
+"""Fields of EngineArgs that are refused with some values."""
+
 
 def refuse_unsupported_device(device_type: str) -> None:
     """Refuse a vLLM that is built for a device without an implementation here.
@@ -113,53 +129,47 @@ def refuse_unsupported_device(device_type: str) -> None:
 
 
 def refuse_unsupported(args: Any) -> None:
-    """Refuse arguments that DWDP cannot honour, naming the flag, its value and the fix.
+    """Refuse what DWDP cannot honour, all of it at once: flags, their values and the fixes.
 
     Raises:
-        DwdpUnsupportedError: one of them is set.
+        DwdpUnsupportedError: at least one of them is set.
     """
+    found = [*_refused_flags(args), *_refused_values(args)]
+    if not found:
+        return
+    shown = " and ".join(flag for flag, _ in found)
+    one_by_one = " ".join(f"{flag}: {reason}" for flag, reason in found)
+    reasons = found[0][1] if len(found) == 1 else one_by_one
+    raise DwdpUnsupportedError(
+        f"{shown} cannot be used with --distributed-executor-backend dwdp: {reasons}"
+    )
+
+
+def _refused_flags(args: Any) -> Iterator[tuple[str, str]]:
+    """Each flag of `REFUSED` that is set, as it was given, and why it is refused."""
     for field, flag, neutral, reason in REFUSED:
         value = getattr(args, field, neutral)
         if value != neutral and value is not None:
-            shown = flag if value is True else f"{flag} {value}"
-            raise DwdpUnsupportedError(
-                f"{shown} cannot be used with --distributed-executor-backend dwdp: {reason}"
-            )
+            yield (flag if value is True else f"{flag} {value}"), reason
+
+
+def _refused_values(args: Any) -> Iterator[tuple[str, str]]:
+    """Each flag of which DWDP takes some values only, and what to do instead."""
     if args.worker_cls not in ("auto", *WORKER_CLS.values()):
-        raise DwdpUnsupportedError(
-            f"--worker-cls {args.worker_cls} cannot be used with --distributed-executor-backend "
-            "dwdp, which brings its own worker. Leave it out."
+        yield f"--worker-cls {args.worker_cls}", "DWDP brings its own worker. Leave it out."
+    if args.load_format == "ipc_cache":
+        yield (
+            "--load-format ipc_cache",
+            "it maps every expert of the weight cache, past the reader that a rank limits to its "
+            "own. Leave it out: a rank that comes back takes its experts from its peers.",
         )
-
-
-def refuse_unsupported_model(vllm_config: Any, config: DwdpConfig) -> None:
-    """Refuse models that have no routed experts, or fewer than the group has ranks.
-
-    Raises:
-        DwdpUnsupportedError: the model has no experts.
-        DwdpConfigError: the experts cannot be spread over the group as asked.
-    """
-    model_config = vllm_config.model_config
-    num_experts = model_config.get_num_experts()
-    if num_experts < 1:
-        raise DwdpUnsupportedError(
-            f"{model_config.model} ({', '.join(model_config.architectures)}) has no routed experts "
-            "that vLLM knows of, so there is nothing for --distributed-executor-backend dwdp to "
-            "share. Leave the flag out: vLLM already runs the data-parallel ranks of such a model "
-            "independently."
+    backend = (args.additional_config or {}).get(DECODE_BACKEND)
+    if backend is not None:
+        yield (
+            f"--additional-config {DECODE_BACKEND}={backend!r}",
+            "such a kernel keeps the addresses of expert weights, which change from layer to layer. "
+            f"Leave {DECODE_BACKEND} out.",
         )
-    if not config.shares_experts:
-        return
-    if num_experts < config.group_size:
-        raise DwdpConfigError(
-            f"dwdp group_size={config.group_size} is larger than the {num_experts} experts of "
-            f"{model_config.model}; choose at most {num_experts}."
-        )
-    Placement(
-        num_experts=num_experts,
-        group_size=config.group_size,
-        experts_per_rank=config.experts_per_rank,
-    )
 
 
 def refuse_several_hosts_on_cpu(rendezvous: str) -> None:
