@@ -1,5 +1,6 @@
 """The launcher with small real processes in the place of `vllm serve` and vllm-router."""
 
+import http.server
 import os
 import re
 import shlex
@@ -7,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -282,6 +284,43 @@ def test_a_port_that_is_taken_is_refused_before_anything_starts(
     launch.check_bindable(fakes.host, fakes.port)
 
 
+def test_a_ranks_port_that_is_taken_is_named_before_anything_starts(
+    fakes: LaunchPlan, tmp_path: Path
+) -> None:
+    port = fakes.rank_ports[1]
+    with (
+        socket.create_server(("127.0.0.1", port)),
+        pytest.raises(DwdpConfigError, match=f"rank 1 cannot listen at port {port}: .*in use"),
+    ):
+        run(fakes, tmp_path, lambda line, lines: interrupt())
+    assert not (tmp_path / "logs").exists()
+
+
+def test_a_port_that_is_taken_while_its_rank_is_dead_is_named_until_it_is_free(
+    fakes: LaunchPlan, tmp_path: Path
+) -> None:
+    port = fakes.rank_ports[0]
+    takers: list[socket.socket] = []
+
+    def react(line: str, lines: list[str]) -> None:
+        if line.startswith("all 2 ranks"):
+            if takers:
+                interrupt()
+            else:
+                kill_named(next(line for line in lines if line.startswith("rank 0: serving")))
+        elif line.startswith("rank 0: killed"):
+            takers.append(socket.create_server(("127.0.0.1", port)))
+        elif line.startswith("rank 0: cannot start"):
+            takers[0].close()
+
+    lines = run(fakes, tmp_path, react)
+    (told,) = [line for line in lines if "cannot start" in line]
+    assert re.match(
+        rf"rank 0: cannot start, tries again in 0.1 s, restarts 2: .* at port {port}: .*in use",
+        told,
+    )
+
+
 @pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
 def test_a_host_that_is_not_ours_is_refused(host: str) -> None:
     with pytest.raises(DwdpConfigError, match=f"--host {host} --port 1234: .* an address of this"):
@@ -460,9 +499,13 @@ def made_child(log: Path, *command: str, doing: str = "loads", ready: bool = Fal
 
 
 def poll_until(kept: Child, state: str) -> None:
+    poll_while(kept, lambda: not kept.state.startswith(state))
+
+
+def poll_while(kept: Child, condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 20
-    while not kept.state.startswith(state):
-        assert time.monotonic() < deadline, kept.state
+    while condition():
+        assert time.monotonic() < deadline, (kept.state, kept.doing)
         kept.poll()
         time.sleep(0.005)
 
@@ -647,6 +690,61 @@ while True:
     connection.recv(1000)
     connection.close()
 """
+
+
+class Healthy(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@contextmanager
+def healthy_server() -> Iterator[int]:
+    """The port of a server that is well, whoever asks."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Healthy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port
+        server.shutdown()
+
+
+def test_the_router_does_not_ask_a_proxy_for_our_ranks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The real one."""
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", "10.1.2.3")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with healthy_server() as first, healthy_server() as second:
+        (port,) = free_ports(1)
+        router = launch.router_child(plan(port=port, rank_ports=(first, second)), tmp_path)
+        assert router.environment["no_proxy"] == "10.1.2.3,127.0.0.1,localhost"
+        try:
+            poll_until(router, "serving")
+        finally:
+            router.ask_to_end()
+            router.stop()
+
+
+def test_a_router_that_waits_for_ranks_says_so_and_can_be_ended(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The real one: until its ranks are healthy it neither listens nor hears SIGINT."""
+    monkeypatch.setattr(child, "QUIET_S", 0.5)
+    port, *rank_ports = free_ports(3)
+    router = launch.router_child(plan(port=port, rank_ports=tuple(rank_ports)), tmp_path)
+    try:
+        poll_while(router, lambda: "to become healthy" not in router.doing)
+        assert router.doing.startswith("last wrote: ")
+    finally:
+        began = time.monotonic()
+        router.ask_to_end()
+        router.stop()
+    assert time.monotonic() - began < 15
 
 
 def test_a_proxy_is_not_asked_for_our_ranks(

@@ -22,6 +22,8 @@ SETTLED_S = 60.0
 STOP_TIMEOUT_S = 30.0
 PROGRESS_INTERVAL_S = 10.0
 """Between two looks at what a child that starts is doing, once it says so."""
+QUIET_S = 20.0
+"""So long may a starting child tell nothing before the end of its log is shown for it."""
 MAX_EARLY_ENDS = 3
 """So often may a child end before it first serves."""
 TAIL_BYTES = 64 * 1024
@@ -46,6 +48,8 @@ class Child:
         progress: asks what it does while it starts; empty while it cannot tell. A child that ends by
             itself before it could tell has wrong settings.
         environment: added to ours.
+        obstacle: asks what would keep it from serving; it is not started while there is something.
+        end_signal: what it ends on.
     """
 
     name: str
@@ -54,6 +58,8 @@ class Child:
     is_ready: Callable[[], bool]
     progress: Callable[[], str]
     environment: dict[str, str] = field(default_factory=dict)
+    obstacle: Callable[[], str] = str
+    end_signal: signal.Signals = signal.SIGINT
     state: str = "waiting"
     doing: str = ""
     failure: str = ""
@@ -66,6 +72,7 @@ class Child:
     _start_at: float = field(default_factory=time.monotonic)
     _ready_since: float | None = None
     _progress_at: float = 0.0
+    _quiet_at: float = 0.0
     _log_start: int = 0
 
     def poll(self) -> bool:
@@ -73,7 +80,7 @@ class Child:
         before = self.state, self.doing
         if self.process is None:
             if time.monotonic() >= self._start_at:
-                self._start()
+                self._try_to_start()
         elif self.process.poll() is not None:
             self._bury()
         elif self.is_ready():
@@ -91,6 +98,16 @@ class Child:
             self._has_begun = True
             self.doing = doing
             self._progress_at = time.monotonic() + PROGRESS_INTERVAL_S
+        elif time.monotonic() >= self._quiet_at:
+            self.doing = last_line(self.tail())
+            self._progress_at = time.monotonic() + PROGRESS_INTERVAL_S
+
+    def _try_to_start(self) -> None:
+        if obstacle := self.obstacle():
+            self._wait_for_next_start("cannot start, tries", obstacle)
+            self.is_hopeless = not self._has_served and self.num_restarts >= MAX_EARLY_ENDS
+        else:
+            self._start()
 
     def _start(self) -> None:
         with self.log.open("ab") as output:
@@ -104,6 +121,7 @@ class Child:
                 preexec_fn=ending_with(os.getpid()),  # noqa: PLW1509 - we have one thread
             )
         self.state, self.failure, self._progress_at = "starting", "", 0.0
+        self._quiet_at = time.monotonic() + QUIET_S
 
     def _bury(self) -> None:
         """It died: remove what it left, and start it again after a while."""
@@ -115,17 +133,20 @@ class Child:
             time.monotonic() - self._ready_since > SETTLED_S
         )
         self._backoff_s = FIRST_BACKOFF_S if settled else self._backoff_s
-        self._start_at = time.monotonic() + self._backoff_s
-        self.state = f"{_ending(code)}, starts again in {self._backoff_s:g} s"
-        self.doing = ""
         # What is killed with -9 has no time to say why: an older error would mislead.
-        self.failure = "" if code == -signal.SIGKILL else last_error(self.tail())
-        self._backoff_s = min(2 * self._backoff_s, LONGEST_BACKOFF_S)
+        failure = "" if code == -signal.SIGKILL else last_error(self.tail())
+        self._wait_for_next_start(f"{_ending(code)}, starts", failure)
         self._ready_since = None
-        self.num_restarts += 1
         self.is_hopeless = not self._has_served and (
             self.num_restarts >= MAX_EARLY_ENDS or (code >= 0 and not self._has_begun)
         )
+
+    def _wait_for_next_start(self, state: str, failure: str) -> None:
+        self._start_at = time.monotonic() + self._backoff_s
+        self.state = f"{state} again in {self._backoff_s:g} s"
+        self.doing, self.failure = "", failure
+        self._backoff_s = min(2 * self._backoff_s, LONGEST_BACKOFF_S)
+        self.num_restarts += 1
 
     def tail(self) -> str:
         """The end of what it wrote since it was last started."""
@@ -136,9 +157,9 @@ class Child:
         return ""
 
     def ask_to_end(self) -> None:
-        """Send it SIGINT."""
+        """Send it its `end_signal`."""
         if self.process is not None and self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
+            self.process.send_signal(self.end_signal)
 
     def stop(self) -> None:
         """Return when nothing of it is left; kill what does not end in time."""
@@ -156,6 +177,13 @@ class Child:
 
 def _ending(code: int) -> str:
     return f"ended with {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+
+
+def last_line(log: str) -> str:
+    """The last line of a log, for a terminal."""
+    lines = _CONTROL.sub("", log).split("\n")
+    said = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return said and f"last wrote: {said[:LINE_CHARACTERS]}"
 
 
 def last_error(log: str) -> str:

@@ -11,11 +11,10 @@ import http.client
 import os
 import shutil
 import signal
-import socket
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from vllm_dwdp.config import DwdpConfig
@@ -23,7 +22,8 @@ from vllm_dwdp.distributed.meeting import parse_endpoint
 from vllm_dwdp.distributed.status import query_status
 from vllm_dwdp.entrypoints.doctor.gpus import count_gpus, one_gpu_each
 from vllm_dwdp.entrypoints.launch.child import Child
-from vllm_dwdp.entrypoints.launch.plan import ROUTER, LaunchPlan, find_program
+from vllm_dwdp.entrypoints.launch.plan import RANK_HOST, ROUTER, LaunchPlan, find_program
+from vllm_dwdp.entrypoints.launch.ports import check_bindable, port_obstacle
 from vllm_dwdp.entrypoints.launch.server import READY_PATH
 from vllm_dwdp.errors import DwdpConfigError, DwdpError
 
@@ -40,28 +40,6 @@ ALL_HEALTHY_PATH = "/health"
 
 _WITHOUT_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """`http_proxy` is for what lies outside; a proxy cannot reach our loopback."""
-
-
-def check_bindable(host: str, port: int) -> None:
-    """Refuse an address that the router could not listen at, before minutes go into starting ranks.
-
-    Raises:
-        DwdpConfigError: another program listens there, or the host is no address of this machine.
-    """
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, _, _, address = found[0]
-        with socket.socket(family, kind) as probe:
-            # As the router does; what lingers of closed connections does not count.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            probe.listen()
-    except OSError as error:
-        raise DwdpConfigError(
-            f"--host {host} --port {port}: the router cannot listen there: {error}. Choose a port that "
-            f"no other program uses (`ss -ltnp 'sport = :{port}'` names it), and a host that is an "
-            "address of this machine."
-        ) from error
 
 
 def answers(url: str) -> bool:
@@ -83,13 +61,17 @@ def launch(plan: LaunchPlan, logs: Path, report: Callable[[str], None]) -> None:
         report: called with one line whenever something changes.
 
     Raises:
-        DwdpConfigError: a program is missing, the router could not listen, or a dwdp option is wrong.
+        DwdpConfigError: a program is missing, the router or a rank could not listen, or a dwdp option
+            is wrong.
         DwdpError: a rank ended by itself before it said what it does, or too often before it ever
             served; carries the end of its log.
     """
     for program in ("vllm", ROUTER):
         find_program(program)
     check_bindable(plan.host, plan.port)
+    for rank, port in enumerate(plan.rank_ports):
+        if obstacle := port_obstacle(rank, RANK_HOST, port):
+            raise DwdpConfigError(f"{obstacle}.")
     config = DwdpConfig.from_options(plan.dwdp_options, plan.num_ranks)
     environments = one_gpu_each(plan.num_ranks, os.environ, count_gpus())
     logs.mkdir(parents=True, exist_ok=True)
@@ -97,7 +79,7 @@ def launch(plan: LaunchPlan, logs: Path, report: Callable[[str], None]) -> None:
         _rank_child(plan, config, rank, logs, environment)
         for rank, environment in enumerate(environments)
     ]
-    router = _router_child(plan, logs)
+    router = router_child(plan, logs)
     with _until_interrupted() as interrupted:
         try:
             _serve(plan, ranks, router, report, interrupted)
@@ -158,6 +140,7 @@ def _rank_child(
         is_ready=lambda: answers(plan.rank_url(rank) + READY_PATH),
         progress=rank_progress(config, rank),
         environment=environment,
+        obstacle=lambda: port_obstacle(rank, RANK_HOST, plan.rank_ports[rank]),
     )
 
 
@@ -183,7 +166,9 @@ def rank_progress(config: DwdpConfig, rank: int) -> Callable[[], str]:
     return ask
 
 
-def _router_child(plan: LaunchPlan, logs: Path) -> Child:
+def router_child(plan: LaunchPlan, logs: Path) -> Child:
+    """The load balancer in front of the ranks, not started yet."""
+
     def progress() -> str:
         return "waits for a rank to be healthy" if answers(plan.url + ROUTER_ALIVE_PATH) else ""
 
@@ -193,7 +178,16 @@ def _router_child(plan: LaunchPlan, logs: Path) -> Child:
         logs / "router.log",
         is_ready=lambda: answers(plan.url + ROUTER_READY_PATH),
         progress=progress,
+        environment=loopback_without_proxy(os.environ),
+        end_signal=signal.SIGTERM,  # until it listens it does not hear SIGINT
     )
+
+
+def loopback_without_proxy(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that keep the router from asking a proxy for our ranks."""
+    given = [environment.get(name, "") for name in ("no_proxy", "NO_PROXY")]
+    hosts = ",".join(dict.fromkeys([*filter(None, given), RANK_HOST, "localhost"]))
+    return {"no_proxy": hosts, "NO_PROXY": hosts}
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ _REFUSED = {
 }
 """Beginnings of options of `vllm serve`, and what to do instead."""
 
+RANK_HOST = "127.0.0.1"
 _ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
@@ -69,14 +70,14 @@ class LaunchPlan:
 
     def rank_url(self, rank: int) -> str:
         """The URL at which this machine reaches a rank."""
-        return f"http://127.0.0.1:{self.rank_ports[rank]}"
+        return f"http://{RANK_HOST}:{self.rank_ports[rank]}"
 
     def rank_command(self, rank: int) -> list[str]:
         """The `vllm serve` of one rank."""
         config = self.additional_config | {"dwdp": self.dwdp_options}
         return [
             find_program("vllm"),
-            *("serve", self.model, "--host", "127.0.0.1", "--port", str(self.rank_ports[rank])),
+            *("serve", self.model, "--host", RANK_HOST, "--port", str(self.rank_ports[rank])),
             *("--distributed-executor-backend", "dwdp"),
             *("--data-parallel-size", str(self.num_ranks), "--data-parallel-rank", str(rank)),
             *("--additional-config", json.dumps(config)),

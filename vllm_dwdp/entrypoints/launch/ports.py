@@ -1,6 +1,9 @@
-"""Free ports of this machine."""
+"""Ports of this machine: free ones, and whether one is taken."""
 
+import contextlib
 import socket
+
+from vllm_dwdp.errors import DwdpConfigError
 
 
 def free_ports(count: int) -> list[int]:
@@ -13,3 +16,45 @@ def free_ports(count: int) -> list[int]:
     finally:
         for probe in sockets:
             probe.close()
+
+
+def check_bindable(host: str, port: int) -> None:
+    """Refuse an address that the router could not listen at, before minutes go into starting ranks.
+
+    Raises:
+        DwdpConfigError: another program listens there, or the host is no address of this machine.
+    """
+    try:
+        _try_to_listen(host, port)
+    except OSError as error:
+        raise DwdpConfigError(
+            f"--host {host} --port {port}: the router cannot listen there: {error}. Choose a port that "
+            f"no other program uses (`ss -ltnp 'sport = :{port}'` names it), and a host that is an "
+            "address of this machine."
+        ) from error
+
+
+def port_obstacle(rank: int, host: str, port: int) -> str:
+    """What keeps a rank from listening at its port; empty if nothing does."""
+    try:
+        _try_to_listen(host, port)
+    except OSError as error:
+        return (
+            f"rank {rank} cannot listen at port {port}: {error} (`ss -ltnp 'sport = :{port}'` names "
+            "the program; another launch chooses other ports)"
+        )
+    return ""
+
+
+def _try_to_listen(host: str, port: int) -> None:
+    """Listen there for a moment, as servers do: what lingers of closed connections does not count.
+
+    Raises:
+        OSError: another program listens there, or the host is no address of this machine.
+    """
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, kind, _, _, address = found[0]
+    with contextlib.closing(socket.socket(family, kind)) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(address)
+        probe.listen()
