@@ -260,7 +260,7 @@ def test_a_waiting_engine_ends_when_it_is_told_to_and_its_peers_hear_of_it(
     finally:
         for server in ranks:
             server.end()
-    assert "rank 1 failed to start: EndedBySignal: SIGTERM while it started" in (
+    assert "rank 1 of group 0 failed to start: EndedBySignal: SIGTERM while it started" in (
         ranks[0].log.read_text()
     )
     assert not list(ranks[0].meet.iterdir()), "a socket is left"
