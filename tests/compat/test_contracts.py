@@ -283,11 +283,56 @@ def test_cpu_worker_takes_memory_of_the_node_of_the_first_core_that_it_may_use(
                 pool.submit(start_on, core).result()
 
 
-def test_stat_logger_factories_are_looked_up_by_name() -> None:
-    from vllm.v1.engine import async_llm
+def test_an_engine_takes_stat_loggers_when_it_is_made() -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
 
-    assert callable(async_llm.load_stat_logger_plugin_factories)
-    assert "load_stat_logger_plugin_factories" in calls(async_llm.AsyncLLM.__init__)
+    assert list(inspect.signature(AsyncLLM.__init__).parameters)[:2] == ["self", "vllm_config"]
+    assert "stat_loggers" in inspect.signature(AsyncLLM.__init__).parameters
+    assert "list(stat_loggers or [])" in dict(assignments(AsyncLLM.__init__)).values()
+
+
+def test_engines_are_asked_to_sleep_through_these_methods_and_pause_before_workers_refuse() -> None:
+    """The second half fails when the wrapper can go."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    for engine in (AsyncLLM, LLMEngine):
+        assert list(inspect.signature(engine.sleep).parameters) == ["self", "level", "mode"]
+        assert "self.vllm_config" in dict(assignments(engine.__init__))
+    called = calls(EngineCore.sleep)
+    assert called.index("self.pause_scheduler") < called.index("model_executor.sleep")
+
+
+def test_an_offline_call_adds_requests_and_runs_the_engine_through_these_methods() -> None:
+    """The last part fails when the overrides can go: vLLM aborts nothing on an interrupt."""
+    from vllm import LLM
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    assert calls(LLM._run_completion)[-1] == "self._run_engine"
+    assert "self._render_and_add_requests" in calls(LLM._add_completion_requests)
+    made = dict(assignments(OutputProcessor.__init__))
+    assert made["self.request_states"] == made["self.parent_requests"] == "{}"
+    assert not any("abort" in name for name in calls(LLM._run_engine))
+
+
+def test_engines_are_started_before_they_are_waited_for() -> None:
+    """On entering, so that interrupts are kept from them; the wait on leaving can be interrupted."""
+    from vllm.v1.engine import core_client, utils
+
+    assert "launch_core_engines" in calls(core_client.MPClient.__init__)
+    called = calls(utils.launch_core_engines)
+    assert called.index("CoreEngineProcManager") < called.index("wait_for_engine_startup")
+    made = dict(assignments(utils.CoreEngineProcManager.__init__))
+    assert {"self.processes", "self.manager_stopped", "self.failed_proc_name"} <= made.keys()
+
+
+def test_offline_statistics_are_counted_for_one_engine() -> None:
+    """Fails when ours can go: vLLM counts each rank for itself."""
+    from vllm.v1.engine import llm_engine
+
+    assert "StatLoggerManager" in calls(llm_engine.LLMEngine.__init__)
+    assert "engine_idx" not in ast.unparse(tree(llm_engine.LLMEngine))
 
 
 def test_start_up_wait_is_looked_up_by_name_and_interrupts_are_swallowed() -> None:
@@ -424,6 +469,7 @@ def test_offline_client_members() -> None:
     assert made["self.resources"].startswith("BackgroundResources(")
     resources = {field.name for field in dataclasses.fields(core_client.BackgroundResources)}
     assert {"engine_manager", "engine_dead"} <= resources
+    assert "self.engine_ranks_managed" in made
     assert callable(core_client.SyncMPClient._format_exception)
     parameters = list(inspect.signature(core_client.EngineCoreClient.make_client).parameters)
     assert parameters[:5] == [

@@ -1,15 +1,22 @@
-"""Offline: `from vllm_dwdp import LLM` over two ranks."""
+"""Offline: `from vllm_dwdp import LLM` over two ranks, one `LLM` for all tests, in this order."""
 
 import os
 import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from tests.e2e.conftest import Checkpoints, StockEngine
+from tests.e2e.engine_process import PROMPTS
+from vllm_dwdp.compat.frontend.ranks import ENDPOINT_ENV
+from vllm_dwdp.errors import DwdpUnsupportedError
 
 pytestmark = [
     pytest.mark.e2e,
@@ -21,45 +28,186 @@ pytestmark = [
 SETTINGS = {"enforce_eager": True, "max_num_seqs": 1, "max_model_len": 512, "seed": 0}
 
 
-def test_generate_chat_order_and_a_rank_that_dies(
-    stock: StockEngine, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+@pytest.fixture(scope="module")
+def wrapped_before() -> set[str]:
+    return wrapped()
+
+
+@pytest.fixture(scope="module")
+def llm(checkpoints: Checkpoints, wrapped_before: set[str]) -> Iterator[Any]:
+    from vllm_dwdp import LLM
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        made = LLM(
+            checkpoints("qwen3_moe", 8), data_parallel_size=2, disable_log_stats=False, **SETTINGS
+        )
+    try:
+        yield made
+    finally:
+        made.llm_engine.engine_core.shutdown()
+
+
+@pytest.fixture
+def expected(stock: StockEngine, checkpoints: Checkpoints) -> list[list[int]]:
+    tokens: list[list[int]] = stock(checkpoints("qwen3_moe", 8))["tokens"]
+    return tokens
+
+
+def params(max_tokens: int = 12) -> Any:
     from vllm import SamplingParams
 
-    from tests.e2e.engine_process import PROMPTS
-    from vllm_dwdp import LLM
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+
+
+def tokens_of(outputs: list[Any]) -> list[list[int]]:
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def test_generate_and_chat_in_order(llm: Any, expected: list[list[int]]) -> None:
+    warm = [entry["steps"]["direct"] for entry in llm.dwdp_status()]
+    prompts = PROMPTS * 5
+    outputs = llm.generate(prompts, params())
+    assert [output.prompt for output in outputs] == prompts
+    assert tokens_of(outputs) == expected * 5
+
+    status = llm.dwdp_status()
+    assert [entry["rank"] for entry in status] == [0, 1]
+    steps = [entry["steps"]["direct"] for entry in status]
+    assert all(now > then for now, then in zip(steps, warm, strict=True)), "only one rank worked"
+
+    conversation = [{"role": "user", "content": "hello"}]
+    (answer,) = llm.chat(conversation, params(), use_tqdm=False)
+    assert len(answer.outputs[0].token_ids) == 12
+
+
+@pytest.mark.usefixtures("llm")
+def test_a_rank_is_one_process_on_its_own_cores() -> None:
     from vllm_dwdp.compat.worker.cpu import split_cores
 
-    model = checkpoints("qwen3_moe", 8)
-    expected = stock(model)
-    llm = LLM(model, data_parallel_size=2, **SETTINGS)
-    try:
-        params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-        prompts = PROMPTS * 5
-        outputs = llm.generate(prompts, params)
-        assert [output.prompt for output in outputs] == prompts
-        tokens = [list(output.outputs[0].token_ids) for output in outputs]
-        assert tokens == expected["tokens"] * 5
+    assert not processes("VLLM::Worker")
+    engines = sorted(processes("VLLM::EngineCore"), key=lambda engine: engine.cmdline())
+    cores = [sorted(engine.cpu_affinity()) for engine in engines]
+    assert cores == [sorted(split_cores(rank, 2)) for rank in (0, 1)]
 
-        status = llm.dwdp_status()
-        assert [entry["rank"] for entry in status] == [0, 1]
-        assert all(entry["steps"]["direct"] > 0 for entry in status), "only one rank worked"
 
-        conversation = [{"role": "user", "content": "hello"}]
-        (answer,) = llm.chat(conversation, params, use_tqdm=False)
-        assert len(answer.outputs[0].token_ids) == 12
+def test_metrics_are_kept_for_each_rank_and_sum_up(llm: Any) -> None:
+    before = summed(llm, "vllm:generation_tokens"), summed(llm, "vllm:request_success")
+    llm.generate(PROMPTS * 5, params(), use_tqdm=False)
+    assert summed(llm, "vllm:generation_tokens") - before[0] == 12 * len(PROMPTS) * 5
+    assert summed(llm, "vllm:request_success") - before[1] == len(PROMPTS) * 5
+    for name in ("vllm:generation_tokens", "vllm:num_requests_running", "vllm:kv_cache_usage_perc"):
+        assert engines(llm, name) == {"0", "1"}, name
+    both = [metric.value for metric in llm.get_metrics() if metric.name == "vllm:generation_tokens"]
+    assert len(both) == 2 and min(both) > 0
+    assert summed(llm, "vllm:num_requests_running") == 0
 
-        assert not processes("VLLM::Worker"), "a rank is one process"
-        engines = sorted(processes("VLLM::EngineCore"), key=lambda engine: engine.cmdline())
-        cores = [sorted(engine.cpu_affinity()) for engine in engines]
-        assert cores == [sorted(split_cores(rank, 2)) for rank in (0, 1)]
-        victim = engines[0]
-        os.kill(victim.pid, signal.SIGKILL)
-        with pytest.raises(Exception, match=r"DWDP .*died"):
-            llm.generate(prompts, params, use_tqdm=False)
-    finally:
-        llm.llm_engine.engine_core.shutdown()
+
+def summed(llm: Any, name: str) -> float:
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == name)
+
+
+def engines(llm: Any, name: str) -> set[str]:
+    return {metric.labels["engine"] for metric in llm.get_metrics() if metric.name == name}
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_after_ctrl_c_the_next_call_returns_its_own_outputs(
+    llm: Any, expected: list[list[int]]
+) -> None:
+    """As a terminal does it: every process of the job gets the signal."""
+
+    children = psutil.Process().children(recursive=True)
+    engines = [child for child in children if "VLLM" in " ".join(child.cmdline())]
+    assert len(engines) >= 2
+
+    def interrupt() -> None:
+        for process in [*engines, psutil.Process()]:
+            process.send_signal(signal.SIGINT)
+
+    for _ in range(2):
+        timer = threading.Timer(1.5, interrupt)
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(["of the call that is interrupted"] * 40, params(400), use_tqdm=False)
+        timer.join()
+        outputs = llm.generate(PROMPTS, params(), use_tqdm=False)
+        assert [output.prompt for output in outputs] == PROMPTS
+        assert tokens_of(outputs) == expected
+    assert all(wait_for_rest(llm)), "a rank went on with what was aborted"
+
+
+def wait_for_rest(llm: Any) -> list[bool]:
+    """Whether each rank takes no more steps."""
+
+    def steps() -> list[int]:
+        return [sum(status["steps"].values()) for status in llm.dwdp_status()]
+
+    before = steps()
+    time.sleep(0.5)
+    return [now == then for now, then in zip(steps(), before, strict=True)]
+
+
+def test_a_refused_sleep_leaves_the_engines_running(llm: Any, expected: list[list[int]]) -> None:
+    with pytest.raises(DwdpUnsupportedError, match="sleep level 1 .*The engine goes on"):
+        llm.sleep()
+    assert not llm.llm_engine.is_sleeping()
+    assert tokens_of(llm.generate(PROMPTS, params(), use_tqdm=False)) == expected
+    llm.sleep(level=0)
+    assert llm.llm_engine.is_sleeping()
+    llm.wake_up()
+    assert tokens_of(llm.generate(PROMPTS, params(), use_tqdm=False)) == expected
+
+
+def wrapped() -> set[str]:
+    """Names of vLLM that are ours at the moment."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine import async_llm, core_client, llm_engine, utils
+
+    found = {
+        "AsyncLLM.__init__": async_llm.AsyncLLM.__init__,
+        "AsyncLLM.sleep": async_llm.AsyncLLM.sleep,
+        "LLMEngine.sleep": llm_engine.LLMEngine.sleep,
+        "StatLoggerManager": llm_engine.StatLoggerManager,
+        "StatLoggerManager.record": llm_engine.StatLoggerManager.record,
+        "load_stat_logger_plugin_factories": async_llm.load_stat_logger_plugin_factories,
+        "wait_for_engine_startup": utils.wait_for_engine_startup,
+        "launch_core_engines": core_client.launch_core_engines,
+        "make_client": core_client.EngineCoreClient.make_client,
+    }
+    stock = getattr(EngineArgs.create_engine_config, "dwdp_stock", None)
+    assert stock is None or stock.__module__.startswith("vllm.")
+    return {
+        name
+        for name, thing in found.items()
+        if not thing.__module__.startswith("vllm.") or hasattr(thing, "dwdp_stock")
+    }
+
+
+def test_an_engine_that_is_made_now_is_stock(llm: Any, wrapped_before: set[str]) -> None:
+    assert wrapped() <= wrapped_before
+    assert ENDPOINT_ENV not in os.environ
+
+
+def test_calls_to_a_dead_rank_end_with_its_name(llm: Any) -> None:
+    victim = processes("VLLM::EngineCore")[0]
+    os.kill(victim.pid, signal.SIGKILL)
+    for call in (
+        llm.dwdp_status,
+        llm.reset_prefix_cache,
+        lambda: llm.generate(PROMPTS, params(), use_tqdm=False),
+    ):
+        began = time.monotonic()
+        with pytest.raises(Exception, match=r"DWDP rank [01] \(EngineCore_DP[01]\) died"):
+            call()
+        assert time.monotonic() - began < 30
 
 
 def test_worker_processes_on_request(

@@ -257,11 +257,11 @@ def test_without_dwdp_stock_vllm_is_untouched(checkpoints: Checkpoints, tmp_path
         "p.load_general_plugins(); "
         f"c = EngineArgs(model={checkpoints('qwen3_moe')!r}, data_parallel_size=2)"
         ".create_engine_config(); "
-        "from vllm.v1.engine import async_llm; from vllm.v1.engine.core_client import "
+        "from vllm.v1.engine.async_llm import AsyncLLM; from vllm.v1.engine.core_client import "
         "EngineCoreClient; from vllm.model_executor.custom_op import op_registry_oot; "
         "print('RESULT', c.compute_hash(), type(c.model_config).__name__, c.parallel_config"
         ".worker_cls, c.parallel_config.distributed_executor_backend, c.additional_config, "
-        "hasattr(async_llm.load_stat_logger_plugin_factories, 'dwdp_stock'), op_registry_oot, "
+        "hasattr(AsyncLLM.__init__, 'dwdp_stock'), op_registry_oot, "
         "'vllm_dwdp.executor.executor' in sys.modules)"
     )
     results = [run_script(script, tmp_path, plugins) for plugins in ("", "dwdp")]

@@ -8,6 +8,8 @@ import http.client
 import json
 import re
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -48,7 +50,8 @@ def server(
     log = tmp_path_factory.mktemp("dwdp") / "server.log"
     config = json.dumps({"dwdp": {"mode": "prefetch"}})
     chunked = ("--max-num-batched-tokens", "64")
-    with serving(log, model, *DWDP, "--additional-config", config, *chunked) as running:
+    arguments = (*DWDP, "--additional-config", config, *chunked)
+    with serving(log, model, *arguments, environment={"VLLM_SERVER_DEV_MODE": "1"}) as running:
         yield running
 
 
@@ -138,6 +141,19 @@ def test_the_log_says_what_each_rank_holds(server: Server) -> None:
     log = server.log.read_text()
     for rank in (0, 1):
         assert log.count(f"DWDP rank {rank} serves in prefetch mode (mode 'prefetch' was") == 1
+
+
+def test_a_refused_sleep_leaves_the_ranks_running(
+    server: Server, expected: list[list[int]]
+) -> None:
+    for _ in range(4):  # each of the two API servers, most likely
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(f"{server.url}/sleep?level=1", data=b"", timeout=60)
+        assert refused.value.code == 400
+        assert b"sleep level 1 is not supported" in refused.value.read()
+    assert json.loads(server.get("/is_sleeping")) == {"is_sleeping": False}
+    for rank in (0, 1):
+        assert server.tokens(PROMPTS[0], rank=rank) == expected[0]
 
 
 def test_sleep_and_reload_are_refused_before_they_start(model: str) -> None:

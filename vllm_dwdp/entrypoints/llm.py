@@ -1,20 +1,26 @@
 """Offline inference over several independent ranks, with vLLM's own `LLM` interface."""
 
+import os
 from contextlib import ExitStack
 from typing import Any
 
-import vllm
-
+from vllm_dwdp.compat.frontend import startup
 from vllm_dwdp.compat.frontend.backend import BACKEND, offline_data_parallel
 from vllm_dwdp.compat.frontend.engine_args import install
+from vllm_dwdp.compat.frontend.interruptible import InterruptibleLLM
+from vllm_dwdp.compat.frontend.interrupts import engines_without_interrupts
 from vllm_dwdp.compat.frontend.offline import rank_client
+from vllm_dwdp.compat.frontend.ranks import ENDPOINT_ENV
+from vllm_dwdp.compat.frontend.sleeping import refuse_sleep
 from vllm_dwdp.errors import DwdpConfigError
 
 
-class LLM(vllm.LLM):
+class LLM(InterruptibleLLM):
     """`vllm.LLM` whose requests are served by `data_parallel_size` ranks that share the experts.
 
-    Everything else is vLLM's: `generate`, `chat`, progress bars, outputs in prompt order.
+    Everything else is vLLM's: `generate`, `chat`, progress bars, outputs in prompt order. Ctrl-C ends
+    the call that it comes in; the next one begins afresh. `get_metrics` tells the ranks apart by the
+    label `engine`.
 
     Args:
         model: as for `vllm.LLM`.
@@ -38,7 +44,11 @@ class LLM(vllm.LLM):
             )
         install()
         with ExitStack() as stack:
+            stack.enter_context(engines_without_interrupts())
             if data_parallel_size > 1:
+                # What is wrapped is vLLM's own again when the engines run.
+                stack.callback(os.environ.pop, ENDPOINT_ENV, None)
+                stack.callback(startup.uninstall)
                 stack.enter_context(offline_data_parallel(data_parallel_size))
                 stack.enter_context(rank_client())
             super().__init__(model, **kwargs)
@@ -47,3 +57,12 @@ class LLM(vllm.LLM):
         """Each rank's status: mode, resident and remote bytes, bytes fetched, waits, steps."""
         status: list[dict[str, Any]] = self.collective_rpc("dwdp_status")
         return status
+
+    def sleep(self, level: int = 1, mode: Any = "abort") -> None:
+        """As vLLM's for level 0, which pauses; deeper levels are refused, and the ranks go on.
+
+        Raises:
+            DwdpUnsupportedError: `level` is above 0.
+        """
+        refuse_sleep(level)
+        super().sleep(level=level, mode=mode)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from vllm_dwdp.compat.frontend import own_engines, startup, stat_logger
+from vllm_dwdp.compat.frontend import own_engines, sleeping, startup, stat_logger
 from vllm_dwdp.compat.frontend.backend import BACKEND, WORKER_CLS, executor_cls, offline_size
 from vllm_dwdp.compat.frontend.model_refusals import refuse_unsupported_model
 from vllm_dwdp.compat.frontend.ranks import (
@@ -103,9 +103,11 @@ def _build(args: Any, config: DwdpConfig, device: str, build_stock: Callable[[],
 def _install_front_end(launch: DwdpLaunch) -> None:
     """Prepare this process for the engines that it will start."""
     forget_ranks_at_exit(launch)
-    stat_logger.install(launch)
     startup.install()
-    own_engines.install()
+    if offline_size() is None:
+        own_engines.install()
+        stat_logger.install(launch)
+        sleeping.install()
 
 
 @contextmanager

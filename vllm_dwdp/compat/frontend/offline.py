@@ -6,6 +6,7 @@ utility call to every rank. Runs in the process that owns the `LLM`.
 """
 
 import queue
+import time
 import uuid
 from collections import deque
 from collections.abc import Iterator
@@ -13,13 +14,17 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
-from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, EngineCoreRequestType
+from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, EngineCoreRequestType, llm_engine
 from vllm.v1.engine.core_client import EngineCoreClient, SyncMPClient
 from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.metrics.loggers import StatLoggerManager
 
+from vllm_dwdp.compat.frontend.interrupts import uninterrupted
 from vllm_dwdp.errors import DwdpUnsupportedError
 
 LIVENESS_INTERVAL_S = 1.0
+NAME_TIMEOUT_S = 20.0
+"""A dying engine says so first and ends later; only then it is known which one it was."""
 
 
 class RankClient(SyncMPClient):
@@ -35,8 +40,8 @@ class RankClient(SyncMPClient):
         max_num_seqs = vllm_config.scheduler_config.max_num_seqs
         self._capacity = max_num_seqs + max(1, max_num_seqs // 4)
         self._waiting: deque[EngineCoreRequest] = deque()
-        self._rank_of: dict[str, int] = {}
-        self._num_unfinished = [0] * len(self.core_engines)
+        self._unfinished: list[set[str]] = [set() for _ in self.core_engines]
+        self.last_rank = 0
 
     def add_request(self, request: EngineCoreRequest) -> None:
         """Send the request to the least loaded rank, or keep it until one has room."""
@@ -48,30 +53,31 @@ class RankClient(SyncMPClient):
         self.ensure_alive()
         wanted = set(request_ids)
         self._waiting = deque(entry for entry in self._waiting if entry.request_id not in wanted)
-        by_rank: dict[int, list[str]] = {}
-        for request_id in request_ids:
-            rank = self._finish(request_id)
-            if rank is not None:
-                by_rank.setdefault(rank, []).append(request_id)
-        for rank, ids in by_rank.items():
-            self._send_to(rank, EngineCoreRequestType.ABORT, ids)
+        for rank, unfinished in enumerate(self._unfinished):
+            if here := unfinished & wanted:
+                self._unfinished[rank] = unfinished - here
+                self._send_to(rank, EngineCoreRequestType.ABORT, sorted(here))
         self._feed()
 
     def get_output(self) -> EngineCoreOutputs:
-        """The next outputs of any rank.
+        """The next outputs of any rank, which is `last_rank` then.
 
         Raises:
             EngineDeadError: a rank died; names it.
         """
         outputs = self._next_outputs()
-        for output in outputs.outputs:
-            if output.finish_reason is not None:
-                self._finish(output.request_id)
+        self.last_rank = outputs.engine_index
+        finished = {out.request_id for out in outputs.outputs if out.finish_reason is not None}
+        self._unfinished[self.last_rank] -= finished
         self._feed()
         return outputs
 
     def call_utility(self, method: str, *args: Any) -> Any:
-        """Call `method` on every rank; lists are concatenated in rank order, else the first counts."""
+        """Call `method` on every rank; lists are concatenated in rank order, else the first counts.
+
+        Raises:
+            EngineDeadError: a rank died before it answered; names it.
+        """
         futures: list[Future[Any]] = []
         for rank in range(len(self.core_engines)):
             call_id = uuid.uuid1().int >> 64
@@ -79,15 +85,27 @@ class RankClient(SyncMPClient):
             self.utility_results[call_id] = future
             self._send_to(rank, EngineCoreRequestType.UTILITY, (0, call_id, method, args))
             futures.append(future)
-        results = [future.result() for future in futures]
+        results = [self._answer(rank, future) for rank, future in enumerate(futures)]
         if method == "collective_rpc" and all(isinstance(result, list) for result in results):
             return [entry for result in results for entry in result]
         return results[0]
 
     def ensure_alive(self) -> None:
         """Raise, with the rank's name, if an engine is dead."""
-        if self.resources.engine_dead:
+        if self.resources.engine_dead or self._failed_process():
             raise self._death()
+
+    def _answer(self, rank: int, future: "Future[Any]") -> Any:
+        while True:
+            try:
+                return future.result(timeout=LIVENESS_INTERVAL_S)
+            except TimeoutError:
+                self.ensure_alive()
+            except Exception as error:
+                if str(error).endswith(": cancelled"):  # by an engine that has lost its worker
+                    raise self._death() from error
+                error.add_note(f"This is the answer of DWDP rank {rank}.")
+                raise
 
     def _next_outputs(self) -> EngineCoreOutputs:
         while True:
@@ -102,41 +120,60 @@ class RankClient(SyncMPClient):
                 raise self._format_exception(outputs) from None
             return outputs
 
+    def _failed_process(self) -> str | None:
+        return getattr(self.resources.engine_manager, "failed_proc_name", None)
+
     def _death(self) -> EngineDeadError:
         manager = self.resources.engine_manager
-        name = getattr(manager, "failed_proc_name", None)
-        who = f"DWDP {name} died" if name else "a DWDP rank died"
+        deadline = time.monotonic() + NAME_TIMEOUT_S
+        while not (name := self._failed_process()) and time.monotonic() < deadline:
+            if manager is None or manager.manager_stopped.wait(0.05):
+                name = self._failed_process()
+                break
+        if not name:
+            return EngineDeadError(
+                "the DWDP ranks of this LLM have ended: it was closed, or one of them ended by itself. "
+                "Make a new LLM."
+            )
+        rank = [process.name for process in manager.processes].index(name)
         return EngineDeadError(
-            f"{who}; its own error is in the log above. The other ranks were stopped with it: "
-            "one offline LLM needs all its ranks."
+            f"DWDP rank {rank} ({name}) died; its own error is in the log above. The other ranks were "
+            "stopped with it: one offline LLM needs all its ranks."
         )
 
     def _feed(self) -> None:
         while self._waiting:
-            rank = min(range(len(self._num_unfinished)), key=self._num_unfinished.__getitem__)
-            if self._num_unfinished[rank] >= self._capacity:
+            rank = min(range(len(self._unfinished)), key=lambda rank: len(self._unfinished[rank]))
+            if len(self._unfinished[rank]) >= self._capacity:
                 return
             request = self._waiting.popleft()
-            self._rank_of[request.request_id] = rank
-            self._num_unfinished[rank] += 1
+            self._unfinished[rank].add(request.request_id)
             self._send_to(rank, EngineCoreRequestType.ADD, request)
-
-    def _finish(self, request_id: str) -> int | None:
-        rank = self._rank_of.pop(request_id, None)
-        if rank is not None:
-            self._num_unfinished[rank] -= 1
-        return rank
 
     def _send_to(self, rank: int, request_type: EngineCoreRequestType, request: Any) -> None:
         self.ensure_alive()
         frames = (self.core_engines[rank], request_type.value, *self.encoder.encode(request))
-        self.input_socket.send_multipart(frames, copy=False)
+        with uninterrupted():
+            self.input_socket.send_multipart(frames, copy=False)
+
+
+class RankStatLoggers(StatLoggerManager):
+    """vLLM's statistics of every rank, each under its own `engine` label."""
+
+    def __init__(self, client: RankClient, **kwargs: Any) -> None:
+        self._client = client
+        super().__init__(engine_idxs=list(client.engine_ranks_managed), **kwargs)
+
+    def record(self, *args: Any, **kwargs: Any) -> None:
+        """Count for the rank whose outputs were taken last; stock counts all for engine 0."""
+        super().record(*args, **kwargs | {"engine_idx": self._client.last_rank})
 
 
 @contextmanager
 def rank_client() -> Iterator[None]:
-    """While active, an offline engine is driven through a `RankClient`."""
+    """While active, an offline engine is driven through a `RankClient`, and its statistics are kept."""
     stock = EngineCoreClient.make_client
+    clients: list[RankClient] = []
 
     def make_client(
         multiprocess_mode: bool,
@@ -151,10 +188,13 @@ def rank_client() -> Iterator[None]:
                 "VLLM_ENABLE_V1_MULTIPROCESSING=0 runs the engine in this process, and "
                 "data_parallel_size > 1 needs one process per rank. Unset it."
             )
-        return RankClient(vllm_config, executor_class, log_stats, renderer=renderer)
+        clients.append(RankClient(vllm_config, executor_class, log_stats, renderer=renderer))
+        return clients[-1]
 
     EngineCoreClient.make_client = staticmethod(make_client)
+    llm_engine.StatLoggerManager = lambda **kwargs: RankStatLoggers(clients[-1], **kwargs)
     try:
         yield
     finally:
         EngineCoreClient.make_client = stock
+        llm_engine.StatLoggerManager = StatLoggerManager

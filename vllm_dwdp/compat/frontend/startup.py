@@ -6,21 +6,36 @@ built. Stock engines are up soon after; a DWDP rank may be waiting minutes for a
 """
 
 import functools
+import inspect
 from typing import Any
 
+from vllm_dwdp.compat.frontend import backend
 from vllm_dwdp.compat.worker.signals import ended_by_signals
 
 
 def install() -> None:
-    """From now on, this front end ends at once when it is interrupted while engines start."""
+    """From now on, this front end ends at once when it is interrupted while DWDP engines start."""
     from vllm.v1.engine import utils
 
-    stock = getattr(utils.wait_for_engine_startup, "dwdp_stock", utils.wait_for_engine_startup)
+    stock = utils.wait_for_engine_startup
+    if hasattr(stock, "dwdp_stock"):
+        return
 
     @functools.wraps(stock)
     def wait_for_engine_startup(*args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(stock).bind(*args, **kwargs).arguments
+        if not backend.is_chosen(given["parallel_config"]):
+            return stock(*args, **kwargs)
         with ended_by_signals():
             return stock(*args, **kwargs)
 
     wait_for_engine_startup.dwdp_stock = stock  # type: ignore[attr-defined]
     utils.wait_for_engine_startup = wait_for_engine_startup
+
+
+def uninstall() -> None:
+    """Put vLLM's own function back."""
+    from vllm.v1.engine import utils
+
+    stock = utils.wait_for_engine_startup
+    utils.wait_for_engine_startup = getattr(stock, "dwdp_stock", stock)

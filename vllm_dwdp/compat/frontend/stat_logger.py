@@ -1,31 +1,35 @@
-"""How our metrics reach vLLM's `/metrics`: a stat logger added in DWDP front ends only.
+"""How our metrics reach vLLM's `/metrics`: a stat logger given to each `AsyncLLM` that runs DWDP.
 
 The official entry point group would also switch statistics on in stock servers that asked for
-none, so the factory list is extended here instead, and only after `dwdp` was chosen. With several API
-servers only the first exports, so that nothing is counted twice.
+none. With several API servers only the first exports, so that nothing is counted twice.
 """
 
 import functools
+import inspect
 from typing import Any
 
+from vllm_dwdp.compat.frontend import backend
 from vllm_dwdp.compat.frontend.metrics import RankMetrics
 from vllm_dwdp.compat.frontend.polling import StatusPoller
 from vllm_dwdp.distributed.launch import DwdpLaunch
 
 
 def install(launch: DwdpLaunch) -> None:
-    """From now on, `AsyncLLM` engines of this process also export DWDP metrics."""
-    from vllm.v1.engine import async_llm
+    """From now on, an `AsyncLLM` of this process exports DWDP metrics if it runs DWDP."""
+    from vllm.v1.engine.async_llm import AsyncLLM
 
-    stock = async_llm.load_stat_logger_plugin_factories
-    stock = getattr(stock, "dwdp_stock", stock)
+    stock = getattr(AsyncLLM.__init__, "dwdp_stock", AsyncLLM.__init__)
 
     @functools.wraps(stock)
-    def load_factories() -> list[Any]:
-        return [*stock(), make_stat_logger(launch)]
+    def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        given = inspect.signature(stock).bind(self, vllm_config, *args, **kwargs)
+        if backend.is_chosen(vllm_config.parallel_config):
+            others = given.arguments.get("stat_loggers") or []
+            given.arguments["stat_loggers"] = [*others, make_stat_logger(launch)]
+        stock(*given.args, **given.kwargs)
 
-    load_factories.dwdp_stock = stock  # type: ignore[attr-defined]
-    async_llm.load_stat_logger_plugin_factories = load_factories
+    init.dwdp_stock = stock  # type: ignore[attr-defined]
+    AsyncLLM.__init__ = init
 
 
 def make_stat_logger(launch: DwdpLaunch) -> type:

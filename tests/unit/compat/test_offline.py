@@ -1,0 +1,204 @@
+"""The offline client and its interrupts, over engines that are only said to exist."""
+
+import signal
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.v1.engine import EngineCoreRequestType
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from vllm_dwdp.compat.frontend import offline
+from vllm_dwdp.compat.frontend.interruptible import aborted_if_cut_short
+from vllm_dwdp.compat.frontend.interrupts import blocked_interrupts, uninterrupted
+from vllm_dwdp.compat.frontend.offline import RankClient
+from vllm_dwdp.compat.frontend.sleeping import refuse_sleep
+from vllm_dwdp.errors import DwdpUnsupportedError
+
+pytestmark = pytest.mark.timeout(30)
+
+
+class Client(RankClient):
+    """A client of two ranks of which nothing runs; keeps what it sends."""
+
+    def __init__(self, capacity: int = 2) -> None:
+        names = ["EngineCore_DP0", "EngineCore_DP1"]
+        manager = SimpleNamespace(
+            failed_proc_name=None,
+            manager_stopped=threading.Event(),
+            processes=[SimpleNamespace(name=name) for name in names],
+        )
+        self.resources: Any = SimpleNamespace(engine_dead=False, engine_manager=manager)
+        self.core_engines = [b"0", b"1"]
+        self.utility_results: dict[int, Any] = {}
+        self.sent: list[tuple[int, Any, Any]] = []
+        self._capacity = capacity
+        self._waiting = deque()
+        self._unfinished = [set(), set()]
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """Nothing to stop."""
+
+    def _send_to(self, rank: int, request_type: EngineCoreRequestType, request: Any) -> None:
+        self.ensure_alive()
+        self.sent.append((rank, request_type, request))
+
+    def answer(self, rank: int, answer: Any) -> None:
+        """Answer the utility call of `rank` as the thread that reads the engines does."""
+        (call_id,) = (request[1] for to, _, request in self.sent if to == rank)
+        future: Future[Any] = self.utility_results[call_id]
+        if isinstance(answer, Exception):
+            future.set_exception(answer)
+        else:
+            future.set_result(answer)
+
+    def die(self, rank: int) -> None:
+        manager = self.resources.engine_manager
+        manager.failed_proc_name = manager.processes[rank].name
+        manager.manager_stopped.set()
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offline, "LIVENESS_INTERVAL_S", 0.05)
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def after(seconds: float, do: Any, *args: Any) -> None:
+    threading.Timer(seconds, do, args).start()
+
+
+def test_requests_go_where_there_is_room_and_aborts_make_some() -> None:
+    client = Client(capacity=1)
+    for name in "abcd":
+        client.add_request(SimpleNamespace(request_id=name))  # type: ignore[arg-type]
+    assert [(rank, request.request_id) for rank, _, request in client.sent] == [(0, "a"), (1, "b")]
+    client.sent.clear()
+    client.abort_requests(["b", "c", "unknown"])
+    abort, add = client.sent
+    assert abort == (1, EngineCoreRequestType.ABORT, ["b"])
+    assert (add[0], add[2].request_id) == (1, "d")
+
+
+def test_answers_are_joined_in_rank_order() -> None:
+    client = Client()
+    after(0.1, lambda: [client.answer(1, ["one"]), client.answer(0, ["zero"])])
+    assert client.call_utility("collective_rpc", "f") == ["zero", "one"]
+
+
+def test_a_rank_that_dies_while_it_is_asked_is_named() -> None:
+    client = Client()
+    after(0.1, client.answer, 0, True)
+    after(0.2, client.die, 1)
+    with pytest.raises(EngineDeadError, match=r"DWDP rank 1 \(EngineCore_DP1\) died"):
+        client.call_utility("reset_prefix_cache")
+    with pytest.raises(EngineDeadError, match="DWDP rank 1 "):
+        client.call_utility("reset_prefix_cache")
+
+
+def test_cancelled_by_a_rank_that_dies_is_not_all_that_is_said() -> None:
+    client = Client()
+    after(0.1, client.answer, 0, Exception("Call to collective_rpc method failed: cancelled"))
+    after(0.3, client.die, 0)
+    with pytest.raises(EngineDeadError, match="DWDP rank 0 "):
+        client.call_utility("collective_rpc", "f")
+
+
+def test_an_error_of_a_living_rank_is_its_own() -> None:
+    client = Client()
+    after(0.1, lambda: [client.answer(0, True), client.answer(1, Exception("no such method"))])
+    with pytest.raises(Exception, match="no such method") as caught:
+        client.call_utility("what")
+    assert caught.value.__notes__ == ["This is the answer of DWDP rank 1."]
+
+
+def test_a_client_that_was_closed_says_so_at_once() -> None:
+    client = Client()
+    client.resources.engine_dead = True
+    client.resources.engine_manager.manager_stopped.set()
+    with pytest.raises(EngineDeadError, match="this LLM have ended: it was closed"):
+        client.call_utility("reset_prefix_cache")
+
+
+class Engine:
+    """Remembers what was aborted."""
+
+    def __init__(self) -> None:
+        self.output_processor = SimpleNamespace(
+            request_states=dict.fromkeys("ab"), parent_requests={"p": None}
+        )
+        self.aborted: list[str] = []
+
+    def abort_request(self, names: list[str], internal: bool) -> None:
+        assert internal
+        self.aborted = names
+
+
+@pytest.mark.parametrize(
+    ("keep_earlier", "aborted"), [(True, ["c", "q"]), (False, ["a", "b", "c", "p", "q"])]
+)
+def test_what_an_interrupted_call_had_asked_for_is_aborted(
+    keep_earlier: bool, aborted: list[str]
+) -> None:
+    engine = Engine()
+
+    def call() -> None:
+        with aborted_if_cut_short(engine, keep_earlier=keep_earlier):
+            engine.output_processor.request_states["c"] = None
+            engine.output_processor.parent_requests["q"] = None
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    assert engine.aborted == aborted
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_an_interrupt_waits_until_the_message_is_sent() -> None:
+    done = []
+
+    def send() -> None:
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            done.append("sent")
+
+    with pytest.raises(KeyboardInterrupt):
+        send()
+    assert done == ["sent"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_a_process_that_is_started_with_interrupts_blocked_never_gets_one() -> None:
+    with blocked_interrupts():
+        deaf = subprocess.Popen(["sleep", "60"])
+    try:
+        deaf.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+        assert deaf.poll() is None
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        deaf.terminate()
+    assert deaf.wait(timeout=10) == -signal.SIGTERM
+
+
+def test_pausing_is_not_sleeping() -> None:
+    refuse_sleep(0)
+    for level in (1, 2):
+        with pytest.raises(
+            DwdpUnsupportedError, match=rf"sleep level {level} .*The engine goes on"
+        ):
+            refuse_sleep(level)
