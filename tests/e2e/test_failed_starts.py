@@ -106,7 +106,7 @@ def test_models_and_parameters_that_cannot_be_shared_are_refused(
         | {"name": "method", "model": checkpoints("mixtral", 8)}
         | {"replace": [declared, {}]},
         common
-        | {"name": "none", "model": checkpoints("qwen3_moe", 8, decoder_sparse_step=99)}
+        | {"name": "none", "model": checkpoints("deepseek_v2", 8, first_k_dense_replace=99)}
         | {"replace": [f"{refusals}:rules_without_expert_layer", "operator:not_"]},
     ]
     results = run_cases(tmp_path, "refused", listed)
@@ -123,7 +123,7 @@ def test_models_and_parameters_that_cannot_be_shared_are_refused(
             r"method UnquantizedFusedMoEMethod is not declared", results["method"][rank]["error"]
         )
         assert re.search(
-            r"Qwen3MoeForCausalLM has built no layer with routed experts.* Use stock vLLM",
+            r"DeepseekV2ForCausalLM has built no layer with routed experts.* Use stock vLLM",
             results["none"][rank]["error"],
         )
         for name in results:
