@@ -35,7 +35,7 @@ def test_only_an_engine_that_runs_dwdp_is_given_our_stat_logger(
     make: Any = AsyncLLM
     assert make(config("mp"), False).stat_loggers is None
     assert make(config("mp"), False, ["theirs"]).stat_loggers == ["theirs"]
-    theirs, ours = make(config(EXECUTOR_CLS), False, stat_loggers=["theirs"]).stat_loggers
+    theirs, ours = make(config(EXECUTOR_CLS["uni"]), False, stat_loggers=["theirs"]).stat_loggers
     assert (theirs, ours.__name__) == ("theirs", "DwdpStatLogger")
 
 
@@ -48,7 +48,7 @@ def test_only_an_engine_that_runs_dwdp_refuses_to_sleep(
         monkeypatch.setattr(each, "sleep", lambda self, level=1, mode="abort": slept.append(level))
     sleeping.install()
     engine_class.sleep(SimpleNamespace(vllm_config=config("mp")))
-    ours = SimpleNamespace(vllm_config=config(EXECUTOR_CLS))
+    ours = SimpleNamespace(vllm_config=config(EXECUTOR_CLS["uni"]))
     engine_class.sleep(ours, level=0, mode="keep")
     with pytest.raises(DwdpUnsupportedError, match="sleep level 1"):
         engine_class.sleep(ours)
@@ -66,7 +66,7 @@ def test_only_the_start_of_dwdp_engines_is_ended_by_signals(
 
     monkeypatch.setattr(utils, "wait_for_engine_startup", wait)
     startup.install()
-    for backend in ("mp", EXECUTOR_CLS):
+    for backend in ("mp", EXECUTOR_CLS["uni"]):
         utils.wait_for_engine_startup(None, config(backend).parallel_config)
     assert handlers == [False, True]
     startup.uninstall()
