@@ -467,6 +467,8 @@ def test_offline_client_members() -> None:
     for name in ("core_engines", "utility_results", "outputs_queue", "input_socket", "encoder"):
         assert f"self.{name}" in made, name
     assert made["self.resources"].startswith("BackgroundResources(")
+    waves = "self.vllm_config.parallel_config.data_parallel_size > 1"
+    assert made["self.is_dp"] == waves, "a client of one rank waits for no wave"
     resources = {field.name for field in dataclasses.fields(core_client.BackgroundResources)}
     assert {"engine_manager", "engine_dead"} <= resources
     assert "self.engine_ranks_managed" in made
