@@ -40,7 +40,11 @@ def llm(checkpoints: Checkpoints, wrapped_before: set[str]) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         made = LLM(
-            checkpoints("qwen3_moe", 8), data_parallel_size=2, disable_log_stats=False, **SETTINGS
+            checkpoints("qwen3_moe", 8),
+            data_parallel_size=2,
+            disable_log_stats=False,
+            additional_config={"dwdp": {"executor": "uni"}},
+            **SETTINGS,
         )
     try:
         yield made
@@ -251,7 +255,9 @@ from vllm import SamplingParams
 from vllm_dwdp import LLM
 
 if __name__ == "__main__":
-    llm = LLM(sys.argv[1], data_parallel_size=2, enforce_eager=True, max_model_len=512)
+    options = {"dwdp": {"executor": "uni"}}
+    llm = LLM(sys.argv[1], data_parallel_size=2, max_model_len=512, enforce_eager=True,
+              additional_config=options)
     (output,) = llm.generate("hello", SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
     print("TOKENS", len(output.outputs[0].token_ids))
 """

@@ -33,6 +33,13 @@ def split_cores(slot: int, num_slots: int) -> list[int]:
     return cores[start : start + base + (slot < extra)]
 
 
+def has_one_core_each(num_slots: int) -> bool:
+    """Whether each of `num_slots` ranks on this host computes on one core, as we split them."""
+    if os.environ.get(BIND_ENV, "auto") != "auto":
+        return False  # the user splits them
+    return all(len(split_cores(slot, num_slots)) == 1 for slot in range(num_slots))
+
+
 @contextmanager
 def bound_cores(parallel_config: Any, slot: int, num_slots: int) -> Iterator[list[int] | None]:
     """While active, vLLM binds what it starts to a rank's share of the host's cores.
