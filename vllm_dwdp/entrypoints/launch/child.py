@@ -100,7 +100,7 @@ class Child:
             self._progress_at = time.monotonic() + PROGRESS_INTERVAL_S
         elif time.monotonic() >= self._quiet_at:
             self.doing = last_line(self.tail())
-            self._progress_at = time.monotonic() + PROGRESS_INTERVAL_S
+            self._quiet_at = time.monotonic() + PROGRESS_INTERVAL_S  # and asks on meanwhile
 
     def _try_to_start(self) -> None:
         if obstacle := self.obstacle():
