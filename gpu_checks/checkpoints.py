@@ -17,6 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from vllm_dwdp.entrypoints.bench.checkpoints import COMMON, qwen3_moe, write_checkpoint
 
+DERIVED_HEADS = {key: value for key, value in COMMON.items() if key != "head_dim"}
+"""`COMMON` for families whose heads have the size that the hidden size gives them."""
+
 FP8_BLOCK = 128
 """Rows and columns that share a scale."""
 
@@ -30,9 +33,8 @@ def _qwen3_moe_mixed(num_experts: int) -> transformers.PretrainedConfig:
 
 
 def _qwen2_moe(num_experts: int) -> transformers.PretrainedConfig:
-    common = {key: value for key, value in COMMON.items() if key != "head_dim"}
     return transformers.Qwen2MoeConfig(
-        **common,
+        **DERIVED_HEADS,
         intermediate_size=160,
         moe_intermediate_size=96,
         shared_expert_intermediate_size=160,
@@ -68,16 +70,14 @@ def _dbrx(num_experts: int) -> transformers.PretrainedConfig:
 
 
 def _olmoe(num_experts: int) -> transformers.PretrainedConfig:
-    common = {key: value for key, value in COMMON.items() if key != "head_dim"}
     return transformers.OlmoeConfig(
-        **common, intermediate_size=96, num_experts=num_experts, num_experts_per_tok=2
+        **DERIVED_HEADS, intermediate_size=96, num_experts=num_experts, num_experts_per_tok=2
     )
 
 
 def _granite_moe(num_experts: int) -> transformers.PretrainedConfig:
-    common = {key: value for key, value in COMMON.items() if key != "head_dim"}
     return transformers.GraniteMoeConfig(
-        **common, intermediate_size=96, num_local_experts=num_experts, num_experts_per_tok=2
+        **DERIVED_HEADS, intermediate_size=96, num_local_experts=num_experts, num_experts_per_tok=2
     )
 
 
@@ -111,8 +111,7 @@ def _gpt_oss(num_experts: int) -> transformers.PretrainedConfig:
 
 
 def _deepseek(base: type, num_experts: int, **extra: Any) -> transformers.PretrainedConfig:
-    common = {key: value for key, value in COMMON.items() if key != "head_dim"}
-    common["num_key_value_heads"] = common["num_attention_heads"] = 4
+    common = DERIVED_HEADS | {"num_attention_heads": 4, "num_key_value_heads": 4}
     config: transformers.PretrainedConfig = base(
         **common,
         intermediate_size=160,

@@ -5,8 +5,7 @@ finds the ranks of this front end and where they meet, and plants that into the 
 comes before a process starts. Runs in each front-end process (the command line, each API server, `LLM`).
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from vllm_dwdp.compat.frontend import own_engines, sleeping, startup, stat_logger
@@ -20,6 +19,7 @@ from vllm_dwdp.compat.frontend.ranks import (
 )
 from vllm_dwdp.compat.frontend.refusals import refuse_unsupported, refuse_unsupported_device
 from vllm_dwdp.compat.worker import cpu, independent
+from vllm_dwdp.compat.worker.attributes import replaced
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.device import native
 from vllm_dwdp.distributed.launch import DwdpLaunch
@@ -100,7 +100,7 @@ def _build(
     compiled graph may stay, or every rank and every start would compile again.
     """
     hashed = {BACKEND: {"mode": config.mode if config.shares_experts else "replica"}}
-    with _replaced(
+    with replaced(
         args,
         distributed_executor_backend=executor_cls(
             config.executor, args.distributed_executor_backend, default_executor(device, num_ranks)
@@ -119,16 +119,3 @@ def _install_front_end(launch: DwdpLaunch) -> None:
         own_engines.install()
         stat_logger.install(launch)
         sleeping.install()
-
-
-@contextmanager
-def _replaced(target: Any, **values: Any) -> Iterator[None]:
-    """Set attributes for the duration of a call."""
-    before = {name: getattr(target, name) for name in values}
-    for name, value in values.items():
-        setattr(target, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(target, name, value)

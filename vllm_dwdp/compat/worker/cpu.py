@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from vllm_dwdp.compat.worker.attributes import replaced
 from vllm_dwdp.device.limits import proportional_set_bytes
 from vllm_dwdp.errors import DwdpConfigError
 
@@ -50,32 +51,21 @@ def bound_cores(parallel_config: Any, slot: int, num_slots: int) -> Iterator[lis
     """
     before = os.environ.get(BIND_ENV)
     if before not in (None, "auto"):
-        with _without(parallel_config, "assigned_physical_gpu_ids"):
+        with replaced(parallel_config, assigned_physical_gpu_ids=None):
             yield None
         return
     cores = split_cores(slot, num_slots)
     os.environ[BIND_ENV] = ",".join(map(str, cores))
     try:
-        with _without(parallel_config, "assigned_physical_gpu_ids", "data_parallel_rank_local"):
+        with replaced(
+            parallel_config, assigned_physical_gpu_ids=None, data_parallel_rank_local=None
+        ):
             yield cores
     finally:
         if before is None:
             del os.environ[BIND_ENV]
         else:
             os.environ[BIND_ENV] = before
-
-
-@contextmanager
-def _without(target: Any, *names: str) -> Iterator[None]:
-    """Set attributes to None for a while."""
-    before = {name: getattr(target, name) for name in names}
-    for name in names:
-        setattr(target, name, None)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(target, name, value)
 
 
 def bind_this_process(vllm_config: Any) -> None:
