@@ -6,7 +6,7 @@ import pytest
 from hypothesis import settings
 
 from tests.helpers.engines import end_servers
-from vllm_dwdp.entrypoints.launch.process import hear_ignored_signals
+from tests.helpers.ignored_signals import hear_ignored_signals
 
 # `make test &` in a script starts pytest with SIGINT ignored; the programs that tests start must
 # not inherit that.

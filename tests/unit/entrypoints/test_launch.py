@@ -474,7 +474,8 @@ def test_a_server_ends_with_its_parent(tmp_path: Path) -> None:
 
 IGNORANT = """
 import signal, subprocess, sys
-from vllm_dwdp.entrypoints.launch.process import ENDING_SIGNALS, hear_ignored_signals
+from tests.helpers.ignored_signals import hear_ignored_signals
+from vllm_dwdp.entrypoints.launch.process import ENDING_SIGNALS
 for number in ENDING_SIGNALS:
     signal.signal(number, signal.SIG_IGN)
 hear_ignored_signals()

@@ -35,13 +35,3 @@ def ending_with(parent: int) -> Callable[[], None]:
             os._exit(128 + signal.SIGTERM)
 
     return begin
-
-
-def hear_ignored_signals() -> None:
-    """Ignore in this process what it ignores, but not in the programs that it starts.
-
-    A handler that does nothing takes the place of `SIG_IGN`; exec resets handlers to the default.
-    """
-    for number in ENDING_SIGNALS:
-        if signal.getsignal(number) is signal.SIG_IGN:
-            signal.signal(number, lambda *_: None)
