@@ -1,4 +1,4 @@
-"""Checkpoints with random weights of every family that is tested, and block-FP8 ones.
+"""Checkpoints with random weights of every family that is tested; `quantised.py` rewrites them.
 
 The files have the layout (per-expert or fused 3-D tensors) that real checkpoints of that family have:
 transformers' own `save_pretrained` writes them.
@@ -6,22 +6,16 @@ transformers' own `save_pretrained` writes them.
 
 import argparse
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
-from safetensors.torch import load_file, save_file
 
 from vllm_dwdp.entrypoints.bench.checkpoints import COMMON, qwen3_moe, write_checkpoint
 
 DERIVED_HEADS = {key: value for key, value in COMMON.items() if key != "head_dim"}
 """`COMMON` for families whose heads have the size that the hidden size gives them."""
-
-FP8_BLOCK = 128
-"""Rows and columns that share a scale."""
 
 
 def _qwen3_moe_mixed(num_experts: int) -> transformers.PretrainedConfig:
@@ -170,57 +164,6 @@ def make_checkpoint(
         overrides: fields of the Hugging Face config, e.g. `hidden_size=1024`.
     """
     return write_checkpoint(folder, ARCHITECTURES[architecture](num_experts), seed, **overrides)
-
-
-def make_fp8_checkpoint(
-    folder: Path, architecture: str, num_experts: int = 8, seed: int = 0, **overrides: Any
-) -> Path:
-    """As `make_checkpoint`, with the experts in float8 and a scale for each block of them.
-
-    The format of DeepSeek-V3 and of Qwen's FP8 checkpoints, as vLLM's `Fp8MoEMethod` loads it.
-    Everything but the experts stays bf16, so that nothing but their kernel differs. Only for
-    architectures whose experts are saved one by one.
-    """
-    done = folder / "experts.fp8.done"
-    if not done.exists():
-        make_checkpoint(folder, architecture, num_experts, seed, **overrides)
-        _quantise_experts(folder)
-        done.touch()
-    return folder
-
-
-def _quantise_experts(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    tensors: dict[str, torch.Tensor] = {}
-    skipped = []
-    for name, tensor in load_file(path).items():
-        if re.search(r"\.experts\.\d+\.\w+\.weight$", name):
-            tensors[name], tensors[f"{name}_scale_inv"] = _quantise_blocks(tensor)
-            continue
-        tensors[name] = tensor
-        if name.endswith(".weight") and tensor.dim() == 2:
-            skipped.append(name.removesuffix(".weight"))
-    assert any(name.endswith("_scale_inv") for name in tensors), f"{path}: no expert of its own"
-    save_file(tensors, path, metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "fp8",
-        "fmt": "e4m3",
-        "activation_scheme": "dynamic",
-        "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
-        "modules_to_not_convert": skipped,
-    }
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-
-
-def _quantise_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float8 weights, and what to multiply each block by: `[rows / 128, columns / 128]`, float32."""
-    rows, columns = weight.shape
-    assert rows % FP8_BLOCK == columns % FP8_BLOCK == 0, (rows, columns)
-    blocks = weight.float().view(rows // FP8_BLOCK, FP8_BLOCK, columns // FP8_BLOCK, FP8_BLOCK)
-    scales = blocks.abs().amax(dim=(1, 3)) / torch.finfo(torch.float8_e4m3fn).max
-    scaled = (blocks / scales[:, None, :, None]).view(rows, columns)
-    return scaled.to(torch.float8_e4m3fn), scales
 
 
 def main() -> None:

@@ -187,10 +187,13 @@ def engine_args(mode: EngineMode) -> dict[str, Any]:
 
 def make_model(folder: Path, *, fp8: bool = False, **overrides: Any) -> Path:
     """Make a small qwen3_moe."""
-    from gpu_checks.checkpoints import make_checkpoint, make_fp8_checkpoint
+    from gpu_checks.checkpoints import make_checkpoint
+    from gpu_checks.quantised import make_quantised_checkpoint
 
-    make = make_fp8_checkpoint if fp8 else make_checkpoint
-    return make(folder, "qwen3_moe", 8, **(CHECKPOINT | overrides))
+    shape = CHECKPOINT | overrides
+    if fp8:
+        return make_quantised_checkpoint(folder, "fp8_block", 8, **shape)
+    return make_checkpoint(folder, "qwen3_moe", 8, **shape)
 
 
 def what_ran(worker: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from gpu_checks.checkpoints import FP8_BLOCK
+from gpu_checks.number_formats import FP8_BLOCK
 
 
 def install() -> None:

@@ -44,7 +44,13 @@ def main() -> None:
 
 
 def run(case: dict[str, Any], rank: int) -> dict[str, Any]:
-    """A case, which may put something else in the place of an object."""
+    """A case, which may put something else in the place of an object.
+
+    `prepare` names a function that is called first.
+    """
+    if "prepare" in case:
+        owner, name = find(case["prepare"])
+        getattr(owner, name)()
     if case.get("fails"):
         return run_failing_case(case, rank)
     with replaced(case["replace"]) if "replace" in case else contextlib.nullcontext():

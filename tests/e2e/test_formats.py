@@ -1,0 +1,107 @@
+"""Checkpoints as they are published, run by vLLM's own quantised kernels (`tests.helpers.cpu_gates`)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from gpu_checks.checkpoints import ARCHITECTURES
+from gpu_checks.quantised import SHAPE, make_quantised_checkpoint
+from tests.e2e.conftest import StockEngine
+from tests.helpers import cpu_gates
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif(cpu_gates.why_not() is not None, reason=str(cpu_gates.why_not())),
+]
+
+RUNS_HERE = (
+    "bf16_fused",
+    "fp8_block",
+    "ct_int8",
+    "ct_int4",
+    "gptq",
+    "awq",
+    "gpt_oss_mxfp4",
+)
+"""Formats for which vLLM 0.32 has a kernel that this processor runs."""
+NUM_EXPERTS = 7
+"""Which neither two nor three ranks divide."""
+GATES = {"prepare": "tests.helpers.cpu_gates:open_gates"}
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Checkpoints by format."""
+    folder = tmp_path_factory.mktemp("published")
+    return {
+        name: str(make_quantised_checkpoint(folder / name, name, NUM_EXPERTS)) for name in RUNS_HERE
+    }
+
+
+@pytest.fixture(scope="module")
+def references(published: dict[str, str], stock: StockEngine) -> dict[str, dict[str, Any]]:
+    """What stock vLLM answers, by format."""
+    results = stock.all(list(published.values()), **GATES)
+    return {name: results[model] for name, model in published.items()}
+
+
+def test_stock_vllm_reads_every_format(references: dict[str, dict[str, Any]]) -> None:
+    for name, result in references.items():
+        assert len({token for tokens in result["tokens"] for token in tokens}) > 20, name
+    # The same codes in two packings are the same model; another format is another rounding of it.
+    tokens = {name: result["tokens"] for name, result in references.items()}
+    assert tokens["ct_int4"] == tokens["gptq"]
+    others = [tokens[name] for name in ("bf16_fused", "fp8_block", "ct_int8", "gptq", "awq")]
+    assert all(one != other for number, one in enumerate(others) for other in others[:number])
+    assert len({str(result["weights"]) for result in references.values()}) == len(RUNS_HERE)
+
+
+def test_fused_experts_are_what_transformers_writes(
+    published: dict[str, str], tmp_path: Path
+) -> None:
+    """Newer versions keep all experts of a layer in one tensor; the older format is their default."""
+    import transformers
+
+    config = ARCHITECTURES["qwen3_moe"](NUM_EXPERTS)
+    for key, value in SHAPE.items():
+        setattr(config, key, value)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path, save_original_format=False)
+    written, ours = (
+        {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        for file in (
+            safe_open(Path(folder) / "model.safetensors", "pt")
+            for folder in (tmp_path, published["bf16_fused"])
+        )
+    )
+    assert ours == written
+    assert any(name.endswith("experts.gate_up_proj") for name in ours)
+
+
+def test_gates_open_in_every_process_of_a_started_program() -> None:
+    """vLLM loads the plugin of `cpu_gates.environment` where it loads ours."""
+    script = (
+        "from vllm.plugins import load_general_plugins; load_general_plugins()\n"
+        "from tests.helpers.cpu_gates import GATED\n"
+        "from vllm.model_executor.layers.fused_moe.experts import cpu_moe\n"
+        "print([getattr(cpu_moe, name)._supports_current_device() for name in GATED])"
+    )
+    said = []
+    for environment in ({}, cpu_gates.environment()):
+        ended = subprocess.run(
+            [sys.executable, "-c", script],
+            env=os.environ | environment,
+            cwd=cpu_gates.ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+        )
+        said.append(ended.stdout.splitlines()[-1])
+    assert said == [str([torch.cpu._is_amx_tile_supported()] * 4), str([True] * 4)]
