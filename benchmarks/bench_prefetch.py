@@ -33,7 +33,8 @@ from rich.table import Table
 
 from vllm_dwdp.device.host_queue import HostCopyQueue
 from vllm_dwdp.entrypoints.bench.machine import describe_machine
-from vllm_dwdp.layout.composite import ModelLayout, WeightLayout
+from vllm_dwdp.layout.composite import WeightLayout
+from vllm_dwdp.layout.model import ModelLayout
 from vllm_dwdp.layout.placement import Placement
 from vllm_dwdp.prefetch.copy_plan import bytes_by_peer, plan_layer_copies
 from vllm_dwdp.prefetch.ring import Ring
@@ -198,7 +199,7 @@ def tiny_ring(num_layers: int, group_size: int = 2) -> tuple[Ring, HostCopyQueue
     placement = Placement(num_experts=2 * group_size, group_size=group_size)
     weight = WeightLayout(name="w", placement=placement, expert_bytes=64, page_bytes=64)
     layout = ModelLayout.plan([(f"layers.{n}", (weight,)) for n in range(num_layers)])
-    shards = np.zeros(max(layout.shard_bytes) + 64, np.uint8)
+    shards = np.zeros(max(layout.composite_bytes) + 64, np.uint8)
     slot_bytes = weight.num_bytes
     slot = np.zeros(2 * slot_bytes + 64, np.uint8)
     batches, peer_bytes = [], []

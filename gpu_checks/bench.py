@@ -253,7 +253,7 @@ def copies_against_plain(
 def read_gbps(gpu: Accelerator, rank: RankMemory) -> float:
     """Measure how fast a reduction reads a peer's shard where it is."""
     peer = next(iter(rank.peers.values()))
-    num_bytes = min(2**30, rank.layout.shard_bytes[next(iter(rank.peers))])
+    num_bytes = min(2**30, rank.layout.shard_bytes(next(iter(rank.peers))))
     words = tensor_at(peer.address, torch.int32, (num_bytes // 4,), gpu.device)
     words.amax()
     return num_bytes / 1e6 / statistics.median(gpu.milliseconds(words.amax) for _ in range(5))

@@ -44,7 +44,7 @@ def _mixtral(num_experts: int) -> transformers.PretrainedConfig:
 
 
 def _dbrx(num_experts: int) -> transformers.PretrainedConfig:
-    """Its experts are a class of their own in vLLM, which cannot be sharded: to test the refusal."""
+    """vLLM does not count its experts: to test the refusal."""
     return transformers.DbrxConfig(
         d_model=160,
         n_heads=5,

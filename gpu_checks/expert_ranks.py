@@ -18,8 +18,11 @@ from vllm_dwdp.device.base import Device, PeerMemory
 from vllm_dwdp.device.tensor import tensor_at
 from vllm_dwdp.layout.placement import ExpertRange, Placement
 from vllm_dwdp.model_executor.composites import CompositeMapper, LayerView
-from vllm_dwdp.model_executor.expert_shard import ExpertShard, ShardedLayer
+from vllm_dwdp.model_executor.expert_shard import ExpertShard
+from vllm_dwdp.model_executor.expert_tensors import TensorOverRows
+from vllm_dwdp.model_executor.raw_parameters import bytes_of
 from vllm_dwdp.model_executor.rings import PrefetchRings
+from vllm_dwdp.model_executor.sharded_layer import ShardedLayer
 from vllm_dwdp.prefetch.ring import Ring
 
 
@@ -68,23 +71,25 @@ def make_experts(
     return made
 
 
-class UnquantizedFusedMoEMethod:
-    """Named as vLLM's method, whose parameters are declared per expert."""
+class BareLayer:
+    """What the product asks of vLLM's layer once it is published."""
 
-    supports_pre_processed_weights = True
-
-
-class BareLayer(torch.nn.Module):
-    """What `ExpertShard` asks of vLLM's layer."""
-
-    def __init__(self, name: str, shape: ExpertShape, weights: dict[str, torch.Tensor]) -> None:
-        super().__init__()
+    def __init__(self, name: str, shape: ExpertShape) -> None:
         self.layer_name = name
         self.top_k = shape.top_k
-        self.quant_method = UnquantizedFusedMoEMethod()
-        self.local_num_experts = next(iter(weights.values())).shape[0]
-        for weight, tensor in weights.items():
-            self.register_parameter(weight, torch.nn.Parameter(tensor, requires_grad=False))
+
+
+def over_rows(name: str, num_experts: int, part: torch.Tensor) -> TensorOverRows:
+    """Describe a contiguous `[num_experts, ...]` tensor of which `part` has some rows."""
+    placeholder = part.new_empty(0)
+    return TensorOverRows(
+        path=name,
+        tensor=placeholder,
+        dtype=part.dtype,
+        offset=0,
+        shape=(num_experts, *part.shape[1:]),
+        stride=part.stride(),
+    )
 
 
 class RankMemory:
@@ -117,21 +122,23 @@ class RankMemory:
             undo.callback(self.resources.close)
             for number in range(num_layers):
                 self._add_layer(number)
-            self.shard.memory.seal()
+            self.layout = self.shard.seal()
             undo.pop_all()
-        self.layout = self.shard.plan_layout()
 
     def _add_layer(self, number: int) -> None:
         placement = self.shard.placement(self.shape.num_experts)
         resident = placement.resident[self.dwdp_rank]
+        layer: Any = BareLayer(f"layers.{number}", self.shape)
+        sharded = ShardedLayer(layer=layer, placement=placement, model_number=0, run_index=number)
         weights = make_experts(self.shape, number, resident, self.device.torch_device)
-        layer: Any = BareLayer(f"layers.{number}", self.shape, weights)
-        self.shard.layers.append(
-            ShardedLayer(layer=layer, placement=placement, model_number=0, run_index=number)
-        )
-        self.shard.publish_layer(layer)
-        for name in weights:  # the tensors end with the shard's own mappings
-            setattr(layer, name, None)
+        for name, part in weights.items():
+            row_bytes = part[0].nbytes
+            tensors = [over_rows(name, placement.num_experts, part)]
+            sharded.facts[name] = f"{part.dtype} {row_bytes}"
+            self.shard.add_weight(sharded, name, row_bytes, tensors)
+            self.shard.fill_weight(sharded, bytes_of(part))
+        self.shard.layers.append(sharded)
+        self.shard.published.append(sharded)
 
     @property
     def placement(self) -> Placement:
@@ -223,7 +230,7 @@ def peers_on_host(
     """Copy all peers' shards of `rank` to host memory that `pinned` allocates."""
     moved: dict[int, PeerMemory] = {}
     for peer_rank, peer in rank.peers.items():
-        num_bytes = rank.layout.shard_bytes[peer_rank]
+        num_bytes = rank.layout.shard_bytes(peer_rank)
         content = pinned(num_bytes)
         shape = (num_bytes,)
         content.copy_(tensor_at(peer.address, torch.uint8, shape, rank.device.torch_device))

@@ -13,7 +13,7 @@ from gpu_checks.number_formats import FP8_BLOCK
 
 
 def install() -> None:
-    """Let vLLM build the stand-in from now on, under vLLM's name, by which parameters are declared."""
+    """Let vLLM build the stand-in from now on."""
     from vllm.model_executor.layers.quantization import fp8
 
     class Fp8MoEMethod(fp8.Fp8MoEMethod):

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 
 from tests.compat.syntax import assignments, calls, entries, tree
-from vllm_dwdp.layout.placement import ExpertRange
 
 pytestmark = pytest.mark.compat
 
@@ -118,26 +117,6 @@ def test_the_independent_config_pickles_by_reference() -> None:
     assert strings == ["vllm_dwdp.compat.worker.independent", "IndependentModelConfig"]
 
 
-def test_expert_map_fields() -> None:
-    """What is written to the private fields is what vLLM's layers read."""
-    from vllm.model_executor.layers.fused_moe import config, expert_map_manager
-
-    from vllm_dwdp.compat.worker.moe import keep_resident_experts
-
-    fields = {field.name for field in dataclasses.fields(config.FusedMoEConfig)}
-    assert {"num_experts", "num_local_experts"} <= fields
-    unsharded: Any = SimpleNamespace(
-        ep_size=1, ep_rank=0, tp_size=1, tp_rank=0, use_ep=False, dp_size=1
-    )
-    manager = expert_map_manager.ExpertMapManager(64, 2, 8, 0, None, unsharded, "linear", False)
-    assert (manager.local_num_experts, manager.expert_map) == (8, None)
-    moe_config = SimpleNamespace(num_experts=8, num_local_experts=8)
-    keep_resident_experts(manager, moe_config, ExpertRange(2, 5))
-    assert manager.local_num_experts == moe_config.num_local_experts == 3
-    assert manager.expert_map is not None
-    assert manager.expert_map.tolist() == [-1, -1, 0, 1, 2, -1, -1, -1]
-
-
 def test_routed_experts_takes_what_the_replacement_passes() -> None:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
@@ -149,7 +128,7 @@ def test_routed_experts_takes_what_the_replacement_passes() -> None:
         "quant_config",
         "expert_map_manager",
     ]
-    for name in ("update_expert_map_info", "forward_modular", "forward_monolithic"):
+    for name in ("_ensure_moe_quant_config_init", "forward_modular", "forward_monolithic"):
         assert callable(getattr(RoutedExperts, name))
 
 
@@ -171,48 +150,78 @@ def test_layer_registry() -> None:
         del op_registry_oot["StockLayer"]
 
 
-def test_weights_can_be_called_processed() -> None:
-    from vllm.model_executor.utils import weights_already_processed
-
-    with weights_already_processed():
-        pass
-
-
-def test_declared_quantisation_methods_exist_and_take_processed_weights() -> None:
-    import pkgutil
-    from importlib import import_module
-
-    from vllm.model_executor.layers import fused_moe, quantization
-
-    from vllm_dwdp.model_executor.expert_parameters import PER_EXPERT
-
-    found: dict[str, Any] = {}
-    for package in (fused_moe, quantization):
-        for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
-            if module.name.split(".")[-1] in ("fp8", "mxfp4", "unquantized_fused_moe_method"):
-                found |= vars(import_module(module.name))
-    for name in PER_EXPERT:
-        assert name in found, f"{name} has gone"
-        assert hasattr(found[name], "supports_pre_processed_weights")
-
-
 def test_checkpoint_reader_hooks(tmp_path: Path) -> None:
+    """What the default reader opens files with, and what it makes of them."""
     import torch
     from safetensors.torch import save_file
     from vllm.config import LoadConfig
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-    parameters = list(inspect.signature(DefaultModelLoader._init_ep_weight_filter).parameters)
-    assert parameters == ["self", "model_config"]
-    names = [f"model.layers.0.mlp.experts.{expert}.up_proj.weight" for expert in range(3)]
-    save_file({name: torch.zeros(1) for name in [*names, "dense"]}, tmp_path / "model.safetensors")
+    from vllm_dwdp.compat.worker.checkpoint_reader import mapped_experts, split_experts
+
+    fused = torch.arange(6.0).view(3, 2)
+    tensors = {"model.layers.0.mlp.experts.gate_up_proj": fused, "dense": torch.ones(1)}
+    save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
     model: Any = SimpleNamespace()
     config: Any = SimpleNamespace(model=str(tmp_path), revision=None)
     loader = DefaultModelLoader(LoadConfig(use_tqdm_on_load=False))
-    assert {name for name, _ in loader.get_all_weights(config, model)} == {*names, "dense"}
-    loader.local_expert_ids = {1}
-    assert {name for name, _ in loader.get_all_weights(config, model)} == {names[1], "dense"}
+    with mapped_experts():
+        read = dict(loader.get_all_weights(config, model))
+    assert {name: tensor.tolist() for name, tensor in read.items()} == {
+        name: tensor.tolist() for name, tensor in tensors.items()
+    }
+    num_bytes = (tmp_path / "model.safetensors").stat().st_size
+    mapped = read["model.layers.0.mlp.experts.gate_up_proj"]
+    assert mapped.untyped_storage().nbytes() == num_bytes, "the whole file is behind it"
+    with split_experts(lambda: True):
+        split = dict(loader.get_all_weights(config, model))
+    assert sorted(split) == [
+        "dense",
+        *(f"model.layers.0.mlp.experts.{expert}.gate_up_proj" for expert in range(3)),
+    ]
+
+
+def test_what_quantises_while_it_loads_is_known_by_its_base() -> None:
+    import pkgutil
+    from importlib import import_module
+
+    from vllm.model_executor.layers.quantization import online
+    from vllm.model_executor.layers.quantization.online.moe_base import OnlineMoEMethodBase
+
+    for module in pkgutil.iter_modules(online.__path__, online.__name__ + "."):
+        for name, found in vars(import_module(module.name)).items():
+            ours = getattr(found, "__module__", "").startswith(online.__name__)
+            if name.endswith("MoEMethod") and ours:
+                assert issubclass(found, OnlineMoEMethodBase), name
+
+
+def test_gpt_oss_by_quark_is_refused_for_its_loader() -> None:
+    """It writes experts by their global number, past `weight_loader`."""
+    from vllm.model_executor.layers.quantization.quark import quark_moe
+    from vllm.model_executor.models.gpt_oss import GptOssModel, GptOssRoutedExperts
+
+    from vllm_dwdp.compat.worker.moe import check_method
+    from vllm_dwdp.errors import DwdpUnsupportedError
+
+    assert "copy_" in "".join(calls(GptOssModel._load_weights_quark)), "it can be shared now"
+    methods = [each for name, each in vars(quark_moe).items() if name.startswith("Quark")]
+    assert methods
+    layer: Any = GptOssRoutedExperts.__new__(GptOssRoutedExperts)
+    layer.__dict__ |= {"layer_name": "experts", "quant_method": object.__new__(methods[-1])}
+    with pytest.raises(DwdpUnsupportedError, match=r"Quark\w+ is loaded past .* MXFP4 checkpoint"):
+        check_method(layer)
+
+
+def test_layers_are_processed_through_their_method_one_by_one() -> None:
+    """So that a layer is whole for as long as it is processed, and no longer."""
+    from vllm.model_executor.model_loader import utils
+    from vllm.model_executor.models.gpt_oss import GptOssModel
+
+    assert "quant_method.process_weights_after_loading" in calls(
+        utils.process_weights_after_loading
+    )
+    assert "param.copy_" in calls(GptOssModel._load_weights_other), "the split can go"
 
 
 def test_wrappable_classes_exist() -> None:
@@ -671,7 +680,9 @@ def test_models_are_loaded_one_by_one_through_the_base_loader() -> None:
 
     for loader in (DefaultModelLoader, DummyModelLoader):
         assert loader.load_model is BaseModelLoader.load_model
-    assert calls(BaseModelLoader.load_model).count("self.create_model") == 1
+    names = calls(BaseModelLoader.load_model)
+    assert names.count("self.create_model") == 1
+    assert names.index("self.create_model") < names.index("self.load_weights")
 
 
 def test_expert_parameters_carry_the_layers_own_weight_loader() -> None:

@@ -27,8 +27,8 @@ def bound_views(shape: ExpertShape, **options: Any) -> Iterator[tuple[ExpertView
     with ExitStack() as resources, local_ranks(memory, shape, 4, 2) as ranks:
         bound: dict[str, Any] = {}
         for entry in ranks[0].shard.published:
-            entry.layer.bind = lambda tensors, position=None: bound.setdefault(
-                str(position), tensors
+            entry.layer.use = lambda binding: bound.setdefault(
+                str(binding.ring_position), binding.tensors
             )
         yield bind_views(ranks[0].mapper(), DwdpConfig(group_size=2, **options), resources), bound
     memory.close()

@@ -1,9 +1,11 @@
 """Ranks that are killed at named points of their lives, each a fork of one process with vLLM loaded.
 
 Forked by `test_kill_points.py` with a checkpoint and a file for the results, it forks every life. With
-a number of kills and a seed, three ranks are killed at random moments instead.
+a number of kills and a seed, three ranks are killed at random moments instead. `test_formats.py` lets
+one rank of two return once for each of several checkpoints.
 
     python -m tests.e2e.rank_lives CHECKPOINT RESULTS.json [KILLS SEED]
+    python -m tests.e2e.rank_lives returns RESULTS.json CHECKPOINT ...
 """
 
 import json
@@ -16,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +144,9 @@ def serve_once(case: dict[str, Any]) -> dict[str, Any]:
     """Start, answer every prompt, end."""
     engine = make_engine(case)
     tokens = [generate(engine, index, text) for index, text in enumerate(PROMPTS)]
+    status = engine.model_executor.driver_worker.worker.dwdp_status()
     close_engine(engine)
-    return {"tokens": tokens}
+    return {"tokens": tokens, "status": status}
 
 
 def serve_until(done: Path, serving: Path, case: dict[str, Any]) -> dict[str, Any]:
@@ -231,6 +235,27 @@ def main(model: str, results: Path) -> None:
         results.write_text(json.dumps(found))
 
 
+def main_returns(results: Path, models: list[str]) -> None:
+    """Of two ranks one is killed while it serves, and starts again: once for each model."""
+    from tests.helpers.cpu_gates import open_gates
+
+    open_gates()
+    found = {}
+    place, after = WHILE_SERVING["steady state"]
+    for model in models:
+        with tempfile.TemporaryDirectory(prefix="dwdp-lives-") as made:
+            stage, (port,) = Stage(model, Path(made)), free_ports(1)
+            done, serving = Path(made) / "done", Path(made) / "serving"
+            work = partial(serve_until, done, serving)
+            survivor = stage.start("survivor", 1, port, work)
+            killed = stage.start("killed", 0, port, serve_once, kill_at=place, kill_after=after)
+            code = killed.end()["code"]
+            returned = stage.start("returned", 0, port, serve_once).end()
+            done.touch()
+            found[model] = {"code": code, "returned": returned, "survivor": survivor.end()}
+    results.write_text(json.dumps(found))
+
+
 class RandomKills:
     """Three ranks that serve; a random one is killed at a random moment and started again.
 
@@ -306,7 +331,9 @@ def main_random(model: str, results: Path, num_kills: int, seed: int) -> None:
 
 if __name__ == "__main__":
     engine_process.PROMPTS[:] = PROMPTS[:2]
-    if len(sys.argv) > 3:
+    if sys.argv[1] == "returns":
+        main_returns(Path(sys.argv[2]), sys.argv[3:])
+    elif len(sys.argv) > 3:
         main_random(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
     else:
         main(sys.argv[1], Path(sys.argv[2]))

@@ -12,16 +12,21 @@ from pathlib import Path
 
 import psutil
 import pytest
+from safetensors.torch import load_file, save_file
 
+from gpu_checks.quantised import make_quantised_checkpoint
 from tests.e2e.conftest import Checkpoints
 from tests.e2e.matrix import run_cases
+from tests.helpers import cpu_gates
 from vllm_dwdp.entrypoints.launch.ports import free_ports
 from vllm_dwdp.entrypoints.launch.server import VLLM
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
+GATES = {"prepare": "tests.helpers.cpu_gates:open_gates"}
 STEPS = {
     "making the shard": "vllm_dwdp.device.host:HostShard.append",
+    "proving a layer": "vllm_dwdp.model_executor.twin:LayerTwin.process",
     "publishing a layer": "vllm_dwdp.model_executor.expert_shard:ExpertShard.publish_layer",
     "sealing": "vllm_dwdp.device.host:HostShard.seal",
     "reopening read-only": "vllm_dwdp.device.host:HostShard.export",
@@ -32,8 +37,9 @@ STEPS = {
     "edges": "vllm_dwdp.model_executor.expert_shard:ExpertShard.fill_edges",
     "announcing": "vllm_dwdp.distributed.membership:Membership.announce_ready",
     "slots": "vllm_dwdp.device.host:HostSlots.__init__",
+    "private rows": "vllm_dwdp.model_executor.private_rows:PrivateTensors.complete",
     "composites": "vllm_dwdp.device.host:map_composite",
-    "binding": "vllm_dwdp.model_executor.routed_experts:DwdpRoutedExperts.bind",
+    "binding": "vllm_dwdp.model_executor.routed_experts:DwdpRoutedExperts.use",
     "copy threads": "vllm_dwdp.device.host:HostCopyQueue",
     "the ring": "vllm_dwdp.model_executor.rings:Ring",
 }
@@ -89,22 +95,18 @@ def test_a_rank_killed_while_it_loads_is_named_by_the_others(
     assert not any(survivor["left"].values()), survivor
 
 
-def test_models_and_parameters_that_cannot_be_shared_are_refused(
-    checkpoints: Checkpoints, tmp_path: Path
-) -> None:
-    declared = "vllm_dwdp.model_executor.expert_parameters:PER_EXPERT"
+def test_models_that_cannot_be_shared_are_refused(checkpoints: Checkpoints, tmp_path: Path) -> None:
     refusals = "vllm_dwdp.compat.frontend.model_refusals"
     common = {"num_ranks": 2, "dwdp": {"join_timeout_s": 20}, "fails": True}
+    online = {"quantization": "fp8"}
     listed = [
         common
         | {"name": "class", "model": checkpoints("mixtral", 8)}
         | {"replace": ["vllm_dwdp.compat.worker.moe:wrappable_classes", "builtins:tuple"]},
         common
-        | {"name": "bias", "model": checkpoints("gpt_oss", 8)}
-        | {"replace": [declared, {"UnquantizedFusedMoEMethod": ["w13_weight", "w2_weight"]}]},
-        common
-        | {"name": "method", "model": checkpoints("mixtral", 8)}
-        | {"replace": [declared, {}]},
+        | {"name": "method", "model": checkpoints("mixtral", 8, hidden_size=256)}
+        | {"engine_args": online}
+        | GATES,
         common
         | {"name": "none", "model": checkpoints("deepseek_v2", 8, first_k_dense_replace=99)}
         | {"replace": [f"{refusals}:rules_without_expert_layer", "operator:not_"]},
@@ -112,15 +114,14 @@ def test_models_and_parameters_that_cannot_be_shared_are_refused(
     results = run_cases(tmp_path, "refused", listed)
     for rank in (0, 1):
         assert re.search(
-            r"MixtralForCausalLM builds its experts from RoutedExperts, whose weight loader does "
-            r"not follow the expert map.* Use dwdp mode \"replica\"",
+            r"MixtralForCausalLM builds its experts from RoutedExperts, whose weight loading DWDP does "
+            r"not know.* Use dwdp mode \"replica\"",
             results["class"][rank]["error"],
         )
         assert re.search(
-            r"parameter 'w13_bias' .*is not declared as per expert", results["bias"][rank]["error"]
-        )
-        assert re.search(
-            r"method UnquantizedFusedMoEMethod is not declared", results["method"][rank]["error"]
+            r"layers.0.block_sparse_moe.experts: a rank cannot load its share only: "
+            r"Fp8\w* quantises bf16 experts while they are loaded.* Serve a checkpoint that",
+            results["method"][rank]["error"],
         )
         assert re.search(
             r"DeepseekV2ForCausalLM has built no layer with routed experts.* Use stock vLLM",
@@ -128,6 +129,50 @@ def test_models_and_parameters_that_cannot_be_shared_are_refused(
         )
         for name in results:
             assert not any(results[name][rank]["left"].values()), results[name][rank]
+
+
+def test_faults_in_the_processing_of_a_layer_are_found_before_it_serves(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """Each names the tensor; none of them would be seen by sizes or names."""
+    complete = "vllm_dwdp.compat.worker.moe:complete"
+    common = {
+        "model": checkpoints("mixtral", 8),
+        "num_ranks": 2,
+        "dwdp": {"join_timeout_s": 20},
+        "fails": True,
+    }
+    expected = {
+        "reduces_over_experts": "what processing makes of quant_method.w13_maximum depends on experts",
+        "keeps_memory": "w2_weight was processed, but list keeps its memory",
+        "differs_by_rank": r"\(.*experts.*, quant_method.a13_scale: bfloat16 \[\] .* here, .* there\)",
+        "other_kernel": r"\(.*experts.*, kernel: Unquantized.*Experts here, .*Experts there\)",
+    }
+    listed = [
+        common | {"name": name, "replace": [complete, f"tests.e2e.planted:{name}"]}
+        for name in expected
+    ]
+    if cpu_gates.why_not() is None:
+        missing = str(make_quantised_checkpoint(tmp_path / "missing", "fp8_block", 8))
+        leave_out(Path(missing), "layers.1.mlp.experts.7.down_proj.weight_scale_inv")
+        expected["missing"] = (
+            r"the checkpoint gave no w2_weight_scale_inv \(w2\) for expert 7 \(1 of 8"
+        )
+        listed.append(common | {"name": "missing", "model": missing} | GATES)
+    results = run_cases(tmp_path, "planted", listed)
+    for name, message in expected.items():
+        for result in results[name]:
+            assert re.search(message, result["error"]), (name, result["error"])
+            assert not any(result["left"].values()), (name, result)
+
+
+def leave_out(checkpoint: Path, ending: str) -> None:
+    """Take a tensor out of a checkpoint."""
+    path = checkpoint / "model.safetensors"
+    tensors = load_file(path)
+    (name,) = [name for name in tensors if name.endswith(ending)]
+    del tensors[name]
+    save_file(tensors, path, {"format": "pt"})
 
 
 # --- the real command ------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from safetensors import safe_open
 from gpu_checks.checkpoints import ARCHITECTURES
 from gpu_checks.quantised import SHAPE, make_quantised_checkpoint
 from tests.e2e.conftest import StockEngine
+from tests.e2e.matrix import run_cases
+from tests.e2e.test_kill_points import run_lives
 from tests.helpers import cpu_gates
 
 pytestmark = [
@@ -60,6 +62,72 @@ def test_stock_vllm_reads_every_format(references: dict[str, dict[str, Any]]) ->
     others = [tokens[name] for name in ("bf16_fused", "fp8_block", "ct_int8", "gptq", "awq")]
     assert all(one != other for number, one in enumerate(others) for other in others[:number])
     assert len({str(result["weights"]) for result in references.values()}) == len(RUNS_HERE)
+
+
+COPIED = ("fp8_block", "gpt_oss_mxfp4")
+"""On every push: an expert's tensors one by one, and fused; two kinds of scale."""
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(COPIED, id="two-formats"),
+        pytest.param(
+            tuple(name for name in RUNS_HERE if name not in COPIED),
+            id="other-formats",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+class TestShared:
+    """Ranks that share the experts answer and hold what one stock engine does, in every format."""
+
+    def test_two_and_three_ranks(
+        self,
+        published: dict[str, str],
+        references: dict[str, dict[str, Any]],
+        tmp_path: Path,
+        names: tuple[str, ...],
+    ) -> None:
+        listed = [
+            GATES
+            | {"name": f"{name}@{num_ranks}-{mode}", "model": published[name]}
+            | {"num_ranks": num_ranks, "dwdp": {"mode": mode}}
+            for num_ranks, mode in ((2, "direct"), (3, "prefetch"))
+            for name in names
+        ]
+        races = {"DWDP_DEBUG_POISON": "1", "DWDP_DEBUG_MAX_DELAY_US": "1000"}
+        for case, ranks in run_cases(tmp_path, "formats", listed, races).items():
+            reference = references[case.partition("@")[0]]
+            for result in ranks:
+                where, status = (case, result["rank"]), result["status"]
+                assert result["weights"] == reference["weights"], where
+                assert result["tokens"] == reference["tokens"], where
+                assert status["remote_expert_bytes"] > 0, where
+                resident = len(range(result["rank"], NUM_EXPERTS, len(ranks)))
+                assert status["read_share"] == pytest.approx(resident / NUM_EXPERTS), where
+                if status["mode"] == "prefetch":
+                    fetched = sum(status["fetched_bytes"].values())
+                    assert fetched > 0.9 * status["remote_expert_bytes"], where
+
+    def test_a_rank_returns(
+        self,
+        published: dict[str, str],
+        references: dict[str, dict[str, Any]],
+        tmp_path: Path,
+        names: tuple[str, ...],
+    ) -> None:
+        found, _ = run_lives("returns", tmp_path, *(published[name] for name in names))
+        for name in names:
+            lives, expected = found[published[name]], references[name]["tokens"][:2]
+            returned, survivor = lives["returned"], lives["survivor"]
+            assert lives["code"] == -9, (name, lives)
+            assert returned["tokens"] == survivor["tokens"] == expected, name
+            assert survivor["num_different"] == 0 and survivor["num_rounds"] > 0, name
+            assert returned["status"]["adopted"] and returned["status"]["read_share"] == 0, name
+            for life in (returned, survivor):
+                assert not any(life["left"].values()), (name, life)
 
 
 def test_fused_experts_are_what_transformers_writes(

@@ -2,7 +2,8 @@
 
 from hypothesis import strategies as st
 
-from vllm_dwdp.layout.composite import ModelLayout, WeightLayout
+from vllm_dwdp.layout.composite import WeightLayout
+from vllm_dwdp.layout.model import ModelLayout
 from vllm_dwdp.layout.placement import Placement
 
 

@@ -16,9 +16,9 @@ copied once from that neighbour when the group has met; after that every page of
 whole, and any page can be mapped from any rank that holds its first byte. A tensor smaller than a
 page is thereby simply whole on every rank.
 
-Shard: the concatenation of `shard_pages` over the weights of all layers, in registration order. Each is
-cut into *pieces* at every place where some rank begins or stops to read it: a device that maps only
-whole allocations makes one of each piece. How remote pages lie in a slot: `layout.slots`.
+The pages of a rank are cut into *pieces* at every place where some rank begins or stops to read them: a
+device that maps only whole allocations makes one of each piece. How the tensors of a model lie in a
+shard: `layout.model`; how remote pages lie in a slot: `layout.slots`.
 """
 
 from collections.abc import Iterator
@@ -179,87 +179,3 @@ def _pieces(weight: WeightLayout) -> tuple[tuple[ByteRange, ...], ...]:
         tuple(ByteRange(start, stop) for start, stop in pairwise(sorted(cuts[rank])))
         for rank in ranks
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerLayout:
-    """Layout of all composite tensors of one MoE layer.
-
-    Args:
-        name: the layer's prefix in the model, e.g. `model.layers.3.mlp.experts`.
-        weights: one layout per per-expert parameter, in registration order.
-        shard_offsets: where each weight's `shard_pages` begin in every rank's shard,
-            `[num_weights][group_size]`, bytes.
-    """
-
-    name: str
-    weights: tuple[WeightLayout, ...]
-    shard_offsets: tuple[tuple[int, ...], ...]
-
-    @property
-    def group_size(self) -> int:
-        """Ranks that share the layer's experts."""
-        return self.weights[0].placement.group_size
-
-    def shard_offset(self, weight: int, rank: int, byte: int) -> int:
-        """Where byte `byte` of the composite tensor lies in `rank`'s shard."""
-        pages = self.weights[weight].shard_pages(rank)
-        assert pages.start <= byte < pages.stop
-        return self.shard_offsets[weight][rank] + byte - pages.start
-
-    def remote_parts(self, rank: int) -> tuple[tuple[int, ByteRange], ...]:
-        """The remote pages of all weights, each with the index of its weight, in registration order."""
-        return tuple(
-            (index, part)
-            for index, layout in enumerate(self.weights)
-            for part in layout.remote_pages(rank)
-        )
-
-    def remote_bytes(self, rank: int) -> int:
-        """Bytes of the remote pages of all weights."""
-        return sum(len(part) for _, part in self.remote_parts(rank))
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelLayout:
-    """Layout of every MoE layer of a model, in the order in which the layers run."""
-
-    layers: tuple[LayerLayout, ...]
-    shard_bytes: tuple[int, ...]
-
-    @classmethod
-    def plan(cls, layers: list[tuple[str, tuple[WeightLayout, ...]]]) -> "ModelLayout":
-        """Lay out the shards of all ranks: weights back to back, page by page."""
-        ends = [0] * layers[0][1][0].placement.group_size
-        planned = []
-        for name, weights in layers:
-            offsets = []
-            for weight in weights:
-                offsets.append(tuple(ends))
-                for rank in range(len(ends)):
-                    ends[rank] += len(weight.shard_pages(rank))
-            planned.append(LayerLayout(name=name, weights=weights, shard_offsets=tuple(offsets)))
-        return cls(layers=tuple(planned), shard_bytes=tuple(ends))
-
-    @property
-    def group_size(self) -> int:
-        """Ranks that share the experts."""
-        return len(self.shard_bytes)
-
-    def piece_bytes(self, rank: int) -> tuple[int, ...]:
-        """Sizes of the pieces of `rank`'s shard, in order."""
-        return tuple(
-            len(piece)
-            for layer in self.layers
-            for weight in layer.weights
-            for piece in weight.shard_pieces(rank)
-        )
-
-    def resident_bytes(self, rank: int) -> int:
-        """Expert bytes that `rank` loads from the checkpoint."""
-        return sum(len(w.resident(rank)) for layer in self.layers for w in layer.weights)
-
-    @property
-    def total_bytes(self) -> int:
-        """Expert bytes of one full copy."""
-        return sum(w.num_bytes for layer in self.layers for w in layer.weights)

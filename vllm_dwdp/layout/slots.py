@@ -15,7 +15,8 @@ one slot. On the host both kinds of page are the same.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_dwdp.layout.composite import ByteRange, LayerLayout
+from vllm_dwdp.layout.composite import ByteRange
+from vllm_dwdp.layout.model import LayerLayout
 
 
 @dataclass(frozen=True)

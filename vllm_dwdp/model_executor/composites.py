@@ -6,15 +6,15 @@ decides which. The caller's `ExitStack` unmaps every view.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from vllm_dwdp.device.base import Device, PeerMemory, Segment, Shard, Slots
 from vllm_dwdp.device.tensor import tensor_at
-from vllm_dwdp.layout.composite import LayerLayout, ModelLayout
+from vllm_dwdp.layout.model import LayerLayout, ModelLayout
 from vllm_dwdp.layout.slots import SlotLayout
-from vllm_dwdp.model_executor.expert_shard import ShardedLayer
+from vllm_dwdp.model_executor.sharded_layer import ShardedLayer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,12 +22,17 @@ class LayerView:
     """One way in which a layer sees all its experts.
 
     Args:
-        tensors: `[num_experts, ...]` by parameter name, over composite memory.
-        addresses: of these tensors, by index of the weight.
+        composites: the bytes of each composite tensor, by index of the weight.
+        tensors: the layer's tensors over them, by path, e.g. `w13_weight` `[num_experts, ...]`.
     """
 
-    tensors: dict[str, torch.Tensor]
-    addresses: tuple[int, ...]
+    composites: tuple[torch.Tensor, ...] = field(repr=False)
+    tensors: dict[str, torch.Tensor] = field(repr=False)
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Of the composite tensors."""
+        return tuple(composite.data_ptr() for composite in self.composites)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,19 +76,18 @@ class CompositeMapper:
         return self._map(index, segments)
 
     def _map(self, index: int, segments: list[list[Segment]]) -> LayerView:
-        tensors, addresses = {}, []
-        sharded, layer = self.layers[index], self.layout.layers[index]
-        for number, weight in enumerate(layer.weights):
-            composite = self.device.map_composite(segments[number], weight.mapped.stop)
-            self.resources.callback(composite.unmap)
-            addresses.append(composite.address)
-            tensors[weight.name] = tensor_at(
-                composite.address,
-                sharded.weights[number].dtype,
-                sharded.weights[number].shape,
-                self.device.torch_device,
+        composites: list[torch.Tensor] = []
+        tensors: dict[str, torch.Tensor] = {}
+        for number, sharded in enumerate(self.layers[index].weights):
+            weight = sharded.layout
+            mapping = self.device.map_composite(segments[number], weight.mapped.stop)
+            self.resources.callback(mapping.unmap)
+            rows = tensor_at(
+                mapping.address, torch.uint8, (weight.num_bytes,), self.device.torch_device
             )
-        return LayerView(tensors=tensors, addresses=tuple(addresses))
+            composites.append(rows)
+            tensors |= {placed.path: placed.over(rows) for placed in sharded.tensors}
+        return LayerView(composites=tuple(composites), tensors=tensors)
 
     def _direct_segments(self, layer: LayerLayout, number: int) -> Iterator[Segment]:
         backings: dict[int, Shard | PeerMemory] = {self.dwdp_rank: self.shard, **self.peers}

@@ -4,59 +4,28 @@ Owns the shard that the device made and the list of layers. Nothing here knows o
 thread.
 """
 
-import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 
-from vllm_dwdp.compat.worker import moe
+from vllm_dwdp.compat.worker import checkpoint_reader, moe
 from vllm_dwdp.config import DwdpConfig
-from vllm_dwdp.device.base import Device, Mapping, PeerMemory, Shard
+from vllm_dwdp.device.base import Device, PeerMemory, Shard
 from vllm_dwdp.device.tensor import tensor_at
-from vllm_dwdp.errors import DwdpUnsupportedError
-from vllm_dwdp.layout.composite import ModelLayout, WeightLayout
-from vllm_dwdp.layout.placement import Placement
-from vllm_dwdp.model_executor.expert_parameters import declared_names, per_expert_parameters
+from vllm_dwdp.layout.composite import WeightLayout
+from vllm_dwdp.layout.model import ModelLayout
+from vllm_dwdp.layout.placement import ExpertRange, Placement
+from vllm_dwdp.model_executor.expert_tensors import ExpertRows, TensorOverRows
+from vllm_dwdp.model_executor.layout_facts import encode_facts
+from vllm_dwdp.model_executor.loaded_model import check_layers
+from vllm_dwdp.model_executor.private_rows import PrivateTensors, layouts_of
+from vllm_dwdp.model_executor.processed_layer import ProcessedLayer
+from vllm_dwdp.model_executor.raw_parameters import RawParameters
 from vllm_dwdp.model_executor.routed_experts import DwdpRoutedExperts, shard_layer_class
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardedWeight:
-    """One per-expert parameter of a layer.
-
-    Args:
-        layout: its bytes over the group.
-        dtype: of its elements.
-        shape: `[num_experts, ...]`.
-        mapping: its writable pages in our shard.
-    """
-
-    layout: WeightLayout
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    mapping: Mapping
-
-
-@dataclass(kw_only=True)
-class ShardedLayer:
-    """One MoE layer of this rank.
-
-    Args:
-        layer: vLLM's layer.
-        placement: of its experts.
-        model_number: of the model that it belongs to; a drafter's layers run in an order of their own.
-        run_index: its place in the order in which layers were built, and run.
-        weights: its per-expert parameters, in the order of the shard.
-    """
-
-    layer: Any
-    placement: Placement
-    model_number: int
-    run_index: int
-    weights: list[ShardedWeight] = field(default_factory=list)
+from vllm_dwdp.model_executor.sharded_layer import ShardedLayer, ShardedWeight
 
 
 class ExpertShard:
@@ -80,6 +49,7 @@ class ExpertShard:
         self.published: list[ShardedLayer] = []
         """Those in the shard, in its order, which is that of `ModelLayout.layers`."""
         self._current_model: Callable[[], int] = lambda: 0
+        self._proved: set[str] = set()
 
     def close(self) -> None:
         """Release the shard; peers that mapped it keep their mappings."""
@@ -99,106 +69,129 @@ class ExpertShard:
             experts_per_rank=None if per_rank is None else min(per_rank, num_experts),
         )
 
-    def add_layer(self, layer: DwdpRoutedExperts, placement: Placement) -> None:
-        """A layer was built; remember the order, which is the order in which layers run.
+    def loads(self, num_experts: int) -> ExpertRange:
+        """The experts of such a layer that this rank reads: none that it has adopted."""
+        if self.is_adopted:
+            return ExpertRange(0, 0)
+        return self.placement(num_experts).resident[self.dwdp_rank]
 
-        Raises:
-            DwdpUnsupportedError: its quantisation method cannot share experts; nothing is loaded yet.
-        """
-        declared_names(layer)
+    def needs_proof(self, layer: DwdpRoutedExperts) -> bool:
+        """Whether the layer is the first of its kind that this rank loads experts for."""
+        kind = layer.kind()
+        is_new = kind not in self._proved and len(layer.raw.resident) > 0
+        self._proved.add(kind)
+        return is_new
+
+    def add_layer(self, layer: DwdpRoutedExperts) -> None:
+        """A layer was built; remember the order, which is the order in which layers run."""
         self.layers.append(
             ShardedLayer(
                 layer=layer,
-                placement=placement,
+                placement=self.placement(layer.raw.num_experts),
                 model_number=self._current_model(),
                 run_index=len(self.layers),
             )
         )
 
-    def publish_layer(self, layer: DwdpRoutedExperts) -> None:
-        """Move the layer's resident experts into the shard and free vLLM's copy of them."""
+    def publish_layer(self, layer: DwdpRoutedExperts, processed: ProcessedLayer) -> None:
+        """Move the layer's resident experts into the shard and free vLLM's copy of all.
+
+        Raises:
+            DwdpUnsupportedError: something else keeps that copy.
+        """
         sharded = next(entry for entry in self.layers if entry.layer is layer)
-        for name, tensor in per_expert_parameters(layer):
-            self._publish_parameter(sharded, name, tensor)
-        del name, tensor  # or the last one would outlive the release
+        sharded.facts = processed.facts()
+        shared, sharded.private = self._divide(processed.tensors.per_expert)
+        processed.hand_over(shared, sharded.private, partial(self._publish_rows, sharded))
         self.published.append(sharded)
         self.device.release_free_memory()
 
-    def _publish_parameter(self, sharded: ShardedLayer, name: str, tensor: torch.Tensor) -> None:
+    def _publish_rows(self, sharded: ShardedLayer, rows: ExpertRows) -> None:
+        self.add_weight(sharded, rows.name, rows.row_bytes, rows.tensors)
+        if not self.is_adopted:
+            self.fill_weight(sharded, rows.bytes_of(sharded.placement.resident[self.dwdp_rank]))
+
+    def _divide(
+        self, per_expert: Sequence[ExpertRows]
+    ) -> tuple[list[ExpertRows], list[ExpertRows]]:
+        """Storages worth their pages, at least the largest, and those that every rank keeps whole."""
+        worth = 2 * self.config.group_size * self.device.page_bytes
+        limit = min(worth, max((rows.num_bytes for rows in per_expert), default=worth))
+        shared = [rows for rows in per_expert if rows.num_bytes >= limit]
+        return shared, [rows for rows in per_expert if rows.num_bytes < limit]
+
+    def add_weight(
+        self,
+        sharded: ShardedLayer,
+        name: str,
+        expert_bytes: int,
+        tensors: Sequence[TensorOverRows],
+    ) -> None:
+        """Append room for the resident experts of one composite tensor to the shard."""
         weight = WeightLayout(
             name=name,
             placement=sharded.placement,
-            expert_bytes=tensor[0].nbytes,
+            expert_bytes=expert_bytes,
             page_bytes=self.device.page_bytes,
         )
-        pages = weight.shard_pages(self.dwdp_rank)
         pieces = [len(piece) for piece in weight.shard_pieces(self.dwdp_rank)]
         mapping = self.memory.append(pieces)
-        address = mapping.address + weight.resident(self.dwdp_rank).start - pages.start
-        resident = tensor_at(address, tensor.dtype, tuple(tensor.shape), self.device.torch_device)
-        if not self.is_adopted:
-            resident.copy_(tensor)
-        getattr(sharded.layer, name).data = resident
         sharded.weights.append(
-            ShardedWeight(
-                layout=weight,
-                dtype=tensor.dtype,
-                shape=(sharded.placement.num_experts, *tensor.shape[1:]),
-                mapping=mapping,
-            )
+            ShardedWeight(layout=weight, tensors=tuple(tensors), mapping=mapping)
         )
+
+    def fill_weight(self, sharded: ShardedLayer, resident: torch.Tensor) -> None:
+        """Write the bytes of the resident experts of the weight that was added last."""
+        weight = sharded.weights[-1]
+        before = weight.layout.resident(self.dwdp_rank).start
+        before -= weight.layout.shard_pages(self.dwdp_rank).start
+        address, shape = weight.mapping.address + before, (resident.numel(),)
+        if resident.numel():
+            tensor_at(address, torch.uint8, shape, self.device.torch_device).copy_(resident)
 
     def finish_loading(self, model: torch.nn.Module) -> ModelLayout:
         """Seal the shard and lay the model out.
 
         Raises:
-            DwdpUnsupportedError: a routed-experts layer of the model was not replaced, or there is
-                none.
+            DwdpUnsupportedError: experts of the model cannot be shared.
         """
-        foreign = moe.find_foreign_layers(model, DwdpRoutedExperts)
-        if foreign:
-            raise DwdpUnsupportedError(
-                f"{type(model).__name__} builds its experts from {', '.join(foreign)}, whose weight "
-                "loader does not follow the expert map, so they cannot be sharded. Use dwdp mode "
-                '"replica".'
-            )
-        if not self.layers:
-            raise DwdpUnsupportedError(
-                f"{type(model).__name__} has built no layer with routed experts, though its config "
-                "counts experts, so there is nothing to share. Use stock vLLM for it."
-            )
-        unpublished = [entry.layer.layer_name for entry in self.layers if not entry.weights]
-        if unpublished:
-            raise DwdpUnsupportedError(
-                f"{unpublished[0]}: vLLM never processed this layer's weights after loading, so "
-                'they cannot be shared. Use dwdp mode "replica".'
-            )
-        self.memory.seal()
-        return self.plan_layout()
+        check_layers(model, self.layers)
+        return self.seal()
 
-    def plan_layout(self) -> ModelLayout:
-        """The layout of every layer that was published, over the whole group."""
-        return ModelLayout.plan(
+    def seal(self) -> ModelLayout:
+        """Append the resident rows of private tensors; the shard is final but for its edges."""
+        layout = ModelLayout.plan(
             [
                 (entry.layer.layer_name, tuple(weight.layout for weight in entry.weights))
                 for entry in self.published
-            ]
+            ],
+            layouts_of(self.published),
+        )
+        if num_bytes := layout.private_bytes(self.dwdp_rank):
+            area = self.memory.append([num_bytes]).address
+            private = self.private_tensors(layout)
+            private.adopt(area) if self.is_adopted else private.publish(area)
+        self.memory.seal()
+        return layout
+
+    def private_tensors(self, layout: ModelLayout) -> PrivateTensors:
+        """The small tensors that this rank keeps whole."""
+        return PrivateTensors(
+            layers=self.published, layout=layout, dwdp_rank=self.dwdp_rank, device=self.device
         )
 
-    def layout_digest(self) -> bytes:
-        """Identity of what lies in every rank's shard, and of the code that will read it.
+    def layout_facts(self) -> bytes:
+        """What lies in every rank's shard, and the code that will read it, as ranks compare it.
 
         Sizes alone would not tell apart two kernels that order the same bytes differently.
         """
-        facts = [
-            (
-                entry.layer.layer_name,
-                *moe.kernel_identity(entry.layer),
-                [(weight.layout.name, str(weight.dtype), weight.shape) for weight in entry.weights],
-            )
-            for entry in self.published
-        ]
-        return hashlib.sha256(repr(facts).encode()).digest()
+        return encode_facts({entry.layer.layer_name: entry.facts for entry in self.published})
+
+    def read_share(self) -> float:
+        """The part of the checkpoint's large expert tensors that was read; 0 if it has none."""
+        raws: list[RawParameters] = [entry.layer.raw for entry in self.layers]
+        checkpoint_bytes = sum(raw.checkpoint_bytes for raw in raws)
+        return sum(raw.read_bytes for raw in raws) / max(1, checkpoint_bytes)
 
     def fill_edges(self, layout: ModelLayout, peers: dict[int, PeerMemory]) -> None:
         """Copy the bytes that neighbours own on our first and last pages; the shard is whole then.
@@ -221,27 +214,21 @@ class ExpertShard:
     @contextmanager
     def loading(self) -> Iterator[None]:
         """While active, vLLM builds sharded layers and reads only their experts from disk."""
-        replacement: Callable[[type], type] = lambda stock: shard_layer_class(stock, self)  # noqa: E731
-        with (
-            moe.replaced_layers(replacement),
-            moe.resident_weights(self._before_reading),
-            moe.numbered_models() as self._current_model,
-        ):
+        replacement: Callable[[type], Any] = lambda stock: shard_layer_class(stock, self)  # noqa: E731
+        with ExitStack() as stack:
+            stack.enter_context(moe.replaced_layers(replacement))
+            stack.enter_context(checkpoint_reader.mapped_experts())
+            stack.enter_context(checkpoint_reader.split_experts(self._splits_experts))
+            numbered = checkpoint_reader.numbered_models(self._check_room)
+            self._current_model = stack.enter_context(numbered)
             yield
 
-    def _before_reading(self) -> moe.ResidentExperts:
-        """All layers exist: check that their experts fit, and name those that any layer keeps."""
-        resident_bytes = sum(
-            parameter.nbytes
-            for entry in self.layers
-            for parameter in entry.layer.parameters(recurse=False)
-        )
-        ranges = [entry.placement.resident[self.dwdp_rank] for entry in self.layers]
-        if self.is_adopted:
-            ranges = []
-        else:
-            self.device.check_room(resident_bytes, "this rank's share of the experts")
-        return moe.ResidentExperts(
-            ids=frozenset(expert for span in ranges for expert in range(span.start, span.stop)),
-            split_fused=any(moe.loads_fused_tensors_whole(entry.layer) for entry in self.layers),
+    def _splits_experts(self) -> bool:
+        return any(moe.copies_fused_tensors(entry.layer) for entry in self.layers)
+
+    def _check_room(self) -> None:
+        """A model's layers exist, and nothing of it is loaded."""
+        raws = [entry.layer.raw for entry in self.layers if not entry.weights]
+        self.device.check_room(
+            sum(raw.resident_bytes for raw in raws), "this rank's share of the experts"
         )

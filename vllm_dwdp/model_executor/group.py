@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_dwdp.distributed.launch import Seat
 from vllm_dwdp.distributed.membership import Membership
-from vllm_dwdp.layout.composite import ModelLayout
+from vllm_dwdp.layout.model import ModelLayout
 from vllm_dwdp.model_executor.forwards import Forwards
 from vllm_dwdp.model_executor.views import ExpertViews
 
@@ -24,6 +24,7 @@ class ExpertGroup:
         views: how the layers see all experts.
         forwards: counts what ran.
         rejoin_seconds: how long the start took that adopted a shard; 0 if it loaded its experts.
+        read_share: part of the checkpoint's large expert tensors that was read for it.
         resources: everything else, in the order in which it was made.
     """
 
@@ -36,6 +37,7 @@ class ExpertGroup:
         views: ExpertViews,
         forwards: Forwards,
         rejoin_seconds: float | None,
+        read_share: float,
         resources: ExitStack,
     ) -> None:
         self.seat = seat
@@ -44,12 +46,18 @@ class ExpertGroup:
         self.views = views
         self.forwards = forwards
         self._rejoin_seconds = rejoin_seconds
+        self._read_share = read_share
         self._resources = resources
         self._state = "warming up"
         membership.describe_by(self.status)
 
     def announce_warm(self) -> None:
-        """The engine has warmed up: the rank serves."""
+        """The engine has warmed up: the rank serves.
+
+        Raises:
+            DwdpUnsupportedError: a kernel has made what cannot follow its experts.
+        """
+        self.views.check_all_follow()
         self._state = "serving"
 
     def close(self) -> None:
@@ -71,6 +79,7 @@ class ExpertGroup:
             "generation": self.membership.generation,
             "adopted": self._rejoin_seconds is not None,
             "rejoin_seconds": self._rejoin_seconds or 0.0,
+            "read_share": self._read_share,
             "steps": {mode.value: count for mode, count in self.forwards.by_mode.items()},
             "forwards": self.forwards.begun,
             "unfinished_forwards": self.forwards.begun - self.forwards.ended,

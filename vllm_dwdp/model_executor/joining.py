@@ -25,7 +25,7 @@ from vllm_dwdp.device.limits import check_open_files, files_needed
 from vllm_dwdp.distributed.launch import Seat
 from vllm_dwdp.distributed.membership import Membership
 from vllm_dwdp.errors import PeerMismatchError
-from vllm_dwdp.layout.composite import ModelLayout
+from vllm_dwdp.layout.model import ModelLayout
 from vllm_dwdp.logger import format_gib, init_logger
 from vllm_dwdp.model_executor.adoption import adopt_shard
 from vllm_dwdp.model_executor.composites import CompositeMapper
@@ -98,6 +98,7 @@ def join_group(
             views=views,
             forwards=forwards,
             rejoin_seconds=seconds if loaded.shard.is_adopted else None,
+            read_share=loaded.shard.read_share(),
             resources=undo.pop_all(),
         )
     _log_bound(group)
@@ -120,15 +121,17 @@ def load_experts(
     with shard.loading():
         model = load_model()
     layout = shard.finish_loading(model)
-    if adopted is not None and adopted.layout != shard.layout_digest():
-        raise PeerMismatchError(other_layout("the experts that a peer kept for this rank"))
+    if adopted is not None and adopted.layout != shard.layout_facts():
+        kept = "the experts that a peer kept for this rank"
+        raise PeerMismatchError(other_layout(kept, shard.layout_facts(), adopted.layout))
     logger.info(
-        "DWDP rank %d %s %s of resident experts (of %s) in %.1f s",
+        "DWDP rank %d %s %s of resident experts (of %s) in %.1f s; it read %.0f%% of the checkpoint's",
         seat.rank,
         "adopted" if shard.is_adopted else "loaded",
         format_gib(layout.resident_bytes(seat.dwdp_rank)),
         format_gib(layout.total_bytes),
         time.monotonic() - started,
+        100 * shard.read_share(),
     )
     return LoadedExperts(shard=shard, layout=layout, model=model)
 
@@ -138,7 +141,7 @@ def meet_peers(
 ) -> PeerShards:
     """Exchange shards with the peers and complete our edge pages."""
     shard, started = loaded.shard, time.monotonic()
-    peers = PeerShards(device, loaded.layout, shard.layout_digest())
+    peers = PeerShards(device, loaded.layout, shard.layout_facts())
     check_open_files(
         files_needed(loaded.layout.group_size, peers.num_handles),
         f"{peers.num_handles} memory handles",
@@ -146,12 +149,13 @@ def meet_peers(
     handles = shard.memory.export()
     undo.callback(handles.close)
     device.synchronize()  # peers read our experts as soon as they are published
-    membership.publish(handles.fds, handles.num_bytes, handles.fabric, layout=shard.layout_digest())
+    membership.publish(handles.fds, handles.num_bytes, handles.fabric, layout=shard.layout_facts())
     undo.callback(peers.close)
     peers.map_all(membership.meet())
     shard.fill_edges(loaded.layout, peers.mapped)
     membership.announce_ready(shard.memory.digest())
     peers.map_all(membership.wait_ready())
+    shard.private_tensors(loaded.layout).complete(peers.mapped)
     logger.info(
         "DWDP rank %d met its %d peers in %.1f s",
         seat.rank,

@@ -62,18 +62,18 @@ def check_views(direct: LayerView, ring: LayerView) -> None:
     Raises:
         TransferError: it does not; the device's memory cannot be trusted.
     """
-    for name, tensor in direct.tensors.items():
-        if not _same_bytes(tensor, ring.tensors[name]):
+    for number, (read, copied) in enumerate(zip(direct.composites, ring.composites, strict=True)):
+        if not _same_bytes(read, copied):
             raise TransferError(
-                f"{name} reads differently through copies than in place: this device or its driver "
-                "does not do what DWDP expects of it. Use stock vLLM, and report the GPU and the "
-                "driver version."
+                f"composite tensor {number} of a layer reads differently through copies than in place: "
+                "this device or its driver does not do what DWDP expects of it. Use stock vLLM, and "
+                "report the GPU and the driver version."
             )
 
 
 def _same_bytes(first: torch.Tensor, second: torch.Tensor) -> bool:
     """Compared piece by piece: a comparison takes a byte of memory for each of its bytes."""
-    pieces = (tensor.view(-1).view(torch.uint8).split(COMPARED_BYTES) for tensor in (first, second))
+    pieces = (tensor.split(COMPARED_BYTES) for tensor in (first, second))
     return all(torch.equal(one, other) for one, other in zip(*pieces, strict=True))
 
 

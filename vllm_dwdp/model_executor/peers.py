@@ -3,7 +3,8 @@
 from vllm_dwdp.device.base import Device, Handles, PeerMemory
 from vllm_dwdp.distributed.published_shard import PublishedShard
 from vllm_dwdp.errors import PeerMismatchError
-from vllm_dwdp.layout.composite import ModelLayout
+from vllm_dwdp.layout.model import ModelLayout
+from vllm_dwdp.model_executor.layout_facts import first_difference
 
 
 class PeerShards:
@@ -12,14 +13,14 @@ class PeerShards:
     Args:
         device: maps them.
         layout: of all experts over the group.
-        layout_digest: identity of that layout, which every peer must have published.
+        facts: of that layout, which every peer must have published.
     """
 
-    def __init__(self, device: Device, layout: ModelLayout, layout_digest: bytes) -> None:
+    def __init__(self, device: Device, layout: ModelLayout, facts: bytes) -> None:
         self.mapped: dict[int, PeerMemory] = {}
         self._device = device
         self._layout = layout
-        self._layout_digest = layout_digest
+        self._facts = facts
 
     @property
     def num_handles(self) -> int:
@@ -54,6 +55,9 @@ class PeerShards:
 
     def _map(self, rank: int, published: PublishedShard) -> PeerMemory:
         """Map one shard; takes over its handles once it returns."""
+        whose = f"the experts of rank {rank} of the group"
+        if published.layout != self._facts:
+            raise PeerMismatchError(other_layout(whose, self._facts, published.layout))
         expected = self._handle_bytes(rank)
         if published.handle_bytes != expected:
             raise PeerMismatchError(
@@ -62,8 +66,6 @@ class PeerShards:
                 f"{sum(expected)} in {len(expected)}. Start every rank with the same checkpoint, "
                 "dtype and options."
             )
-        if published.layout != self._layout_digest:
-            raise PeerMismatchError(other_layout(f"the experts of rank {rank} of the group"))
         return self._device.open_peer(handles_of(published))
 
     def _check_lent(self, rank: int, digest: bytes) -> None:
@@ -85,9 +87,10 @@ def handles_of(published: PublishedShard) -> Handles:
     )
 
 
-def other_layout(whose: str) -> str:
+def other_layout(whose: str, ours: bytes, theirs: bytes) -> str:
     """The error text for experts that are laid out otherwise than ours."""
     return (
-        f"{whose} are laid out for other kernels or parameters than this rank's. Start every rank with "
-        "the same arguments and the same VLLM_* environment."
+        f"{whose} are laid out for other kernels or parameters than this rank's "
+        f"({first_difference(ours, theirs)}). Start every rank with the same arguments, the same VLLM_* "
+        "environment and the same kind of device."
     )

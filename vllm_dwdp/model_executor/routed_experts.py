@@ -1,8 +1,9 @@
-"""The fused-MoE layer replacement: a routed-experts layer that allocates and loads its shard only.
+"""The fused-MoE layer replacement: a routed-experts layer that keeps, of what is large, its share.
 
-While a model is loaded, vLLM builds `shard_layer_class(RoutedExperts)` in place of `RoutedExperts`.
-The layer keeps the resident experts, reports its processed weights to the `ShardRegistry` of the
-rank, and is given composite tensors once the group has met. Runs in the worker's main thread.
+While a model is loaded, vLLM builds `shard_layer_class(RoutedExperts)` in place of `RoutedExperts`, for
+all experts, as it always does. The layer loads what this rank keeps, is processed by vLLM as a whole,
+and reports to the `ShardRegistry` of the rank. Once the group has met, its tensors are moved over memory
+in which all experts are. Runs in the worker's main thread.
 """
 
 import functools
@@ -13,30 +14,32 @@ from typing import Any, Protocol
 import torch
 
 from vllm_dwdp.compat.worker import moe
-from vllm_dwdp.layout.placement import Placement
+from vllm_dwdp.device.base import Device
+from vllm_dwdp.layout.placement import ExpertRange
 from vllm_dwdp.model_executor import ops
-from vllm_dwdp.model_executor.expert_parameters import REPLICATED
+from vllm_dwdp.model_executor.processed_layer import ProcessedLayer
+from vllm_dwdp.model_executor.raw_parameters import RawParameters
+from vllm_dwdp.model_executor.twin import LayerTwin, check_same
 
 
 class ShardRegistry(Protocol):
     """Where layers announce themselves while a model is loaded."""
 
-    def placement(self, num_experts: int) -> Placement:
-        """Placement of a layer with that many experts."""
-
     @property
-    def dwdp_rank(self) -> int:
-        """This rank's position in its group."""
+    def device(self) -> Device:
+        """That holds the experts."""
 
-    @property
-    def is_adopted(self) -> bool:
-        """Whether the experts are in memory already, and nothing of them is loaded."""
+    def loads(self, num_experts: int) -> ExpertRange:
+        """The experts of a layer with that many that this rank reads from the checkpoint."""
 
-    def add_layer(self, layer: "DwdpRoutedExperts", placement: Placement) -> None:
+    def needs_proof(self, layer: "DwdpRoutedExperts") -> bool:
+        """Whether no layer of this kind has been proved yet."""
+
+    def add_layer(self, layer: "DwdpRoutedExperts") -> None:
         """The layer exists; nothing of it is loaded."""
 
-    def publish_layer(self, layer: "DwdpRoutedExperts") -> None:
-        """The layer's resident experts are in their runtime format."""
+    def publish_layer(self, layer: "DwdpRoutedExperts", processed: ProcessedLayer) -> None:
+        """The layer is in its runtime format."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +52,14 @@ class RingPosition:
 
 @dataclass(frozen=True, kw_only=True)
 class Binding:
-    """A layer bound to one view of all its experts: what `use` puts in place.
+    """A layer over one view of all its experts: what `use` puts in place.
 
     Args:
-        parameters: by name, over composite memory.
-        kernel: the kernel that captured these parameters.
+        tensors: each tensor of the layer, and what it is over the memory of the view.
         ring_position: where the layer waits and records; None for a view that needs no copies.
     """
 
-    parameters: dict[str, torch.nn.Parameter]
-    kernel: moe.KernelState
+    tensors: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     ring_position: RingPosition | None
 
 
@@ -67,6 +68,8 @@ class DwdpRoutedExperts:
 
     dwdp_registry: ShardRegistry
     ring_position: RingPosition | None = None
+    layer_name: str
+    raw: RawParameters
 
     def __init__(
         self,
@@ -79,36 +82,46 @@ class DwdpRoutedExperts:
         **kwargs: Any,
     ) -> None:
         registry = self.dwdp_registry
-        placement = registry.placement(moe_config.num_experts)
-        resident = placement.resident[registry.dwdp_rank]
-        moe.keep_resident_experts(expert_map_manager, moe_config, resident)
+        stock = type(self).__mro__[2]
+
+        def build(cls: type, config: Any) -> Any:
+            given = (layer_name, params_dtype, config, quant_config, expert_map_manager)
+            return cls(*given, *args, **kwargs)
+
+        make_twin = moe.stock_twin(stock, moe_config, build)
         super().__init__(  # type: ignore[call-arg]
-            layer_name,
-            params_dtype,
-            moe_config,
-            quant_config,
-            expert_map_manager,
-            *args,
-            **kwargs,
+            layer_name, params_dtype, moe_config, quant_config, expert_map_manager, *args, **kwargs
         )
-        # Per layer, so that the start never holds more than one layer twice: a layer whose experts
-        # are adopted takes memory of its own only while vLLM processes it.
-        moe.around_processing(self, self._take_storage, lambda: registry.publish_layer(self))
-        self._storage_bytes: dict[str, int] = {}
-        if registry.is_adopted:
-            self._give_up_storage()
-        registry.add_layer(self, placement)
+        moe.check_method(self)
+        num_experts = moe_config.num_experts
+        self.raw = RawParameters(self, num_experts, registry.loads(num_experts))
+        self._twin: tuple[LayerTwin, ...] = ()  # a tuple: no module of the model
+        if registry.needs_proof(self):
+            self._twin = (LayerTwin(make_twin()),)
+        moe.around_processing(self, self._process)
+        registry.add_layer(self)
 
-    def _give_up_storage(self) -> None:
-        for name, parameter in self.named_parameters(recurse=False):  # type: ignore[attr-defined]
-            if name not in REPLICATED:
-                self._storage_bytes[name] = parameter.untyped_storage().nbytes()
-                parameter.untyped_storage().resize_(0)
+    def kind(self) -> str:
+        """What layers have in common that are processed alike."""
+        parameters = [(name, each.shape, each.dtype) for name, each in self.raw.parameters()]
+        return f"{moe.kernel_identity(self)} {parameters}"
 
-    def _take_storage(self) -> None:
-        """Whatever it held is lost."""
-        for name, num_bytes in self._storage_bytes.items():
-            getattr(self, name).untyped_storage().resize_(num_bytes)
+    def _process(self, stock: Callable[[], None]) -> None:
+        """Process one layer as stock vLLM does, whole, and hand its experts over.
+
+        Layer by layer, so that a start never holds more than one of them whole.
+        """
+        registry, device = self.dwdp_registry, self.dwdp_registry.device.torch_device
+        self.raw.check_complete(self.layer_name)
+        found = [twin.process(self.raw, device) for twin in self._twin]
+        self._twin = ()
+        watched = self.raw.make_whole()
+        stock()
+        processed = ProcessedLayer(self, device, watched)
+        for other in found:
+            mine = processed.independent_of_others(self.raw.resident)
+            check_same(self.layer_name, other, mine)
+        registry.publish_layer(self, processed)
 
     def weight_loader(
         self,
@@ -116,44 +129,26 @@ class DwdpRoutedExperts:
         loaded_weight: torch.Tensor,
         weight_name: str,
         shard_id: str,
-        expert_id: int,
+        expert_id: int | None = None,
         return_success: bool = False,
     ) -> Any:
-        """vLLM's, for experts that are loaded; adopted ones have no memory to load into."""
-        if self._storage_bytes:
-            return True if return_success else None
-        return super().weight_loader(  # type: ignore[misc]
-            param, loaded_weight, weight_name, shard_id, expert_id, return_success
+        """vLLM's, for what this rank keeps of `loaded_weight`."""
+        return self.raw.load(
+            super().weight_loader,  # type: ignore[misc]
+            param,
+            loaded_weight,
+            weight_name,
+            shard_id,
+            expert_id,
+            return_success,
         )
 
     weight_loader.supports_moe_loading = True  # type: ignore[attr-defined]
 
-    def bind(
-        self, tensors: dict[str, torch.Tensor], ring_position: RingPosition | None = None
-    ) -> Binding:
-        """Serve all experts from whole `[num_experts, ...]` tensors; may be called for each view.
-
-        Args:
-            tensors: by parameter name; the memory behind them must outlive the layer.
-            ring_position: of the layer, if the tensors lie in a prefetch slot.
-        """
-        parameters = {
-            name: torch.nn.Parameter(tensor, requires_grad=False)
-            for name, tensor in tensors.items()
-        }
-        for name, parameter in parameters.items():
-            setattr(self, name, parameter)
-        moe.make_experts_whole(self)
-        self.ring_position = ring_position
-        return Binding(
-            parameters=parameters, kernel=moe.KernelState.of(self), ring_position=ring_position
-        )
-
     def use(self, binding: Binding) -> None:
-        """Serve from `binding`, made by `bind`, from now on."""
-        for name, parameter in binding.parameters.items():
-            setattr(self, name, parameter)
-        binding.kernel.restore(self)
+        """Serve from `binding` from now on; the memory behind it must outlive the layer."""
+        for tensor, placed in binding.tensors:
+            tensor.data = placed
         self.ring_position = binding.ring_position
 
     def forward_modular(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

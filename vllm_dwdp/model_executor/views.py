@@ -7,13 +7,15 @@ the kernels has both views; then each forward takes the one that suits its size.
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
+from vllm_dwdp.compat.worker.reachable import reachable_tensors
 from vllm_dwdp.config import DwdpConfig
-from vllm_dwdp.layout.composite import ModelLayout
+from vllm_dwdp.errors import DwdpUnsupportedError
+from vllm_dwdp.layout.model import ModelLayout
 from vllm_dwdp.model_executor.composites import CompositeMapper, LayerView
-from vllm_dwdp.model_executor.expert_shard import ShardedLayer
 from vllm_dwdp.model_executor.measure import check_views, measure_costs
 from vllm_dwdp.model_executor.rings import PrefetchRings
-from vllm_dwdp.model_executor.routed_experts import Binding
+from vllm_dwdp.model_executor.routed_experts import Binding, RingPosition
+from vllm_dwdp.model_executor.sharded_layer import ShardedLayer
 from vllm_dwdp.prefetch.mode_policy import Mode, ModePolicy
 
 
@@ -55,6 +57,29 @@ class ExpertViews:
             self.rings.begin_forward()
         return self._mode
 
+    def check_all_follow(self) -> None:
+        """Prove that no tensor which was made since the views were bound lies over one of them.
+
+        Such a tensor would stay where it is when another view is put in place.
+
+        Raises:
+            DwdpUnsupportedError: a kernel made one in its first forwards.
+        """
+        if len(self._bindings) < 2:
+            return
+        for index, entry in enumerate(self._layers):
+            bound = [pair for listed in self._bindings.values() for pair in listed[index].tensors]
+            known = {id(tensor) for tensor, _ in bound}
+            addresses = {placed.untyped_storage().data_ptr() for _, placed in bound}
+            for path, tensor in reachable_tensors(entry.layer).items():
+                is_over = tensor.untyped_storage().data_ptr() in addresses
+                if is_over and id(tensor) not in known:
+                    raise DwdpUnsupportedError(
+                        f"{entry.layer.layer_name}: {path} was made over the experts in a first "
+                        "forward, so it would not follow when a step reads them another way. Set dwdp "
+                        'mode to "direct" or "prefetch" instead of "auto".'
+                    )
+
     def _use(self, mode: Mode) -> None:
         if mode is not self._mode:
             for entry, binding in zip(self._layers, self._bindings[mode], strict=True):
@@ -84,12 +109,28 @@ def bind_views(mapper: CompositeMapper, config: DwdpConfig, undo: ExitStack) -> 
         rings = None
     bindings: dict[Mode, list[Binding]] = {}
     if Mode.DIRECT in policy.modes:
-        bindings[Mode.DIRECT] = [mapper.layers[n].layer.bind(direct[n].tensors) for n in indices]
+        bindings[Mode.DIRECT] = [_bind(mapper.layers[n], direct[n]) for n in indices]
     if rings is not None:
         bindings[Mode.PREFETCH] = [
-            mapper.layers[n].layer.bind(rings.views[n].tensors, rings.positions[n]) for n in indices
+            _bind(mapper.layers[n], rings.views[n], rings.positions[n]) for n in indices
         ]
     return ExpertViews(mapper.layers, bindings, policy, rings)
+
+
+def _bind(
+    sharded: ShardedLayer, view: LayerView, ring_position: RingPosition | None = None
+) -> Binding:
+    """Put the layer's tensors over the memory of a view; the layer serves from it at once."""
+    binding = Binding(
+        tensors=tuple(
+            (placed.tensor, view.tensors[placed.path])
+            for weight in sharded.weights
+            for placed in weight.tensors
+        ),
+        ring_position=ring_position,
+    )
+    sharded.layer.use(binding)
+    return binding
 
 
 def ring_members(layers: Sequence[ShardedLayer]) -> list[list[int]]:

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from vllm_dwdp.layout.composite import LayerLayout
+from vllm_dwdp.layout.model import LayerLayout
 
 
 @dataclass(frozen=True)

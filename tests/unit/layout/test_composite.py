@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.strategies import models, weights
-from vllm_dwdp.layout.composite import ByteRange, ModelLayout, WeightLayout
+from vllm_dwdp.layout.composite import ByteRange, WeightLayout
+from vllm_dwdp.layout.model import ModelLayout
 from vllm_dwdp.layout.placement import Placement
 from vllm_dwdp.layout.slots import SlotLayout
 
@@ -74,7 +75,7 @@ def test_shards_and_slots_give_every_byte_its_own_place(model: ModelLayout, pool
                 )
             remote = sorted((index, *_bounds(part)) for index, part in layer.remote_parts(rank))
             assert _merged(sorted((p.weight, *_bounds(p.span)) for p in parts)) == _merged(remote)
-        assert shard == list(range(model.shard_bytes[rank]))
+        assert shard == list(range(model.composite_bytes[rank]))
 
 
 def _bounds(span: ByteRange) -> tuple[int, int]:

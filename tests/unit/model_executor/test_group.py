@@ -1,13 +1,11 @@
 """What a rank checks before it maps a peer's experts, and the order in which it leaves."""
 
+import zlib
 from contextlib import ExitStack
-from dataclasses import replace
-from enum import Enum
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from gpu_checks.expert_ranks import ExpertShape, RankMemory
 from tests.helpers.files import num_open_files
@@ -35,7 +33,7 @@ SEAT = Seat(
 
 def peers_of(rank: RankMemory) -> PeerShards:
     """What `rank` maps of its peers: nothing yet."""
-    return PeerShards(rank.device, rank.layout, rank.shard.layout_digest())
+    return PeerShards(rank.device, rank.layout, rank.shard.layout_facts())
 
 
 def published(rank: RankMemory, **changes: Any) -> PublishedShard:
@@ -46,7 +44,7 @@ def published(rank: RankMemory, **changes: Any) -> PublishedShard:
         "fds": handles.fds,
         "fabric_handles": (),
         "handle_bytes": handles.num_bytes,
-        "layout": rank.shard.layout_digest(),
+        "layout": rank.shard.layout_facts(),
         "digest": rank.shard.memory.digest(),
         "ready": True,
     }
@@ -61,17 +59,26 @@ def test_experts_in_another_order_or_for_another_kernel_are_not_mapped() -> None
     peers.map_all({1: published(ranks[1])})
     peers.close()
 
-    class Backend(Enum):
-        TRITON = 1
-
-    ranks[1].shard.published[1].layer.quant_method.backend = Backend.TRITON
-    other_kernel = ranks[1].shard.layout_digest()
-    weights = ranks[1].shard.published[1].weights
-    weights[0] = replace(weights[0], dtype=torch.float16)
-    for layout in (other_kernel, ranks[1].shard.layout_digest(), b""):
-        with pytest.raises(PeerMismatchError, match=r"rank 1 .* laid out for other .*VLLM_"):
-            peers.map_all({1: published(ranks[1], layout=layout)})
-        assert not peers.mapped
+    facts = ranks[1].shard.published[1].facts
+    mine = dict(facts)
+    for path, other, message in (
+        ("kernel", "TRITON", "kernel: absent here, TRITON there"),
+        ("w2_weight", "torch.float16 4096", r"w2_weight: torch.bfloat16 4096 here, torch.float16"),
+        (
+            "w2_input_scale",
+            "float32 [] #12",
+            r"w2_input_scale: absent here, float32 \[\] #12 there",
+        ),
+    ):
+        facts.update({path: other})
+        with pytest.raises(PeerMismatchError, match=rf"rank 1 .* \(layers.1, {message}.*VLLM_"):
+            peers.map_all({1: published(ranks[1])})
+        facts.clear()
+        facts.update(mine)
+    for unreadable in (b"", b"facts", zlib.compress(b"\xc1")):
+        with pytest.raises(PeerMismatchError, match="laid out for other .*absent there"):
+            peers.map_all({1: published(ranks[1], layout=unreadable)})
+    assert not peers.mapped
     for rank in ranks:
         rank.close()
 
@@ -97,7 +104,7 @@ def test_a_survivor_whose_copy_is_bad_is_passed_over(monkeypatch: pytest.MonkeyP
     membership: Any = SimpleNamespace(recover=lambda: iter(kept))
     adopted = adoption.adopt_shard(device, membership, 0)
     assert adopted is not None and adopted.shard.digest() == rank.shard.memory.digest()
-    assert adopted.layout == rank.shard.layout_digest()
+    assert adopted.layout == rank.shard.layout_facts()
     adopted.shard.close()
     kept[2].close()
 
@@ -126,6 +133,7 @@ def test_nobody_is_answered_any_more_when_the_ring_goes() -> None:
         views=unused,
         forwards=unused,
         rejoin_seconds=None,
+        read_share=0.5,
         resources=resources,
     )
     group.close()

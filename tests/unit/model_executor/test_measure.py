@@ -10,7 +10,7 @@ from vllm_dwdp.model_executor.measure import check_views
 
 def view(value: float = float("nan")) -> LayerView:
     weight = torch.full((4, 8), value, dtype=torch.bfloat16)
-    return LayerView(tensors={"w2_weight": weight}, addresses=(weight.data_ptr(),))
+    return LayerView(composites=(weight.view(-1).view(torch.uint8),), tensors={"w2_weight": weight})
 
 
 def test_the_same_bytes_pass_whatever_they_mean() -> None:
@@ -20,5 +20,5 @@ def test_the_same_bytes_pass_whatever_they_mean() -> None:
 def test_one_differing_byte_is_refused() -> None:
     other = view()
     other.tensors["w2_weight"].view(torch.uint8)[3, 7] ^= 1
-    with pytest.raises(TransferError, match="w2_weight reads differently through copies"):
+    with pytest.raises(TransferError, match="tensor 0 of a layer reads differently through copies"):
         check_views(view(), other)

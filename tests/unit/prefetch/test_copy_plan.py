@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.strategies import models
-from vllm_dwdp.layout.composite import LayerLayout, ModelLayout, WeightLayout
+from vllm_dwdp.layout.composite import WeightLayout
+from vllm_dwdp.layout.model import LayerLayout, ModelLayout
 from vllm_dwdp.layout.placement import Placement
 from vllm_dwdp.layout.slots import SlotLayout
 from vllm_dwdp.prefetch.copy_plan import bytes_by_peer, plan_layer_copies

@@ -1,0 +1,150 @@
+"""A layer's parameters as they come from the checkpoint: large ones keep resident experts only.
+
+vLLM builds the layer for all experts. Between that and its processing, a parameter of many bytes per
+expert holds the rows of this rank's experts; the rows of others are neither stored nor read. Small ones,
+scales above all, are loaded for every expert: methods reduce over them.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from vllm_dwdp.errors import DwdpUnsupportedError
+from vllm_dwdp.layout.placement import ExpertRange
+from vllm_dwdp.model_executor.relocation import WatchedStorage
+
+LARGE_ROW_BYTES = 4096
+"""From so many bytes per expert on, a parameter is kept and read for resident experts only."""
+
+
+class RawParameters:
+    """The loaded parameters of one layer until they are processed.
+
+    Args:
+        layer: vLLM's, built for all experts; large parameters give their memory up at once.
+        num_experts: of the layer.
+        resident: experts whose rows are loaded; none if they are in memory already.
+    """
+
+    def __init__(self, layer: torch.nn.Module, num_experts: int, resident: ExpertRange) -> None:
+        self.num_experts = num_experts
+        self.resident = resident
+        self.read_bytes = 0
+        """Bytes of large parameters that were read from the checkpoint."""
+        self.checkpoint_bytes = 0
+        """Bytes of large parameters that the checkpoint has, of all experts."""
+        self.small: dict[str, torch.nn.Parameter] = {}
+        self.large: dict[str, torch.nn.Parameter] = {}
+        self._loaded: dict[tuple[str, str], set[int]] = {}
+        for name, parameter in layer.named_parameters(recurse=False):
+            kind = self.large if self._is_large(parameter) else self.small
+            kind[name] = parameter
+        self._names = {id(each): name for name, each in (self.large | self.small).items()}
+        for parameter in self.large.values():
+            parameter.data = parameter.data.new_empty(len(resident), *parameter.shape[1:])
+
+    def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """All parameters that are not processed yet, by name."""
+        return [*self.large.items(), *self.small.items()]
+
+    def _is_large(self, parameter: torch.nn.Parameter) -> bool:
+        counts_experts = parameter.dim() > 0 and parameter.shape[0] == self.num_experts
+        return bool(counts_experts) and parameter.nbytes // self.num_experts >= LARGE_ROW_BYTES
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of large parameters that this rank keeps."""
+        return sum(parameter.nbytes for parameter in self.large.values())
+
+    def load(
+        self,
+        stock: Callable[..., Any],
+        param: torch.nn.Parameter,
+        loaded_weight: torch.Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int | None,
+        return_success: bool,
+    ) -> Any:
+        """Let vLLM's `stock` loader load what this rank keeps of `loaded_weight`.
+
+        Args:
+            loaded_weight: of expert `expert_id`, or of all, along its first dimension.
+        """
+        name = self._names.get(id(param), weight_name)
+        is_whole = expert_id is None or self._has_all_experts(param, loaded_weight)
+        experts = (
+            range(self.num_experts) if is_whole else range(expert_id or 0, (expert_id or 0) + 1)
+        )
+        self._loaded.setdefault((name, str(shard_id)), set()).update(experts)
+        if name in self.large:
+            self.checkpoint_bytes += loaded_weight.nbytes
+            if is_whole:
+                loaded_weight = self._resident_part(loaded_weight)
+            elif experts.start in self.resident:
+                expert_id = experts.start - self.resident.start
+            else:
+                loaded_weight = loaded_weight[:0]
+            self.read_bytes += loaded_weight.nbytes
+            if not loaded_weight.numel():
+                return True if return_success else None
+        return stock(param, loaded_weight, weight_name, shard_id, expert_id, return_success)
+
+    def _has_all_experts(self, param: torch.nn.Parameter, loaded_weight: torch.Tensor) -> bool:
+        same_rank = loaded_weight.dim() == param.dim()
+        return same_rank and bool(loaded_weight.shape[0] == self.num_experts)
+
+    def _resident_part(self, fused: torch.Tensor) -> torch.Tensor:
+        """Our experts of a fused tensor, whose first dimension may count rows of experts."""
+        rows = fused.shape[0] // self.num_experts
+        return fused[self.resident.start * rows : self.resident.stop * rows]
+
+    def check_complete(self, layer_name: str) -> None:
+        """Prove that what was loaded was loaded for every expert.
+
+        Raises:
+            DwdpUnsupportedError: a row is missing, and would be whatever its memory held.
+        """
+        for (name, shard), experts in self._loaded.items():
+            missing = sorted(set(range(self.num_experts)) - experts)
+            if missing:
+                raise DwdpUnsupportedError(
+                    f"{layer_name}: the checkpoint gave no {name} ({shard}) for expert {missing[0]} "
+                    f"({len(missing)} of {self.num_experts} are missing). Check that the checkpoint "
+                    'is complete; if stock vLLM serves it, use dwdp mode "replica".'
+                )
+
+    def make_whole(self) -> list[WatchedStorage]:
+        """Give every large parameter a row for each expert, those of other ranks zero; ends the loading.
+
+        Returns the storages; once the layer is processed they hold its own tensors, or are gone.
+        """
+        watched = []
+        while self.large:
+            name, parameter = self.large.popitem()
+            whole = rows_of_zeros(parameter, self.num_experts)
+            if len(self.resident):
+                rows = whole[self.resident.start : self.resident.stop]
+                bytes_of(rows).copy_(bytes_of(parameter.data))
+            parameter.data = whole
+            watched.append(WatchedStorage.of(name, whole))
+        self.small.clear()
+        return watched
+
+
+def rows_of_zeros(parameter: torch.nn.Parameter, num_experts: int) -> torch.Tensor:
+    """Zeros of a parameter's type, with a row for each expert; not every type can be filled."""
+    shape = (num_experts, *parameter.shape[1:])
+    size = math.prod(shape) * parameter.element_size()
+    zeros = torch.zeros(size, dtype=torch.uint8, device=parameter.device).untyped_storage()
+    strides = torch.empty(shape, device="meta").stride()
+    return torch.empty(0, dtype=parameter.dtype, device=parameter.device).set_(
+        zeros, 0, shape, strides
+    )
+
+
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a contiguous tensor; some types of few bits cannot be copied as they are."""
+    return tensor.view(-1).view(torch.uint8)
