@@ -1,0 +1,135 @@
+"""The table of methods and kernels: where the law of sharing experts holds, and what is left out."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from tests.formats.law import BLACKWELL, HOPPER, Broken, Finding, processing, try_law
+from tests.formats.methods import METHODS
+from tests.formats.pairs import Pair, pairs_of
+
+HOLDS = "holds"
+OWNERS = "owners' rows"
+REFUSED = "refused by vLLM"
+LEFT_OUT = "left out"
+BROKEN = "broken"
+GPUS = {"Hopper": HOPPER, "Blackwell": BLACKWELL}
+
+FACTOR = "scales carry a factor that the second scale of the same rank undoes"
+OWNERS_TOGETHER = {
+    ("modelopt_nvfp4", "MARLIN"): FACTOR,
+    ("ct_nvfp4", "MARLIN"): FACTOR,
+    ("ct_nvfp4_a16", "MARLIN"): FACTOR,
+    ("quark_nvfp4", "MARLIN"): FACTOR,
+}
+"""Whose rows differ from the whole layer's, and are right where an expert's all come from one rank."""
+NO_CACHE = "vLLM's conversion asserts an argument that this method does not give"
+UNTRIED = {
+    ("quark_gpt_oss_mxfp4", "FLASHINFER_TRTLLM_MXFP4_MXFP8"): NO_CACHE,
+    ("quark_gpt_oss_mxfp4", "FLASHINFER_TRTLLM_MXFP4_BF16"): NO_CACHE,
+    ("quark_gpt_oss_mxfp4", "CPU"): "vLLM frees memory of a GPU while it converts",
+}
+"""Pairs that vLLM itself cannot process, though it does not say so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What was found of a method with a kernel."""
+
+    method: str
+    backend: str
+    kernel: str
+    verdict: str
+    says: str
+
+    def __str__(self) -> str:
+        return f"{self.method:22} {self.backend:30} {self.kernel:42} {self.verdict:16} {self.says}"
+
+
+def rows_of(method: str) -> Iterator[Row]:
+    """Try every kernel that vLLM has for a key of `METHODS`."""
+    with processing(None, BLACKWELL):
+        pairs = list(pairs_of(method))
+    for pair in pairs:
+        verdict, says = _verdict(pair)
+        yield Row(
+            method=method, backend=pair.backend, kernel=pair.kernel, verdict=verdict, says=says
+        )
+
+
+def all_rows() -> list[Row]:
+    return [row for method in METHODS for row in rows_of(method)]
+
+
+def _verdict(pair: Pair) -> tuple[str, str]:
+    if pair.choice is None:
+        return LEFT_OUT, str(pair.why_not)
+    place = pair.method, pair.backend
+    findings: dict[str, Finding] = {}
+    refusals: dict[str, str] = {}
+    for gpu, capability in GPUS.items():
+        try:
+            findings[gpu] = try_law(pair.method, pair.choice, capability)
+        except Broken as error:
+            return (
+                (OWNERS, OWNERS_TOGETHER[place])
+                if place in OWNERS_TOGETHER
+                else (BROKEN, str(error))
+            )
+        except (ValueError, TypeError, NotImplementedError) as error:
+            refusals[gpu] = " ".join(str(error).split())
+        except (AssertionError, RuntimeError):
+            if place not in UNTRIED:
+                raise
+            return LEFT_OUT, UNTRIED[place]
+    if not findings:
+        return REFUSED, next(iter(refusals.values()))
+    (finding, *_) = findings.values()
+    only = "" if not refusals else f", on {', '.join(findings)} only"
+    return HOLDS, f"{len(finding.shared)} by expert, {len(finding.replicated)} the same{only}"
+
+
+# --- the documentation ----------------------------------------------------------------------------
+
+HEADINGS = {
+    HOLDS: "Proved by assembly: every tensor is its owners' rows, or the same on every rank",
+    OWNERS: "Proved by assembly, but for a factor that an expert's two scales share",
+    REFUSED: "Pairs that vLLM itself refuses",
+    LEFT_OUT: "Left out",
+}
+
+
+def as_markdown(rows: list[Row], runs_here: Mapping[str, str]) -> str:
+    """Write the table of formats for the documentation.
+
+    Args:
+        runs_here: of formats that run end to end in the tests, what is tested of them.
+    """
+    lines = ["# Formats of experts", "", "## Run end to end on a CPU", ""]
+    lines += _as_table(("format", "shown"), runs_here.items())
+    for verdict, heading in HEADINGS.items():
+        chosen = [row for row in rows if row.verdict == verdict]
+        lines += ["", f"## {heading}", ""]
+        if verdict in (REFUSED, LEFT_OUT):
+            lines += _by_reason(chosen)
+        else:
+            cells = ((row.method, row.backend, row.kernel, row.says) for row in chosen)
+            lines += _as_table(("method", "backend", "kernel", "tensors"), cells)
+    return "\n".join(lines) + "\n"
+
+
+def _by_reason(rows: list[Row]) -> list[str]:
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        pairs = reasons.setdefault(_first_sentence(row.says), [])
+        if (pair := f"{row.method} on {row.backend}") not in pairs:
+            pairs.append(pair)
+    return _as_table(("reason", "pairs"), ((why, ", ".join(each)) for why, each in reasons.items()))
+
+
+def _first_sentence(text: str) -> str:
+    return text.split(": should be one of", maxsplit=1)[0].split(". ", maxsplit=1)[0]
+
+
+def _as_table(heads: Sequence[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    body = [f"| {' | '.join(cells)} |" for cells in rows]
+    return [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *body]

@@ -1,0 +1,178 @@
+"""Every quantisation method with every kernel that vLLM has for it: whole against shared.
+
+What is vLLM's stays vLLM's (layers, raw parameters, their processing); only operations that need a GPU
+are replaced (`operations.py`). It is no evidence about a GPU's kernels.
+"""
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+
+from tests.formats import law, table
+from tests.formats.layers import LAYERS, NUM_EXPERTS, Choice, make_layer, oracle_modules, subclasses
+from tests.formats.methods import METHODS, NOT_BUILT
+from tests.formats.pairs import pairs_of
+from tests.formats.table import Row
+from tests.formats.walk import tensors_of
+
+pytestmark = pytest.mark.compat
+
+FOUND: dict[str, list[Row]] = {}
+"""Rows by method, for the table that is printed."""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_experts_can_be_shared(method: str) -> None:
+    rows = FOUND.setdefault(method, list(table.rows_of(method)))
+    assert rows
+    print("\n".join(map(str, rows)))
+    broken = [str(row) for row in rows if row.verdict == table.BROKEN]
+    assert not broken, broken
+    assert any(row.verdict in (table.HOLDS, table.OWNERS) for row in rows), (
+        f"{method}: nothing tried"
+    )
+
+
+def test_every_method_of_vllm_is_tried_or_named() -> None:
+    from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+
+    built = {method_class(method) for method in METHODS}
+    found = {
+        kind.__name__
+        for kind in subclasses(FusedMoEMethodBase)
+        if kind.__module__.startswith(f"{LAYERS}.quantization.")
+    }
+    assert found - built - set(NOT_BUILT) == set(), "of this vLLM, and neither tried nor named"
+    assert set(NOT_BUILT) - found == set(), "not of this vLLM"
+    assert not built & set(NOT_BUILT)
+
+
+def method_class(method: str) -> str:
+    """The class of vLLM's that a key of `METHODS` leads to."""
+    with law.processing(None, law.BLACKWELL):
+        choice = next(pair.choice for pair in pairs_of(method) if pair.choice)
+    with law.processing(choice, law.BLACKWELL):
+        return type(make_layer(method).quant_method).__name__
+
+
+def test_the_exceptions_are_still_needed() -> None:
+    """Of all tables: a pair that is named is found, and needs it."""
+    rows = [row for method in METHODS for row in FOUND.get(method) or table.rows_of(method)]
+    verdicts = {(row.method, row.backend): row.verdict for row in rows}
+    assert all(verdicts[pair] == table.OWNERS for pair in table.OWNERS_TOGETHER)
+    assert all(verdicts[pair] == table.LEFT_OUT for pair in table.UNTRIED)
+
+
+# --- what differs and is right: NVFP4 on Marlin ----------------------------------------------------
+
+
+def marlin_scales(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """What Marlin multiplies by: scales of five bits exponent and three mantissa, times the second."""
+    packed = tensors[f"layer.{name}_weight_scale"].contiguous().view(torch.uint8)
+    scales = (packed.to(torch.int16) << 7).view(torch.half).float()
+    return scales * tensors[f"layer.{name}_weight_scale_2"].view(NUM_EXPERTS, 1, 1)
+
+
+@pytest.mark.parametrize("method", ["modelopt_nvfp4", "ct_nvfp4"])
+def test_nvfp4_scales_on_marlin_are_right_with_the_second_scale_of_their_owner(method: str) -> None:
+    kernels = importlib.import_module(f"{LAYERS}.fused_moe.experts.marlin_moe")
+    backend = oracle_modules()["nvfp4"].NvFp4MoeBackend.MARLIN
+    choice = Choice(oracle="nvfp4", backend=backend, experts=kernels.MarlinExperts)
+    with law.processing(choice, law.HOPPER):
+        whole = tensors_of(law.process(method))
+        parts = [tensors_of(law.process(method, rank, 4096)) for rank in law.RANKS]
+    for name in ("w13", "w2"):
+        right = marlin_scales(whole, name)
+        second = f"layer.{name}_weight_scale_2"
+        assert any(not torch.equal(part[second], whole[second]) for part in parts)
+        for part, rank in zip(parts, law.RANKS, strict=True):
+            own = slice(rank.start, rank.stop)
+            torch.testing.assert_close(marlin_scales(part, name)[own], right[own], rtol=0.1, atol=0)
+
+
+# --- the test can fail -----------------------------------------------------------------------------
+
+
+def broken_by(method: str, large_bytes: int, change: Any = None) -> str:
+    """What is broken where raw rows from this size on are zero, and `change` is made to each layer."""
+    kernels = importlib.import_module(f"{LAYERS}.fused_moe.experts.triton_moe")
+    backend = oracle_modules()["fp8"].Fp8MoeBackend.TRITON
+    choice = Choice(oracle="fp8", backend=backend, experts=kernels.TritonExperts)
+    with law.processing(choice, law.HOPPER):
+        layers = [
+            law.process(method),
+            *(law.process(method, rank, large_bytes) for rank in law.RANKS),
+        ]
+    for layer in layers:
+        if change is not None:
+            change(layer)
+    whole, *parts = map(law.Held.by, layers)
+    with pytest.raises(law.Broken) as error:
+        law.compare(whole, parts)
+    return str(error.value)
+
+
+def test_a_small_parameter_that_is_not_complete_is_found() -> None:
+    assert "input_scale" in broken_by("fp8_tensor_static", large_bytes=4)
+
+
+def test_a_reduction_over_experts_of_a_large_parameter_is_found() -> None:
+    def reduce(layer: Any) -> None:
+        layer.greatest = layer.w13_weight.float().amax()
+
+    assert "layer.greatest" in broken_by("fp8_block", 4096, reduce)
+
+
+def test_experts_that_are_not_outermost_in_memory_are_found() -> None:
+    def transpose(layer: Any) -> None:
+        layer.columns = layer.w2_weight.transpose(0, 1).contiguous().transpose(0, 1)
+
+    assert "layer.columns" in broken_by("fp8_block", 4096, transpose)
+    assert law.expert_dimension(torch.zeros(NUM_EXPERTS, 3, 4).permute(1, 2, 0)) == 2
+
+
+def test_rows_that_need_other_ranks_are_found() -> None:
+    def mix(layer: Any) -> None:
+        layer.mixed = layer.w2_weight.float() + layer.w2_weight.float().roll(1, dims=0)
+
+    assert "layer.mixed" in broken_by("fp8_block", 4096, mix)
+
+
+def test_numbers_that_differ_are_found() -> None:
+    def keep(layer: Any) -> None:
+        layer.factor = float(layer.w13_weight.float().amax())
+
+    assert "layer.factor" in broken_by("fp8_block", 4096, keep)
+
+
+def test_tensors_that_only_some_ranks_have_are_found() -> None:
+    count = iter(range(9))
+
+    def add_one(layer: Any) -> None:
+        setattr(layer, f"of_{next(count)}", torch.zeros(1))
+
+    assert broken_by("fp8_block", 4096, add_one).startswith("other tensors")
+
+
+# --- the documentation's table ---------------------------------------------------------------------
+
+
+def test_the_documentation_says_of_every_pair_what_was_found() -> None:
+    def row(backend: str, verdict: str, says: str) -> Row:
+        return Row(method="gptq", backend=backend, kernel="Kernel", verdict=verdict, says=says)
+
+    rows = [
+        row("MARLIN", table.HOLDS, "4 by expert, 2 the same"),
+        row("XPU", table.LEFT_OUT, "for Intel GPUs only"),
+        row("CUTLASS", table.REFUSED, "Unsupported. And more"),
+    ]
+    text = table.as_markdown(rows, {"gptq": "two and three ranks"})
+    for line in (
+        "| gptq | two and three ranks |",
+        "| gptq | MARLIN | Kernel | 4 by expert, 2 the same |",
+        "| for Intel GPUs only | gptq on XPU |",
+        "| Unsupported | gptq on CUTLASS |",
+    ):
+        assert line in text.splitlines()
