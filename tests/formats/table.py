@@ -29,6 +29,23 @@ UNTRIED = {
     ("quark_gpt_oss_mxfp4", "CPU"): "vLLM frees memory of a GPU while it converts",
 }
 """Pairs that vLLM itself cannot process, though it does not say so."""
+REFUSALS = {
+    ("ct_mxfp4_fp8", "TRITON"),
+    ("ct_mxfp4_fp8", "EMULATION"),
+    ("moe_wna16", "MARLIN"),
+    ("moe_wna16", "CPU"),
+    ("gpt_oss_mxfp4", "DEEPGEMM_MXFP4"),
+    ("gpt_oss_mxfp4", "CUTLASS_MXFP4_MXFP4"),
+    ("gpt_oss_mxfp4", "EMULATION"),
+    ("mxfp4", "TRITON"),
+    ("mxfp4", "EMULATION"),
+    ("quark_int4", "MARLIN"),
+    ("quark_int4", "CPU"),
+    ("quark_gpt_oss_mxfp4", "DEEPGEMM_MXFP4"),
+    ("quark_gpt_oss_mxfp4", "CUTLASS_MXFP4_MXFP4"),
+    ("quark_gpt_oss_mxfp4", "EMULATION"),
+}
+"""Pairs that vLLM refuses by an error of its own, and no other."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,6 +66,8 @@ def test_the_exceptions_are_still_needed() -> None:
     verdicts = {(row.method, row.backend): row.verdict for row in rows}
     assert all(verdicts[pair] == table.REFUSED_HERE for pair in table.DEPENDENT)
     assert all(verdicts[pair] == table.LEFT_OUT for pair in table.UNTRIED)
+    refused = {(row.method, row.backend) for row in rows if row.verdict == table.REFUSED}
+    assert refused == table.REFUSALS
 
 
 # --- what is refused: NVFP4 on Marlin --------------------------------------------------------------
