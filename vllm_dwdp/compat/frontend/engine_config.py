@@ -8,7 +8,7 @@ comes before a process starts. Runs in each front-end process (the command line,
 from collections.abc import Callable
 from typing import Any
 
-from vllm_dwdp.compat.frontend import own_engines, sleeping, startup, stat_logger
+from vllm_dwdp.compat.frontend import own_engines, remote_code, sleeping, startup, stat_logger
 from vllm_dwdp.compat.frontend.backend import BACKEND, WORKER_CLS, executor_cls, offline_size
 from vllm_dwdp.compat.frontend.model_refusals import refuse_unsupported_model
 from vllm_dwdp.compat.frontend.ranks import (
@@ -47,6 +47,8 @@ def create_dwdp_config(args: Any, build_stock: Callable[[], Any], *, headless: b
     config = DwdpConfig.parse((args.additional_config or {}).get(BACKEND, {}), size)
     if config.shares_experts and (config.mode == "prefetch" or device == "cuda"):
         native.library()
+    if args.trust_remote_code:
+        remote_code.install()
     vllm_config = _build(args, config, device, size, build_stock)
     refuse_unsupported_model(vllm_config, config, size)
     started = find_ranks(args, vllm_config, size, headless=headless)
