@@ -13,12 +13,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from tests.helpers.waiting import wait_until
 from tests.unit.distributed.test_messages import fingerprint
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.distributed.meeting import parse_endpoint
@@ -36,7 +38,7 @@ pytestmark = pytest.mark.timeout(60)
 PYTHON = (sys.executable, "-IS")
 
 FAKE = f"""#!{sys.executable} -IS
-import http.server, os, pathlib, sys, time
+import http.server, os, pathlib, signal, sys, time
 place = pathlib.Path(__file__)
 port = int(sys.argv[sys.argv.index("--port") + 1])
 name = "router"
@@ -55,9 +57,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *arguments):
         pass
 
+if shall("drains"):
+    signal.signal(signal.SIGINT, lambda *_: (time.sleep(0.4), print("drained", flush=True), os._exit(0)))
 if shall("refuse"):
     print("vllm serve: error: no such option", flush=True)
     sys.exit(2)
+if shall("wait"):
+    print("loads", flush=True)
 while shall("wait"):
     if shall("break") and shall("asked"):
         print("RuntimeError: the engine broke", flush=True)
@@ -251,6 +257,105 @@ def test_the_question_what_a_rank_does_is_put_where_the_ranks_meet(tmp_path: Pat
 def test_a_rank_that_shares_nothing_is_not_asked(tmp_path: Path) -> None:
     options = {"mode": "replica", "rendezvous": f"unix://{tmp_path}/meet"}
     assert launch.rank_progress(DwdpConfig.from_options(options, 2), rank=1)() == ""
+
+
+def test_a_start_that_hangs_is_ended_and_told_and_given_up(
+    fakes: LaunchPlan, tmp_path: Path
+) -> None:
+    """Two of three times a rank that really hangs: stopped, so that it cannot even end."""
+    (tmp_path / "rank1-wait").touch()
+    (tmp_path / "rank1-says").write_text("waits for ranks [0] to publish their experts")
+    pids: list[int] = []
+
+    def react(line: str, lines: list[str]) -> None:
+        if line.startswith("rank 1: starting, pid") and line.count(":") == 1:
+            pids.append(int(line.partition("pid ")[2].partition(",")[0]))
+            log = tmp_path / "logs" / "rank1.log"
+            wait_until(lambda: log.read_text().count("loads") == len(pids))
+            if len(pids) > 1:
+                os.kill(pids[-1], signal.SIGSTOP)
+
+    hangs = replace(fakes, start_timeout_s=0.3)
+    told: list[str] = []
+    with pytest.raises(DwdpError) as given_up:
+        run(hangs, tmp_path, lambda line, lines: (told.append(line), react(line, lines))[0])
+    why = "did not serve within 0.3 s; waits for ranks [0] to publish their experts; last wrote: loads"
+    assert [line for line in told if "hung" in line] == [
+        f"rank 1: hung and was ended, starts again in {backoff} s, restarts {count}: {why}"
+        for count, backoff in ((1, "0.05"), (2, "0.1"), (3, "0.2"))
+    ]
+    assert str(given_up.value) == f"rank 1 ended before it ever served: {why}\nloads\n"
+    assert len(pids) == 3
+
+
+def test_a_rank_that_hangs_when_it_comes_back_is_started_once_more(
+    fakes: LaunchPlan, tmp_path: Path
+) -> None:
+    waits = tmp_path / "rank1-wait"
+
+    def react(line: str, lines: list[str]) -> None:
+        if line.startswith("all 2 ranks") and waits.exists():
+            raise AssertionError("it waits")
+        if line.startswith("all 2 ranks") and "hung" in "".join(lines):
+            interrupt()
+        elif line.startswith("all 2 ranks"):
+            waits.touch()
+            kill_named(next(line for line in lines if line.startswith("rank 1: serving")))
+        elif "hung" in line:
+            assert line.startswith("rank 1: hung and was ended, starts again in ")
+            waits.unlink()
+
+    lines = run(replace(fakes, start_timeout_s=1.0), tmp_path, react)
+    assert sum("hung" in line for line in lines) == 1
+
+
+def test_what_a_launch_says_first(fakes: LaunchPlan, tmp_path: Path) -> None:
+    lines = run(fakes, tmp_path, lambda line, lines: interrupt())
+    first, second = (f"http://127.0.0.1:{port}" for port in fakes.rank_ports)
+    assert lines[0] == f"ranks will listen at {first}, {second}; each has 7800 s to start"
+    assert not any("listen" in line for line in lines[1:])
+
+
+def test_running_requests_may_finish_and_the_router_ends_last(
+    fakes: LaunchPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child, "STOP_TIMEOUT_S", 0.1)
+    (tmp_path / "rank1-drains").touch()
+    router_outlived: list[bool] = []
+
+    def react(line: str, lines: list[str]) -> None:
+        if line.startswith("all 2 ranks"):
+            interrupt()
+        elif line.startswith("stopping"):
+            (rank_pid, router_pid) = (
+                int(next(told for told in lines if told.startswith(start)).partition("pid ")[2])
+                for start in ("rank 1: serving", "router: serving")
+            )
+
+            def watch() -> None:
+                psutil.wait_procs([psutil.Process(rank_pid)], timeout=10)
+                router_outlived.append(psutil.pid_exists(router_pid))
+
+            threading.Thread(target=watch).start()
+
+    drains = replace(fakes, arguments=("--shutdown-timeout", "5"))
+    assert run(drains, tmp_path, react)[-1] == "stopping: running requests have 5 s to finish"
+    assert (tmp_path / "logs" / "rank1.log").read_text() == "drained\n"
+    assert router_outlived == [True]
+
+
+def test_a_rank_knows_where_all_are_and_the_routers_requests(tmp_path: Path) -> None:
+    made = plan(arguments=("--middleware", "a.B"))
+    command = made.rank_command(1)
+    given = [word for option, word in pairwise(command) if "middle" in option]
+    assert given == ["a.B", "vllm_dwdp.entrypoints.launch.routed.Routed"], "the last is asked first"
+    assert made.rank_environment == {
+        "DWDP_RANK_URLS": "http://127.0.0.1:8001 http://127.0.0.1:8002"
+    }
+    assert made.router_command()[-2:] == [
+        "http://127.0.0.1:8001/routed",
+        "http://127.0.0.1:8002/routed",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,14 @@ def launch(
     host: Annotated[str, typer.Option(help="Address to serve on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to serve on.")] = 8000,
     logs: Annotated[Path, typer.Option(help="Folder for the logs.")] = Path("dwdp-logs"),
+    start_timeout: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            help="Seconds within which a rank must serve, or it is started again. "
+            "[default: join_timeout_s (600), and 10 for each GB of the model on disk]",
+        ),
+    ] = None,
 ) -> None:
     """Serve MODEL on ranks that outlive each other, behind vllm-router.
 
@@ -35,6 +43,7 @@ def launch(
             rendezvous=rendezvous,
             arguments=arguments,
             additional_config=additional_config,
+            start_timeout_s=start_timeout,
         )
         meeting = plan.dwdp_options["rendezvous"]
         say(f"ranks meet at {meeting}; logs in {logs}/")

@@ -5,6 +5,7 @@ successor starts. What it prints goes to a log, of which the last error is told.
 """
 
 import contextlib
+import math
 import os
 import re
 import signal
@@ -50,6 +51,8 @@ class Child:
         environment: added to ours.
         obstacle: asks what would keep it from serving; it is not started while there is something.
         end_signal: what it ends on.
+        start_timeout_s: so long may it take to serve; then it hangs, is ended and started again.
+        drain_s: so long may it take to finish what it serves, once it is told to end.
     """
 
     name: str
@@ -60,6 +63,8 @@ class Child:
     environment: dict[str, str] = field(default_factory=dict)
     obstacle: Callable[[], str] = str
     end_signal: signal.Signals = signal.SIGINT
+    start_timeout_s: float = math.inf
+    drain_s: float = 0.0
     state: str = "waiting"
     doing: str = ""
     failure: str = ""
@@ -73,6 +78,8 @@ class Child:
     _ready_since: float | None = None
     _progress_at: float = 0.0
     _quiet_at: float = 0.0
+    _serves_by: float = math.inf
+    _ends_by: float = math.inf
     _log_start: int = 0
 
     def poll(self) -> bool:
@@ -89,6 +96,8 @@ class Child:
             self.state, self.doing = "serving", ""
         elif self.state == "serving":
             self.state = "not serving"
+        elif self.state == "starting" and time.monotonic() >= self._serves_by:
+            self._give_this_start_up()
         elif self.state == "starting" and time.monotonic() >= self._progress_at:
             self._look_at_progress()
         return (self.state, self.doing) != before
@@ -122,6 +131,20 @@ class Child:
             )
         self.state, self.failure, self._progress_at = "starting", "", 0.0
         self._quiet_at = time.monotonic() + QUIET_S
+        self._serves_by = time.monotonic() + self.start_timeout_s
+
+    def _give_this_start_up(self) -> None:
+        """It hangs: end it, say what is known of it, and start it again after a while."""
+        assert self.process is not None
+        known = dict.fromkeys([self.progress() or self.doing, last_line(self.tail())])
+        self._kill_group()
+        self.process.wait()
+        self.process = None
+        self._wait_for_next_start(
+            "hung and was ended, starts",
+            "; ".join([f"did not serve within {self.start_timeout_s:g} s", *filter(None, known)]),
+        )
+        self.is_hopeless = not self._has_served and self.num_restarts >= MAX_EARLY_ENDS
 
     def _bury(self) -> None:
         """It died: remove what it left, and start it again after a while."""
@@ -157,7 +180,8 @@ class Child:
         return ""
 
     def ask_to_end(self) -> None:
-        """Send it its `end_signal`."""
+        """Send it its `end_signal`; it has until `stop` gives it up to end by itself."""
+        self._ends_by = time.monotonic() + self.drain_s + STOP_TIMEOUT_S
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(self.end_signal)
 
@@ -165,7 +189,7 @@ class Child:
         """Return when nothing of it is left; kill what does not end in time."""
         if self.process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(timeout=STOP_TIMEOUT_S)
+                self.process.wait(timeout=max(0.0, self._ends_by - time.monotonic()))
             self._kill_group()
             self.process.wait()
 

@@ -22,6 +22,7 @@ from vllm_dwdp.distributed.meeting import parse_endpoint
 from vllm_dwdp.distributed.status import query_status
 from vllm_dwdp.entrypoints.doctor.gpus import count_gpus, one_gpu_each
 from vllm_dwdp.entrypoints.launch.child import Child
+from vllm_dwdp.entrypoints.launch.deadlines import default_start_timeout_s, shutdown_timeout_s
 from vllm_dwdp.entrypoints.launch.plan import RANK_HOST, ROUTER, LaunchPlan, find_program
 from vllm_dwdp.entrypoints.launch.ports import check_bindable, port_obstacle
 from vllm_dwdp.entrypoints.launch.server import READY_PATH
@@ -82,9 +83,13 @@ def launch(plan: LaunchPlan, logs: Path, report: Callable[[str], None]) -> None:
     router = router_child(plan, logs)
     with _until_interrupted() as interrupted:
         try:
+            report(
+                f"ranks will listen at {', '.join(plan.rank_urls)}; each has "
+                f"{ranks[0].start_timeout_s:.0f} s to start"
+            )
             _serve(plan, ranks, router, report, interrupted)
         finally:
-            _end_all([router, *ranks], report)
+            _end_all(ranks, router, report)
 
 
 def _serve(
@@ -113,14 +118,20 @@ def _serve(
         time.sleep(POLL_INTERVAL_S)
 
 
-def _end_all(children: list[Child], report: Callable[[str], None]) -> None:
-    for child in children:
-        child.ask_to_end()
+def _end_all(ranks: list[Child], router: Child, report: Callable[[str], None]) -> None:
+    """End the ranks, which may finish what they serve first, then the router, through which it goes."""
+    for rank in ranks:
+        rank.ask_to_end()
+    drain_s = ranks[0].drain_s
     try:
-        report("stopping")
+        report(
+            f"stopping: running requests have {drain_s:g} s to finish" if drain_s else "stopping"
+        )
     finally:  # the terminal may be gone, so that nothing can be reported
-        for child in children:
-            child.stop()
+        for rank in ranks:
+            rank.stop()
+        router.ask_to_end()
+        router.stop()
 
 
 def _describe(child: Child) -> str:
@@ -139,9 +150,18 @@ def _rank_child(
         logs / f"rank{rank}.log",
         is_ready=lambda: answers(plan.rank_url(rank) + READY_PATH),
         progress=rank_progress(config, rank),
-        environment=environment,
+        environment=environment | plan.rank_environment,
         obstacle=lambda: port_obstacle(rank, RANK_HOST, plan.rank_ports[rank]),
+        start_timeout_s=start_timeout_s(plan, config),
+        drain_s=shutdown_timeout_s(plan.arguments),
     )
+
+
+def start_timeout_s(plan: LaunchPlan, config: DwdpConfig) -> float:
+    """How long a rank may take to serve."""
+    if plan.start_timeout_s is not None:
+        return plan.start_timeout_s
+    return default_start_timeout_s(plan.model, config.join_timeout_s)
 
 
 def rank_progress(config: DwdpConfig, rank: int) -> Callable[[], str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dwdp.entrypoints.launch.ports import free_ports
+from vllm_dwdp.entrypoints.launch.routed import MIDDLEWARE, RANK_URLS_ENV, ROUTED
 from vllm_dwdp.entrypoints.launch.server import READY_PATH
 from vllm_dwdp.errors import DwdpConfigError
 
@@ -46,6 +47,7 @@ class LaunchPlan:
         rendezvous: the ranks' meeting place.
         arguments: further arguments of every `vllm serve`.
         additional_config: of every `vllm serve`; the rendezvous is added.
+        start_timeout_s: within which a rank must serve; None takes a default from the model's size.
     """
 
     model: str
@@ -56,6 +58,7 @@ class LaunchPlan:
     rendezvous: str
     arguments: tuple[str, ...]
     additional_config: dict[str, Any]
+    start_timeout_s: float | None = None
 
     @property
     def url(self) -> str:
@@ -82,18 +85,28 @@ class LaunchPlan:
             *("--data-parallel-size", str(self.num_ranks), "--data-parallel-rank", str(rank)),
             *("--additional-config", json.dumps(config)),
             *self.arguments,
+            *("--middleware", MIDDLEWARE),  # after the user's own: the last one is asked first
         ]
+
+    @property
+    def rank_urls(self) -> list[str]:
+        """The URLs of all ranks."""
+        return [self.rank_url(rank) for rank in range(self.num_ranks)]
+
+    @property
+    def rank_environment(self) -> dict[str, str]:
+        """Variables that every rank gets."""
+        return {RANK_URLS_ENV: " ".join(self.rank_urls)}
 
     def router_command(self) -> list[str]:
         """The load balancer in front of all ranks."""
-        urls = [self.rank_url(rank) for rank in range(self.num_ranks)]
         return [
             find_program(ROUTER),
             *("--host", self.host, "--port", str(self.port), "--policy", "round_robin"),
             *("--health-check-interval-secs", "1", "--health-failure-threshold", "1"),
             *("--health-success-threshold", "1", "--health-check-endpoint", READY_PATH),
             *("--prometheus-port", str(free_ports(1)[0])),
-            *("--worker-urls", *urls),
+            *("--worker-urls", *(url + ROUTED for url in self.rank_urls)),
         ]
 
 

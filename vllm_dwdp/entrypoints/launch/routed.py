@@ -1,0 +1,103 @@
+"""What a rank of `launch` does with a request that came through the router: an ASGI middleware.
+
+The router picks a rank for each request, and of requests that it does not know it passes on neither the
+query nor most headers. So what is meant for one rank, or for all of them, is refused by every rank
+alike, in a sentence that names the ranks' own URLs. The router asks a rank below `ROUTED`; whoever
+addresses the rank itself does not, and meets vLLM's server as it is.
+
+Runs in the API servers of a rank, by vLLM's option `--middleware`; touches neither vLLM nor the content.
+"""
+
+import json
+import os
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from typing import Any
+
+Scope = MutableMapping[str, Any]
+App = Callable[[Scope, Any, Any], Awaitable[None]]
+
+MIDDLEWARE = "vllm_dwdp.entrypoints.launch.routed.Routed"
+"""For vLLM's `--middleware`."""
+ROUTED = "/routed"
+"""Path below which the router, and nobody else, asks a rank."""
+RANK_URLS_ENV = "DWDP_RANK_URLS"
+"""Variable of a rank's environment: the URLs of all ranks, in order, with blanks between them."""
+PIN = b"x-data-parallel-rank"
+
+CONTROL_ROUTES = frozenset(
+    {
+        *("/pause", "/resume", "/is_paused", "/abort_requests", "/inference/v1/abort_requests"),
+        *("/sleep", "/wake_up", "/is_sleeping", "/release_kv_cache_memory"),
+        *("/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache"),
+        *("/collective_rpc", "/start_profile", "/stop_profile"),
+        *("/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
+        *("/init_weight_transfer_engine", "/shutdown_weight_transfer_engine"),
+        *("/start_weight_update", "/start_draft_weight_update", "/update_weights"),
+        *("/finish_weight_update", "/update_weight_version", "/weight_info", "/weight_checker"),
+        *("/scale_elastic_ep", "/is_scaling_elastic_ep"),
+        *("/fault_tolerance/apply", "/fault_tolerance/status"),
+    }
+)
+"""Routes of vLLM's server that change or show the state of an engine, not only of a request."""
+
+
+class Routed:
+    """Middleware that tells the router's requests apart, and refuses those that no router can place."""
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+        self.advice = advice(os.environ.get(RANK_URLS_ENV, "").split())
+
+    async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
+        """Pass on what is nobody's concern here, as it would have come without the router."""
+        if scope["type"] in ("http", "websocket") and scope["path"].startswith(ROUTED + "/"):
+            take_prefix_off(scope)
+            if scope["type"] == "http" and (refusal := refusal_of(scope)):
+                await _answer_400(send, f"{refusal} {self.advice}")
+                return
+        await self.app(scope, receive, send)
+
+
+def take_prefix_off(scope: Scope) -> None:
+    """Give a request the path that its sender asked for, in place: the access log reads it too."""
+    scope["path"] = scope["path"].removeprefix(ROUTED)
+    if raw_path := scope.get("raw_path"):
+        scope["raw_path"] = raw_path.removeprefix(ROUTED.encode())
+
+
+def refusal_of(scope: Scope) -> str:
+    """Why this request cannot be left to whichever rank the router picks; empty if it can."""
+    path = scope["path"].removeprefix(scope.get("root_path", "")).rstrip("/")
+    if path in CONTROL_ROUTES:
+        return (
+            f"{scope['method']} {path} is refused here: the router of vllm-dwdp launch would pass it to "
+            "one rank of its choice, without its query."
+        )
+    pins = [value.decode("latin-1") for name, value in scope["headers"] if name.lower() == PIN]
+    if pins:
+        return (
+            f"X-data-parallel-rank: {pins[0]} is refused here: the router of vllm-dwdp launch chooses "
+            "the rank of each request."
+        )
+    return ""
+
+
+def advice(urls: Sequence[str]) -> str:
+    """How to reach one rank, and all of them."""
+    ranks = ", ".join(f"rank {rank} at {url}" for rank, url in enumerate(urls))
+    return (
+        "Every rank is a server of its own: send a request to the URL of the rank that shall serve it, "
+        f"without that header, and what is for every rank to each of them: {ranks}."
+    )
+
+
+async def _answer_400(send: Callable[[dict[str, Any]], Awaitable[None]], message: str) -> None:
+    """Answer in the form of vLLM's own errors."""
+    error = {"message": message, "type": "BadRequestError", "param": None, "code": 400}
+    body = json.dumps({"error": error}).encode()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+    ]
+    await send({"type": "http.response.start", "status": 400, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
