@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.waiting import wait_until
 from vllm_dwdp.compat.frontend import remote_code
 from vllm_dwdp.errors import DwdpConfigError
 
