@@ -1,6 +1,7 @@
 """The launcher with small real processes in the place of `vllm serve` and vllm-router."""
 
 import http.server
+import json
 import os
 import re
 import shlex
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,7 +27,7 @@ from tests.unit.distributed.test_messages import fingerprint
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.distributed.meeting import parse_endpoint
 from vllm_dwdp.distributed.membership import Membership
-from vllm_dwdp.entrypoints.launch import child, server
+from vllm_dwdp.entrypoints.launch import child, fronts, server
 from vllm_dwdp.entrypoints.launch import launcher as launch
 from vllm_dwdp.entrypoints.launch import plan as launch_plan
 from vllm_dwdp.entrypoints.launch.child import Child
@@ -53,6 +55,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Length", "0")
         self.end_headers()
+
+    do_POST = do_GET
 
     def log_message(self, *arguments):
         pass
@@ -344,13 +348,51 @@ def test_running_requests_may_finish_and_the_router_ends_last(
     assert router_outlived == [True]
 
 
+def test_one_control_request_reaches_every_rank_and_its_port_is_kept_open(
+    fakes: LaunchPlan, tmp_path: Path
+) -> None:
+    (port,) = free_ports(1)
+    controlled = replace(fakes, control_port=port)
+    answers: list[Any] = []
+
+    def react(line: str, lines: list[str]) -> None:
+        if line.startswith("all 2 ranks"):
+            asked = urllib.request.Request(f"{controlled.control_url}/pause", method="POST")
+            with urllib.request.urlopen(asked, timeout=20) as response:
+                answers.append(json.load(response))
+            if len(answers) == 2:
+                interrupt()
+            else:
+                kill_named(next(line for line in lines if line.startswith("control: serving")))
+
+    lines = run(controlled, tmp_path, react)
+    assert answers == 2 * [{"ranks": 2 * [{"status": 200, "answer": ""}]}]
+    assert any(line.startswith("control: killed by SIGKILL, starts again") for line in lines)
+    assert controlled.rank_environment["DWDP_CONTROL_URL"] == f"http://127.0.0.1:{port}"
+
+
+def test_a_control_port_that_is_taken_is_refused(fakes: LaunchPlan, tmp_path: Path) -> None:
+    with socket.create_server((fakes.host, 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(
+            DwdpConfigError, match=rf"--control-port {port}: .*in use.* Choose a port"
+        ):
+            run(replace(fakes, control_port=port), tmp_path, lambda line, lines: interrupt())
+
+
+def test_free_ports_are_none_of_the_others() -> None:
+    taken = {*range(1, 1000), None}
+    assert len({*free_ports(3, taken)} - taken) == 3
+
+
 def test_a_rank_knows_where_all_are_and_the_routers_requests(tmp_path: Path) -> None:
     made = plan(arguments=("--middleware", "a.B"))
     command = made.rank_command(1)
     given = [word for option, word in pairwise(command) if "middle" in option]
     assert given == ["a.B", "vllm_dwdp.entrypoints.launch.routed.Routed"], "the last is asked first"
     assert made.rank_environment == {
-        "DWDP_RANK_URLS": "http://127.0.0.1:8001 http://127.0.0.1:8002"
+        "DWDP_RANK_URLS": "http://127.0.0.1:8001 http://127.0.0.1:8002",
+        "DWDP_CONTROL_URL": "",
     }
     assert made.router_command()[-2:] == [
         "http://127.0.0.1:8001/routed",
@@ -781,7 +823,7 @@ def test_a_port_that_speaks_no_http_does_not_answer() -> None:
             [*PYTHON, "-c", SSH_SERVER], stdin=listener, stdout=subprocess.DEVNULL
         )
         try:
-            assert not launch.answers(url)
+            assert not fronts.answers(url)
         finally:
             talker.kill()
             talker.wait()
@@ -827,7 +869,7 @@ def test_the_router_does_not_ask_a_proxy_for_our_ranks(
     monkeypatch.delenv("no_proxy", raising=False)
     with healthy_server() as first, healthy_server() as second:
         (port,) = free_ports(1)
-        router = launch.router_child(plan(port=port, rank_ports=(first, second)), tmp_path)
+        router = fronts.router_child(plan(port=port, rank_ports=(first, second)), tmp_path)
         assert router.environment["no_proxy"] == "10.1.2.3,127.0.0.1,localhost"
         try:
             poll_until(router, "serving")
@@ -842,7 +884,7 @@ def test_a_router_that_waits_for_ranks_says_so_and_can_be_ended(
     """The real one: until its ranks are healthy it neither listens nor hears SIGINT."""
     monkeypatch.setattr(child, "QUIET_S", 0.5)
     port, *rank_ports = free_ports(3)
-    router = launch.router_child(plan(port=port, rank_ports=tuple(rank_ports)), tmp_path)
+    router = fronts.router_child(plan(port=port, rank_ports=tuple(rank_ports)), tmp_path)
     try:
         poll_while(router, lambda: "to become healthy" not in router.doing)
         assert router.doing.startswith("last wrote: ")

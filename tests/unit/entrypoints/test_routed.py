@@ -7,7 +7,12 @@ from typing import Any
 import pytest
 
 from vllm_dwdp.entrypoints.launch import routed
-from vllm_dwdp.entrypoints.launch.routed import CONTROL_ROUTES, RANK_URLS_ENV, Routed
+from vllm_dwdp.entrypoints.launch.routed import (
+    CONTROL_ROUTES,
+    CONTROL_URL_ENV,
+    RANK_URLS_ENV,
+    Routed,
+)
 
 URLS = "http://127.0.0.1:8001 http://127.0.0.1:8002"
 PIN = [(b"X-Data-Parallel-Rank", b"1")]
@@ -75,11 +80,19 @@ async def _nothing(*message: object) -> None:
 def test_a_pinned_request_is_told_where_the_ranks_are(asked: Asked) -> None:
     assert asked.ask("/routed/v1/completions", PIN) == (
         "X-data-parallel-rank: 1 is refused here: the router of vllm-dwdp launch chooses the rank of "
-        "each request. Every rank is a server of its own: send a request to the URL of the rank that "
-        "shall serve it, without that header, and what is for every rank to each of them: rank 0 at "
-        "http://127.0.0.1:8001, rank 1 at http://127.0.0.1:8002."
+        "each request. Every rank is a server of its own. Send what one rank shall serve to its URL, "
+        "without that header, and what is for every rank to each of them (launch --control-port opens "
+        "a port that does so): rank 0 at http://127.0.0.1:8001, rank 1 at http://127.0.0.1:8002."
     )
     assert not asked.scopes
+
+
+def test_a_control_request_is_told_of_the_control_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CONTROL_URL_ENV, "http://127.0.0.1:9")
+    refusal = Asked(monkeypatch).ask("/routed/pause")
+    assert (
+        "what is for every rank to http://127.0.0.1:9, which repeats it on each: rank 0" in refusal
+    )
 
 
 @pytest.mark.parametrize("path", sorted(CONTROL_ROUTES))

@@ -18,6 +18,15 @@ def launch(
     host: Annotated[str, typer.Option(help="Address to serve on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to serve on.")] = 8000,
     logs: Annotated[Path, typer.Option(help="Folder for the logs.")] = Path("dwdp-logs"),
+    control_port: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=65535,
+            help="Port at which one control request (/pause, /reset_prefix_cache, ...) reaches every "
+            "rank. [default: none]",
+        ),
+    ] = None,
     start_timeout: Annotated[
         float | None,
         typer.Option(
@@ -39,11 +48,12 @@ def launch(
             num_ranks=ranks,
             host=host,
             port=port,
-            rank_ports=tuple(free for free in free_ports(ranks + 1) if free != port)[:ranks],
+            rank_ports=tuple(free_ports(ranks, {port, control_port})),
             rendezvous=rendezvous,
             arguments=arguments,
             additional_config=additional_config,
             start_timeout_s=start_timeout,
+            control_port=control_port,
         )
         meeting = plan.dwdp_options["rendezvous"]
         say(f"ranks meet at {meeting}; logs in {logs}/")

@@ -7,14 +7,12 @@ does; one that ends by itself before it came that far has wrong settings: that e
 """
 
 import contextlib
-import http.client
 import os
 import shutil
 import signal
 import tempfile
 import time
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vllm_dwdp.config import DwdpConfig
@@ -23,34 +21,18 @@ from vllm_dwdp.distributed.status import query_status
 from vllm_dwdp.entrypoints.doctor.gpus import count_gpus, one_gpu_each
 from vllm_dwdp.entrypoints.launch.child import Child
 from vllm_dwdp.entrypoints.launch.deadlines import default_start_timeout_s, shutdown_timeout_s
+from vllm_dwdp.entrypoints.launch.fronts import answers, control_children, router_child
 from vllm_dwdp.entrypoints.launch.plan import RANK_HOST, ROUTER, LaunchPlan, find_program
 from vllm_dwdp.entrypoints.launch.ports import check_bindable, port_obstacle
 from vllm_dwdp.entrypoints.launch.server import READY_PATH
 from vllm_dwdp.errors import DwdpConfigError, DwdpError
 
 POLL_INTERVAL_S = 0.5
-HEALTH_TIMEOUT_S = 2.0
 STATUS_TIMEOUT_S = 2.0
 TAIL_CHARACTERS = 3000
 
-ROUTER_ALIVE_PATH = "/liveness"
-ROUTER_READY_PATH = "/readiness"
-"""200 while it has a healthy rank."""
 ALL_HEALTHY_PATH = "/health"
 """Of the router: 200 while all its ranks are healthy."""
-
-_WITHOUT_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-"""`http_proxy` is for what lies outside; a proxy cannot reach our loopback."""
-
-
-def answers(url: str) -> bool:
-    """Whether `GET url` is answered with 200, in time."""
-    with (
-        contextlib.suppress(OSError, http.client.HTTPException),
-        _WITHOUT_PROXY.open(url, timeout=HEALTH_TIMEOUT_S) as response,
-    ):
-        return bool(response.status == 200)
-    return False
 
 
 def launch(plan: LaunchPlan, logs: Path, report: Callable[[str], None]) -> None:
@@ -70,6 +52,8 @@ def launch(plan: LaunchPlan, logs: Path, report: Callable[[str], None]) -> None:
     for program in ("vllm", ROUTER):
         find_program(program)
     check_bindable(plan.host, plan.port)
+    if plan.control_port is not None:
+        check_bindable(plan.host, plan.control_port, "--control-port")
     for rank, port in enumerate(plan.rank_ports):
         if obstacle := port_obstacle(rank, RANK_HOST, port):
             raise DwdpConfigError(f"{obstacle}.")
@@ -80,29 +64,29 @@ def launch(plan: LaunchPlan, logs: Path, report: Callable[[str], None]) -> None:
         _rank_child(plan, config, rank, logs, environment)
         for rank, environment in enumerate(environments)
     ]
-    router = router_child(plan, logs)
+    fronts = [router_child(plan, logs), *control_children(plan, logs)]
     with _until_interrupted() as interrupted:
         try:
             report(
                 f"ranks will listen at {', '.join(plan.rank_urls)}; each has "
                 f"{ranks[0].start_timeout_s:.0f} s to start"
             )
-            _serve(plan, ranks, router, report, interrupted)
+            _serve(plan, ranks, fronts, report, interrupted)
         finally:
-            _end_all(ranks, router, report)
+            _end_all(ranks, fronts, report)
 
 
 def _serve(
     plan: LaunchPlan,
     ranks: list[Child],
-    router: Child,
+    fronts: list[Child],
     report: Callable[[str], None],
     interrupted: list[int],
 ) -> None:
     opened = announced = False
     while not interrupted:
         opened = opened or all(rank.state == "serving" for rank in ranks)
-        for child in (*ranks, router) if opened else ranks:
+        for child in (*ranks, *fronts) if opened else ranks:
             if child.poll():
                 report(_describe(child))
             if child.is_hopeless:
@@ -110,7 +94,7 @@ def _serve(
                     f"{child.name} ended before it ever served: {child.failure or child.state}\n"
                     f"{child.tail()[-TAIL_CHARACTERS:]}"
                 )
-        if any(child.state != "serving" for child in (*ranks, router)):
+        if any(child.state != "serving" for child in (*ranks, *fronts)):
             announced = False
         elif not announced and answers(plan.url + ALL_HEALTHY_PATH):
             report(f"all {plan.num_ranks} ranks serve at {plan.url}")
@@ -118,8 +102,8 @@ def _serve(
         time.sleep(POLL_INTERVAL_S)
 
 
-def _end_all(ranks: list[Child], router: Child, report: Callable[[str], None]) -> None:
-    """End the ranks, which may finish what they serve first, then the router, through which it goes."""
+def _end_all(ranks: list[Child], fronts: list[Child], report: Callable[[str], None]) -> None:
+    """End the ranks, which may finish what they serve, and then the router, through which it goes."""
     for rank in ranks:
         rank.ask_to_end()
     drain_s = ranks[0].drain_s
@@ -130,8 +114,10 @@ def _end_all(ranks: list[Child], router: Child, report: Callable[[str], None]) -
     finally:  # the terminal may be gone, so that nothing can be reported
         for rank in ranks:
             rank.stop()
-        router.ask_to_end()
-        router.stop()
+        for front in fronts:
+            front.ask_to_end()
+        for front in fronts:
+            front.stop()
 
 
 def _describe(child: Child) -> str:
@@ -184,30 +170,6 @@ def rank_progress(config: DwdpConfig, rank: int) -> Callable[[], str]:
         return ""
 
     return ask
-
-
-def router_child(plan: LaunchPlan, logs: Path) -> Child:
-    """The load balancer in front of the ranks, not started yet."""
-
-    def progress() -> str:
-        return "waits for a rank to be healthy" if answers(plan.url + ROUTER_ALIVE_PATH) else ""
-
-    return Child(
-        "router",
-        plan.router_command,
-        logs / "router.log",
-        is_ready=lambda: answers(plan.url + ROUTER_READY_PATH),
-        progress=progress,
-        environment=loopback_without_proxy(os.environ),
-        end_signal=signal.SIGTERM,  # until it listens it does not hear SIGINT
-    )
-
-
-def loopback_without_proxy(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that keep the router from asking a proxy for our ranks."""
-    given = [environment.get(name, "") for name in ("no_proxy", "NO_PROXY")]
-    hosts = ",".join(dict.fromkeys([*filter(None, given), RANK_HOST, "localhost"]))
-    return {"no_proxy": hosts, "NO_PROXY": hosts}
 
 
 @contextlib.contextmanager

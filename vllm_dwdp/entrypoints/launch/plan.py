@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dwdp.entrypoints.launch.ports import free_ports
-from vllm_dwdp.entrypoints.launch.routed import MIDDLEWARE, RANK_URLS_ENV, ROUTED
+from vllm_dwdp.entrypoints.launch.routed import CONTROL_URL_ENV, MIDDLEWARE, RANK_URLS_ENV, ROUTED
 from vllm_dwdp.entrypoints.launch.server import READY_PATH
 from vllm_dwdp.errors import DwdpConfigError
 
@@ -48,6 +48,7 @@ class LaunchPlan:
         arguments: further arguments of every `vllm serve`.
         additional_config: of every `vllm serve`; the rendezvous is added.
         start_timeout_s: within which a rank must serve; None takes a default from the model's size.
+        control_port: at which one control request reaches every rank; None opens no such port.
     """
 
     model: str
@@ -59,12 +60,21 @@ class LaunchPlan:
     arguments: tuple[str, ...]
     additional_config: dict[str, Any]
     start_timeout_s: float | None = None
+    control_port: int | None = None
 
     @property
     def url(self) -> str:
         """The URL at which this machine reaches the router."""
+        return self._url_at(self.port)
+
+    @property
+    def control_url(self) -> str:
+        """The URL at which this machine reaches the control port; empty without one."""
+        return "" if self.control_port is None else self._url_at(self.control_port)
+
+    def _url_at(self, port: int) -> str:
         host = _ANY_ADDRESS.get(self.host, self.host)
-        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     @property
     def dwdp_options(self) -> dict[str, Any]:
@@ -96,7 +106,7 @@ class LaunchPlan:
     @property
     def rank_environment(self) -> dict[str, str]:
         """Variables that every rank gets."""
-        return {RANK_URLS_ENV: " ".join(self.rank_urls)}
+        return {RANK_URLS_ENV: " ".join(self.rank_urls), CONTROL_URL_ENV: self.control_url}
 
     def router_command(self) -> list[str]:
         """The load balancer in front of all ranks."""
@@ -108,6 +118,11 @@ class LaunchPlan:
             *("--prometheus-port", str(free_ports(1)[0])),
             *("--worker-urls", *(url + ROUTED for url in self.rank_urls)),
         ]
+
+    def control_command(self) -> list[str]:
+        """What repeats control requests on every rank."""
+        module = "vllm_dwdp.entrypoints.launch.control"
+        return [sys.executable, "-m", module, self.host, str(self.control_port), *self.rank_urls]
 
 
 def find_program(name: str) -> str:

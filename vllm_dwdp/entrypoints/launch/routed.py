@@ -22,6 +22,8 @@ ROUTED = "/routed"
 """Path below which the router, and nobody else, asks a rank."""
 RANK_URLS_ENV = "DWDP_RANK_URLS"
 """Variable of a rank's environment: the URLs of all ranks, in order, with blanks between them."""
+CONTROL_URL_ENV = "DWDP_CONTROL_URL"
+"""Variable of a rank's environment: where one request reaches all ranks, if that was asked for."""
 PIN = b"x-data-parallel-rank"
 
 CONTROL_ROUTES = frozenset(
@@ -46,7 +48,8 @@ class Routed:
 
     def __init__(self, app: App) -> None:
         self.app = app
-        self.advice = advice(os.environ.get(RANK_URLS_ENV, "").split())
+        urls = os.environ.get(RANK_URLS_ENV, "").split()
+        self.advice = advice(urls, os.environ.get(CONTROL_URL_ENV, ""))
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         """Pass on what is nobody's concern here, as it would have come without the router."""
@@ -82,12 +85,17 @@ def refusal_of(scope: Scope) -> str:
     return ""
 
 
-def advice(urls: Sequence[str]) -> str:
+def advice(urls: Sequence[str], control_url: str) -> str:
     """How to reach one rank, and all of them."""
     ranks = ", ".join(f"rank {rank} at {url}" for rank, url in enumerate(urls))
+    to_all = (
+        f"to {control_url}, which repeats it on each"
+        if control_url
+        else "to each of them (launch --control-port opens a port that does so)"
+    )
     return (
-        "Every rank is a server of its own: send a request to the URL of the rank that shall serve it, "
-        f"without that header, and what is for every rank to each of them: {ranks}."
+        "Every rank is a server of its own. Send what one rank shall serve to its URL, without that "
+        f"header, and what is for every rank {to_all}: {ranks}."
     )
 
 
