@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from tests.compat.syntax import assignments, calls, entries, tree
+from vllm_dwdp.entrypoints.launch.routed import MIDDLEWARE, Routed
 
 pytestmark = pytest.mark.compat
 
@@ -653,7 +654,7 @@ def test_weights_held_outside_are_part_of_the_memory_budget_and_need_not_be_free
     from vllm.v1.worker.gpu_worker import Worker
     from vllm.v1.worker.utils import request_memory
 
-    from vllm_dwdp.compat.worker.gpu import weights_held_outside
+    from vllm_dwdp.compat.worker.gpu import requested_bytes, weights_held_outside
 
     called = calls(Worker.init_device)
     (asks,) = [name for name in called if name.endswith(".get_external_weight_memory")]
@@ -670,6 +671,45 @@ def test_weights_held_outside_are_part_of_the_memory_budget_and_need_not_be_free
     with pytest.raises(ValueError, match="Free memory"):
         request_memory(snapshot, cache_config)
     assert request_memory(snapshot, cache_config, kept_bytes) == 42 * 10**9
+    vllm_config = SimpleNamespace(cache_config=cache_config)
+    assert requested_bytes(vllm_config, snapshot.total_memory) - kept_bytes == 42 * 10**9
+
+
+def test_code_of_checkpoints_is_copied_by_one_function_that_is_looked_up_by_name() -> None:
+    from transformers import dynamic_module_utils as stock
+    from vllm.v1.engine.core import EngineCore
+
+    copies = inspect.unwrap(stock.get_cached_module_file)
+    assert "shutil.copyfile" in calls(copies)
+    assert "get_cached_module_file" in calls(stock.get_class_from_dynamic_module)
+    assert stock.get_class_from_dynamic_module.__globals__ is vars(stock)
+    assert isinstance(stock.HF_MODULES_CACHE, str)
+    # An engine loads its tokenizer when it has an executor, which is where we come in.
+    order = ["executor_class", "StructuredOutputManager"]
+    assert [name for name in calls(EngineCore.__init__) if name in order] == order
+
+
+def test_the_middleware_that_is_given_last_is_asked_first() -> None:
+    """And before vLLM's own, such as the one that asks for the API key."""
+    from fastapi import FastAPI
+    from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
+
+    app = FastAPI()
+    args = SimpleNamespace(
+        allowed_origins=["*"],
+        allow_credentials=False,
+        allowed_methods=["*"],
+        allowed_headers=["*"],
+        api_key=["key"],
+        enable_request_id_headers=False,
+        middleware=[f"{__name__}.UsersOwn", MIDDLEWARE],
+    )
+    init_entrypoints_middleware(args, app, ("generate",))
+    assert [each.cls for each in app.user_middleware][:2] == [Routed, UsersOwn]
+
+
+class UsersOwn:
+    """A middleware."""
 
 
 def test_models_are_loaded_one_by_one_through_the_base_loader() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from vllm_dwdp.compat.frontend import remote_code
+from vllm_dwdp.compat.worker import remote_code
 from vllm_dwdp.errors import DwdpConfigError
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(120)]

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from vllm.platforms import current_platform
 
-from vllm_dwdp.compat.worker import cpu, independent
+from vllm_dwdp.compat.worker import cpu, independent, remote_code
 from vllm_dwdp.compat.worker.executor import (
     Hooked,
     HookedMultiprocExecutor,
@@ -27,6 +27,8 @@ class RankExecutor(Hooked):
     def starting(self) -> Iterator[None]:
         """While active, the worker finds its rank's config, cores and GPU."""
         independent.restore_model_config(self.vllm_config)
+        if self.vllm_config.model_config.trust_remote_code:
+            remote_code.install()
         if not current_platform.is_cpu():
             yield
             return

@@ -107,7 +107,9 @@ def test_api_servers_meet_where_their_parent_said(monkeypatch: pytest.MonkeyPatc
 
 
 def test_ranks_started_one_by_one_must_be_told_where_to_meet() -> None:
-    with pytest.raises(DwdpConfigError, match=r"rendezvous is missing.*unix:///"):
+    with pytest.raises(
+        DwdpConfigError, match=r"rendezvous is missing.*-multi-port-external-lb\) must.*unix:///"
+    ):
         choose_endpoint(front_end(), CONFIG, ALONE)
     given = DwdpConfig(group_size=2, rendezvous="unix:///run/meet")
     assert choose_endpoint(front_end(), given, ALONE) == parse_endpoint("unix:///run/meet")

@@ -8,7 +8,7 @@ comes before a process starts. Runs in each front-end process (the command line,
 from collections.abc import Callable
 from typing import Any
 
-from vllm_dwdp.compat.frontend import own_engines, remote_code, sleeping, startup, stat_logger
+from vllm_dwdp.compat.frontend import own_engines, sleeping, startup, stat_logger
 from vllm_dwdp.compat.frontend.backend import BACKEND, WORKER_CLS, executor_cls, offline_size
 from vllm_dwdp.compat.frontend.model_refusals import refuse_unsupported_model
 from vllm_dwdp.compat.frontend.ranks import (
@@ -18,7 +18,7 @@ from vllm_dwdp.compat.frontend.ranks import (
     uncouple,
 )
 from vllm_dwdp.compat.frontend.refusals import refuse_unsupported, refuse_unsupported_device
-from vllm_dwdp.compat.worker import cpu, independent
+from vllm_dwdp.compat.worker import cpu, independent, remote_code
 from vllm_dwdp.compat.worker.attributes import replaced
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.device import native

@@ -80,8 +80,9 @@ def choose_endpoint(args: Any, config: DwdpConfig, started: StartedRanks) -> End
     if started.one_by_one and config.shares_experts:
         raise DwdpConfigError(
             "dwdp rendezvous is missing: ranks that are started one by one "
-            "(--data-parallel-rank, --data-parallel-start-rank, --headless) must be told where to "
-            "meet. Give every rank the same folder, e.g. "
+            "(--data-parallel-rank, --data-parallel-start-rank, --headless, "
+            "--data-parallel-multi-port-external-lb) must be told where to meet. Give every rank the "
+            "same folder, e.g. "
             '--additional-config \'{"dwdp": {"rendezvous": "unix:///run/user/1000/dwdp"}}\'.'
         )
     spawned_by_us = args._api_process_count > 1 and args._api_process_rank >= 0

@@ -1,9 +1,9 @@
 """Code that comes with a checkpoint: one process at a time copies it into the cache of modules.
 
 With `trust_remote_code` transformers copies such files into one folder (`HF_MODULES_CACHE`), in place,
-and imports them from there. Front ends that start together, as those of a launch and the API servers of
-one server do, would read files that another one has begun to write. Engines find the files that their
-front end has copied.
+and imports them from there: configurations in a front end, tokenizers in API servers and engines. Those
+that start together, as all of a launch and all of one server do, would read files that another one has
+begun to write.
 """
 
 import fcntl
