@@ -1,4 +1,4 @@
-"""What clients meet at a real launch: ranks behind the real router, and the end with running requests."""
+"""What clients meet at a real launch: ranks behind the real router, an end with running requests."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from vllm_dwdp.entrypoints.launch.ports import free_ports
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(400)]
 
 QUESTION = {"model": "m", "prompt": "launch", "temperature": 0, "max_tokens": 4}
-NUM_LAYERS = 24
+NUM_LAYERS = 32
 """So many that a stream lasts longer than launch waits for ranks that drain nothing."""
 
 

@@ -316,7 +316,7 @@ def test_a_rank_that_hangs_when_it_comes_back_is_started_once_more(
 def test_what_a_launch_says_first(fakes: LaunchPlan, tmp_path: Path) -> None:
     lines = run(fakes, tmp_path, lambda line, lines: interrupt())
     first, second = (f"http://127.0.0.1:{port}" for port in fakes.rank_ports)
-    assert lines[0] == f"ranks will listen at {first}, {second}; each has 7800 s to start"
+    assert lines[0] == f"ranks will listen at {first}, {second}; each has 7860 s to start"
     assert not any("listen" in line for line in lines[1:])
 
 

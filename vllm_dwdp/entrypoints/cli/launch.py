@@ -32,7 +32,7 @@ def launch(
         typer.Option(
             min=1,
             help="Seconds within which a rank must serve, or it is started again. "
-            "[default: join_timeout_s (600), and 10 for each GB of the model on disk]",
+            "[default: join_timeout_s (600), 60, and 10 for each GB of the model on disk]",
         ),
     ] = None,
 ) -> None:

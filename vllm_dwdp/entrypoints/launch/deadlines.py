@@ -7,6 +7,8 @@ from pathlib import Path
 
 from vllm_dwdp.errors import DwdpConfigError
 
+BASE_S = 60.0
+"""To import, to build the model and to warm up."""
 SECONDS_PER_GB = 10.0
 """A disk that reads 100 MB/s."""
 UNKNOWN_BYTES = 720 * 10**9
@@ -16,11 +18,13 @@ SHUTDOWN_TIMEOUT = "--shutdown-timeout"
 
 
 def default_start_timeout_s(model: str, join_timeout_s: float) -> float:
-    """What a rank waits for its peers at most, and the time to read the model from a slow disk."""
+    """What a rank waits for its peers at most, a minute, and the time to read from a slow disk.
+
+    So a rank whose peer is missing has time to say so itself.
+    """
     num_bytes = model_bytes(model)
-    return (
-        join_timeout_s + SECONDS_PER_GB * (UNKNOWN_BYTES if num_bytes is None else num_bytes) / 1e9
-    )
+    reading_s = SECONDS_PER_GB * (UNKNOWN_BYTES if num_bytes is None else num_bytes) / 1e9
+    return join_timeout_s + BASE_S + reading_s
 
 
 def model_bytes(model: str) -> int | None:
