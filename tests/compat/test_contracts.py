@@ -708,6 +708,14 @@ def test_the_middleware_that_is_given_last_is_asked_first() -> None:
     assert [each.cls for each in app.user_middleware][:2] == [Routed, UsersOwn]
 
 
+def test_another_server_is_chosen_by_this_variable() -> None:
+    from vllm import envs
+
+    from vllm_dwdp.entrypoints.launch.plan import RUST_FRONT_END
+
+    assert RUST_FRONT_END in envs.environment_variables
+
+
 class UsersOwn:
     """A middleware."""
 

@@ -412,6 +412,16 @@ def test_wrong_options_are_refused_before_anything_starts(
         run(wrong, tmp_path, lambda line, lines: interrupt())
 
 
+def test_a_server_without_middleware_is_refused_before_anything_starts(
+    fakes: LaunchPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(DwdpConfigError, match="VLLM_USE_RUST_FRONTEND=1 cannot .* Unset it"):
+        run(fakes, tmp_path, lambda line, lines: interrupt())
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "0")
+    run(fakes, tmp_path, lambda line, lines: interrupt())
+
+
 def test_a_router_that_cannot_start_ends_everything(fakes: LaunchPlan, tmp_path: Path) -> None:
     (tmp_path / "router-refuse").touch()
     with pytest.raises(DwdpError, match="router ended before it ever served: vllm serve: error"):
@@ -715,6 +725,29 @@ def test_one_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.Monk
     deaf.stop()
     assert deaf.process is not None
     assert deaf.process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("serves", [True, False])
+def test_only_one_that_serves_has_requests_to_finish(
+    serves: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child, "STOP_TIMEOUT_S", 0.1)
+    ends = made_child(tmp_path / "log", *PYTHON, "-c", ENDS_LATE, ready=serves)
+    ends.drain_s = 10.0
+    poll_while(ends, lambda: ends.process is None or "1" not in (tmp_path / "log").read_text())
+    ends.poll()
+    ends.ask_to_end()
+    ends.stop()
+    assert ends.process is not None
+    assert ends.process.returncode == (7 if serves else -signal.SIGKILL)
+
+
+ENDS_LATE = """
+import os, signal, time
+signal.signal(signal.SIGINT, lambda *_: (time.sleep(1), os._exit(7)))
+print(1, flush=True)
+time.sleep(60)
+"""
 
 
 def test_what_a_dead_child_left_behind_is_removed(tmp_path: Path) -> None:

@@ -8,13 +8,12 @@ begun to write.
 
 import fcntl
 import functools
-import os
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from vllm_dwdp.errors import DwdpConfigError
 
@@ -47,44 +46,41 @@ def install() -> None:
 def locked(folder: Path) -> Iterator[None]:
     """While active, no other process is; the kernel drops the lock of one that dies. May be nested.
 
+    A folder that cannot be written has no lock: nothing is copied there.
+
     Raises:
-        DwdpConfigError: another process holds it for too long, or the folder cannot be used.
+        DwdpConfigError: another process holds it for too long.
     """
     global _depth
     with _ours:
         if _depth:
             yield  # a module that needs another one, of a hub
             return
-        file = _acquire(folder / LOCK)
-        _depth += 1
         try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = (folder / LOCK).open("ab")
+        except OSError:
             yield
-        finally:
-            _depth -= 1
-            os.close(file)
+            return
+        with file:
+            _acquire(file)
+            _depth += 1
+            try:
+                yield
+            finally:
+                _depth -= 1
 
 
-def _acquire(path: Path) -> int:
-    """Open and lock a file; closing it gives the lock back."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise DwdpConfigError(
-            f"trust_remote_code: {path.parent} cannot be written: {error}. Set HF_MODULES_CACHE to a "
-            "folder that can."
-        ) from error
+def _acquire(file: BinaryIO) -> None:
+    """Lock a file; closing it gives the lock back."""
     deadline = time.monotonic() + WAIT_S
     while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > deadline:
-                os.close(file)
                 raise DwdpConfigError(
-                    f"trust_remote_code: another process holds {path} for {WAIT_S:g} s (`fuser {path}` "
-                    "names it). End it, or set HF_MODULES_CACHE to another folder."
+                    f"trust_remote_code: another process holds {file.name} for {WAIT_S:g} s (`fuser "
+                    f"{file.name}` names it). End it, or set HF_MODULES_CACHE to another folder."
                 ) from None
-            time.sleep(POLL_S)
-        else:
-            return file
+        time.sleep(POLL_S)

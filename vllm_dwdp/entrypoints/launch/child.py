@@ -180,8 +180,9 @@ class Child:
         return ""
 
     def ask_to_end(self) -> None:
-        """Send it its `end_signal`; it has until `stop` gives it up to end by itself."""
-        self._ends_by = time.monotonic() + self.drain_s + STOP_TIMEOUT_S
+        """Send it its `end_signal`; `stop` waits so long for it to end by itself."""
+        has_requests = self.state in ("serving", "not serving")
+        self._ends_by = time.monotonic() + STOP_TIMEOUT_S + has_requests * self.drain_s
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(self.end_signal)
 

@@ -22,7 +22,13 @@ from vllm_dwdp.entrypoints.doctor.gpus import count_gpus, one_gpu_each
 from vllm_dwdp.entrypoints.launch.child import Child
 from vllm_dwdp.entrypoints.launch.deadlines import default_start_timeout_s, shutdown_timeout_s
 from vllm_dwdp.entrypoints.launch.fronts import answers, control_children, router_child
-from vllm_dwdp.entrypoints.launch.plan import RANK_HOST, ROUTER, LaunchPlan, find_program
+from vllm_dwdp.entrypoints.launch.plan import (
+    RANK_HOST,
+    ROUTER,
+    LaunchPlan,
+    check_environment,
+    find_program,
+)
 from vllm_dwdp.entrypoints.launch.ports import check_bindable, port_obstacle
 from vllm_dwdp.entrypoints.launch.server import READY_PATH
 from vllm_dwdp.errors import DwdpConfigError, DwdpError
@@ -49,6 +55,7 @@ def launch(plan: LaunchPlan, logs: Path, report: Callable[[str], None]) -> None:
         DwdpError: a rank ended by itself before it said what it does, or too often before it ever
             served; carries the end of its log.
     """
+    check_environment(os.environ)
     for program in ("vllm", ROUTER):
         find_program(program)
     check_bindable(plan.host, plan.port)
