@@ -32,7 +32,7 @@ NUM_LAYERS = 32
 class Launch:
     """A launch of two ranks, with everything that is for clients."""
 
-    def __init__(self, model: str, folder: Path) -> None:
+    def __init__(self, model: str, folder: Path, *arguments: str) -> None:
         port, control_port = free_ports(2)
         self.url, self.control = (f"http://127.0.0.1:{each}" for each in (port, control_port))
         self.log = folder / "launch.log"
@@ -40,22 +40,28 @@ class Launch:
         command += ["--port", str(port), "--control-port", str(control_port)]
         command += ["--logs", str(folder / "logs"), "--served-model-name", "m"]
         command += ["--enforce-eager", "--max-model-len", "2048", "--shutdown-timeout", "120"]
+        command += arguments
         settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1", "COLUMNS": "300"}
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(
                 command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | settings
             )
 
-    def wait_until_ready(self) -> None:
-        def serves() -> bool:
-            assert self.process.poll() is None, self.log.read_text()
-            return "all 2 ranks serve at" in self.log.read_text()
+    def wait_for_line(self, pattern: str) -> re.Match[str]:
+        """Return once launch has printed such a line."""
 
-        wait_until(serves, timeout_s=250)
-        (said,) = re.findall(
-            r"^ranks will listen at (\S+), (\S+); each", self.log.read_text(), re.M
-        )
-        self.ranks = list(said)
+        def find() -> re.Match[str] | None:
+            assert self.process.poll() is None, self.log.read_text()
+            return re.search(pattern, self.log.read_text(), re.M)
+
+        wait_until(find, timeout_s=250)
+        found = find()
+        assert found is not None
+        return found
+
+    def wait_until_ready(self) -> None:
+        self.wait_for_line("^all 2 ranks serve at")
+        self.ranks = self.wait_for_line(r"^ranks will listen at (\S+), (\S+); each").groups()
         self.family = psutil.Process(self.process.pid).children(recursive=True)
 
 
@@ -192,3 +198,22 @@ def test_running_streams_finish_and_new_requests_are_refused_meanwhile(launch: L
         )
     assert launch.process.wait(timeout=60) == 0
     assert "stopping: running requests have 120 s to finish" in launch.log.read_text()
+
+
+def test_a_rank_that_hangs_while_it_starts_is_started_again(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """It is stopped with all its processes, and its peer waits for it."""
+    started = Launch(checkpoints("mixtral", 8), tmp_path, "--start-timeout", "75")
+    try:
+        pid = int(started.wait_for_line(r"^rank 1: starting, pid (\d+): loads its experts")[1])
+        os.killpg(pid, signal.SIGSTOP)
+        hung = r"^rank {}: hung and was ended, .* restarts 1: did not serve within 75 s; {}"
+        started.wait_for_line(hung.format(0, r"waits for ranks \[1\] to publish .*; last wrote: "))
+        started.wait_for_line(hung.format(1, "loads its experts; last wrote: "))
+        started.wait_until_ready()
+        assert ask(started.url + "/v1/completions", QUESTION)[0] == 200
+        assert not psutil.pid_exists(pid)
+    finally:
+        started.process.send_signal(signal.SIGTERM)
+        assert started.process.wait(timeout=60) == 0

@@ -17,7 +17,6 @@ def launch(
     ranks: Annotated[int, typer.Option(min=1, help="Servers that share one copy.")] = 2,
     host: Annotated[str, typer.Option(help="Address to serve on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to serve on.")] = 8000,
-    logs: Annotated[Path, typer.Option(help="Folder for the logs.")] = Path("dwdp-logs"),
     control_port: Annotated[
         int | None,
         typer.Option(
@@ -35,6 +34,7 @@ def launch(
             "[default: join_timeout_s (600), 60, and 10 for each GB of the model on disk]",
         ),
     ] = None,
+    logs: Annotated[Path, typer.Option(help="Folder for the logs.")] = Path("dwdp-logs"),
 ) -> None:
     """Serve MODEL on ranks that outlive each other, behind vllm-router.
 
@@ -48,12 +48,12 @@ def launch(
             num_ranks=ranks,
             host=host,
             port=port,
+            control_port=control_port,
+            start_timeout_s=start_timeout,
             rank_ports=tuple(free_ports(ranks, {port, control_port})),
             rendezvous=rendezvous,
             arguments=arguments,
             additional_config=additional_config,
-            start_timeout_s=start_timeout,
-            control_port=control_port,
         )
         meeting = plan.dwdp_options["rendezvous"]
         say(f"ranks meet at {meeting}; logs in {logs}/")

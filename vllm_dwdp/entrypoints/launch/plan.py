@@ -45,24 +45,24 @@ class LaunchPlan:
         num_ranks: servers.
         host: address that the router listens on; the ranks listen on 127.0.0.1 only.
         port: of the router.
+        control_port: at which one control request reaches every rank; None opens no such port.
+        start_timeout_s: within which a rank must serve; None takes a default from the model's size.
         rank_ports: of the ranks.
         rendezvous: the ranks' meeting place.
         arguments: further arguments of every `vllm serve`.
         additional_config: of every `vllm serve`; the rendezvous is added.
-        start_timeout_s: within which a rank must serve; None takes a default from the model's size.
-        control_port: at which one control request reaches every rank; None opens no such port.
     """
 
     model: str
     num_ranks: int
     host: str
     port: int
+    control_port: int | None = None
+    start_timeout_s: float | None = None
     rank_ports: tuple[int, ...]
     rendezvous: str
     arguments: tuple[str, ...]
     additional_config: dict[str, Any]
-    start_timeout_s: float | None = None
-    control_port: int | None = None
 
     @property
     def url(self) -> str:
