@@ -183,9 +183,13 @@ def test_running_streams_finish_and_new_requests_are_refused_meanwhile(launch: L
     launch.process.send_signal(signal.SIGTERM)
     told = time.monotonic()
     time.sleep(2)
-    for url in (launch.url, *launch.ranks):
-        status, answer = ask(url + "/v1/completions", QUESTION)
-        assert status >= 500, answer
+    for question in (QUESTION, QUESTION | {"prompt": [5, 6, 7]}):
+        status, answer = ask(launch.url + "/v1/completions", question)
+        assert status == 503, answer
+        for url in launch.ranks:
+            status, answer = ask(url + "/v1/completions", question)
+            assert status == 500 or answer["choices"][0]["finish_reason"] == "abort", "as stock"
+    assert ask(launch.url + "/readiness", method="GET")[0] == 503
     for stream in streams:
         stream.join(timeout=200)
     lasted_s = time.monotonic() - told

@@ -336,6 +336,9 @@ def test_running_requests_may_finish_and_the_router_ends_last(
                 for start in ("rank 1: serving", "router: serving")
             )
 
+            (ending,) = (tmp_path / "logs").glob("ending-*")
+            assert psutil.Process(rank_pid).environ()["DWDP_ENDING_FILE"] == str(ending)
+
             def watch() -> None:
                 psutil.wait_procs([psutil.Process(rank_pid)], timeout=10)
                 router_outlived.append(psutil.pid_exists(router_pid))
@@ -346,6 +349,7 @@ def test_running_requests_may_finish_and_the_router_ends_last(
     assert run(drains, tmp_path, react)[-1] == "stopping: running requests have 5 s to finish"
     assert (tmp_path / "logs" / "rank1.log").read_text() == "drained\n"
     assert router_outlived == [True]
+    assert not list((tmp_path / "logs").glob("ending-*"))
 
 
 def test_one_control_request_reaches_every_rank_and_its_port_is_kept_open(

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from vllm_dwdp.entrypoints.launch import routed
 from vllm_dwdp.entrypoints.launch.routed import (
     CONTROL_ROUTES,
     CONTROL_URL_ENV,
+    ENDING_FILE_ENV,
     RANK_URLS_ENV,
     Routed,
 )
@@ -46,10 +48,11 @@ class Asked:
         if not self.sent:
             return ""
         start, body = self.sent
-        assert start["status"] == 400
+        self.status = start["status"]
         assert dict(start["headers"])[b"content-length"] == str(len(body["body"])).encode()
         error = json.loads(body["body"])["error"]
-        assert (error["code"], error["type"]) == (400, "BadRequestError")
+        kinds = {400: "BadRequestError", 503: "ServiceUnavailableError"}
+        assert (error["code"], error["type"]) == (self.status, kinds[self.status])
         return str(error["message"])
 
 
@@ -87,6 +90,19 @@ def test_a_pinned_request_is_told_where_the_ranks_are(asked: Asked) -> None:
     assert not asked.scopes
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/health", "/pause"])
+def test_a_launch_that_ends_takes_nothing_new(
+    path: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(ENDING_FILE_ENV, str(tmp_path / "ending"))
+    asked = Asked(monkeypatch)
+    assert asked.ask("/routed/v1/models") == ""
+    (tmp_path / "ending").touch()
+    assert asked.ask(f"/routed{path}", PIN) == "This launch ends, and takes nothing new."
+    assert asked.status == 503
+    assert asked.ask(path) == "", "who addresses the rank itself meets vLLM"
+
+
 def test_a_control_request_is_told_of_the_control_port(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CONTROL_URL_ENV, "http://127.0.0.1:9")
     refusal = Asked(monkeypatch).ask("/routed/pause")
@@ -103,6 +119,7 @@ def test_control_requests_are_refused_through_the_router(asked: Asked, path: str
     for sent in (path, f"{path}/"):
         assert asked.ask(f"/routed{sent}").startswith(refusal)
         assert asked.ask(f"/routed/api{sent}", root_path="/api").startswith(refusal)
+        assert asked.status == 400
     assert not asked.scopes
 
 

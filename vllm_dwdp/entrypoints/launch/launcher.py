@@ -30,6 +30,7 @@ from vllm_dwdp.entrypoints.launch.plan import (
     find_program,
 )
 from vllm_dwdp.entrypoints.launch.ports import check_bindable, port_obstacle
+from vllm_dwdp.entrypoints.launch.routed import ENDING_FILE_ENV
 from vllm_dwdp.entrypoints.launch.server import READY_PATH
 from vllm_dwdp.errors import DwdpConfigError, DwdpError
 
@@ -80,7 +81,7 @@ def launch(plan: LaunchPlan, logs: Path, report: Callable[[str], None]) -> None:
             )
             _serve(plan, ranks, fronts, report, interrupted)
         finally:
-            _end_all(ranks, fronts, report)
+            _end_all(ranks, fronts, report, ending_file(logs))
 
 
 def _serve(
@@ -109,8 +110,17 @@ def _serve(
         time.sleep(POLL_INTERVAL_S)
 
 
-def _end_all(ranks: list[Child], fronts: list[Child], report: Callable[[str], None]) -> None:
+def ending_file(logs: Path) -> Path:
+    """What is there once this launch is told to end; its ranks look for it."""
+    return logs.absolute() / f"ending-{os.getpid()}"
+
+
+def _end_all(
+    ranks: list[Child], fronts: list[Child], report: Callable[[str], None], ending: Path
+) -> None:
     """End the ranks, which may finish what they serve, and then the router, through which it goes."""
+    with contextlib.suppress(OSError):
+        ending.touch()
     for rank in ranks:
         rank.ask_to_end()
     drain_s = ranks[0].drain_s
@@ -125,6 +135,7 @@ def _end_all(ranks: list[Child], fronts: list[Child], report: Callable[[str], No
             front.ask_to_end()
         for front in fronts:
             front.stop()
+        ending.unlink(missing_ok=True)
 
 
 def _describe(child: Child) -> str:
@@ -143,7 +154,7 @@ def _rank_child(
         logs / f"rank{rank}.log",
         is_ready=lambda: answers(plan.rank_url(rank) + READY_PATH),
         progress=rank_progress(config, rank),
-        environment=environment | plan.rank_environment,
+        environment=environment | plan.rank_environment | {ENDING_FILE_ENV: str(ending_file(logs))},
         obstacle=lambda: port_obstacle(rank, RANK_HOST, plan.rank_ports[rank]),
         start_timeout_s=start_timeout_s(plan, config),
         drain_s=shutdown_timeout_s(plan.arguments),

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
 Scope = MutableMapping[str, Any]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Any, Any], Awaitable[None]]
 
 MIDDLEWARE = "vllm_dwdp.entrypoints.launch.routed.Routed"
@@ -24,6 +25,8 @@ RANK_URLS_ENV = "DWDP_RANK_URLS"
 """Variable of a rank's environment: the URLs of all ranks, in order, with blanks between them."""
 CONTROL_URL_ENV = "DWDP_CONTROL_URL"
 """Variable of a rank's environment: where one request reaches all ranks, if that was asked for."""
+ENDING_FILE_ENV = "DWDP_ENDING_FILE"
+"""Variable of a rank's environment: a file that is there once the launch is told to end."""
 PIN = b"x-data-parallel-rank"
 
 CONTROL_ROUTES = frozenset(
@@ -50,15 +53,27 @@ class Routed:
         self.app = app
         urls = os.environ.get(RANK_URLS_ENV, "").split()
         self.advice = advice(urls, os.environ.get(CONTROL_URL_ENV, ""))
+        self.ending_file = os.environ.get(ENDING_FILE_ENV, "")
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         """Pass on what is nobody's concern here, as it would have come without the router."""
         if scope["type"] in ("http", "websocket") and scope["path"].startswith(ROUTED + "/"):
             take_prefix_off(scope)
-            if scope["type"] == "http" and (refusal := refusal_of(scope)):
-                await _answer_400(send, f"{refusal} {self.advice}")
+            if scope["type"] == "http" and (refusal := self.refusal(scope)):
+                await _answer(send, *refusal)
                 return
         await self.app(scope, receive, send)
+
+    def refusal(self, scope: Scope) -> tuple[int, str, str] | None:
+        """Status, kind and message of the answer to a request that vLLM shall not see.
+
+        At the end all are refused, also those for health: the router stops sending, and whoever asks it
+        for readiness. vLLM's engine would answer some with 200 and no text.
+        """
+        if os.path.exists(self.ending_file):
+            return 503, "ServiceUnavailableError", "This launch ends, and takes nothing new."
+        reason = refusal_of(scope)
+        return (400, "BadRequestError", f"{reason} {self.advice}") if reason else None
 
 
 def take_prefix_off(scope: Scope) -> None:
@@ -99,13 +114,13 @@ def advice(urls: Sequence[str], control_url: str) -> str:
     )
 
 
-async def _answer_400(send: Callable[[dict[str, Any]], Awaitable[None]], message: str) -> None:
+async def _answer(send: Send, status: int, kind: str, message: str) -> None:
     """Answer in the form of vLLM's own errors."""
-    error = {"message": message, "type": "BadRequestError", "param": None, "code": 400}
+    error = {"message": message, "type": kind, "param": None, "code": status}
     body = json.dumps({"error": error}).encode()
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),
     ]
-    await send({"type": "http.response.start", "status": 400, "headers": headers})
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
