@@ -268,7 +268,8 @@ def test_a_start_that_hangs_is_ended_and_told_and_given_up(
 ) -> None:
     """Two of three times a rank that really hangs: stopped, so that it cannot even end."""
     (tmp_path / "rank1-wait").touch()
-    (tmp_path / "rank1-says").write_text("waits for ranks [0] to publish their experts")
+    says = tmp_path / "rank1-says"
+    says.write_text("waits for ranks [0]")
     pids: list[int] = []
 
     def react(line: str, lines: list[str]) -> None:
@@ -278,17 +279,22 @@ def test_a_start_that_hangs_is_ended_and_told_and_given_up(
             wait_until(lambda: log.read_text().count("loads") == len(pids))
             if len(pids) > 1:
                 os.kill(pids[-1], signal.SIGSTOP)
+        elif len(pids) == 3 and line.endswith("waits for ranks [0]"):
+            says.unlink()
 
     hangs = replace(fakes, start_timeout_s=0.3)
     told: list[str] = []
     with pytest.raises(DwdpError) as given_up:
         run(hangs, tmp_path, lambda line, lines: (told.append(line), react(line, lines))[0])
-    why = "did not serve within 0.3 s; waits for ranks [0] to publish their experts; last wrote: loads"
+    late, silent = "did not serve within 0.3 s", "says nothing any more, and last: "
+    waits = "waits for ranks [0]; last wrote: loads"
+    ended = [(1, "0.05", waits), (2, "0.1", waits), (3, "0.2", silent + waits)]
     assert [line for line in told if "hung" in line] == [
-        f"rank 1: hung and was ended, starts again in {backoff} s, restarts {count}: {why}"
-        for count, backoff in ((1, "0.05"), (2, "0.1"), (3, "0.2"))
+        f"rank 1: hung and was ended, starts again in {backoff} s, restarts {count}: {late}; {why}"
+        for count, backoff, why in ended
     ]
-    assert str(given_up.value) == f"rank 1 ended before it ever served: {why}\nloads\n"
+    why = f"{late}; {silent}{waits}\nloads\n"
+    assert str(given_up.value) == f"rank 1 ended before it ever served: {why}"
     assert len(pids) == 3
 
 

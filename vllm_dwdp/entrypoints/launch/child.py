@@ -78,6 +78,7 @@ class Child:
     _ready_since: float | None = None
     _progress_at: float = 0.0
     _quiet_at: float = 0.0
+    _said: str = ""
     _serves_by: float = math.inf
     _ends_by: float = math.inf
     _log_start: int = 0
@@ -105,7 +106,7 @@ class Child:
     def _look_at_progress(self) -> None:
         if doing := self.progress():
             self._has_begun = True
-            self.doing = doing
+            self.doing = self._said = doing
             self._progress_at = time.monotonic() + PROGRESS_INTERVAL_S
         elif time.monotonic() >= self._quiet_at:
             self.doing = last_line(self.tail())
@@ -129,14 +130,15 @@ class Child:
                 start_new_session=True,
                 preexec_fn=ending_with(os.getpid()),  # noqa: PLW1509 - we have one thread
             )
-        self.state, self.failure, self._progress_at = "starting", "", 0.0
+        self.state, self.failure, self._progress_at, self._said = "starting", "", 0.0, ""
         self._quiet_at = time.monotonic() + QUIET_S
         self._serves_by = time.monotonic() + self.start_timeout_s
 
     def _give_this_start_up(self) -> None:
         """It hangs: end it, say what is known of it, and start it again after a while."""
         assert self.process is not None
-        known = dict.fromkeys([self.progress() or self.doing, last_line(self.tail())])
+        silent = self._said and f"says nothing any more, and last: {self._said}"
+        known = (self.progress() or silent, last_line(self.tail()))
         self._kill_group()
         self.process.wait()
         self.process = None

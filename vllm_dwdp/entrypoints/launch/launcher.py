@@ -53,8 +53,8 @@ def launch(plan: LaunchPlan, logs: Path, report: Callable[[str], None]) -> None:
     Raises:
         DwdpConfigError: a program is missing, the router or a rank could not listen, or a dwdp option
             is wrong.
-        DwdpError: a rank ended by itself before it said what it does, or too often before it ever
-            served; carries the end of its log.
+        DwdpError: a rank ended by itself before it said what it does, or ended or hung too often
+            before it ever served; carries the end of its log.
     """
     check_environment(os.environ)
     for program in ("vllm", ROUTER):
