@@ -22,10 +22,10 @@ from tests.helpers.waiting import wait_until
 from vllm_dwdp.entrypoints.launch.child import STOP_TIMEOUT_S
 from vllm_dwdp.entrypoints.launch.ports import free_ports
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
 QUESTION = {"model": "m", "prompt": "launch", "temperature": 0, "max_tokens": 4}
-NUM_LAYERS = 32
+NUM_LAYERS = 28
 """So many that a stream lasts longer than launch waits for ranks that drain nothing."""
 
 
@@ -39,7 +39,7 @@ class Launch:
         command = [sys.executable, "-m", "vllm_dwdp.entrypoints.cli.main", "launch", model]
         command += ["--port", str(port), "--control-port", str(control_port)]
         command += ["--logs", str(folder / "logs"), "--served-model-name", "m"]
-        command += ["--enforce-eager", "--max-model-len", "2048", "--shutdown-timeout", "120"]
+        command += ["--enforce-eager", "--max-model-len", "2048", "--shutdown-timeout", "240"]
         command += arguments
         settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1", "COLUMNS": "300"}
         with self.log.open("wb") as output:
@@ -74,7 +74,7 @@ def launch(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -
         yield started
     finally:
         started.process.send_signal(signal.SIGTERM)
-        started.process.wait(timeout=180)
+        started.process.wait(timeout=300)
     assert not psutil.wait_procs(started.family, timeout=20)[1], "left behind"
 
 
@@ -194,7 +194,7 @@ def test_running_streams_finish_and_new_requests_are_refused_meanwhile(launch: L
             assert status == 500 or answer["choices"][0]["finish_reason"] == "abort", "as stock"
     assert ask(launch.url + "/readiness", method="GET")[0] == 503
     for stream in streams:
-        stream.join(timeout=200)
+        stream.join(timeout=300)
     lasted_s = time.monotonic() - told
     print(f"the streams went on for {lasted_s:.0f} s")
     assert lasted_s > STOP_TIMEOUT_S, "the test shows nothing: make the model larger"
@@ -204,7 +204,7 @@ def test_running_streams_finish_and_new_requests_are_refused_meanwhile(launch: L
             "data: [DONE]",
         )
     assert launch.process.wait(timeout=60) == 0
-    assert "stopping: running requests have 120 s to finish" in launch.log.read_text()
+    assert "stopping: running requests have 240 s to finish" in launch.log.read_text()
 
 
 def test_a_rank_that_hangs_while_it_starts_is_started_again(
