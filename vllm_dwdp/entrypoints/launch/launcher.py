@@ -20,6 +20,7 @@ from vllm_dwdp.distributed.meeting import parse_endpoint
 from vllm_dwdp.distributed.status import query_status
 from vllm_dwdp.entrypoints.doctor.gpus import count_gpus, one_gpu_each
 from vllm_dwdp.entrypoints.launch.child import Child
+from vllm_dwdp.entrypoints.launch.cores import cores_for_each
 from vllm_dwdp.entrypoints.launch.deadlines import default_start_timeout_s, shutdown_timeout_s
 from vllm_dwdp.entrypoints.launch.fronts import answers, control_children, router_child
 from vllm_dwdp.entrypoints.launch.plan import (
@@ -66,11 +67,12 @@ def launch(plan: LaunchPlan, logs: Path, report: Callable[[str], None]) -> None:
         if obstacle := port_obstacle(rank, RANK_HOST, port):
             raise DwdpConfigError(f"{obstacle}.")
     config = DwdpConfig.from_options(plan.dwdp_options, plan.num_ranks)
-    environments = one_gpu_each(plan.num_ranks, os.environ, count_gpus())
+    gpus = one_gpu_each(plan.num_ranks, os.environ, count_gpus())
+    cores = cores_for_each(plan.num_ranks, os.environ)
     logs.mkdir(parents=True, exist_ok=True)
     ranks = [
-        _rank_child(plan, config, rank, logs, environment)
-        for rank, environment in enumerate(environments)
+        _rank_child(plan, config, rank, logs, gpus[rank] | cores[rank])
+        for rank in range(plan.num_ranks)
     ]
     fronts = [router_child(plan, logs), *control_children(plan, logs)]
     with _until_interrupted() as interrupted:
