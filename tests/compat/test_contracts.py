@@ -448,6 +448,48 @@ def test_what_starts_the_engines_of_one_front_end() -> None:
     assert taken[0] == taken[1]
 
 
+def test_plugins_are_loaded_before_the_command_to_run_is_looked_up() -> None:
+    """What `compat.frontend.serve_defaults` wraps; the last part fails when it can go."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.cli import main, serve
+
+    assert "load_general_plugins" in calls(AsyncEngineArgs.add_cli_args)
+    assert "cmd.subparser_init(subparsers).set_defaults" in calls(main.main)
+    (default,) = [
+        node.value
+        for node in ast.walk(tree(main.main))
+        if isinstance(node, ast.keyword) and node.arg == "dispatch_function"
+    ]
+    assert ast.unparse(default) == "cmd.cmd"
+    chosen = dict(assignments(serve.ServeSubcommand.cmd))
+    assert chosen["args.api_server_count"] is not None
+    assert "args.api_server_count = args.data_parallel_size" in ast.unparse(
+        tree(serve.ServeSubcommand.cmd)
+    )
+
+
+def test_what_the_only_client_of_several_ranks_rests_on() -> None:
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine import core_client
+
+    client = core_client.DPLBAsyncMPClient
+    made = dict(assignments(client.__init__)) | dict(
+        assignments(core_client.DPAsyncMPClient.__init__)
+    )
+    assert {"self.engine_inflight", "self.lb_engines"} <= set(made)
+    assert inspect.iscoroutinefunction(client.process_engine_outputs)
+    chooses = ast.unparse(tree(client.get_core_engine_for_request))
+    assert "waiting, running, kv_cache_usage = current_counts[idx]" in chooses
+    assert "max(self.client_count * inflight, waiting + running)" in chooses
+    asserted = [
+        ast.unparse(node.test)
+        for node in ast.walk(tree(core_client.DPAsyncMPClient._ensure_stats_update_task))
+        if isinstance(node, ast.Assert)
+    ]
+    assert "self.stats_update_address is not None" in asserted, "a client without coordinator"
+    assert "eco.scheduler_stats = stats" in ast.unparse(tree(Scheduler.update_from_output))
+
+
 def test_the_coordinator_is_looked_up_by_name_and_counts_its_engines() -> None:
     from vllm.v1.engine import coordinator
 
@@ -507,6 +549,7 @@ def test_executor_and_worker_hooks() -> None:
     started = calls(UniProcExecutor._init_executor)
     for name in ("init_worker", "init_device", "load_model"):
         assert f"self.driver_worker.{name}" in started, name
+    assert "self.collective_rpc" in calls(UniProcExecutor.execute_model), "in the calling thread"
     for name in ("load_model", "execute_model", "determine_available_memory", "shutdown"):
         assert callable(getattr(CPUWorker, name))
 

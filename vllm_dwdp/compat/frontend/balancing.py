@@ -10,7 +10,7 @@ from vllm.v1.engine.core_client import DPLBAsyncMPClient
 
 
 class OnlyClient(DPLBAsyncMPClient):
-    """Sends a request to the rank with the least to do: by what it has sent, and by what the rank said."""
+    """Sends a request to the rank with the least to do: what it has sent, and what the rank said."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
