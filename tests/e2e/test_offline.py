@@ -90,6 +90,7 @@ def test_a_rank_is_one_process_on_its_own_cores() -> None:
     from vllm_dwdp.compat.worker.cpu import split_cores
 
     assert not processes("VLLM::Worker")
+    assert not processes("DPCoordinator"), "nobody asks it"
     engines = sorted(processes("VLLM::EngineCore"), key=lambda engine: engine.cmdline())
     cores = [sorted(engine.cpu_affinity()) for engine in engines]
     assert cores == [sorted(split_cores(rank, 2)) for rank in (0, 1)]

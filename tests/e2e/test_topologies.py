@@ -19,7 +19,7 @@ from vllm_dwdp.entrypoints.launch.server import Server
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
 PROMPTS = [f"topology {index} " * (1 + 5 * index) for index in range(4)]
-EAGER = ("--enforce-eager", "--api-server-count", "1", "--served-model-name", "m")
+EAGER = ("--enforce-eager", "--served-model-name", "m")
 
 
 def start(model: str, log: Path, folder: Path, *arguments: str, **dwdp: object) -> Server:
@@ -51,6 +51,7 @@ def test_hybrid_nodes_with_one_group_each(checkpoints: Checkpoints, tmp_path: Pa
         for node in nodes:
             for rank in (0, 1):
                 assert node.tokens(PROMPTS[2], rank=rank) == expected
+            assert not node.processes("DPCoordinator") and not node.processes("APIServer")
         assert sorted(path.name for path in folder.iterdir()) == [
             "g0-r0.sock",
             "g0-r1.sock",

@@ -16,6 +16,7 @@ from typing import Any
 
 from vllm_dwdp.compat.frontend import coordinator
 from vllm_dwdp.compat.worker import independent
+from vllm_dwdp.compat.worker.attributes import replaced
 
 LAUNCHING_MODULES = ("vllm.v1.engine.core_client", "vllm.entrypoints.cli.serve")
 """Those that import `launch_core_engines` by name."""
@@ -31,6 +32,16 @@ def install() -> None:
             module.launch_core_engines = _launching(_stock(module.launch_core_engines))  # type: ignore[attr-defined]
     make_client = _stock(core_client.EngineCoreClient.make_async_mp_client)
     core_client.EngineCoreClient.make_async_mp_client = staticmethod(_choosing(make_client))
+
+
+@contextmanager
+def while_offline_engines_start() -> Iterator[None]:
+    """While active, an offline `LLM` of several ranks starts them without a coordinator."""
+    from vllm.v1.engine import core_client
+
+    launching = _launching(_stock(core_client.launch_core_engines))
+    with replaced(core_client, launch_core_engines=launching):
+        yield
 
 
 def _stock(function: Callable[..., Any]) -> Callable[..., Any]:
