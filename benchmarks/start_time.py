@@ -32,7 +32,7 @@ SHAPE = {"hidden_size": 1024, "moe_intermediate_size": 256, "num_hidden_layers":
 HEADS = {"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64}
 DWDP = ("--distributed-executor-backend", "dwdp", "--data-parallel-size", "2")
 KINDS = {
-    "dwdp": ("--additional-config", '{"dwdp": {"executor": "uni"}}'),
+    "dwdp": (),
     "dwdp mp": ("--additional-config", '{"dwdp": {"executor": "mp"}}'),
     "stock": (),
 }

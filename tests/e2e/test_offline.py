@@ -43,7 +43,6 @@ def llm(checkpoints: Checkpoints, wrapped_before: set[str]) -> Iterator[Any]:
             checkpoints("qwen3_moe", 8),
             data_parallel_size=2,
             disable_log_stats=False,
-            additional_config={"dwdp": {"executor": "uni"}},
             **SETTINGS,
         )
     try:
@@ -256,9 +255,7 @@ from vllm import SamplingParams
 from vllm_dwdp import LLM
 
 if __name__ == "__main__":
-    options = {"dwdp": {"executor": "uni"}}
-    llm = LLM(sys.argv[1], data_parallel_size=2, max_model_len=512, enforce_eager=True,
-              additional_config=options)
+    llm = LLM(sys.argv[1], data_parallel_size=2, max_model_len=512, enforce_eager=True)
     (output,) = llm.generate("hello", SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
     print("TOKENS", len(output.outputs[0].token_ids))
 """
