@@ -242,6 +242,30 @@ def test_worker_processes_on_request(
         llm.llm_engine.engine_core.shutdown()
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
+def test_a_rank_of_several_cores_has_a_thread_on_each(
+    expected: list[list[int]], checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process, as any rank; its main thread, from which others inherit, is free between steps."""
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    from vllm_dwdp import LLM
+    from vllm_dwdp.compat.worker.cpu import split_cores
+
+    llm = LLM(checkpoints("qwen3_moe", 8), **SETTINGS)
+    try:
+        assert tokens_of(llm.generate(PROMPTS, params(), use_tqdm=False)) == expected
+        assert not processes("VLLM::Worker")
+        (engine,) = processes("VLLM::EngineCore")
+        cores = split_cores(0, 1)
+        assert sorted(engine.cpu_affinity()) == sorted(cores)
+        found = [os.sched_getaffinity(thread.id) for thread in engine.threads()]
+        pinned = sorted(next(iter(each)) for each in found if len(each) == 1)
+        assert pinned == sorted(cores[1:]), "one thread on each core but the first"
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
 IN_SMALL_SHARED_MEMORY = (
     *("unshare", "--mount", "--propagation", "private", "sh", "-c"),
     'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"',
