@@ -1,5 +1,6 @@
 """Offline: `from vllm_dwdp import LLM` over two ranks, one `LLM` for all tests, in this order."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -306,5 +307,9 @@ def test_ranks_start_with_the_shared_memory_of_a_container(
 
 
 def processes(name: str) -> list[psutil.Process]:
-    children = psutil.Process().children(recursive=True)
-    return [child for child in children if name in " ".join(child.cmdline())]
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # also a zombie
+            if name in " ".join(child.cmdline()):
+                found.append(child)
+    return found
