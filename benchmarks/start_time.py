@@ -39,7 +39,7 @@ KINDS = {
 PHASES = {
     "front end": "non-default args",
     "coordinator": "Started DP Coordinator",
-    "engine": "Initializing a V1 LLM engine",
+    "engine": "OpenMP thread binding info",
     "worker": "Starting to load model",
     "load": "Loading weights took",
     "meeting": "met its",

@@ -85,6 +85,6 @@ def test_two_ranks_start_for_no_more_than_two_stock_servers(
     assert ours.num_processes < stock.num_processes, started
     assert ours.memory_mib <= stock.memory_mib, started
     assert ours.cpu_s <= 1.05 * stock.cpu_s, started
-    assert ours.shared_memory_mib == 0, started
+    assert ours.shared_memory_mib < 1, started
     phases = ["front end", "engine", "worker", "load", "meeting", "cache and warm-up"]
     assert list(ours.phases) == phases and "meeting" not in stock.phases
