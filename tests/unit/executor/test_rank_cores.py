@@ -59,7 +59,10 @@ def make(executor_class: Any, seat: Seat) -> Any:
     facts = {"local_world_size": 1, "data_parallel_rank_local": 0, "_api_process_count": 1}
     executor.parallel_config = SimpleNamespace(**facts, assigned_physical_gpu_ids=None)
     executor.vllm_config = SimpleNamespace(
-        parallel_config=executor.parallel_config, kv_transfer_config=None, seat=seat
+        parallel_config=executor.parallel_config,
+        model_config=SimpleNamespace(trust_remote_code=False),
+        kv_transfer_config=None,
+        seat=seat,
     )
     return executor
 
