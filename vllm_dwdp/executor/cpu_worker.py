@@ -16,7 +16,8 @@ class DwdpCPUWorker(DwdpWorker, CPUWorker):
     """vLLM's CPU worker as a member of a group."""
 
     def make_device(self) -> Device:
-        """Shared memory of this host."""
+        """Shared memory of this host, which no kernel may write to."""
+        cpu.keep_weights_as_they_are()
         return HostDevice()
 
     def load_model(self, **kwargs: Any) -> None:

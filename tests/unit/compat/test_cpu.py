@@ -160,3 +160,16 @@ def test_ranks_divide_physical_cores_node_by_node(
 ) -> None:
     machine.has(*topology, allowed=set(allowed))
     assert [cpu.split_cores(slot, num_slots) for slot in range(num_slots)] == expected
+
+
+def test_zentorch_reads_shared_experts_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What that does is shown by `tests/e2e/test_zentorch.py`, where it is installed."""
+    monkeypatch.delenv(cpu.ZENDNN_CACHE_ENV, raising=False)
+    cpu.keep_weights_as_they_are()
+    assert os.environ[cpu.ZENDNN_CACHE_ENV] == "0"
+    cpu.keep_weights_as_they_are()
+    monkeypatch.setenv(cpu.ZENDNN_CACHE_ENV, "1")
+    with pytest.raises(
+        DwdpConfigError, match=r"WEIGHT_CACHE='1' lets zentorch pack experts in place"
+    ):
+        cpu.keep_weights_as_they_are()

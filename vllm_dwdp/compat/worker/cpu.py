@@ -141,3 +141,24 @@ class _ProportionalProcess:
 
     def memory_info(self) -> SimpleNamespace:
         return SimpleNamespace(rss=proportional_set_bytes(self._pid))
+
+
+ZENDNN_CACHE_ENV = "ZENDNNL_MATMUL_WEIGHT_CACHE"
+
+
+def keep_weights_as_they_are() -> None:
+    """Tell zentorch's kernels, which vLLM takes where it is installed, to read experts where they lie.
+
+    By default ZenDNN packs a weight in place when it is first used, which a peer's memory does not
+    allow, or keeps a packed copy by its address, which in a slot is that of several layers.
+
+    Raises:
+        DwdpConfigError: the user asked for either.
+    """
+    chosen = os.environ.setdefault(ZENDNN_CACHE_ENV, "0")
+    if chosen != "0":
+        raise DwdpConfigError(
+            f"{ZENDNN_CACHE_ENV}={chosen!r} lets zentorch pack experts in place or cache them by "
+            "address, which ranks that share them cannot allow. Leave it out, or set it to 0; or use dwdp "
+            'mode "replica".'
+        )
