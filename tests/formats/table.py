@@ -111,13 +111,28 @@ HEADINGS = {
 }
 
 
+INTRODUCTION = """# Formats of experts
+
+DWDP has no list of formats: a layer is loaded and processed by vLLM as ever, and what it then holds is
+sorted by its layout in memory and shared ([design.md](design.md), "Any format"). These tables say how
+that was shown, for vLLM 0.32. The tests write them:
+`DWDP_WRITE_FORMATS=1 .venv/bin/python -m pytest tests/formats/test_law.py`.
+
+**Run end to end**: real checkpoints on disk, vLLM's own CPU kernels (on processors with AVX512-BF16),
+the tokens and the weights of stock vLLM. **Proved by assembly**: vLLM's own loading and processing of a
+small layer on CPU tensors, with operations that need a GPU replaced by ones of the same effect for each
+expert; what each of three uneven ranks provides is bit for bit the whole layer's, its twin finds the
+same, and no memory is kept. That is no evidence about a GPU's kernels: none has run
+([gpu.md](gpu.md))."""
+
+
 def as_markdown(rows: list[Row], runs_here: Mapping[str, str]) -> str:
     """Write the table of formats for the documentation.
 
     Args:
         runs_here: of formats that run end to end in the tests, what is tested of them.
     """
-    lines = ["# Formats of experts", "", "## Run end to end on a CPU", ""]
+    lines = [INTRODUCTION, "", "## Run end to end on a CPU", ""]
     lines += _as_table(("format", "shown"), runs_here.items())
     for verdict, heading in HEADINGS.items():
         chosen = [row for row in rows if row.verdict == verdict]

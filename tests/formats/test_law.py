@@ -5,23 +5,27 @@ are replaced (`operations.py`). It is no evidence about a GPU's kernels.
 """
 
 import importlib
+import os
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from tests.e2e.test_formats import RUNS_HERE
 from tests.formats import law, table
 from tests.formats.layers import LAYERS, Choice, make_layer, oracle_modules, subclasses
 from tests.formats.methods import METHODS, NOT_BUILT
 from tests.formats.pairs import pairs_of
 from tests.formats.table import Row
+from tests.helpers.engines import ROOT
 from vllm_dwdp.compat.worker.moe import check_method
 from vllm_dwdp.errors import DwdpUnsupportedError
 from vllm_dwdp.model_executor.twin import check_same
 
 pytestmark = pytest.mark.compat
 
+DOCUMENT = ROOT / "docs" / "formats.md"
 FOUND: dict[str, list[Row]] = {}
 """Rows by method, for the table that is printed."""
 
@@ -166,6 +170,15 @@ def test_memory_that_a_kernel_keeps_is_found() -> None:
 
 
 # --- the documentation's table ---------------------------------------------------------------------
+
+
+def test_the_documentation_is_what_the_tests_found() -> None:
+    rows = [row for method in METHODS for row in FOUND.get(method) or table.rows_of(method)]
+    shown = "two ranks that read in place, three that prefetch, one that returns; seven experts"
+    text = table.as_markdown(rows, dict.fromkeys(RUNS_HERE, shown))
+    if os.environ.get("DWDP_WRITE_FORMATS"):
+        DOCUMENT.write_text(text)
+    assert DOCUMENT.read_text() == text, "write it anew: docs/formats.md says how"
 
 
 def test_the_documentation_says_of_every_pair_what_was_found() -> None:

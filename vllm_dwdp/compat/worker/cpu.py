@@ -159,6 +159,6 @@ def keep_weights_as_they_are() -> None:
     if chosen != "0":
         raise DwdpConfigError(
             f"{ZENDNN_CACHE_ENV}={chosen!r} lets zentorch pack experts in place or cache them by "
-            "address, which ranks that share them cannot allow. Leave it out, or set it to 0; or use dwdp "
-            'mode "replica".'
+            "address, which ranks that share them cannot allow. Leave it out, or set it to 0; or use "
+            'dwdp mode "replica".'
         )
