@@ -11,10 +11,12 @@ import torch
 from safetensors import safe_open
 
 from gpu_checks.checkpoints import ARCHITECTURES
+from gpu_checks.fake import fake_cuda_environment
 from gpu_checks.quantised import SHAPE, make_quantised_checkpoint
 from tests.e2e.conftest import StockEngine
 from tests.e2e.matrix import run_cases
 from tests.e2e.test_kill_points import run_lives
+from tests.e2e.test_simulated_cuda import SIMULATED
 from tests.helpers import cpu_gates
 
 pytestmark = [
@@ -34,6 +36,7 @@ RUNS_HERE = (
 """Formats for which vLLM 0.32 has a kernel that this processor runs."""
 NUM_EXPERTS = 7
 """Which neither two nor three ranks divide."""
+LARGE = {"hidden_size": 512, "moe_intermediate_size": 1408, "num_hidden_layers": 3}
 GATES = {"prepare": "tests.helpers.cpu_gates:open_gates"}
 
 
@@ -128,6 +131,42 @@ class TestShared:
             assert returned["status"]["adopted"] and returned["status"]["read_share"] == 0, name
             for life in (returned, survivor):
                 assert not any(life["left"].values()), (name, life)
+
+
+def check(ranks: list[dict[str, Any]], reference: dict[str, Any]) -> None:
+    """The ranks of a case hold and answer what the stock engine does, and remote bytes were read."""
+    for result in ranks:
+        where = (result["name"], result["rank"])
+        assert result["weights"] == reference["weights"], where
+        assert result["tokens"] == reference["tokens"], where
+        assert result["status"]["remote_expert_bytes"] > 0, where
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_experts_that_are_stored_more_than_once(
+    published: dict[str, str], references: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    redundant = {"num_ranks": 3, "dwdp": {"mode": "prefetch", "experts_per_rank": 4}}
+    listed = [GATES | redundant | {"name": name, "model": published[name]} for name in RUNS_HERE]
+    for name, ranks in run_cases(tmp_path, "redundant", listed).items():
+        check(ranks, references[name])
+        assert {rank["status"]["read_share"] for rank in ranks} == {4 / NUM_EXPERTS}, name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_both_views_and_the_switch_between_them(stock: StockEngine, tmp_path: Path) -> None:
+    """Over the simulated CUDA device, whose pages need larger experts."""
+    model = str(make_quantised_checkpoint(tmp_path / "large", "fp8_block", NUM_EXPERTS, **LARGE))
+    case = GATES | SIMULATED | {"name": "auto", "model": model, "num_ranks": 3}
+    case["dwdp"] = {"mode": "auto", "direct_max_tokens": 8}
+    environment = fake_cuda_environment() | {"DWDP_DEBUG_POISON": "1"}
+    (ranks,) = run_cases(tmp_path, "views", [case], environment).values()
+    check(ranks, stock(model, **GATES))
+    for result in ranks:
+        assert min(result["status"]["steps"].values()) > 2, result["status"]["steps"]
+        assert sum(result["status"]["fetched_bytes"].values()) > 0
 
 
 def test_fused_experts_are_what_transformers_writes(

@@ -76,9 +76,7 @@ def _holders(address: int) -> str:
 
 def _lies_at(found: object, address: int) -> bool:
     """Whether `found` is a tensor over the storage at `address`."""
-    if not issubclass(
-        type(found), torch.Tensor
-    ):  # some objects dislike to be asked for their class
+    if not issubclass(type(found), torch.Tensor):  # `isinstance` asks objects, and some dislike it
         return False
     with suppress(RuntimeError, NotImplementedError):  # a tensor without a storage of its own
         return bool(found.untyped_storage().data_ptr() == address)  # type: ignore[attr-defined]
