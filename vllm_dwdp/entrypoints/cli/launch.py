@@ -18,6 +18,9 @@ def launch(
     host: Annotated[str, typer.Option(help="Address to serve on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to serve on.")] = 8000,
     logs: Annotated[Path, typer.Option(help="Folder for the logs.")] = Path("dwdp-logs"),
+    hold_experts: Annotated[
+        bool, typer.Option(help="Keep the experts' memory for ranks that all die at once.")
+    ] = True,
 ) -> None:
     """Serve MODEL on ranks that outlive each other, behind vllm-router.
 
@@ -35,6 +38,7 @@ def launch(
             rendezvous=rendezvous,
             arguments=arguments,
             additional_config=additional_config,
+            holds_experts=hold_experts,
         )
         meeting = plan.dwdp_options["rendezvous"]
         say(f"ranks meet at {meeting}; logs in {logs}/")

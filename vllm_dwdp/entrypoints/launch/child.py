@@ -118,7 +118,7 @@ class Child:
                 stderr=subprocess.STDOUT,
                 env=os.environ | self.environment,
                 start_new_session=True,
-                preexec_fn=ending_with(os.getpid()),  # noqa: PLW1509 - we have one thread
+                preexec_fn=ending_with(os.getpid()),  # noqa: PLW1509 - it takes no lock
             )
         self.state, self.failure, self._progress_at = "starting", "", 0.0
         self._quiet_at = time.monotonic() + QUIET_S

@@ -22,6 +22,7 @@ from vllm_dwdp.distributed.meeting import parse_endpoint
 from vllm_dwdp.distributed.status import query_status
 from vllm_dwdp.entrypoints.doctor.gpus import count_gpus, one_gpu_each
 from vllm_dwdp.entrypoints.launch.child import Child
+from vllm_dwdp.entrypoints.launch.holding import ExpertHolder, expert_holder
 from vllm_dwdp.entrypoints.launch.plan import RANK_HOST, ROUTER, LaunchPlan, find_program
 from vllm_dwdp.entrypoints.launch.ports import check_bindable, port_obstacle
 from vllm_dwdp.entrypoints.launch.server import READY_PATH
@@ -80,9 +81,10 @@ def launch(plan: LaunchPlan, logs: Path, report: Callable[[str], None]) -> None:
         for rank, environment in enumerate(environments)
     ]
     router = router_child(plan, logs)
-    with _until_interrupted() as interrupted:
+    groups = plan.num_ranks // config.group_size if plan.holds_experts else 0
+    with expert_holder(config, groups, report) as holder, _until_interrupted() as interrupted:
         try:
-            _serve(plan, ranks, router, report, interrupted)
+            _serve(plan, ranks, router, holder, report, interrupted)
         finally:
             _end_all([router, *ranks], report)
 
@@ -91,11 +93,14 @@ def _serve(
     plan: LaunchPlan,
     ranks: list[Child],
     router: Child,
+    holder: ExpertHolder,
     report: Callable[[str], None],
     interrupted: list[int],
 ) -> None:
     opened = announced = False
     while not interrupted:
+        for line in holder.news():
+            report(line)
         opened = opened or all(rank.state == "serving" for rank in ranks)
         for child in (*ranks, router) if opened else ranks:
             if child.poll():

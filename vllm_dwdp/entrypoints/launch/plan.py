@@ -46,6 +46,7 @@ class LaunchPlan:
         rendezvous: the ranks' meeting place.
         arguments: further arguments of every `vllm serve`.
         additional_config: of every `vllm serve`; the rendezvous is added.
+        holds_experts: whether `launch` keeps the experts' memory where all ranks die at once.
     """
 
     model: str
@@ -56,6 +57,7 @@ class LaunchPlan:
     rendezvous: str
     arguments: tuple[str, ...]
     additional_config: dict[str, Any]
+    holds_experts: bool = True
 
     @property
     def url(self) -> str:
