@@ -78,6 +78,7 @@ def plan(**changes: Any) -> LaunchPlan:
         "rendezvous": "unix:///run/meet",
         "arguments": (),
         "additional_config": {},
+        "forks_ranks": False,
         "holds_experts": False,
     }
     return LaunchPlan(**(facts | changes))

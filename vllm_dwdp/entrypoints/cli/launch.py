@@ -18,6 +18,10 @@ def launch(
     host: Annotated[str, typer.Option(help="Address to serve on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to serve on.")] = 8000,
     logs: Annotated[Path, typer.Option(help="Folder for the logs.")] = Path("dwdp-logs"),
+    fork_ranks: Annotated[
+        bool,
+        typer.Option(help="Import vLLM once and fork the ranks, instead of once per process."),
+    ] = True,
     hold_experts: Annotated[
         bool, typer.Option(help="Keep the experts' memory for ranks that all die at once.")
     ] = True,
@@ -38,6 +42,7 @@ def launch(
             rendezvous=rendezvous,
             arguments=arguments,
             additional_config=additional_config,
+            forks_ranks=fork_ranks,
             holds_experts=hold_experts,
         )
         meeting = plan.dwdp_options["rendezvous"]

@@ -10,11 +10,12 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
-from vllm_dwdp.entrypoints.launch.process import ending_with
+from vllm_dwdp.entrypoints.launch.process import Process, reap_group, start_process
 
 FIRST_BACKOFF_S = 1.0
 LONGEST_BACKOFF_S = 60.0
@@ -50,6 +51,7 @@ class Child:
         environment: added to ours.
         obstacle: asks what would keep it from serving; it is not started while there is something.
         end_signal: what it ends on.
+        start: starts its process, as `start_process`.
     """
 
     name: str
@@ -60,12 +62,13 @@ class Child:
     environment: dict[str, str] = field(default_factory=dict)
     obstacle: Callable[[], str] = str
     end_signal: signal.Signals = signal.SIGINT
+    start: Callable[[list[str], BinaryIO, Mapping[str, str]], Process] = start_process
     state: str = "waiting"
     doing: str = ""
     failure: str = ""
     num_restarts: int = 0
     is_hopeless: bool = False
-    process: subprocess.Popen[bytes] | None = None
+    process: Process | None = None
     _has_begun: bool = False
     _has_served: bool = False
     _backoff_s: float = field(default_factory=lambda: FIRST_BACKOFF_S)
@@ -112,22 +115,16 @@ class Child:
     def _start(self) -> None:
         with self.log.open("ab") as output:
             self._log_start = output.tell()
-            self.process = subprocess.Popen(
-                self.command(),
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=os.environ | self.environment,
-                start_new_session=True,
-                preexec_fn=ending_with(os.getpid()),  # noqa: PLW1509 - it takes no lock
-            )
+            self.process = self.start(self.command(), output, os.environ | self.environment)
         self.state, self.failure, self._progress_at = "starting", "", 0.0
         self._quiet_at = time.monotonic() + QUIET_S
 
     def _bury(self) -> None:
         """It died: remove what it left, and start it again after a while."""
         assert self.process is not None
-        code = self.process.returncode
+        code = self.process.wait()
         self._kill_group()
+        reap_group(self.process.pid)
         self.process = None
         settled = self._ready_since is not None and (
             time.monotonic() - self._ready_since > SETTLED_S
@@ -168,6 +165,7 @@ class Child:
                 self.process.wait(timeout=STOP_TIMEOUT_S)
             self._kill_group()
             self.process.wait()
+            reap_group(self.process.pid)
 
     def _kill_group(self) -> None:
         assert self.process is not None

@@ -22,6 +22,7 @@ from vllm_dwdp.distributed.meeting import parse_endpoint
 from vllm_dwdp.distributed.status import query_status
 from vllm_dwdp.entrypoints.doctor.gpus import count_gpus, one_gpu_each
 from vllm_dwdp.entrypoints.launch.child import Child
+from vllm_dwdp.entrypoints.launch.forking import forked_ranks, is_vllm_of_ours
 from vllm_dwdp.entrypoints.launch.holding import ExpertHolder, expert_holder
 from vllm_dwdp.entrypoints.launch.plan import RANK_HOST, ROUTER, LaunchPlan, find_program
 from vllm_dwdp.entrypoints.launch.ports import check_bindable, port_obstacle
@@ -82,7 +83,15 @@ def launch(plan: LaunchPlan, logs: Path, report: Callable[[str], None]) -> None:
     ]
     router = router_child(plan, logs)
     groups = plan.num_ranks // config.group_size if plan.holds_experts else 0
-    with expert_holder(config, groups, report) as holder, _until_interrupted() as interrupted:
+    forks = plan.forks_ranks and is_vllm_of_ours(find_program("vllm")) and not count_gpus()
+    with (
+        expert_holder(config, groups, report) as holder,
+        forked_ranks(logs / "template.log" if forks else None, report) as starter,
+        _until_interrupted() as interrupted,
+    ):
+        for child in ranks:
+            child.start = starter.start
+        starter.wait_until_ready(interrupted)
         try:
             _serve(plan, ranks, router, holder, report, interrupted)
         finally:
