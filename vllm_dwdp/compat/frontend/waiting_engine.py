@@ -51,9 +51,14 @@ class WaitingEngine:
         self.loaded_with = loaded_with
 
     def close(self) -> None:
-        """Let it end unused."""
+        """Close our descriptors; it ends if it has got no work."""
         os.close(self.channel)
         os.close(self.sentinel)
+
+    def dismiss(self) -> None:
+        """Let it end unused."""
+        self.close()
+        os.waitpid(self.pid, 0)
 
 
 def prepare(loaded_with: Mapping[str, str]) -> None:
@@ -103,7 +108,7 @@ def in_place(starting: Any) -> Iterator[None]:
         return
     if changed := read_differently(engine.loaded_with, os.environ):
         logger.info("DWDP starts its engine anew, for which these differ: %s", ", ".join(changed))
-        engine.close()
+        engine.dismiss()
         yield
         return
     with replaced(starting, get_mp_context=lambda: _Context(engine)):
@@ -144,7 +149,7 @@ class _Popen(popen_spawn_posix.Popen):
         finally:
             context.set_spawning_popen(None)
         if self._fds:
-            self._engine.close()
+            self._engine.dismiss()
             self._fds: list[int] = []
             super()._launch(process_obj)  # type: ignore[misc]
             return
