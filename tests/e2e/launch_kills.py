@@ -219,7 +219,8 @@ class Campaign:
         """Kill, and sum up once all ranks serve again."""
         while self.result.num_kills < num_kills:
             time.sleep(self._dice.uniform(0, 2))
-            self._look()
+            with suppress(OSError, ValueError, KeyError):
+                self._look()
             if self.result.num_kills % 10 == 9 and not self._down_since:
                 self._kill(
                     sorted(self._clients), what="engine" if self._dice.random() < 0.5 else "server"

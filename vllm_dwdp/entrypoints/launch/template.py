@@ -62,7 +62,7 @@ def main(control: socket.socket) -> None:
     """Import vLLM, then fork until nobody can ask any more; in a fork, run `vllm serve`."""
     before = dict(os.environ)
     refusal = load()
-    added = {name: value for name, value in os.environ.items() if before.get(name) != value}
+    loaded_with = dict(os.environ)
     control.send(json.dumps({"refused": refusal} if refusal else {"ready": True}).encode())
     while not refusal:
         received = receive(control)
@@ -70,7 +70,7 @@ def main(control: socket.socket) -> None:
             break
         request, log = received
         if fork(request, log, control):
-            become(request, log, loaded_with=before | added, added=added)
+            become(request, before=before, loaded_with=loaded_with)
         os.close(log)
     os._exit(0)  # nothing to tear down; libraries complain about a frozen heap
 
@@ -130,18 +130,22 @@ def fork(request: Request, log: int, control: socket.socket) -> bool:
     return True
 
 
-def become(
-    request: Request, log: int, *, loaded_with: dict[str, str], added: dict[str, str]
-) -> None:
+def become(request: Request, *, before: dict[str, str], loaded_with: dict[str, str]) -> None:
     """Turn a fresh fork into the server that the request describes, and run it to its end.
 
     Args:
-        loaded_with: the environment that the libraries of this process were loaded with.
-        added: what vLLM added to the environment while it was imported.
+        before: the environment of this process before it imported vLLM.
+        loaded_with: the same afterwards: vLLM changes some of it.
     """
     os.chdir(request.folder)
+    given = request.environment
+    changed = {
+        name: value
+        for name, value in loaded_with.items()
+        if before.get(name) != value and before.get(name) == given.get(name)
+    }
     os.environ.clear()
-    os.environ.update(added | request.environment)
+    os.environ.update(given | changed)
     time.tzset()
     importlib.import_module("numpy").random.seed()  # Python's own generator is seeded by the fork
     sys.argv = list(request.arguments)
