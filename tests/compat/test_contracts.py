@@ -726,9 +726,10 @@ def test_an_engine_process_is_made_by_a_context_that_can_be_another() -> None:
 def test_what_vllm_adds_to_the_environment_of_engines_is_known_beforehand() -> None:
     """Of what is read while loading; otherwise no engine could be forked, and none would be."""
     script = (
-        "import json, os; from vllm_dwdp.compat.frontend import loading; "
+        "import importlib, json, os; from vllm_dwdp.compat.frontend import loading; "
         "expected = loading.expected(os.environ); "
-        "import vllm.config; loaded = os.environ | expected; vllm.config.VllmConfig(); "
+        "[importlib.import_module(name) for name in loading.MODULES]; "
+        "loaded = os.environ | expected; importlib.import_module('vllm.config').VllmConfig(); "
         "print(json.dumps(loading.read_differently(loaded, os.environ)))"
     )
     ended = subprocess.run(

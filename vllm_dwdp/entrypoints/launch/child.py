@@ -1,4 +1,6 @@
-"""A process that is kept running: started again with back-off when it dies, ended when we end.
+"""A process that is kept running: started again when it dies, ended when we end.
+
+One that served is started again at once; with back-off if it has died before and had not settled since.
 
 It is a process group of its own, so that whatever a dead server left behind is removed before its
 successor starts. What it prints goes to a log, of which the last error is told.
@@ -74,6 +76,7 @@ class Child:
     _backoff_s: float = field(default_factory=lambda: FIRST_BACKOFF_S)
     _start_at: float = field(default_factory=time.monotonic)
     _ready_since: float | None = None
+    _has_died: bool = False
     _progress_at: float = 0.0
     _quiet_at: float = 0.0
     _log_start: int = 0
@@ -126,23 +129,25 @@ class Child:
         self._kill_group()
         reap_group(self.process.pid)
         self.process = None
-        settled = self._ready_since is not None and (
-            time.monotonic() - self._ready_since > SETTLED_S
-        )
-        self._backoff_s = FIRST_BACKOFF_S if settled else self._backoff_s
+        if self._ready_since is not None and time.monotonic() - self._ready_since > SETTLED_S:
+            self._backoff_s, self._has_died = FIRST_BACKOFF_S, False
+        at_once = self._ready_since is not None and not self._has_died
+        self._has_died = True
         # What is killed with -9 has no time to say why: an older error would mislead.
         failure = "" if code == -signal.SIGKILL else last_error(self.tail())
-        self._wait_for_next_start(f"{_ending(code)}, starts", failure)
+        self._wait_for_next_start(f"{_ending(code)}, starts", failure, at_once=at_once)
         self._ready_since = None
         self.is_hopeless = not self._has_served and (
             self.num_restarts >= MAX_EARLY_ENDS or (code >= 0 and not self._has_begun)
         )
 
-    def _wait_for_next_start(self, state: str, failure: str) -> None:
-        self._start_at = time.monotonic() + self._backoff_s
-        self.state = f"{state} again in {self._backoff_s:g} s"
+    def _wait_for_next_start(self, state: str, failure: str, at_once: bool = False) -> None:
+        wait_s = 0.0 if at_once else self._backoff_s
+        self._start_at = time.monotonic() + wait_s
+        self.state = f"{state} again in {wait_s:g} s"
         self.doing, self.failure = "", failure
-        self._backoff_s = min(2 * self._backoff_s, LONGEST_BACKOFF_S)
+        if not at_once:
+            self._backoff_s = min(2 * self._backoff_s, LONGEST_BACKOFF_S)
         self.num_restarts += 1
 
     def tail(self) -> str:
