@@ -130,9 +130,7 @@ class Launch:
     def rank_ports(self) -> dict[int, int]:
         """The port of every rank."""
         return {
-            rank: int(front.cmdline()[0].split("--port ")[1].split()[0])
-            if len(front.cmdline()) == 1
-            else int(front.cmdline()[front.cmdline().index("--port") + 1])
+            rank: int(" ".join(front.cmdline()).split(" --port ")[1].split()[0])
             for rank, front in self.fronts().items()
         }
 
