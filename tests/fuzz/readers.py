@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.unit.distributed.test_messages import fingerprint
 from vllm_dwdp.distributed import messages
 from vllm_dwdp.distributed.group_state import GroupState
-from vllm_dwdp.distributed.holder import HeldShards
+from vllm_dwdp.distributed.held_shards import HeldShards
 from vllm_dwdp.distributed.published_shard import PublishedShard
 from vllm_dwdp.distributed.secure import SecureChannel
 from vllm_dwdp.errors import RendezvousError

@@ -13,8 +13,7 @@ from tests.helpers.files import num_open_files
 from tests.multiprocess.test_rendezvous import meet_all, publish, rank
 from tests.unit.distributed.test_messages import fingerprint
 from vllm_dwdp.config import DwdpConfig
-from vllm_dwdp.distributed import holder as holding
-from vllm_dwdp.distributed import messages
+from vllm_dwdp.distributed import held_shards, messages
 from vllm_dwdp.distributed.dialling import Dialler
 from vllm_dwdp.distributed.endpoint import HOLDER, Endpoint
 from vllm_dwdp.distributed.holder import GroupHolder
@@ -40,7 +39,7 @@ def endpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Endpoint:
 
 @pytest.fixture
 def holder(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> Iterator[GroupHolder]:
-    monkeypatch.setattr(holding, "CONNECTION_DEADLINE_S", 0.0)
+    monkeypatch.setattr(held_shards, "CONNECTION_DEADLINE_S", 0.0)
     before = num_open_files()
     opened = GroupHolder.open(endpoint, 0, 2)
     yield opened
@@ -185,7 +184,7 @@ def test_an_old_doubt_is_forgotten(
     holder.look()
     stranger = Dialler(endpoint, group=0, dwdp_rank=0, group_size=2, fingerprint=CHANGED)
     assert isinstance(stranger.ask(HOLDER, 0), messages.NotYet)
-    monkeypatch.setattr(holding, "DOUBT_S", 0.0)
+    monkeypatch.setattr(held_shards, "DOUBT_S", 0.0)
     holder.look()
     first.end()
     assert holder.look() == []
