@@ -10,10 +10,11 @@ __all__ = ["LLM", "__version__", "register"]
 
 
 def register() -> None:
-    """vLLM's plugin entry point: teach `EngineArgs` the backend name `dwdp`. Idempotent."""
-    from vllm_dwdp.compat.frontend.engine_args import install
+    """vLLM's plugin entry point: teach `EngineArgs` and `serve` the backend name `dwdp`. Idempotent."""
+    from vllm_dwdp.compat.frontend import engine_args, serve_defaults
 
-    install()
+    engine_args.install()
+    serve_defaults.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -27,7 +27,7 @@ class DwdpConfig:
             `None` takes the cost model's threshold.
         slice_bytes: size of one copy slice.
         executor: `uni` runs the worker in the engine process, `mp` in a process of its own; `None`
-            takes `uni`, but `mp` where a rank computes on several CPU cores.
+            takes what the executor's name says, else `uni`.
         rendezvous: where ranks meet: `unix:///folder`, `tcp://host[,host...]:port`, or an
             `abstract:` name made by the launcher.
         rendezvous_secret_file: file whose content authenticates `tcp://` peers.

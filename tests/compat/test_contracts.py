@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from tests.compat.syntax import assignments, calls, entries, tree
+from vllm_dwdp.entrypoints.launch.routed import MIDDLEWARE, Routed
 
 pytestmark = pytest.mark.compat
 
@@ -450,6 +451,48 @@ def test_what_starts_the_engines_of_one_front_end() -> None:
     assert taken[0] == taken[1]
 
 
+def test_plugins_are_loaded_before_the_command_to_run_is_looked_up() -> None:
+    """What `compat.frontend.serve_defaults` wraps; the last part fails when it can go."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.cli import main, serve
+
+    assert "load_general_plugins" in calls(AsyncEngineArgs.add_cli_args)
+    assert "cmd.subparser_init(subparsers).set_defaults" in calls(main.main)
+    (default,) = [
+        node.value
+        for node in ast.walk(tree(main.main))
+        if isinstance(node, ast.keyword) and node.arg == "dispatch_function"
+    ]
+    assert ast.unparse(default) == "cmd.cmd"
+    chosen = dict(assignments(serve.ServeSubcommand.cmd))
+    assert chosen["args.api_server_count"] is not None
+    assert "args.api_server_count = args.data_parallel_size" in ast.unparse(
+        tree(serve.ServeSubcommand.cmd)
+    )
+
+
+def test_what_the_only_client_of_several_ranks_rests_on() -> None:
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine import core_client
+
+    client = core_client.DPLBAsyncMPClient
+    made = dict(assignments(client.__init__)) | dict(
+        assignments(core_client.DPAsyncMPClient.__init__)
+    )
+    assert {"self.engine_inflight", "self.lb_engines"} <= set(made)
+    assert inspect.iscoroutinefunction(client.process_engine_outputs)
+    chooses = ast.unparse(tree(client.get_core_engine_for_request))
+    assert "waiting, running, kv_cache_usage = current_counts[idx]" in chooses
+    assert "max(self.client_count * inflight, waiting + running)" in chooses
+    asserted = [
+        ast.unparse(node.test)
+        for node in ast.walk(tree(core_client.DPAsyncMPClient._ensure_stats_update_task))
+        if isinstance(node, ast.Assert)
+    ]
+    assert "self.stats_update_address is not None" in asserted, "a client without coordinator"
+    assert "eco.scheduler_stats = stats" in ast.unparse(tree(Scheduler.update_from_output))
+
+
 def test_the_coordinator_is_looked_up_by_name_and_counts_its_engines() -> None:
     from vllm.v1.engine import coordinator
 
@@ -509,6 +552,7 @@ def test_executor_and_worker_hooks() -> None:
     started = calls(UniProcExecutor._init_executor)
     for name in ("init_worker", "init_device", "load_model"):
         assert f"self.driver_worker.{name}" in started, name
+    assert "self.collective_rpc" in calls(UniProcExecutor.execute_model), "in the calling thread"
     for name in ("load_model", "execute_model", "determine_available_memory", "shutdown"):
         assert callable(getattr(CPUWorker, name))
 
@@ -656,7 +700,7 @@ def test_weights_held_outside_are_part_of_the_memory_budget_and_need_not_be_free
     from vllm.v1.worker.gpu_worker import Worker
     from vllm.v1.worker.utils import request_memory
 
-    from vllm_dwdp.compat.worker.gpu import weights_held_outside
+    from vllm_dwdp.compat.worker.gpu import requested_bytes, weights_held_outside
 
     called = calls(Worker.init_device)
     (asks,) = [name for name in called if name.endswith(".get_external_weight_memory")]
@@ -673,6 +717,53 @@ def test_weights_held_outside_are_part_of_the_memory_budget_and_need_not_be_free
     with pytest.raises(ValueError, match="Free memory"):
         request_memory(snapshot, cache_config)
     assert request_memory(snapshot, cache_config, kept_bytes) == 42 * 10**9
+    vllm_config = SimpleNamespace(cache_config=cache_config)
+    assert requested_bytes(vllm_config, snapshot.total_memory) - kept_bytes == 42 * 10**9
+
+
+def test_code_of_checkpoints_is_copied_by_one_function_that_is_looked_up_by_name() -> None:
+    from transformers import dynamic_module_utils as stock
+    from vllm.v1.engine.core import EngineCore
+
+    copies = inspect.unwrap(stock.get_cached_module_file)
+    assert "shutil.copyfile" in calls(copies)
+    assert "get_cached_module_file" in calls(stock.get_class_from_dynamic_module)
+    assert stock.get_class_from_dynamic_module.__globals__ is vars(stock)
+    assert isinstance(stock.HF_MODULES_CACHE, str)
+    # An engine loads its tokenizer when it has an executor, which is where we come in.
+    order = ["executor_class", "StructuredOutputManager"]
+    assert [name for name in calls(EngineCore.__init__) if name in order] == order
+
+
+def test_the_middleware_that_is_given_last_is_asked_first() -> None:
+    """And before vLLM's own, such as the one that asks for the API key."""
+    from fastapi import FastAPI
+    from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
+
+    app = FastAPI()
+    args = SimpleNamespace(
+        allowed_origins=["*"],
+        allow_credentials=False,
+        allowed_methods=["*"],
+        allowed_headers=["*"],
+        api_key=["key"],
+        enable_request_id_headers=False,
+        middleware=[f"{__name__}.UsersOwn", MIDDLEWARE],
+    )
+    init_entrypoints_middleware(args, app, ("generate",))
+    assert [each.cls for each in app.user_middleware][:2] == [Routed, UsersOwn]
+
+
+def test_another_server_is_chosen_by_this_variable() -> None:
+    from vllm import envs
+
+    from vllm_dwdp.entrypoints.launch.plan import RUST_FRONT_END
+
+    assert RUST_FRONT_END in envs.environment_variables
+
+
+class UsersOwn:
+    """A middleware."""
 
 
 def test_models_are_loaded_one_by_one_through_the_base_loader() -> None:

@@ -177,3 +177,23 @@ def test_a_device_without_fabric_handles_is_refused() -> None:
         open_memory(fabric=True),
     ):
         pass
+
+
+def test_how_much_is_free_and_who_has_it(
+    memory: CudaMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free, total = memory.memory_info()
+    shard = filled_shard(memory, PAGE)
+    assert memory.memory_info() == (free - PAGE, total)
+    shard.close()
+    assert memory.memory_info() == (free, total)
+    monkeypatch.setattr(
+        torch.cuda, "list_gpu_processes", lambda device: "GPU:0\nprocess 7 uses 1 MB"
+    )
+    assert memory.users() == "GPU:0; process 7 uses 1 MB"
+
+    def fail(device: object) -> str:
+        raise RuntimeError("NVML: not permitted")
+
+    monkeypatch.setattr(torch.cuda, "list_gpu_processes", fail)
+    assert memory.users() == ""

@@ -247,8 +247,7 @@ def make_engine(case: dict[str, Any]) -> Any:
         "enable_prefix_caching": True,
         "kv_cache_memory_bytes": 64 * 2**20,
         "distributed_executor_backend": "dwdp" if dwdp else "uni",
-        # In one process, whatever this machine's cores: cases look into their worker.
-        "additional_config": {"dwdp": {"executor": "uni"} | case["dwdp"]} if dwdp else {},
+        "additional_config": {"dwdp": case["dwdp"]} if dwdp else {},
     }
     args = EngineArgs(model=case["model"], **(settings | case.get("engine_args", {})))
     vllm_config = args.create_engine_config()

@@ -1,5 +1,6 @@
 """Offline: `from vllm_dwdp import LLM` over two ranks, one `LLM` for all tests, in this order."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -43,7 +44,6 @@ def llm(checkpoints: Checkpoints, wrapped_before: set[str]) -> Iterator[Any]:
             checkpoints("qwen3_moe", 8),
             data_parallel_size=2,
             disable_log_stats=False,
-            additional_config={"dwdp": {"executor": "uni"}},
             **SETTINGS,
         )
     try:
@@ -90,6 +90,7 @@ def test_a_rank_is_one_process_on_its_own_cores() -> None:
     from vllm_dwdp.compat.worker.cpu import split_cores
 
     assert not processes("VLLM::Worker")
+    assert not processes("DPCoordinator"), "nobody asks it"
     engines = sorted(processes("VLLM::EngineCore"), key=lambda engine: engine.cmdline())
     cores = [sorted(engine.cpu_affinity()) for engine in engines]
     assert cores == [sorted(split_cores(rank, 2)) for rank in (0, 1)]
@@ -242,6 +243,30 @@ def test_worker_processes_on_request(
         llm.llm_engine.engine_core.shutdown()
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
+def test_a_rank_of_several_cores_has_a_thread_on_each(
+    expected: list[list[int]], checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process, as any rank; its main thread, from which others inherit, is free between steps."""
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    from vllm_dwdp import LLM
+    from vllm_dwdp.compat.worker.cpu import split_cores
+
+    llm = LLM(checkpoints("qwen3_moe", 8), **SETTINGS)
+    try:
+        assert tokens_of(llm.generate(PROMPTS, params(), use_tqdm=False)) == expected
+        assert not processes("VLLM::Worker")
+        (engine,) = processes("VLLM::EngineCore")
+        cores = split_cores(0, 1)
+        assert sorted(engine.cpu_affinity()) == sorted(cores)
+        found = [os.sched_getaffinity(thread.id) for thread in engine.threads()]
+        pinned = sorted(next(iter(each)) for each in found if len(each) == 1)
+        assert pinned == sorted(cores[1:]), "one thread on each core but the first"
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
 IN_SMALL_SHARED_MEMORY = (
     *("unshare", "--mount", "--propagation", "private", "sh", "-c"),
     'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"',
@@ -255,9 +280,7 @@ from vllm import SamplingParams
 from vllm_dwdp import LLM
 
 if __name__ == "__main__":
-    options = {"dwdp": {"executor": "uni"}}
-    llm = LLM(sys.argv[1], data_parallel_size=2, max_model_len=512, enforce_eager=True,
-              additional_config=options)
+    llm = LLM(sys.argv[1], data_parallel_size=2, max_model_len=512, enforce_eager=True)
     (output,) = llm.generate("hello", SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
     print("TOKENS", len(output.outputs[0].token_ids))
 """
@@ -284,5 +307,9 @@ def test_ranks_start_with_the_shared_memory_of_a_container(
 
 
 def processes(name: str) -> list[psutil.Process]:
-    children = psutil.Process().children(recursive=True)
-    return [child for child in children if name in " ".join(child.cmdline())]
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # also a zombie
+            if name in " ".join(child.cmdline()):
+                found.append(child)
+    return found

@@ -164,24 +164,16 @@ def test_a_device_without_an_implementation(
 
 
 @pytest.mark.parametrize(
-    ("dwdp", "one_core_each", "executor"),
+    ("dwdp", "executor"),
     [
-        ({}, True, "DwdpExecutor"),
-        ({}, False, "DwdpMultiprocExecutor"),
-        ({"executor": "uni"}, False, "DwdpExecutor"),
-        ({"executor": "mp"}, True, "DwdpMultiprocExecutor"),
+        ({}, "DwdpExecutor"),
+        ({"executor": "uni"}, "DwdpExecutor"),
+        ({"executor": "mp"}, "DwdpMultiprocExecutor"),
     ],
 )
-def test_the_executor_is_named_by_the_option_or_follows_the_cores(
-    checkpoints: Checkpoints,
-    monkeypatch: pytest.MonkeyPatch,
-    dwdp: dict[str, str],
-    one_core_each: bool,
-    executor: str,
+def test_the_executor_is_named_by_the_option(
+    checkpoints: Checkpoints, dwdp: dict[str, str], executor: str
 ) -> None:
-    monkeypatch.setattr(
-        "vllm_dwdp.compat.worker.cpu.has_one_core_each", lambda num_slots: one_core_each
-    )
     config = configure(checkpoints("qwen3_moe"), dwdp)
     chosen = config.parallel_config.distributed_executor_backend
     assert chosen == f"vllm_dwdp.executor.executor.{executor}"

@@ -50,7 +50,7 @@ def server(
     log = tmp_path_factory.mktemp("dwdp") / "server.log"
     config = json.dumps({"dwdp": {"mode": "prefetch"}})
     chunked = ("--max-num-batched-tokens", "64")
-    arguments = (*DWDP, "--additional-config", config, *chunked)
+    arguments = (*DWDP, "--api-server-count", "2", "--additional-config", config, *chunked)
     with serving(log, model, *arguments, environment={"VLLM_SERVER_DEV_MODE": "1"}) as running:
         yield running
 
@@ -186,6 +186,16 @@ def test_replicas_answer_as_stock_vllm_does_and_say_so(
         for rank in (0, 1):
             assert [replicas.tokens(prompt, rank=rank) for prompt in PROMPTS] == expected
         wait_until(lambda: replicas.metric("vllm:dwdp_config_info", mode="replica") == 2)
+        names = {process.cmdline()[0] for process in replicas.processes("VLLM::")}
+        assert names == {"VLLM::EngineCore_DP0", "VLLM::EngineCore_DP1"}, (
+            "one API server by default"
+        )
+        with ThreadPoolExecutor(16) as pool:
+            answers = list(pool.map(lambda index: replicas.tokens(f"at once {index}"), range(32)))
+        assert all(len(answer) == 16 for answer in answers)
+        for rank in ("0", "1"):
+            finished = replicas.metric("vllm:request_success_total", engine=rank) or 0
+            assert finished >= len(PROMPTS) + 12, "requests are spread over the ranks"
 
 
 def proportional_memfd_bytes(pid: int) -> int:

@@ -1,5 +1,8 @@
-"""What a start costs: only the resident experts are read, and no more than one layer is held twice."""
+"""What a start costs: only the resident experts are read, no more than one layer is held twice, and two
+ranks take less of everything than two stock servers.
+"""
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +67,24 @@ def test_peak_memory_is_resident_experts_dense_and_one_layer(
     dense = result["file_bytes"] - experts
     assert experts / 2 <= result["peak_bytes"]["own"]
     assert result["peak_bytes"]["own"] <= experts / 2 + dense + LAYER_BYTES + ENGINE_BYTES
+
+
+@pytest.mark.slow
+def test_two_ranks_start_for_no_more_than_two_stock_servers(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """Processes, memory and CPU seconds; time on the clock is for an idle machine."""
+    path = Path(__file__).parents[2] / "benchmarks" / "start_time.py"
+    spec = importlib.util.spec_from_file_location("start_time", path)
+    assert spec is not None and spec.loader is not None
+    start_time = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(start_time)
+    arguments = [checkpoints("qwen3_moe", 8), "--enforce-eager"]
+    started = {kind: start_time.start_once(kind, arguments, tmp_path) for kind in ("stock", "dwdp")}
+    ours, stock = started["dwdp"], started["stock"]
+    assert ours.num_processes < stock.num_processes, started
+    assert ours.memory_mib <= stock.memory_mib, started
+    assert ours.cpu_s <= 1.05 * stock.cpu_s, started
+    assert ours.shared_memory_mib < 1, started
+    phases = ["front end", "engine", "worker", "load", "meeting", "cache and warm-up"]
+    assert list(ours.phases) == phases and "meeting" not in stock.phases

@@ -332,6 +332,9 @@ def test_launch_restarts_a_killed_rank_behind_the_router(
         router = Server.__new__(Server)
         router.url = f"http://127.0.0.1:{port}"
         expected = router.tokens(PROMPTS[2])
+        for _ in range(2):  # whichever rank the router picks
+            with pytest.raises(urllib.error.HTTPError, match="400"):
+                router.tokens(PROMPTS[2], rank=0)
         family = psutil.Process(process.pid).children(recursive=True)
         victim = next(child for child in family if "EngineCore" in " ".join(child.cmdline()))
         victim.kill()

@@ -3,19 +3,23 @@
 Ranks started one by one: `test_survival`.
 """
 
+import copy
 import json
+import signal
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.conftest import Checkpoints
+from tests.helpers.waiting import wait_until
+from vllm_dwdp.entrypoints.launch.ports import free_ports
 from vllm_dwdp.entrypoints.launch.server import Server
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
 PROMPTS = [f"topology {index} " * (1 + 5 * index) for index in range(4)]
-EAGER = ("--enforce-eager", "--api-server-count", "1", "--served-model-name", "m")
+EAGER = ("--enforce-eager", "--served-model-name", "m")
 
 
 def start(model: str, log: Path, folder: Path, *arguments: str, **dwdp: object) -> Server:
@@ -47,6 +51,7 @@ def test_hybrid_nodes_with_one_group_each(checkpoints: Checkpoints, tmp_path: Pa
         for node in nodes:
             for rank in (0, 1):
                 assert node.tokens(PROMPTS[2], rank=rank) == expected
+            assert not node.processes("DPCoordinator") and not node.processes("APIServer")
         assert sorted(path.name for path in folder.iterdir()) == [
             "g0-r0.sock",
             "g0-r1.sock",
@@ -65,3 +70,33 @@ def test_hybrid_nodes_with_one_group_each(checkpoints: Checkpoints, tmp_path: Pa
         for node in nodes:
             node.stop()
     assert not list(folder.iterdir())
+
+
+def test_one_server_for_each_rank_under_vllms_supervisor(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """`--data-parallel-multi-port-external-lb`: rank r listens at port + r, beside a health port."""
+    (health_port,) = free_ports(1)
+    supervisor = start(
+        checkpoints("mixtral", 8),
+        tmp_path / "log",
+        tmp_path / "meet",
+        *("--enforce-eager", "--served-model-name", "m", "--max-model-len", "512"),
+        *("--data-parallel-size", "2", "--data-parallel-size-local", "2"),
+        *("--data-parallel-multi-port-external-lb",),
+        *("--data-parallel-supervisor-port", str(health_port)),
+    )
+    second = copy.copy(supervisor)
+    second.url = f"http://127.0.0.1:{supervisor.port + 1}"
+    all_ready = copy.copy(supervisor)
+    all_ready.url = f"http://127.0.0.1:{health_port}"
+    with supervisor:
+        all_ready.wait_until_ready()
+        assert second.tokens(PROMPTS[2]) == supervisor.tokens(PROMPTS[2])
+        for rank, server in enumerate((supervisor, second)):
+            wait_until(lambda: server.metric("vllm:dwdp_config_info"))  # noqa: B023
+            assert server.metric("vllm:dwdp_config_info", dwdp_rank=str(rank)) == 1
+            counted = server.metric("vllm:generation_tokens_total", engine=str(rank))
+            assert counted == 16, "labels are global ranks"
+        assert supervisor.stop(signal.SIGTERM) == 0
+    assert not list((tmp_path / "meet").iterdir())

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.formats.layers import import_everything
 from tests.helpers import cpu_gates
@@ -20,6 +21,8 @@ def layers_can_be_built() -> Iterator[None]:
         initialize_model_parallel,
     )
 
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the tensors are small
     import_everything()
     if cpu_gates.why_not() is None:
         cpu_gates.open_gates()
@@ -32,3 +35,4 @@ def layers_can_be_built() -> Iterator[None]:
         object.__setattr__(config, "model_config", model)
         yield
     cleanup_dist_env_and_memory()
+    torch.set_num_threads(num_threads)

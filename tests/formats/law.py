@@ -1,47 +1,69 @@
 """The law that sharing experts rests on, tried on one layer of a method and kernel.
 
-A layer is processed with the large rows of other ranks zero. Every tensor that is reachable from it
-afterwards is either the same as the whole layer's, on every rank, or has its experts outermost and, for
-the experts of its rank, the same rows.
+A layer is loaded and processed as the product does it: with the large rows of other ranks zero. Every
+tensor that is reachable from it afterwards is either the same as the whole layer's, on every rank, or
+has its experts outermost and, for the experts of its rank, the same rows. Its twin finds the same, and
+when the experts are handed over, nothing keeps their memory.
 """
 
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 
 from tests.formats.layers import NUM_EXPERTS, Choice, choosing, fill, make_layer
 from tests.formats.operations import replaced_operations
-from tests.formats.walk import numbers_of, tensors_of
+from vllm_dwdp.compat.worker import moe
+from vllm_dwdp.errors import DwdpUnsupportedError
 from vllm_dwdp.layout.placement import ExpertRange
+from vllm_dwdp.model_executor import raw_parameters
+from vllm_dwdp.model_executor.processed_layer import Findings, ProcessedLayer
+from vllm_dwdp.model_executor.raw_parameters import RawParameters, bytes_of
+from vllm_dwdp.model_executor.relocation import WatchedStorage
+from vllm_dwdp.model_executor.twin import LayerTwin, check_same
 
 RANKS = (ExpertRange(0, 3), ExpertRange(3, 4), ExpertRange(4, NUM_EXPERTS))
 """Uneven shares."""
+CPU = torch.device("cpu")
 HOPPER, BLACKWELL = (9, 0), (10, 0)
-LARGE_BYTES = (16, 4096)
-"""Of one expert of a raw parameter, from which on other ranks' rows are zero while a layer is processed.
+LARGE_BYTES, SMALLER_BYTES = 4096, 16
+"""Of one expert of a raw parameter, from which on a rank loads its own only.
 
-The larger is what a rank decides by; with the smaller the scales of these small layers are treated as
-those of real ones, of which only one or two numbers for each expert are small.
+The larger is what the product decides by; with the smaller the scales of these small layers are treated
+as those of real ones, of which only one or two numbers for each expert are small.
 """
-
-
-@dataclass(frozen=True, kw_only=True)
-class Held:
-    """What can be reached from a layer, by path."""
-
-    tensors: dict[str, torch.Tensor]
-    numbers: dict[str, int | float]
-
-    @classmethod
-    def by(cls, layer: Any) -> "Held":
-        return cls(tensors=tensors_of(layer), numbers=numbers_of(layer))
 
 
 class Broken(Exception):
     """A tensor that is neither the same everywhere nor its owners' rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processed:
+    """A layer that vLLM has processed.
+
+    Args:
+        rank: whose experts were loaded; all for the whole layer.
+        twin: what the rank's twin of it found.
+        watched: memory that it had before.
+    """
+
+    layer: Any
+    rank: ExpertRange | None = None
+    twin: Findings | None = None
+    watched: tuple[WatchedStorage, ...] = ()
+
+    def look(self) -> ProcessedLayer:
+        """What it holds now."""
+        return ProcessedLayer(self.layer, CPU, self.watched)
+
+    def hand_over(self) -> None:
+        """Let the experts go, as when they are moved into a shard."""
+        looked = self.look()
+        looked.hand_over(list(looked.tensors.per_expert), [], lambda rows: None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,35 +81,32 @@ def try_law(method: str, choice: Choice, capability: tuple[int, int]) -> Finding
         Broken: it does not hold.
     """
     with processing(choice, capability):
-        whole = Held.by(process(method))
-        findings = [
-            compare(whole, [Held.by(process(method, rank, large)) for rank in RANKS])
-            for large in LARGE_BYTES
-        ]
-    return findings[0]
+        whole = process(method)
+        parts = [process(method, rank, LARGE_BYTES) for rank in RANKS]
+        return compare(whole, [*parts, process(method, RANKS[0], SMALLER_BYTES)])
 
 
-def compare(whole: Held, parts: list[Held]) -> Finding:
-    """Sort the tensors of a whole layer by what the ranks' are.
+def compare(whole: Processed, parts: list[Processed]) -> Finding:
+    """Sort the tensors of a whole layer, and compare what each rank provides with it.
 
     Raises:
-        Broken: one is neither the same everywhere nor its owners' rows, or a number differs.
+        Broken: a rank's rows or what is replicated differ, its twin's too, or its memory is kept.
     """
-    for part in parts:
-        if part.tensors.keys() != whole.tensors.keys():
-            raise Broken(f"other tensors: {sorted(part.tensors.keys() ^ whole.tensors.keys())}")
-        if part.numbers != whole.numbers:
-            raise Broken(f"other numbers: {dict(part.numbers.items() ^ whole.numbers.items())}")
-    shared, replicated = [], []
-    for path, tensor in whole.tensors.items():
-        each = [part.tensors[path] for part in parts]
-        if all(are_equal(tensor, other) for other in each):
-            replicated.append(path)
-        elif holds_rows(tensor, each):
-            shared.append(path)
-        else:
-            raise Broken(f"{path} {tuple(tensor.shape)} {tensor.stride()}")
-    return Finding(shared=tuple(shared), replicated=tuple(replicated))
+    try:
+        tensors = whole.look().tensors
+        for part in parts:
+            assert part.rank is not None
+            provided = part.look().independent_of_others(part.rank)
+            if part.twin is not None:
+                check_same("twin", part.twin, provided)
+            check_same("whole", whole.look().independent_of_others(part.rank), provided)
+            part.hand_over()
+    except DwdpUnsupportedError as error:
+        raise Broken(str(error)) from error
+    return Finding(
+        shared=tuple(placed.path for rows in tensors.per_expert for placed in rows.tensors),
+        replicated=tuple(tensors.replicated),
+    )
 
 
 @contextlib.contextmanager
@@ -101,48 +120,21 @@ def processing(choice: Choice | None, capability: tuple[int, int]) -> Iterator[N
         yield
 
 
-def process(method: str, rank: ExpertRange | None = None, large_bytes: int = 0) -> Any:
-    """Build, fill and process a layer; for a rank, the others' rows of large parameters are zero."""
+def process(method: str, rank: ExpertRange | None = None, large_bytes: int = 0) -> Processed:
+    """Build, fill and process a layer; for a rank, with its experts of large parameters only."""
     layer = make_layer(method)
     fill(layer)
-    if rank is not None:
-        for parameter in layer.parameters():
-            if parameter.shape[:1] == (NUM_EXPERTS,) and parameter[0].nbytes >= large_bytes:
-                parameter.data[: rank.start].zero_()
-                parameter.data[rank.stop :].zero_()
-    layer.quant_method.process_weights_after_loading(layer)
-    return layer
-
-
-def are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether layouts and bits are the same."""
-    layouts = [(each.shape, each.stride(), each.dtype) for each in (one, other)]
-    return layouts[0] == layouts[1] and torch.equal(bits(one), bits(other))
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-
-
-def expert_dimension(tensor: torch.Tensor) -> int | None:
-    """The outermost dimension in memory, if its size is the number of experts."""
-    if not tensor.dim():
-        return None
-    outermost = max(range(tensor.dim()), key=lambda dim: (tensor.stride(dim), tensor.shape[dim]))
-    return outermost if tensor.shape[outermost] == NUM_EXPERTS else None
-
-
-def holds_rows(whole: torch.Tensor, parts: list[torch.Tensor]) -> bool:
-    """Whether every rank has its own experts' rows as the whole layer has them."""
-    dim = expert_dimension(whole)
-    if dim is None:
-        return False
-    return all(
-        part.shape == whole.shape
-        and part.stride() == whole.stride()
-        and torch.equal(
-            bits(part.narrow(dim, rank.start, rank.stop - rank.start)),
-            bits(whole.narrow(dim, rank.start, rank.stop - rank.start)),
-        )
-        for part, rank in zip(parts, RANKS, strict=True)
-    )
+    if rank is None:
+        moe.process(layer)
+        return Processed(layer=layer)
+    filled = {name: each.data.clone() for name, each in layer.named_parameters()}
+    with mock.patch.object(raw_parameters, "LARGE_ROW_BYTES", large_bytes):
+        raw = RawParameters(layer, NUM_EXPERTS, rank)
+        twin = LayerTwin(make_layer(method))
+    for name, parameter in raw.large.items():
+        bytes_of(parameter.data).copy_(bytes_of(filled[name][rank.start : rank.stop]))
+    found = twin.process(raw, CPU)
+    watched = raw.make_whole()
+    del parameter
+    moe.process(layer)
+    return Processed(layer=layer, rank=rank, twin=found, watched=tuple(watched))

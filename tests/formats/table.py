@@ -8,20 +8,20 @@ from tests.formats.methods import METHODS
 from tests.formats.pairs import Pair, pairs_of
 
 HOLDS = "holds"
-OWNERS = "owners' rows"
+REFUSED_HERE = "refused by DWDP"
 REFUSED = "refused by vLLM"
 LEFT_OUT = "left out"
 BROKEN = "broken"
 GPUS = {"Hopper": HOPPER, "Blackwell": BLACKWELL}
 
-FACTOR = "scales carry a factor that the second scale of the same rank undoes"
-OWNERS_TOGETHER = {
+FACTOR = "the scales of an expert carry a factor that depends on all experts"
+DEPENDENT = {
     ("modelopt_nvfp4", "MARLIN"): FACTOR,
     ("ct_nvfp4", "MARLIN"): FACTOR,
     ("ct_nvfp4_a16", "MARLIN"): FACTOR,
     ("quark_nvfp4", "MARLIN"): FACTOR,
 }
-"""Whose rows differ from the whole layer's, and are right where an expert's all come from one rank."""
+"""Pairs whose rows depend on experts of other ranks."""
 NO_CACHE = "vLLM's conversion asserts an argument that this method does not give"
 UNTRIED = {
     ("quark_gpt_oss_mxfp4", "FLASHINFER_TRTLLM_MXFP4_MXFP8"): NO_CACHE,
@@ -29,6 +29,23 @@ UNTRIED = {
     ("quark_gpt_oss_mxfp4", "CPU"): "vLLM frees memory of a GPU while it converts",
 }
 """Pairs that vLLM itself cannot process, though it does not say so."""
+REFUSALS = {
+    ("ct_mxfp4_fp8", "TRITON"),
+    ("ct_mxfp4_fp8", "EMULATION"),
+    ("moe_wna16", "MARLIN"),
+    ("moe_wna16", "CPU"),
+    ("gpt_oss_mxfp4", "DEEPGEMM_MXFP4"),
+    ("gpt_oss_mxfp4", "CUTLASS_MXFP4_MXFP4"),
+    ("gpt_oss_mxfp4", "EMULATION"),
+    ("mxfp4", "TRITON"),
+    ("mxfp4", "EMULATION"),
+    ("quark_int4", "MARLIN"),
+    ("quark_int4", "CPU"),
+    ("quark_gpt_oss_mxfp4", "DEEPGEMM_MXFP4"),
+    ("quark_gpt_oss_mxfp4", "CUTLASS_MXFP4_MXFP4"),
+    ("quark_gpt_oss_mxfp4", "EMULATION"),
+}
+"""Pairs that vLLM refuses by an error of its own, and no other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +87,7 @@ def _verdict(pair: Pair) -> tuple[str, str]:
         try:
             findings[gpu] = try_law(pair.method, pair.choice, capability)
         except Broken as error:
-            return (
-                (OWNERS, OWNERS_TOGETHER[place])
-                if place in OWNERS_TOGETHER
-                else (BROKEN, str(error))
-            )
+            return (REFUSED_HERE, DEPENDENT[place]) if place in DEPENDENT else (BROKEN, str(error))
         except (ValueError, TypeError, NotImplementedError) as error:
             refusals[gpu] = " ".join(str(error).split())
         except (AssertionError, RuntimeError):
@@ -92,7 +105,7 @@ def _verdict(pair: Pair) -> tuple[str, str]:
 
 HEADINGS = {
     HOLDS: "Proved by assembly: every tensor is its owners' rows, or the same on every rank",
-    OWNERS: "Proved by assembly, but for a factor that an expert's two scales share",
+    REFUSED_HERE: "Refused by DWDP before anything is loaded",
     REFUSED: "Pairs that vLLM itself refuses",
     LEFT_OUT: "Left out",
 }

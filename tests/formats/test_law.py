@@ -5,17 +5,20 @@ are replaced (`operations.py`). It is no evidence about a GPU's kernels.
 """
 
 import importlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from tests.formats import law, table
-from tests.formats.layers import LAYERS, NUM_EXPERTS, Choice, make_layer, oracle_modules, subclasses
+from tests.formats.layers import LAYERS, Choice, make_layer, oracle_modules, subclasses
 from tests.formats.methods import METHODS, NOT_BUILT
 from tests.formats.pairs import pairs_of
 from tests.formats.table import Row
-from tests.formats.walk import tensors_of
+from vllm_dwdp.compat.worker.moe import check_method
+from vllm_dwdp.errors import DwdpUnsupportedError
+from vllm_dwdp.model_executor.twin import check_same
 
 pytestmark = pytest.mark.compat
 
@@ -30,7 +33,7 @@ def test_experts_can_be_shared(method: str) -> None:
     print("\n".join(map(str, rows)))
     broken = [str(row) for row in rows if row.verdict == table.BROKEN]
     assert not broken, broken
-    assert any(row.verdict in (table.HOLDS, table.OWNERS) for row in rows), (
+    assert any(row.verdict in (table.HOLDS, table.REFUSED_HERE) for row in rows), (
         f"{method}: nothing tried"
     )
 
@@ -61,35 +64,33 @@ def test_the_exceptions_are_still_needed() -> None:
     """Of all tables: a pair that is named is found, and needs it."""
     rows = [row for method in METHODS for row in FOUND.get(method) or table.rows_of(method)]
     verdicts = {(row.method, row.backend): row.verdict for row in rows}
-    assert all(verdicts[pair] == table.OWNERS for pair in table.OWNERS_TOGETHER)
+    assert all(verdicts[pair] == table.REFUSED_HERE for pair in table.DEPENDENT)
     assert all(verdicts[pair] == table.LEFT_OUT for pair in table.UNTRIED)
+    refused = {(row.method, row.backend) for row in rows if row.verdict == table.REFUSED}
+    assert refused == table.REFUSALS
 
 
-# --- what differs and is right: NVFP4 on Marlin ----------------------------------------------------
+# --- what is refused: NVFP4 on Marlin --------------------------------------------------------------
 
 
-def marlin_scales(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-    """What Marlin multiplies by: scales of five bits exponent and three mantissa, times the second."""
-    packed = tensors[f"layer.{name}_weight_scale"].contiguous().view(torch.uint8)
-    scales = (packed.to(torch.int16) << 7).view(torch.half).float()
-    return scales * tensors[f"layer.{name}_weight_scale_2"].view(NUM_EXPERTS, 1, 1)
-
-
-@pytest.mark.parametrize("method", ["modelopt_nvfp4", "ct_nvfp4"])
-def test_nvfp4_scales_on_marlin_are_right_with_the_second_scale_of_their_owner(method: str) -> None:
+@pytest.mark.parametrize("method", sorted({method for method, _ in table.DEPENDENT}))
+def test_nvfp4_on_marlin_is_refused_before_it_is_loaded_and_its_twin_would_find_it(
+    method: str,
+) -> None:
     kernels = importlib.import_module(f"{LAYERS}.fused_moe.experts.marlin_moe")
     backend = oracle_modules()["nvfp4"].NvFp4MoeBackend.MARLIN
     choice = Choice(oracle="nvfp4", backend=backend, experts=kernels.MarlinExperts)
     with law.processing(choice, law.HOPPER):
-        whole = tensors_of(law.process(method))
-        parts = [tensors_of(law.process(method, rank, 4096)) for rank in law.RANKS]
-    for name in ("w13", "w2"):
-        right = marlin_scales(whole, name)
-        second = f"layer.{name}_weight_scale_2"
-        assert any(not torch.equal(part[second], whole[second]) for part in parts)
-        for part, rank in zip(parts, law.RANKS, strict=True):
-            own = slice(rank.start, rank.stop)
-            torch.testing.assert_close(marlin_scales(part, name)[own], right[own], rtol=0.1, atol=0)
+        with pytest.raises(
+            DwdpUnsupportedError, match=r"depends on all of them, on Marlin.*replica"
+        ):
+            check_method(make_layer(method))
+        part = law.process(method, law.RANKS[0], 4096)
+    assert part.twin is not None
+    with pytest.raises(
+        DwdpUnsupportedError, match="scale depends on experts that other ranks hold"
+    ):
+        check_same(method, part.twin, part.look().independent_of_others(law.RANKS[0]))
 
 
 # --- the test can fail -----------------------------------------------------------------------------
@@ -105,10 +106,10 @@ def broken_by(method: str, large_bytes: int, change: Any = None) -> str:
             law.process(method),
             *(law.process(method, rank, large_bytes) for rank in law.RANKS),
         ]
-    for layer in layers:
+    for processed in layers:
         if change is not None:
-            change(layer)
-    whole, *parts = map(law.Held.by, layers)
+            change(processed.layer)
+    whole, *parts = (replace(processed, twin=None) for processed in layers)
     with pytest.raises(law.Broken) as error:
         law.compare(whole, parts)
     return str(error.value)
@@ -122,29 +123,28 @@ def test_a_reduction_over_experts_of_a_large_parameter_is_found() -> None:
     def reduce(layer: Any) -> None:
         layer.greatest = layer.w13_weight.float().amax()
 
-    assert "layer.greatest" in broken_by("fp8_block", 4096, reduce)
+    assert "greatest" in broken_by("fp8_block", 4096, reduce)
 
 
 def test_experts_that_are_not_outermost_in_memory_are_found() -> None:
     def transpose(layer: Any) -> None:
         layer.columns = layer.w2_weight.transpose(0, 1).contiguous().transpose(0, 1)
 
-    assert "layer.columns" in broken_by("fp8_block", 4096, transpose)
-    assert law.expert_dimension(torch.zeros(NUM_EXPERTS, 3, 4).permute(1, 2, 0)) == 2
+    assert "columns" in broken_by("fp8_block", 4096, transpose)
 
 
 def test_rows_that_need_other_ranks_are_found() -> None:
     def mix(layer: Any) -> None:
         layer.mixed = layer.w2_weight.float() + layer.w2_weight.float().roll(1, dims=0)
 
-    assert "layer.mixed" in broken_by("fp8_block", 4096, mix)
+    assert "mixed" in broken_by("fp8_block", 4096, mix)
 
 
 def test_numbers_that_differ_are_found() -> None:
     def keep(layer: Any) -> None:
         layer.factor = float(layer.w13_weight.float().amax())
 
-    assert "layer.factor" in broken_by("fp8_block", 4096, keep)
+    assert "factor" in broken_by("fp8_block", 4096, keep)
 
 
 def test_tensors_that_only_some_ranks_have_are_found() -> None:
@@ -153,7 +153,16 @@ def test_tensors_that_only_some_ranks_have_are_found() -> None:
     def add_one(layer: Any) -> None:
         setattr(layer, f"of_{next(count)}", torch.zeros(1))
 
-    assert broken_by("fp8_block", 4096, add_one).startswith("other tensors")
+    assert "of_0" in broken_by("fp8_block", 4096, add_one)
+
+
+def test_memory_that_a_kernel_keeps_is_found() -> None:
+    kept = []
+
+    def keep(layer: Any) -> None:
+        kept.append(layer.w2_weight.data)
+
+    assert "w2_weight was processed, but list keeps" in broken_by("fp8_block", 4096, keep)
 
 
 # --- the documentation's table ---------------------------------------------------------------------

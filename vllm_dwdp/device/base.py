@@ -148,6 +148,12 @@ class Device(Protocol):
     def copies_share_compute(self) -> bool:
         """Whether copies take the cores and the memory that compute, so that direct always wins."""
 
+    def memory_info(self) -> tuple[int, int]:
+        """Bytes of its memory that are free, and all of them."""
+
+    def users(self) -> str:
+        """Which processes hold how much of its memory, in words; empty where nobody tells."""
+
     def check_room(self, num_bytes: int, purpose: str) -> None:
         """Refuse before memory runs out.
 

@@ -10,7 +10,7 @@ Runs in the worker's main thread, at load time only. What of it ran on hardware 
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import torch
 
@@ -166,6 +166,16 @@ class CudaMemory:
         self.pool_page_bytes = max(POOL_PAGE_BYTES, self.page_bytes)
         self.torch_device = torch_device or torch.device("cuda", ordinal)
         self._clear_cache = clear_cache
+
+    def memory_info(self) -> tuple[int, int]:
+        """As the driver says."""
+        return self.device.free_bytes, self.device.total_bytes
+
+    def users(self) -> str:
+        """What NVML says, where nvidia-ml-py is installed."""
+        with suppress(Exception):  # whatever NVML raises: this is for a line of a log
+            return "; ".join(torch.cuda.list_gpu_processes(self.torch_device).splitlines())
+        return ""
 
     def check_room(self, num_bytes: int, purpose: str) -> None:
         """Nothing: torch has allocated the model's tensors by now, and the driver checks the rest."""

@@ -15,12 +15,13 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
+import psutil
 import torch
 
 from vllm_dwdp.device.base import Handles, Segment
 from vllm_dwdp.device.digest import digest_pieces
 from vllm_dwdp.device.host_queue import HostCopyQueue
-from vllm_dwdp.device.limits import check_available, release_free_heap
+from vllm_dwdp.device.limits import available_bytes, check_available, release_free_heap
 from vllm_dwdp.errors import DwdpMemoryError
 from vllm_dwdp.layout.slots import SlotLayout
 from vllm_dwdp.logger import format_gib
@@ -273,6 +274,14 @@ class HostDevice:
     torch_device = torch.device("cpu")
     captures_graphs = False
     copies_share_compute = True
+
+    def memory_info(self) -> tuple[int, int]:
+        """Of this host, or of the container if that has less."""
+        return available_bytes(), psutil.virtual_memory().total
+
+    def users(self) -> str:
+        """Nobody tells."""
+        return ""
 
     def check_room(self, num_bytes: int, purpose: str) -> None:
         """As `check_available`."""

@@ -1,9 +1,10 @@
-"""What this process has, and may still take: memory and open files of the host or the container."""
+"""What this process has, and may still take: cores, memory and open files of the host or container."""
 
 import ctypes
 import os
 import resource
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 
@@ -13,6 +14,20 @@ from vllm_dwdp.logger import format_gib
 
 _FILES_PER_PEER = 4  # the peer's shard, a hello each way, a status request
 _FILES_AROUND = 64  # checkpoint files, sockets, the slots, and what vLLM opens meanwhile
+
+
+ONLINE_CPUS = Path("/sys/devices/system/cpu/online")
+
+
+def is_confined() -> bool:
+    """Whether this process may not use some CPU of this machine: `taskset`, or a container's cpuset."""
+    return len(os.sched_getaffinity(0)) < _num_online_cpus()
+
+
+def _num_online_cpus() -> int:
+    """CPUs of the machine; glibc's count, and so Python's, may be of those that are allowed."""
+    spans = [span.split("-") for span in ONLINE_CPUS.read_text().strip().split(",")]
+    return sum(int(span[-1]) - int(span[0]) + 1 for span in spans)
 
 
 def check_available(num_bytes: int, purpose: str) -> None:

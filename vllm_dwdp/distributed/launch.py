@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.distributed.endpoint import Endpoint
 
+SHARED_CORES_ENV = "DWDP_SHARED_CORES"
+"""Set for front ends that divide the cores which each of them may use."""
+
 
 @dataclass(frozen=True)
 class RankSpan:
@@ -17,11 +20,14 @@ class RankSpan:
         first: global rank of its first engine (not 0 when ranks or nodes are started one by one).
         count: engines that it starts.
         total: ranks of the whole deployment; on the CPU all on this host.
+        own_cores: whether the cores that the front end may use are for its ranks only; else all ranks of
+            the deployment divide them.
     """
 
     first: int
     count: int
     total: int
+    own_cores: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,3 +76,15 @@ class Seat:
     def dwdp_rank(self) -> int:
         """The rank's position within its group."""
         return self.rank % self.launch.config.group_size
+
+    @property
+    def core_slot(self) -> int:
+        """The rank's position among those that divide the cores of its front end."""
+        ranks = self.launch.ranks
+        return self.rank - ranks.first if ranks.own_cores else self.rank
+
+    @property
+    def num_core_slots(self) -> int:
+        """How many ranks divide these cores."""
+        ranks = self.launch.ranks
+        return ranks.count if ranks.own_cores else ranks.total

@@ -10,6 +10,7 @@ from vllm_dwdp.compat.frontend.engine_args import install
 from vllm_dwdp.compat.frontend.interruptible import InterruptibleLLM
 from vllm_dwdp.compat.frontend.interrupts import engines_without_interrupts
 from vllm_dwdp.compat.frontend.offline import rank_client
+from vllm_dwdp.compat.frontend.own_engines import while_offline_engines_start
 from vllm_dwdp.compat.frontend.ranks import ENDPOINT_ENV
 from vllm_dwdp.compat.frontend.sleeping import refuse_sleep
 from vllm_dwdp.errors import DwdpConfigError
@@ -44,6 +45,7 @@ class LLM(InterruptibleLLM):
             )
         install()
         with ExitStack() as stack:
+            stack.enter_context(while_offline_engines_start())
             stack.enter_context(engines_without_interrupts())
             if data_parallel_size > 1:
                 # What is wrapped is vLLM's own again when the engines run.

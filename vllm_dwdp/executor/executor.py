@@ -4,17 +4,20 @@ They run in the engine process of each rank, and add to vLLM's only what must ha
 starts: the real model config back in place, and the rank's own cores or GPU.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
 
 from vllm.platforms import current_platform
 
-from vllm_dwdp.compat.worker import cpu, independent
+from vllm_dwdp.compat.worker import cpu, independent, remote_code
 from vllm_dwdp.compat.worker.executor import (
     Hooked,
     HookedMultiprocExecutor,
     HookedUniProcExecutor,
 )
+from vllm_dwdp.device.openmp import on_core
 from vllm_dwdp.logger import init_logger
 
 logger = init_logger(__name__)
@@ -27,27 +30,49 @@ class RankExecutor(Hooked):
     def starting(self) -> Iterator[None]:
         """While active, the worker finds its rank's config, cores and GPU."""
         independent.restore_model_config(self.vllm_config)
+        if self.vllm_config.model_config.trust_remote_code:
+            remote_code.install()
         if not current_platform.is_cpu():
             yield
             return
         seat = independent.seat_of(self.vllm_config)
-        with cpu.bound_cores(self.parallel_config, seat.rank, seat.launch.ranks.total) as cores:
-            if cores is not None:
-                logger.info("DWDP rank %d computes on cores %s", seat.rank, cores)
-            self.bind_this_process()
-            yield
+        with cpu.bound_cores(self.parallel_config, seat.core_slot, seat.num_core_slots):
+            cores = cpu.cores_of_worker(self.vllm_config)
+            if cores is None:
+                yield
+                return
+            logger.info("DWDP rank %d computes on cores %s", seat.rank, cores)
+            with self.confined(cores):
+                yield
 
-    def bind_this_process(self) -> None:
-        """Keep this process on the rank's cores, if the worker runs in it."""
+    def confined(self, cores: Sequence[int]) -> AbstractContextManager[None]:
+        """What keeps the worker on `cores`, and takes its memory from their node."""
+        raise NotImplementedError
 
 
 class DwdpExecutor(RankExecutor, HookedUniProcExecutor):
-    """Runs the rank's worker in the engine process."""
+    """Runs the rank's worker in the engine process, whose other threads share the rank's cores."""
 
-    def bind_this_process(self) -> None:
-        """As `RankExecutor`, which surrounds the start of vLLM's worker."""
-        cpu.bind_this_process(self.vllm_config)
+    _computing: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    @contextmanager
+    def confined(self, cores: Sequence[int]) -> Iterator[None]:
+        """This process, for good."""
+        cpu.confine_this_thread(cores)
+        cpu.compute_on(cores)
+        if len(cores) > 1:
+            self._computing = partial(on_core, cores[0])
+        yield
+
+    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's, on the first core of the rank: each of the others has a thread of its own."""
+        with self._computing():
+            return super().execute_model(*args, **kwargs)
 
 
 class DwdpMultiprocExecutor(RankExecutor, HookedMultiprocExecutor):
-    """Runs the rank's worker in a process of its own."""
+    """Runs the rank's worker in a process of its own, and leaves the engine's to the scheduler."""
+
+    def confined(self, cores: Sequence[int]) -> AbstractContextManager[None]:
+        """This thread, while it starts the worker, which inherits it."""
+        return cpu.confined_thread(cores)

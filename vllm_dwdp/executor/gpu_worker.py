@@ -8,6 +8,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_dwdp.compat.worker import gpu
 from vllm_dwdp.device.base import Device
 from vllm_dwdp.device.cuda import CudaMemory
+from vllm_dwdp.device.freed import wait_until_freed
 from vllm_dwdp.distributed.membership import Membership
 from vllm_dwdp.executor.worker import DwdpWorker
 
@@ -37,11 +38,17 @@ class DwdpGPUWorker(DwdpWorker, Worker):
             self._resources = undo.pop_all()
 
     def _join_early(self, undo: ExitStack) -> int:
-        """Join the group; how many bytes of this GPU its peers hold for us, which we will adopt."""
+        """Join the group; how many bytes of this GPU its peers hold for us, which we will adopt.
+
+        What the process that was this rank before still holds is waited for: vLLM looks once.
+        """
         if not self.seat.launch.config.shares_experts:
             return 0
-        self._opened = super().open_membership(undo)
-        return self._opened[1].returning.num_bytes
+        self._opened = device, membership = super().open_membership(undo)
+        held_bytes = membership.returning.num_bytes
+        needed_bytes = gpu.requested_bytes(self.vllm_config, device.memory_info()[1]) - held_bytes
+        wait_until_freed(device, needed_bytes, self.seat.rank)
+        return held_bytes
 
     def open_membership(self, undo: ExitStack) -> tuple[Device, Membership]:
         """Hand over what `init_device` opened."""

@@ -39,12 +39,20 @@ def config_of(**parallel: Any) -> Any:
 def bind(config: Any, slot: int, num_slots: int) -> tuple[set[int], set[int], int]:
     """The cores of the thread that binds itself and of one that it starts, and its OpenMP threads."""
     with cpu.bound_cores(config.parallel_config, slot, num_slots):
-        cpu.bind_this_process(config)
-    inherited: list[set[int]] = []
-    thread = threading.Thread(target=lambda: inherited.append(os.sched_getaffinity(0)))
+        cores = cpu.cores_of_worker(config)
+        if cores is not None:
+            cpu.confine_this_thread(cores)
+            cpu.compute_on(cores)
+    return os.sched_getaffinity(0), inherited(), torch.get_num_threads()
+
+
+def inherited() -> set[int]:
+    """The cores of a thread that this one starts."""
+    found: list[set[int]] = []
+    thread = threading.Thread(target=lambda: found.append(os.sched_getaffinity(0)))
     thread.start()
     thread.join()
-    return os.sched_getaffinity(0), inherited[0], torch.get_num_threads()
+    return found[0]
 
 
 def in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -90,3 +98,78 @@ def test_devices_are_no_memory_nodes_while_a_worker_starts(
         assert parallel.assigned_physical_gpu_ids is None
     assert parallel.assigned_physical_gpu_ids == [1]
     assert parallel.data_parallel_rank_local == 1
+
+
+def test_a_worker_process_is_started_on_the_ranks_cores() -> None:
+    """It takes its memory from the node of the first core that it may use; the engine stays free."""
+
+    def run() -> tuple[set[int], set[int]]:
+        with cpu.confined_thread(ALLOWED[-1:]):
+            started = inherited()
+        return started, os.sched_getaffinity(0)
+
+    assert in_thread(run) == ({ALLOWED[-1]}, set(ALLOWED))
+
+
+class Machine:
+    """A simulated topology: what vLLM reads of one, and which CPUs this process may use."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._patch = monkeypatch
+
+    def has(self, num_nodes: int, cores_per_node: int, siblings: int, allowed: set[int]) -> None:
+        """Siblings of a core are numbered after all cores, as on real machines."""
+        from vllm.utils import cpu_resource_utils
+
+        num_cores = num_nodes * cores_per_node
+        cpus = [
+            cpu_resource_utils.LogicalCPUInfo(
+                id=core + sibling * num_cores, physical_core=core, numa_node=core // cores_per_node
+            )
+            for sibling in range(siblings)
+            for core in range(num_cores)
+        ]
+        self._patch.setattr(cpu_resource_utils, "_get_cpu_list", lambda: cpus)
+        self._patch.setattr(os, "sched_getaffinity", lambda pid: allowed)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("topology", "allowed", "num_slots", "expected"),
+    [
+        ((1, 8, 1), range(8), 2, [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ((1, 8, 1), range(2, 5), 1, [[2, 3, 4]]),
+        ((2, 4, 2), range(16), 2, [[0, 1, 2, 3], [4, 5, 6, 7]]),  # a node each, no siblings
+        ((2, 4, 2), range(16), 4, [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        ((2, 4, 2), [4, 12, 5, 13], 1, [[4, 5]]),  # a container of two cores of the second node
+        ((2, 4, 2), [12, 13], 1, [[12, 13]]),  # siblings only
+        ((2, 3, 1), range(6), 4, [[0, 1], [2, 3], [4], [5]]),
+        ((1, 2, 1), range(2), 3, [[0], [1], [0]]),  # fewer cores than ranks
+    ],
+)
+def test_ranks_divide_physical_cores_node_by_node(
+    machine: Machine,
+    topology: tuple[int, int, int],
+    allowed: Any,
+    num_slots: int,
+    expected: list[list[int]],
+) -> None:
+    machine.has(*topology, allowed=set(allowed))
+    assert [cpu.split_cores(slot, num_slots) for slot in range(num_slots)] == expected
+
+
+def test_zentorch_reads_shared_experts_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What that does is shown by `tests/e2e/test_zentorch.py`, where it is installed."""
+    monkeypatch.delenv(cpu.ZENDNN_CACHE_ENV, raising=False)
+    cpu.keep_weights_as_they_are()
+    assert os.environ[cpu.ZENDNN_CACHE_ENV] == "0"
+    cpu.keep_weights_as_they_are()
+    monkeypatch.setenv(cpu.ZENDNN_CACHE_ENV, "1")
+    with pytest.raises(
+        DwdpConfigError, match=r"WEIGHT_CACHE='1' lets zentorch pack experts in place"
+    ):
+        cpu.keep_weights_as_they_are()

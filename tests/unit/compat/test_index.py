@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from gpu_checks.checkpoints import make_checkpoint
-from vllm_dwdp.compat.frontend import coordinator, own_engines
+from vllm_dwdp.compat.frontend import balancing, coordinator, own_engines
 from vllm_dwdp.compat.worker import independent
 
 FIELDS = (
@@ -92,7 +92,10 @@ def facts(parallel: Any, fields: tuple[str, ...] = FIELDS) -> dict[str, Any]:
 
 
 def start(
-    vllm_config: Any, monkeypatch: pytest.MonkeyPatch, module: str = "vllm.v1.engine.core_client"
+    vllm_config: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    module: str = "vllm.v1.engine.core_client",
+    num_servers: int = 1,
 ) -> tuple[list[Engine], list[int]]:
     """The engines that a front end starts, and the indices of those it waits for."""
     from vllm.v1.engine import utils
@@ -125,9 +128,11 @@ def start(
     monkeypatch.setattr(utils, "DPCoordinator", lambda *args, **kwargs: balancer)
     monkeypatch.setattr(coordinator, "start", lambda config: balancer)
     launch = importlib.import_module(module).launch_core_engines
-    addresses = utils.EngineZmqAddresses(inputs=["in"], outputs=["out"])
+    addresses = utils.EngineZmqAddresses(inputs=["in"] * num_servers, outputs=["out"] * num_servers)
     with launch(vllm_config, object, False, addresses) as launched:
         assert launched.addresses is addresses
+        several = num_servers > 1 and vllm_config.parallel_config.data_parallel_size_local > 1
+        assert launched.coordinator is (balancer if several else None)
         assert (addresses.coordinator_input == "in") == (launched.coordinator is balancer)
         assert (addresses.frontend_stats_publish_address == "stats") == (
             launched.coordinator is balancer
@@ -176,6 +181,7 @@ def test_a_front_end_says_of_itself_what_a_stock_one_does(
     assert facts(ours) == facts(configure(model, None, **arguments).parallel_config)
 
 
+@pytest.mark.parametrize("num_servers", [1, 2])
 @pytest.mark.parametrize("module", own_engines.LAUNCHING_MODULES)
 @pytest.mark.parametrize(
     ("topology", "ranks", "local_only"),
@@ -189,10 +195,11 @@ def test_an_engine_has_its_global_index_and_its_front_end_waits_for_no_other(
     ranks: list[int],
     local_only: bool,
     module: str,
+    num_servers: int,
 ) -> None:
     config = configure(model, tmp_path, **TOPOLOGIES[topology])
     before = facts(config.parallel_config)
-    engines, awaited = start(config, monkeypatch, module)
+    engines, awaited = start(config, monkeypatch, module, num_servers)
     assert awaited == ranks
     assert facts(config.parallel_config) == before
     for local, (rank, engine) in enumerate(zip(ranks, engines, strict=True)):
@@ -265,10 +272,14 @@ def test_the_client_of_an_external_rank_listens_to_no_coordinator(
     made: list[str] = []
     for name in ("AsyncMPClient", "DPAsyncMPClient", "DPLBAsyncMPClient"):
         monkeypatch.setattr(core_client, name, lambda *args, name=name, **kwargs: made.append(name))
+    monkeypatch.setattr(balancing, "OnlyClient", lambda *args, **kwargs: made.append("OnlyClient"))
     for arguments in TOPOLOGIES.values():
         config = configure(model, tmp_path, **arguments)
-        core_client.EngineCoreClient.make_async_mp_client(config, object, log_stats=False)
-    assert made == ["AsyncMPClient", "DPLBAsyncMPClient", "DPLBAsyncMPClient"]
+        make = core_client.EngineCoreClient.make_async_mp_client
+        make(config, object, log_stats=False, client_addresses={})
+    assert made == ["AsyncMPClient", "OnlyClient", "OnlyClient"]
+    make(config, object, log_stats=False, client_addresses={"input_address": "in"})
+    assert made[-1] == "DPLBAsyncMPClient", "one of several API servers"
     stock = configure(model, None, **EXTERNAL)
     core_client.EngineCoreClient.make_async_mp_client(stock, object, log_stats=False)
     assert made[-1] == "DPAsyncMPClient", "a stock engine of this process stays stock"

@@ -12,13 +12,20 @@ import pytest
 from vllm_dwdp.compat.frontend import ranks
 from vllm_dwdp.compat.frontend.ranks import StartedRanks, choose_endpoint, find_ranks, uncouple
 from vllm_dwdp.config import DwdpConfig
-from vllm_dwdp.distributed.launch import DwdpLaunch, RankSpan
+from vllm_dwdp.distributed.launch import SHARED_CORES_ENV, DwdpLaunch, RankSpan
 from vllm_dwdp.distributed.meeting import make_abstract_endpoint, parse_endpoint
 from vllm_dwdp.errors import DwdpConfigError
 
 CONFIG = DwdpConfig(group_size=2)
 TOGETHER = StartedRanks(span=RankSpan(0, 2, 2), one_by_one=False)
 ALONE = StartedRanks(span=RankSpan(1, 1, 2), one_by_one=True)
+
+
+@pytest.fixture(autouse=True)
+def any_core_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the tests themselves are confined."""
+    monkeypatch.setattr(ranks, "is_confined", lambda: False)
+    monkeypatch.delenv(SHARED_CORES_ENV, raising=False)
 
 
 def parallel(size: int, **changes: Any) -> SimpleNamespace:
@@ -78,6 +85,41 @@ def test_a_front_end_finds_its_ranks(
 
 
 @pytest.mark.parametrize(
+    ("given", "made", "confined", "shared", "slots"),
+    [
+        (4, parallel(4, data_parallel_rank=1, data_parallel_size_local=1), True, False, [(0, 1)]),
+        (4, parallel(4, data_parallel_rank=1, data_parallel_size_local=1), False, False, [(1, 4)]),
+        (4, parallel(4, data_parallel_rank=1, data_parallel_size_local=1), True, True, [(1, 4)]),
+        (
+            4,
+            parallel(4, data_parallel_rank=2, data_parallel_size_local=2),
+            True,
+            False,
+            [(0, 2), (1, 2)],
+        ),
+        (4, parallel(4), True, False, [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        (1, parallel(4, data_parallel_rank=3), True, False, [(3, 4)]),  # SPMD: of one parent
+    ],
+)
+def test_ranks_divide_the_cores_of_their_front_end_or_of_all(
+    monkeypatch: pytest.MonkeyPatch,
+    given: int,
+    made: SimpleNamespace,
+    confined: bool,
+    shared: bool,
+    slots: list[tuple[int, int]],
+) -> None:
+    """A server that is kept off some cores has the others to itself, unless it is told otherwise."""
+    monkeypatch.setattr(ranks, "is_confined", lambda: confined)
+    if shared:
+        monkeypatch.setenv(SHARED_CORES_ENV, "1")
+    args, config = SimpleNamespace(data_parallel_size=given), SimpleNamespace(parallel_config=made)
+    span = find_ranks(args, config, 4, headless=False).span
+    launch = DwdpLaunch(config=CONFIG, ranks=span, endpoint=make_abstract_endpoint())
+    assert [(seat.core_slot, seat.num_core_slots) for seat in launch.seats] == slots
+
+
+@pytest.mark.parametrize(
     ("given", "size", "count"),
     [(parallel(1), 4, 4), (parallel(4, data_parallel_rank=3), 1, 1)],
 )
@@ -107,7 +149,9 @@ def test_api_servers_meet_where_their_parent_said(monkeypatch: pytest.MonkeyPatc
 
 
 def test_ranks_started_one_by_one_must_be_told_where_to_meet() -> None:
-    with pytest.raises(DwdpConfigError, match=r"rendezvous is missing.*unix:///"):
+    with pytest.raises(
+        DwdpConfigError, match=r"rendezvous is missing.*-multi-port-external-lb\) must.*unix:///"
+    ):
         choose_endpoint(front_end(), CONFIG, ALONE)
     given = DwdpConfig(group_size=2, rendezvous="unix:///run/meet")
     assert choose_endpoint(front_end(), given, ALONE) == parse_endpoint("unix:///run/meet")

@@ -1,6 +1,7 @@
 """The launcher with small real processes in the place of `vllm serve` and vllm-router."""
 
 import http.server
+import json
 import os
 import re
 import shlex
@@ -10,20 +11,23 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from tests.helpers.waiting import wait_until
 from tests.unit.distributed.test_messages import fingerprint
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.distributed.meeting import parse_endpoint
 from vllm_dwdp.distributed.membership import Membership
-from vllm_dwdp.entrypoints.launch import child, server
+from vllm_dwdp.entrypoints.launch import child, fronts, server
 from vllm_dwdp.entrypoints.launch import launcher as launch
 from vllm_dwdp.entrypoints.launch import plan as launch_plan
 from vllm_dwdp.entrypoints.launch.child import Child
@@ -36,7 +40,7 @@ pytestmark = pytest.mark.timeout(60)
 PYTHON = (sys.executable, "-IS")
 
 FAKE = f"""#!{sys.executable} -IS
-import http.server, os, pathlib, sys, time
+import http.server, os, pathlib, signal, sys, time
 place = pathlib.Path(__file__)
 port = int(sys.argv[sys.argv.index("--port") + 1])
 name = "router"
@@ -52,12 +56,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", "0")
         self.end_headers()
 
+    do_POST = do_GET
+
     def log_message(self, *arguments):
         pass
 
+if shall("drains"):
+    signal.signal(signal.SIGINT, lambda *_: (time.sleep(0.4), print("drained", flush=True), os._exit(0)))
 if shall("refuse"):
     print("vllm serve: error: no such option", flush=True)
     sys.exit(2)
+if shall("wait"):
+    print("loads", flush=True)
 while shall("wait"):
     if shall("break") and shall("asked"):
         print("RuntimeError: the engine broke", flush=True)
@@ -255,6 +265,166 @@ def test_a_rank_that_shares_nothing_is_not_asked(tmp_path: Path) -> None:
     assert launch.rank_progress(DwdpConfig.from_options(options, 2), rank=1)() == ""
 
 
+def test_a_start_that_hangs_is_ended_and_told_and_given_up(
+    fakes: LaunchPlan, tmp_path: Path
+) -> None:
+    """Two of three times a rank that really hangs: stopped, so that it cannot even end."""
+    (tmp_path / "rank1-wait").touch()
+    (tmp_path / "rank1-says").write_text("waits for ranks [0]")
+    pids: list[int] = []
+
+    def react(line: str, lines: list[str]) -> None:
+        if line.startswith("rank 1: starting, pid") and line.count(":") == 1:
+            pids.append(int(line.partition("pid ")[2].partition(",")[0]))
+            log = tmp_path / "logs" / "rank1.log"
+            wait_until(lambda: log.read_text().count("loads") == len(pids))
+            if len(pids) > 1:
+                os.kill(pids[-1], signal.SIGSTOP)
+
+    hangs = replace(fakes, start_timeout_s=0.3)
+    told: list[str] = []
+    with pytest.raises(DwdpError) as given_up:
+        run(hangs, tmp_path, lambda line, lines: (told.append(line), react(line, lines))[0])
+    why = "did not serve within 0.3 s; waits for ranks [0]; last wrote: loads"
+    assert [line for line in told if "hung" in line] == [
+        f"rank 1: hung and was ended, starts again in {backoff} s, restarts {count}: {why}"
+        for count, backoff in ((1, "0.05"), (2, "0.1"), (3, "0.2"))
+    ]
+    assert str(given_up.value) == f"rank 1 ended before it ever served: {why}\nloads\n"
+    assert len(pids) == 3
+
+
+def test_what_one_that_hangs_said_last_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child, "PROGRESS_INTERVAL_S", 0.01)
+    monkeypatch.setattr(child, "QUIET_S", 0.0)
+    log = tmp_path / "log"
+    hangs = made_child(log, "sh", "-c", "echo first; echo second; exec sleep 60", doing="maps")
+    hangs.start_timeout_s = 60.0
+    poll_while(hangs, lambda: hangs.doing != "maps" or "second" not in log.read_text())
+    hangs.progress = str
+    poll_while(hangs, lambda: hangs.doing != "last wrote: second")
+    hangs.start_timeout_s = 0.0
+    monkeypatch.setattr(hangs, "_serves_by", 0.0)
+    poll_until(hangs, "hung and was ended, starts again in 1 s")
+    assert hangs.failure == (
+        "did not serve within 0 s; says nothing any more, and last: maps; last wrote: second"
+    )
+
+
+def test_a_rank_that_hangs_when_it_comes_back_is_started_once_more(
+    fakes: LaunchPlan, tmp_path: Path
+) -> None:
+    waits = tmp_path / "rank1-wait"
+
+    def react(line: str, lines: list[str]) -> None:
+        if line.startswith("all 2 ranks") and waits.exists():
+            raise AssertionError("it waits")
+        if line.startswith("all 2 ranks") and "hung" in "".join(lines):
+            interrupt()
+        elif line.startswith("all 2 ranks"):
+            waits.touch()
+            kill_named(next(line for line in lines if line.startswith("rank 1: serving")))
+        elif "hung" in line:
+            assert line.startswith("rank 1: hung and was ended, starts again in ")
+            waits.unlink()
+
+    lines = run(replace(fakes, start_timeout_s=4.0), tmp_path, react)
+    assert sum("hung" in line for line in lines) == 1
+
+
+def test_what_a_launch_says_first(fakes: LaunchPlan, tmp_path: Path) -> None:
+    lines = run(fakes, tmp_path, lambda line, lines: interrupt())
+    first, second = (f"http://127.0.0.1:{port}" for port in fakes.rank_ports)
+    assert lines[0] == f"ranks will listen at {first}, {second}; each has 7860 s to start"
+    assert not any("listen" in line for line in lines[1:])
+
+
+def test_running_requests_may_finish_and_the_router_ends_last(
+    fakes: LaunchPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child, "STOP_TIMEOUT_S", 0.1)
+    (tmp_path / "rank1-drains").touch()
+    router_outlived: list[bool] = []
+
+    def react(line: str, lines: list[str]) -> None:
+        if line.startswith("all 2 ranks"):
+            interrupt()
+        elif line.startswith("stopping"):
+            (rank_pid, router_pid) = (
+                int(next(told for told in lines if told.startswith(start)).partition("pid ")[2])
+                for start in ("rank 1: serving", "router: serving")
+            )
+
+            (ending,) = (tmp_path / "logs").glob("ending-*")
+            assert psutil.Process(rank_pid).environ()["DWDP_ENDING_FILE"] == str(ending)
+
+            def watch() -> None:
+                psutil.wait_procs([psutil.Process(rank_pid)], timeout=10)
+                router_outlived.append(psutil.pid_exists(router_pid))
+
+            threading.Thread(target=watch).start()
+
+    drains = replace(fakes, arguments=("--shutdown-timeout", "5"))
+    assert run(drains, tmp_path, react)[-1] == "stopping: running requests have 5 s to finish"
+    assert (tmp_path / "logs" / "rank1.log").read_text() == "drained\n"
+    assert router_outlived == [True]
+    assert not list((tmp_path / "logs").glob("ending-*"))
+
+
+def test_one_control_request_reaches_every_rank_and_its_port_is_kept_open(
+    fakes: LaunchPlan, tmp_path: Path
+) -> None:
+    (port,) = free_ports(1)
+    controlled = replace(fakes, control_port=port)
+    answers: list[Any] = []
+
+    def react(line: str, lines: list[str]) -> None:
+        if line.startswith("all 2 ranks"):
+            asked = urllib.request.Request(f"{controlled.control_url}/pause", method="POST")
+            with urllib.request.urlopen(asked, timeout=20) as response:
+                answers.append(json.load(response))
+            if len(answers) == 2:
+                interrupt()
+            else:
+                kill_named(next(line for line in lines if line.startswith("control: serving")))
+
+    lines = run(controlled, tmp_path, react)
+    assert answers == 2 * [{"ranks": 2 * [{"status": 200, "answer": ""}]}]
+    assert any(line.startswith("control: killed by SIGKILL, starts again") for line in lines)
+    assert controlled.rank_environment["DWDP_CONTROL_URL"] == f"http://127.0.0.1:{port}"
+
+
+def test_a_control_port_that_is_taken_is_refused(fakes: LaunchPlan, tmp_path: Path) -> None:
+    with socket.create_server((fakes.host, 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(
+            DwdpConfigError, match=rf"--control-port {port}: .*in use.* Choose a port"
+        ):
+            run(replace(fakes, control_port=port), tmp_path, lambda line, lines: interrupt())
+
+
+def test_free_ports_are_none_of_the_others() -> None:
+    taken = {*range(1, 1000), None}
+    assert len({*free_ports(3, taken)} - taken) == 3
+
+
+def test_a_rank_knows_where_all_are_and_the_routers_requests(tmp_path: Path) -> None:
+    made = plan(arguments=("--middleware", "a.B"))
+    command = made.rank_command(1)
+    given = [word for option, word in pairwise(command) if "middle" in option]
+    assert given == ["a.B", "vllm_dwdp.entrypoints.launch.routed.Routed"], "the last is asked first"
+    assert made.rank_environment == {
+        "DWDP_RANK_URLS": "http://127.0.0.1:8001 http://127.0.0.1:8002",
+        "DWDP_CONTROL_URL": "",
+    }
+    assert made.router_command()[-2:] == [
+        "http://127.0.0.1:8001/routed",
+        "http://127.0.0.1:8002/routed",
+    ]
+
+
 @pytest.mark.parametrize(
     ("options", "refusal"),
     [({"mod": "direct"}, "'mod' is unknown"), ({"rendezvous": "here"}, "not a meeting place")],
@@ -265,6 +435,16 @@ def test_wrong_options_are_refused_before_anything_starts(
     wrong = replace(fakes, additional_config={"dwdp": options})
     with pytest.raises(DwdpConfigError, match=refusal):
         run(wrong, tmp_path, lambda line, lines: interrupt())
+
+
+def test_a_server_without_middleware_is_refused_before_anything_starts(
+    fakes: LaunchPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(DwdpConfigError, match="VLLM_USE_RUST_FRONTEND=1 cannot .* Unset it"):
+        run(fakes, tmp_path, lambda line, lines: interrupt())
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "0")
+    run(fakes, tmp_path, lambda line, lines: interrupt())
 
 
 def test_a_router_that_cannot_start_ends_everything(fakes: LaunchPlan, tmp_path: Path) -> None:
@@ -572,6 +752,29 @@ def test_one_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.Monk
     assert deaf.process.returncode == -signal.SIGKILL
 
 
+@pytest.mark.parametrize("serves", [True, False])
+def test_only_one_that_serves_has_requests_to_finish(
+    serves: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child, "STOP_TIMEOUT_S", 0.1)
+    ends = made_child(tmp_path / "log", *PYTHON, "-c", ENDS_LATE, ready=serves)
+    ends.drain_s = 10.0
+    poll_while(ends, lambda: ends.process is None or "1" not in (tmp_path / "log").read_text())
+    ends.poll()
+    ends.ask_to_end()
+    ends.stop()
+    assert ends.process is not None
+    assert ends.process.returncode == (7 if serves else -signal.SIGKILL)
+
+
+ENDS_LATE = """
+import os, signal, time
+signal.signal(signal.SIGINT, lambda *_: (time.sleep(1), os._exit(7)))
+print(1, flush=True)
+time.sleep(60)
+"""
+
+
 def test_what_a_dead_child_left_behind_is_removed(tmp_path: Path) -> None:
     log = tmp_path / "log"
     dies = made_child(log, "sh", "-c", "sleep 60 & echo $!")
@@ -678,7 +881,7 @@ def test_a_port_that_speaks_no_http_does_not_answer() -> None:
             [*PYTHON, "-c", SSH_SERVER], stdin=listener, stdout=subprocess.DEVNULL
         )
         try:
-            assert not launch.answers(url)
+            assert not fronts.answers(url)
         finally:
             talker.kill()
             talker.wait()
@@ -724,7 +927,7 @@ def test_the_router_does_not_ask_a_proxy_for_our_ranks(
     monkeypatch.delenv("no_proxy", raising=False)
     with healthy_server() as first, healthy_server() as second:
         (port,) = free_ports(1)
-        router = launch.router_child(plan(port=port, rank_ports=(first, second)), tmp_path)
+        router = fronts.router_child(plan(port=port, rank_ports=(first, second)), tmp_path)
         assert router.environment["no_proxy"] == "10.1.2.3,127.0.0.1,localhost"
         try:
             poll_until(router, "serving")
@@ -739,7 +942,7 @@ def test_a_router_that_waits_for_ranks_says_so_and_can_be_ended(
     """The real one: until its ranks are healthy it neither listens nor hears SIGINT."""
     monkeypatch.setattr(child, "QUIET_S", 0.5)
     port, *rank_ports = free_ports(3)
-    router = launch.router_child(plan(port=port, rank_ports=tuple(rank_ports)), tmp_path)
+    router = fronts.router_child(plan(port=port, rank_ports=tuple(rank_ports)), tmp_path)
     try:
         poll_while(router, lambda: "to become healthy" not in router.doing)
         assert router.doing.startswith("last wrote: ")

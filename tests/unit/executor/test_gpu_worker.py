@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from tests.helpers.files import num_open_files
 from tests.unit.distributed.test_messages import fingerprint
 from vllm_dwdp.config import DwdpConfig
+from vllm_dwdp.device import freed
 from vllm_dwdp.device.base import Device
 from vllm_dwdp.device.host import HostDevice
 from vllm_dwdp.distributed.launch import DwdpLaunch, RankSpan, Seat
@@ -19,7 +21,7 @@ from vllm_dwdp.distributed.meeting import make_abstract_endpoint
 from vllm_dwdp.distributed.membership import Membership
 from vllm_dwdp.distributed.status import query_status
 from vllm_dwdp.errors import RendezvousError
-from vllm_dwdp.executor import identity
+from vllm_dwdp.executor import gpu_worker, identity
 from vllm_dwdp.executor.gpu_worker import DwdpGPUWorker
 
 
@@ -27,6 +29,11 @@ class OpenedDevice(HostDevice):
     """A device that knows how many are open."""
 
     num_open = 0
+    free_bytes = 2**20
+    """Of 2**20, as far as the test says."""
+
+    def memory_info(self) -> tuple[int, int]:
+        return OpenedDevice.free_bytes, 2**20
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +51,7 @@ class HostBackedWorker(DwdpGPUWorker):
         config = DwdpConfig(mode=mode, group_size=2)
         endpoint = make_abstract_endpoint()
         self._launch = DwdpLaunch(config=config, ranks=RankSpan(0, 1, 2), endpoint=endpoint)
-        self.vllm_config = None
+        self.vllm_config = SimpleNamespace(cache_config=SimpleNamespace(gpu_memory_utilization=0.5))
         self.num_bytes = -1
 
     @property
@@ -143,3 +150,45 @@ def test_a_vllm_that_does_not_ask_is_joined_while_it_loads(
     with ExitStack() as undo:
         worker.open_membership(undo)
         assert worker.state() == "starting"
+
+
+@pytest.mark.parametrize("held_bytes", [0, 4096])
+def test_memory_that_the_rank_before_still_holds_is_waited_for(
+    held_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's half of the device, without what peers keep for us, which need not be free."""
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        gpu_worker, "wait_until_freed", lambda device, *facts: asked.append(facts) or None
+    )
+    worker = HostBackedWorker()
+    with worker.peer() as peer:
+        if held_bytes:
+            whole_shard(worker, peer, held_bytes)
+        worker.init_device()
+        worker.shutdown()
+    assert asked == [(2**19 - held_bytes, 0)]
+
+
+def test_vllm_looks_at_the_memory_when_it_is_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(OpenedDevice, "free_bytes", 7)
+    monkeypatch.setattr(freed, "POLL_S", 0.01)
+    monkeypatch.setattr(freed.time, "sleep", lambda seconds: free_all())
+    seen: list[int] = []
+    before = Worker.init_device
+
+    def init_device(worker: Any) -> None:
+        before(worker)
+        seen.append(OpenedDevice.free_bytes)
+
+    monkeypatch.setattr(Worker, "init_device", init_device)
+    worker = HostBackedWorker()
+    worker.init_device()
+    worker.shutdown()
+    assert seen == [2**20]
+
+
+def free_all() -> None:
+    OpenedDevice.free_bytes = 2**20

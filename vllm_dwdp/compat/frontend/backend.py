@@ -23,11 +23,11 @@ def is_chosen(args: Any) -> bool:
     return chosen == BACKEND or chosen in EXECUTOR_CLS.values()
 
 
-def executor_cls(executor: str | None, chosen: Any, default: str) -> str:
+def executor_cls(executor: str | None, chosen: Any) -> str:
     """The executor's dotted name: of the option, of what the user chose by that name, or the default."""
     if executor is None and chosen in EXECUTOR_CLS.values():
         return str(chosen)
-    return EXECUTOR_CLS[executor or default]
+    return EXECUTOR_CLS[executor or "uni"]
 
 
 _offline_size: int | None = None

@@ -1,4 +1,4 @@
-"""vLLM's coordinator for the ranks of one node (hybrid load balancing).
+"""vLLM's coordinator for the ranks of one front end with several API servers.
 
 It tells the API servers of a front end how busy its ranks are. Stock vLLM runs one for all nodes and
 waits until every engine has subscribed; engines say their global index. Ours waits for those of its own

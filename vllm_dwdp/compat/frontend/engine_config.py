@@ -18,7 +18,7 @@ from vllm_dwdp.compat.frontend.ranks import (
     uncouple,
 )
 from vllm_dwdp.compat.frontend.refusals import refuse_unsupported, refuse_unsupported_device
-from vllm_dwdp.compat.worker import cpu, independent
+from vllm_dwdp.compat.worker import independent, remote_code
 from vllm_dwdp.compat.worker.attributes import replaced
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.device import native
@@ -47,7 +47,9 @@ def create_dwdp_config(args: Any, build_stock: Callable[[], Any], *, headless: b
     config = DwdpConfig.parse((args.additional_config or {}).get(BACKEND, {}), size)
     if config.shares_experts and (config.mode == "prefetch" or device == "cuda"):
         native.library()
-    vllm_config = _build(args, config, device, size, build_stock)
+    if args.trust_remote_code:
+        remote_code.install()
+    vllm_config = _build(args, config, device, build_stock)
     refuse_unsupported_model(vllm_config, config, size)
     started = find_ranks(args, vllm_config, size, headless=headless)
     endpoint = choose_endpoint(args, config, started)
@@ -82,18 +84,7 @@ def _spmd_size() -> int:
     return int(envs.VLLM_DP_SIZE)
 
 
-def default_executor(device: str, num_ranks: int) -> str:
-    """What runs a rank's worker: one process, but not where a rank computes on several cores.
-
-    An engine process has loaded OpenMP before it knows its cores, and cannot pin a thread to each of
-    them any more, which costs such a rank more than a second process does (docs/performance.md).
-    """
-    return "mp" if device == "cpu" and not cpu.has_one_core_each(num_ranks) else "uni"
-
-
-def _build(
-    args: Any, config: DwdpConfig, device: str, num_ranks: int, build_stock: Callable[[], Any]
-) -> Any:
+def _build(args: Any, config: DwdpConfig, device: str, build_stock: Callable[[], Any]) -> Any:
     """Stock vLLM's config with our executor and worker.
 
     What stays in `additional_config` is hashed into the torch.compile cache key: only what changes the
@@ -103,7 +94,7 @@ def _build(
     with replaced(
         args,
         distributed_executor_backend=executor_cls(
-            config.executor, args.distributed_executor_backend, default_executor(device, num_ranks)
+            config.executor, args.distributed_executor_backend
         ),
         worker_cls=WORKER_CLS[device],
         additional_config=dict(args.additional_config or {}) | hashed,

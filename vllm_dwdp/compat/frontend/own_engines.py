@@ -1,9 +1,10 @@
-"""A front end that serves its own ranks only: external and hybrid load balancing.
+"""A front end that starts all the ranks it serves: any but that of headless nodes.
 
-Stock vLLM couples such front ends: each engine shakes hands with the front end of rank 0, and each
-client listens to its coordinator. Here a front end waits for its own engines and balances over them.
-The config stays as stock vLLM made it, so that everything derived from a rank's index, port or device
-is what it is there (docs/compat.md, "Whose index it is").
+Stock vLLM couples front ends in external and hybrid load balancing: each engine shakes hands with the
+front end of rank 0, and each client listens to its coordinator. Here a front end waits for its own
+engines and balances over them; it has a coordinator only where several API servers share them. The
+config stays as stock vLLM made it, so that everything derived from a rank's index, port or device is
+what it is there (docs/compat.md, "Whose index it is").
 """
 
 import copy
@@ -15,6 +16,7 @@ from typing import Any
 
 from vllm_dwdp.compat.frontend import coordinator, waiting_engine
 from vllm_dwdp.compat.worker import independent
+from vllm_dwdp.compat.worker.attributes import replaced
 
 LAUNCHING_MODULES = ("vllm.v1.engine.core_client", "vllm.entrypoints.cli.serve")
 """Those that import `launch_core_engines` by name."""
@@ -32,18 +34,30 @@ def install() -> None:
     core_client.EngineCoreClient.make_async_mp_client = staticmethod(_choosing(make_client))
 
 
+@contextmanager
+def while_offline_engines_start() -> Iterator[None]:
+    """While active, an offline `LLM` of several ranks starts them without a coordinator."""
+    from vllm.v1.engine import core_client
+
+    launching = _launching(_stock(core_client.launch_core_engines))
+    with replaced(core_client, launch_core_engines=launching):
+        yield
+
+
 def _stock(function: Callable[..., Any]) -> Callable[..., Any]:
     return getattr(function, "dwdp_stock", function)
 
 
-def _serves_own_ranks(vllm_config: Any) -> bool:
-    return independent.is_planted(vllm_config) and vllm_config.parallel_config.local_engines_only
+def _starts_its_ranks(vllm_config: Any) -> bool:
+    parallel = vllm_config.parallel_config
+    starts_all = 1 < parallel.data_parallel_size == parallel.data_parallel_size_local
+    return independent.is_planted(vllm_config) and (parallel.local_engines_only or starts_all)
 
 
 def _launching(stock: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stock)
     def launch_core_engines(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
-        launch = launch_own_engines if _serves_own_ranks(vllm_config) else stock
+        launch = launch_own_engines if _starts_its_ranks(vllm_config) else stock
         return launch(vllm_config, *args, **kwargs)
 
     launch_core_engines.dwdp_stock = stock  # type: ignore[attr-defined]
@@ -53,14 +67,40 @@ def _launching(stock: Callable[..., Any]) -> Callable[..., Any]:
 def _choosing(stock: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stock)
     def make_async_mp_client(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
-        from vllm.v1.engine.core_client import AsyncMPClient
-
-        external = vllm_config.parallel_config.data_parallel_external_lb
-        alone = external and _serves_own_ranks(vllm_config)
-        return (AsyncMPClient if alone else stock)(vllm_config, *args, **kwargs)
+        make = _client_of_its_ranks(vllm_config, *args, **kwargs) or stock
+        return make(vllm_config, *args, **kwargs)
 
     make_async_mp_client.dwdp_stock = stock  # type: ignore[attr-defined]
     return make_async_mp_client
+
+
+def _client_of_its_ranks(
+    vllm_config: Any,
+    executor_class: Any,
+    log_stats: bool,
+    client_addresses: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """The class of client for a front end that starts its ranks; None where it needs a coordinator."""
+    from vllm.v1.engine.core_client import AsyncMPClient
+
+    if not _starts_its_ranks(vllm_config):
+        return None
+    if vllm_config.parallel_config.data_parallel_external_lb:
+        return AsyncMPClient
+    if client_addresses:  # it is one of several
+        return None
+    from vllm_dwdp.compat.frontend.balancing import OnlyClient
+
+    return OnlyClient
+
+
+def _needs_coordinator(num_ranks: int, num_clients: int) -> bool:
+    """Whether somebody must tell clients how busy ranks are: they send, unknown to each other."""
+    from vllm import envs
+
+    return num_ranks > 1 and (num_clients > 1 or bool(envs.VLLM_USE_RUST_FRONTEND))
 
 
 @contextmanager
@@ -76,7 +116,8 @@ def launch_own_engines(
 
     parallel = vllm_config.parallel_config
     first, count = parallel.data_parallel_rank, parallel.data_parallel_size_local
-    balancer = coordinator.start(vllm_config) if count > 1 else None
+    coordinated = _needs_coordinator(count, len(addresses.inputs))
+    balancer = coordinator.start(vllm_config) if coordinated else None
     if balancer is not None:
         incoming, outgoing = balancer.get_engine_socket_addresses()
         addresses.coordinator_input, addresses.coordinator_output = incoming, outgoing
@@ -105,11 +146,13 @@ def launch_own_engines(
 
 
 def config_of_engines(vllm_config: Any) -> Any:
-    """The config that the engines get, with a `parallel_config` of their own.
+    """The config that the engines get; behind other front ends, with a `parallel_config` of their own.
 
     An engine is one rank to itself, of which vLLM refuses to say `data_parallel_external_lb` where a
     config is made anew. `data_parallel_hybrid_lb` means the same to whoever asks there.
     """
+    if not vllm_config.parallel_config.local_engines_only:
+        return vllm_config
     engines = copy.copy(vllm_config)
     engines.parallel_config = parallel = copy.copy(vllm_config.parallel_config)
     parallel.data_parallel_external_lb, parallel.data_parallel_hybrid_lb = False, True

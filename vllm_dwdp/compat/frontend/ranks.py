@@ -7,8 +7,9 @@ from typing import Any
 
 from vllm_dwdp.compat.frontend.refusals import refuse_several_hosts_on_cpu
 from vllm_dwdp.config import DwdpConfig
+from vllm_dwdp.device.limits import is_confined
 from vllm_dwdp.distributed.endpoint import Endpoint
-from vllm_dwdp.distributed.launch import DwdpLaunch, RankSpan, Seat
+from vllm_dwdp.distributed.launch import SHARED_CORES_ENV, DwdpLaunch, RankSpan, Seat
 from vllm_dwdp.distributed.meeting import make_abstract_endpoint, parse_endpoint
 from vllm_dwdp.distributed.unix import UnixEndpoint
 from vllm_dwdp.errors import DwdpConfigError
@@ -45,7 +46,16 @@ def find_ranks(args: Any, vllm_config: Any, size: int, *, headless: bool) -> Sta
             spmd_name=f"spmd-{envs.VLLM_DP_MASTER_IP}-{envs.VLLM_DP_MASTER_PORT}",
         )
     count = parallel.data_parallel_size_local if parallel.data_parallel_size > 1 else size
-    return StartedRanks(span=RankSpan(first, count, size), one_by_one=headless or count < size)
+    span = RankSpan(first, count, size, own_cores=_has_own_cores(count, size))
+    return StartedRanks(span=span, one_by_one=headless or count < size)
+
+
+def _has_own_cores(count: int, size: int) -> bool:
+    """Whether the cores of this front end are for its ranks only: somebody keeps it off the others.
+
+    Whoever starts several front ends of a deployment on the same cores says so in `SHARED_CORES_ENV`.
+    """
+    return count < size and is_confined() and SHARED_CORES_ENV not in os.environ
 
 
 def uncouple(parallel: Any, started: StartedRanks) -> None:
@@ -80,8 +90,9 @@ def choose_endpoint(args: Any, config: DwdpConfig, started: StartedRanks) -> End
     if started.one_by_one and config.shares_experts:
         raise DwdpConfigError(
             "dwdp rendezvous is missing: ranks that are started one by one "
-            "(--data-parallel-rank, --data-parallel-start-rank, --headless) must be told where to "
-            "meet. Give every rank the same folder, e.g. "
+            "(--data-parallel-rank, --data-parallel-start-rank, --headless, "
+            "--data-parallel-multi-port-external-lb) must be told where to meet. Give every rank the "
+            "same folder, e.g. "
             '--additional-config \'{"dwdp": {"rendezvous": "unix:///run/user/1000/dwdp"}}\'.'
         )
     spawned_by_us = args._api_process_count > 1 and args._api_process_rank >= 0

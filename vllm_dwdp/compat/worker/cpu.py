@@ -1,7 +1,7 @@
 """The CPU build of vLLM: which cores a rank runs on, and how much memory it counts as its own."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -10,13 +10,14 @@ import torch
 
 from vllm_dwdp.compat.worker.attributes import replaced
 from vllm_dwdp.device.limits import proportional_set_bytes
+from vllm_dwdp.device.openmp import pin_team
 from vllm_dwdp.errors import DwdpConfigError
 
 BIND_ENV = "VLLM_CPU_OMP_THREADS_BIND"
 
 
 def split_cores(slot: int, num_slots: int) -> list[int]:
-    """Logical CPUs for rank `slot` of `num_slots` on this host: one per physical core.
+    """Logical CPUs for rank `slot` of `num_slots` that share this process's: one per physical core.
 
     Ranks get disjoint, adjacent cores of the same NUMA node where the numbers allow; with fewer
     cores than ranks they share.
@@ -34,25 +35,17 @@ def split_cores(slot: int, num_slots: int) -> list[int]:
     return cores[start : start + base + (slot < extra)]
 
 
-def has_one_core_each(num_slots: int) -> bool:
-    """Whether each of `num_slots` ranks on this host computes on one core, as we split them."""
-    if os.environ.get(BIND_ENV, "auto") != "auto":
-        return False  # the user splits them
-    return all(len(split_cores(slot, num_slots)) == 1 for slot in range(num_slots))
-
-
 @contextmanager
-def bound_cores(parallel_config: Any, slot: int, num_slots: int) -> Iterator[list[int] | None]:
-    """While active, vLLM binds what it starts to a rank's share of the host's cores.
+def bound_cores(parallel_config: Any, slot: int, num_slots: int) -> Iterator[None]:
+    """While active, vLLM binds what it starts to a rank's share of the cores of this process.
 
-    What the user put into `VLLM_CPU_OMP_THREADS_BIND` is left to vLLM; then None is yielded. The devices
-    that vLLM gave the rank are hidden, because 0.33 takes them for memory nodes: the node is that of the
-    cores.
+    What the user put into `VLLM_CPU_OMP_THREADS_BIND` is left to vLLM. The devices that vLLM gave the
+    rank are hidden, because 0.33 takes them for memory nodes: the node is that of the cores.
     """
     before = os.environ.get(BIND_ENV)
     if before not in (None, "auto"):
         with replaced(parallel_config, assigned_physical_gpu_ids=None):
-            yield None
+            yield
         return
     cores = split_cores(slot, num_slots)
     os.environ[BIND_ENV] = ",".join(map(str, cores))
@@ -60,7 +53,7 @@ def bound_cores(parallel_config: Any, slot: int, num_slots: int) -> Iterator[lis
         with replaced(
             parallel_config, assigned_physical_gpu_ids=None, data_parallel_rank_local=None
         ):
-            yield cores
+            yield
     finally:
         if before is None:
             del os.environ[BIND_ENV]
@@ -68,23 +61,29 @@ def bound_cores(parallel_config: Any, slot: int, num_slots: int) -> Iterator[lis
             os.environ[BIND_ENV] = before
 
 
-def bind_this_process(vllm_config: Any) -> None:
-    """Keep this thread, and every one that it will start, on the cores that a worker would get.
+def cores_of_worker(vllm_config: Any) -> list[int] | None:
+    """The cores that vLLM gives the only worker of an engine; None if it shall bind nothing.
 
-    Call while `bound_cores` is active, before vLLM makes its worker: that takes its memory from the node
-    of the first core that it may use, and lets nobody set the number of threads afterwards. vLLM binds
-    a worker process by variables that an OpenMP runtime reads when it is loaded, one thread to a core.
-    Here it has been loaded, and every thread may use all cores of the rank.
-
-    Raises:
-        DwdpConfigError: the user named cores that this process may not use.
+    Call while `bound_cores` is active.
     """
     from vllm.utils.ompmultiprocessing import OMPProcessManager
 
     manager = OMPProcessManager(vllm_config)
     if manager.skip_setup:
-        return
+        return None
     (cores,) = manager.cpu_lists
+    return list(cores)
+
+
+def confine_this_thread(cores: Sequence[int]) -> None:
+    """Keep this thread, and every one that it will start, on `cores`.
+
+    Call before vLLM makes its worker, which takes its memory from the node of the first core that it may
+    use.
+
+    Raises:
+        DwdpConfigError: the user named cores that this process may not use.
+    """
     try:
         os.sched_setaffinity(0, cores)
     except OSError as error:
@@ -92,8 +91,31 @@ def bind_this_process(vllm_config: Any) -> None:
             f"{BIND_ENV}={os.environ[BIND_ENV]!r} gives this rank the cores {cores}, and its process "
             f"may use none but {sorted(os.sched_getaffinity(0))}. Name some of those, or leave it out."
         ) from error
+
+
+@contextmanager
+def confined_thread(cores: Sequence[int]) -> Iterator[None]:
+    """While active, this thread and what it starts stay on `cores`.
+
+    Raises:
+        DwdpConfigError: as `confine_this_thread`.
+    """
+    before = os.sched_getaffinity(0)
+    confine_this_thread(cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def compute_on(cores: Sequence[int]) -> None:
+    """Let torch compute with one thread on each of `cores`, for the calling thread.
+
+    Call before vLLM makes its worker, which lets nobody set the number of threads afterwards.
+    """
     if torch.get_num_threads() != len(cores):
         torch.set_num_threads(len(cores))
+    pin_team(cores)
 
 
 @contextmanager
@@ -119,3 +141,24 @@ class _ProportionalProcess:
 
     def memory_info(self) -> SimpleNamespace:
         return SimpleNamespace(rss=proportional_set_bytes(self._pid))
+
+
+ZENDNN_CACHE_ENV = "ZENDNNL_MATMUL_WEIGHT_CACHE"
+
+
+def keep_weights_as_they_are() -> None:
+    """Tell zentorch's kernels, which vLLM takes where it is installed, to read experts where they lie.
+
+    By default ZenDNN packs a weight in place when it is first used, which a peer's memory does not
+    allow, or keeps a packed copy by its address, which in a slot is that of several layers.
+
+    Raises:
+        DwdpConfigError: the user asked for either.
+    """
+    chosen = os.environ.setdefault(ZENDNN_CACHE_ENV, "0")
+    if chosen != "0":
+        raise DwdpConfigError(
+            f"{ZENDNN_CACHE_ENV}={chosen!r} lets zentorch pack experts in place or cache them by "
+            "address, which ranks that share them cannot allow. Leave it out, or set it to 0; or use dwdp "
+            'mode "replica".'
+        )

@@ -121,6 +121,11 @@ def check_method(layer: Any) -> None:
             "is loaded past the layer's weight loader, expert by expert, in gpt-oss. Serve the MXFP4 "
             "checkpoint as published,"
         )
+    elif "NvFp4MoeBackend.MARLIN" in kernel_identity(layer):
+        why = (
+            "gives the scales of an expert a factor that depends on all of them, on Marlin. Choose "
+            "another --moe-backend,"
+        )
     else:
         return
     raise DwdpUnsupportedError(

@@ -17,6 +17,23 @@ def launch(
     ranks: Annotated[int, typer.Option(min=1, help="Servers that share one copy.")] = 2,
     host: Annotated[str, typer.Option(help="Address to serve on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to serve on.")] = 8000,
+    control_port: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=65535,
+            help="Port at which one control request (/pause, /reset_prefix_cache, ...) reaches every "
+            "rank. [default: none]",
+        ),
+    ] = None,
+    start_timeout: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            help="Seconds within which a rank must serve, or it is started again. "
+            "[default: join_timeout_s (600), 60, and 10 for each GB of the model on disk]",
+        ),
+    ] = None,
     logs: Annotated[Path, typer.Option(help="Folder for the logs.")] = Path("dwdp-logs"),
     fork_ranks: Annotated[
         bool,
@@ -38,7 +55,9 @@ def launch(
             num_ranks=ranks,
             host=host,
             port=port,
-            rank_ports=tuple(free for free in free_ports(ranks + 1) if free != port)[:ranks],
+            control_port=control_port,
+            start_timeout_s=start_timeout,
+            rank_ports=tuple(free_ports(ranks, {port, control_port})),
             rendezvous=rendezvous,
             arguments=arguments,
             additional_config=additional_config,

@@ -7,6 +7,7 @@ successor starts. What it prints goes to a log, of which the last error is told.
 """
 
 import contextlib
+import math
 import os
 import re
 import signal
@@ -54,6 +55,8 @@ class Child:
         obstacle: asks what would keep it from serving; it is not started while there is something.
         end_signal: what it ends on.
         start: starts its process, as `start_process`.
+        start_timeout_s: so long may it take to serve; then it hangs, is ended and started again.
+        drain_s: so long may it take to finish what it serves, once it is told to end.
     """
 
     name: str
@@ -65,6 +68,8 @@ class Child:
     obstacle: Callable[[], str] = str
     end_signal: signal.Signals = signal.SIGINT
     start: Callable[[list[str], BinaryIO, Mapping[str, str]], Process] = start_process
+    start_timeout_s: float = math.inf
+    drain_s: float = 0.0
     state: str = "waiting"
     doing: str = ""
     failure: str = ""
@@ -79,6 +84,9 @@ class Child:
     _has_died: bool = False
     _progress_at: float = 0.0
     _quiet_at: float = 0.0
+    _said: str = ""
+    _serves_by: float = math.inf
+    _ends_by: float = math.inf
     _log_start: int = 0
 
     def poll(self) -> bool:
@@ -95,6 +103,8 @@ class Child:
             self.state, self.doing = "serving", ""
         elif self.state == "serving":
             self.state = "not serving"
+        elif self.state == "starting" and time.monotonic() >= self._serves_by:
+            self._give_this_start_up()
         elif self.state == "starting" and time.monotonic() >= self._progress_at:
             self._look_at_progress()
         return (self.state, self.doing) != before
@@ -102,7 +112,7 @@ class Child:
     def _look_at_progress(self) -> None:
         if doing := self.progress():
             self._has_begun = True
-            self.doing = doing
+            self.doing = self._said = doing
             self._progress_at = time.monotonic() + PROGRESS_INTERVAL_S
         elif time.monotonic() >= self._quiet_at:
             self.doing = last_line(self.tail())
@@ -119,8 +129,23 @@ class Child:
         with self.log.open("ab") as output:
             self._log_start = output.tell()
             self.process = self.start(self.command(), output, os.environ | self.environment)
-        self.state, self.failure, self._progress_at = "starting", "", 0.0
+        self.state, self.failure, self._progress_at, self._said = "starting", "", 0.0, ""
         self._quiet_at = time.monotonic() + QUIET_S
+        self._serves_by = time.monotonic() + self.start_timeout_s
+
+    def _give_this_start_up(self) -> None:
+        """It hangs: end it, say what is known of it, and start it again after a while."""
+        assert self.process is not None
+        silent = self._said and f"says nothing any more, and last: {self._said}"
+        known = (self.progress() or silent, last_line(self.tail()))
+        self._kill_group()
+        self.process.wait()
+        self.process = None
+        self._wait_for_next_start(
+            "hung and was ended, starts",
+            "; ".join([f"did not serve within {self.start_timeout_s:g} s", *filter(None, known)]),
+        )
+        self.is_hopeless = not self._has_served and self.num_restarts >= MAX_EARLY_ENDS
 
     def _bury(self) -> None:
         """It died: remove what it left, and start it again after a while."""
@@ -159,7 +184,9 @@ class Child:
         return ""
 
     def ask_to_end(self) -> None:
-        """Send it its `end_signal`."""
+        """Send it its `end_signal`; `stop` waits so long for it to end by itself."""
+        has_requests = self.state in ("serving", "not serving")
+        self._ends_by = time.monotonic() + STOP_TIMEOUT_S + has_requests * self.drain_s
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(self.end_signal)
 
@@ -167,7 +194,7 @@ class Child:
         """Return when nothing of it is left; kill what does not end in time."""
         if self.process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(timeout=STOP_TIMEOUT_S)
+                self.process.wait(timeout=max(0.0, self._ends_by - time.monotonic()))
             self._kill_group()
             self.process.wait()
             reap_group(self.process.pid)

@@ -7,14 +7,12 @@ does; one that ends by itself before it came that far has wrong settings: that e
 """
 
 import contextlib
-import http.client
 import os
 import shutil
 import signal
 import tempfile
 import time
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vllm_dwdp.config import DwdpConfig
@@ -22,36 +20,29 @@ from vllm_dwdp.distributed.meeting import parse_endpoint
 from vllm_dwdp.distributed.status import query_status
 from vllm_dwdp.entrypoints.doctor.gpus import count_gpus, one_gpu_each
 from vllm_dwdp.entrypoints.launch.child import Child
+from vllm_dwdp.entrypoints.launch.cores import cores_for_each
+from vllm_dwdp.entrypoints.launch.deadlines import default_start_timeout_s, shutdown_timeout_s
 from vllm_dwdp.entrypoints.launch.forking import forked_ranks, is_vllm_of_ours
+from vllm_dwdp.entrypoints.launch.fronts import answers, control_children, router_child
 from vllm_dwdp.entrypoints.launch.holding import ExpertHolder, expert_holder
-from vllm_dwdp.entrypoints.launch.plan import RANK_HOST, ROUTER, LaunchPlan, find_program
+from vllm_dwdp.entrypoints.launch.plan import (
+    RANK_HOST,
+    ROUTER,
+    LaunchPlan,
+    check_environment,
+    find_program,
+)
 from vllm_dwdp.entrypoints.launch.ports import check_bindable, port_obstacle
+from vllm_dwdp.entrypoints.launch.routed import ENDING_FILE_ENV
 from vllm_dwdp.entrypoints.launch.server import READY_PATH
 from vllm_dwdp.errors import DwdpConfigError, DwdpError
 
 POLL_INTERVAL_S = 0.5
-HEALTH_TIMEOUT_S = 2.0
 STATUS_TIMEOUT_S = 2.0
 TAIL_CHARACTERS = 3000
 
-ROUTER_ALIVE_PATH = "/liveness"
-ROUTER_READY_PATH = "/readiness"
-"""200 while it has a healthy rank."""
 ALL_HEALTHY_PATH = "/health"
 """Of the router: 200 while all its ranks are healthy."""
-
-_WITHOUT_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-"""`http_proxy` is for what lies outside; a proxy cannot reach our loopback."""
-
-
-def answers(url: str) -> bool:
-    """Whether `GET url` is answered with 200, in time."""
-    with (
-        contextlib.suppress(OSError, http.client.HTTPException),
-        _WITHOUT_PROXY.open(url, timeout=HEALTH_TIMEOUT_S) as response,
-    ):
-        return bool(response.status == 200)
-    return False
 
 
 def launch(plan: LaunchPlan, logs: Path, report: Callable[[str], None]) -> None:
@@ -65,23 +56,27 @@ def launch(plan: LaunchPlan, logs: Path, report: Callable[[str], None]) -> None:
     Raises:
         DwdpConfigError: a program is missing, the router or a rank could not listen, or a dwdp option
             is wrong.
-        DwdpError: a rank ended by itself before it said what it does, or too often before it ever
-            served; carries the end of its log.
+        DwdpError: a rank ended by itself before it said what it does, or ended or hung too often
+            before it ever served; carries the end of its log.
     """
+    check_environment(os.environ)
     for program in ("vllm", ROUTER):
         find_program(program)
     check_bindable(plan.host, plan.port)
+    if plan.control_port is not None:
+        check_bindable(plan.host, plan.control_port, "--control-port")
     for rank, port in enumerate(plan.rank_ports):
         if obstacle := port_obstacle(rank, RANK_HOST, port):
             raise DwdpConfigError(f"{obstacle}.")
     config = DwdpConfig.from_options(plan.dwdp_options, plan.num_ranks)
-    environments = one_gpu_each(plan.num_ranks, os.environ, count_gpus())
+    gpus = one_gpu_each(plan.num_ranks, os.environ, count_gpus())
+    cores = cores_for_each(plan.num_ranks, os.environ)
     logs.mkdir(parents=True, exist_ok=True)
     ranks = [
-        _rank_child(plan, config, rank, logs, environment)
-        for rank, environment in enumerate(environments)
+        _rank_child(plan, config, rank, logs, gpus[rank] | cores[rank])
+        for rank in range(plan.num_ranks)
     ]
-    router = router_child(plan, logs)
+    fronts = [router_child(plan, logs), *control_children(plan, logs)]
     groups = plan.num_ranks // config.group_size if plan.holds_experts else 0
     forks = plan.forks_ranks and is_vllm_of_ours(find_program("vllm")) and not count_gpus()
     with (
@@ -91,17 +86,21 @@ def launch(plan: LaunchPlan, logs: Path, report: Callable[[str], None]) -> None:
     ):
         for child in ranks:
             child.start = starter.start
-        starter.wait_until_ready(interrupted)
         try:
-            _serve(plan, ranks, router, holder, report, interrupted)
+            report(
+                f"ranks will listen at {', '.join(plan.rank_urls)}; each has "
+                f"{ranks[0].start_timeout_s:.0f} s to start"
+            )
+            starter.wait_until_ready(interrupted)
+            _serve(plan, ranks, fronts, holder, report, interrupted)
         finally:
-            _end_all([router, *ranks], report)
+            _end_all(ranks, fronts, report, ending_file(logs))
 
 
 def _serve(
     plan: LaunchPlan,
     ranks: list[Child],
-    router: Child,
+    fronts: list[Child],
     holder: ExpertHolder,
     report: Callable[[str], None],
     interrupted: list[int],
@@ -111,7 +110,7 @@ def _serve(
         for line in holder.news():
             report(line)
         opened = opened or all(rank.state == "serving" for rank in ranks)
-        for child in (*ranks, router) if opened else ranks:
+        for child in (*ranks, *fronts) if opened else ranks:
             if child.poll():
                 report(_describe(child))
             if child.is_hopeless:
@@ -119,7 +118,7 @@ def _serve(
                     f"{child.name} ended before it ever served: {child.failure or child.state}\n"
                     f"{child.tail()[-TAIL_CHARACTERS:]}"
                 )
-        if any(child.state != "serving" for child in (*ranks, router)):
+        if any(child.state != "serving" for child in (*ranks, *fronts)):
             announced = False
         elif not announced and answers(plan.url + ALL_HEALTHY_PATH):
             report(f"all {plan.num_ranks} ranks serve at {plan.url}")
@@ -127,14 +126,32 @@ def _serve(
         time.sleep(POLL_INTERVAL_S)
 
 
-def _end_all(children: list[Child], report: Callable[[str], None]) -> None:
-    for child in children:
-        child.ask_to_end()
+def ending_file(logs: Path) -> Path:
+    """What is there once this launch is told to end; its ranks look for it."""
+    return logs.absolute() / f"ending-{os.getpid()}"
+
+
+def _end_all(
+    ranks: list[Child], fronts: list[Child], report: Callable[[str], None], ending: Path
+) -> None:
+    """End the ranks, which may finish what they serve, and then the router, through which it goes."""
+    with contextlib.suppress(OSError):
+        ending.touch()
+    for rank in ranks:
+        rank.ask_to_end()
+    drain_s = ranks[0].drain_s
     try:
-        report("stopping")
+        report(
+            f"stopping: running requests have {drain_s:g} s to finish" if drain_s else "stopping"
+        )
     finally:  # the terminal may be gone, so that nothing can be reported
-        for child in children:
-            child.stop()
+        for rank in ranks:
+            rank.stop()
+        for front in fronts:
+            front.ask_to_end()
+        for front in fronts:
+            front.stop()
+        ending.unlink(missing_ok=True)
 
 
 def _describe(child: Child) -> str:
@@ -153,9 +170,18 @@ def _rank_child(
         logs / f"rank{rank}.log",
         is_ready=lambda: answers(plan.rank_url(rank) + READY_PATH),
         progress=rank_progress(config, rank),
-        environment=environment,
+        environment=environment | plan.rank_environment | {ENDING_FILE_ENV: str(ending_file(logs))},
         obstacle=lambda: port_obstacle(rank, RANK_HOST, plan.rank_ports[rank]),
+        start_timeout_s=start_timeout_s(plan, config),
+        drain_s=shutdown_timeout_s(plan.arguments),
     )
+
+
+def start_timeout_s(plan: LaunchPlan, config: DwdpConfig) -> float:
+    """How long a rank may take to serve."""
+    if plan.start_timeout_s is not None:
+        return plan.start_timeout_s
+    return default_start_timeout_s(plan.model, config.join_timeout_s)
 
 
 def rank_progress(config: DwdpConfig, rank: int) -> Callable[[], str]:
@@ -178,30 +204,6 @@ def rank_progress(config: DwdpConfig, rank: int) -> Callable[[], str]:
         return ""
 
     return ask
-
-
-def router_child(plan: LaunchPlan, logs: Path) -> Child:
-    """The load balancer in front of the ranks, not started yet."""
-
-    def progress() -> str:
-        return "waits for a rank to be healthy" if answers(plan.url + ROUTER_ALIVE_PATH) else ""
-
-    return Child(
-        "router",
-        plan.router_command,
-        logs / "router.log",
-        is_ready=lambda: answers(plan.url + ROUTER_READY_PATH),
-        progress=progress,
-        environment=loopback_without_proxy(os.environ),
-        end_signal=signal.SIGTERM,  # until it listens it does not hear SIGINT
-    )
-
-
-def loopback_without_proxy(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that keep the router from asking a proxy for our ranks."""
-    given = [environment.get(name, "") for name in ("no_proxy", "NO_PROXY")]
-    hosts = ",".join(dict.fromkeys([*filter(None, given), RANK_HOST, "localhost"]))
-    return {"no_proxy": hosts, "NO_PROXY": hosts}
 
 
 @contextlib.contextmanager

@@ -3,16 +3,19 @@
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vllm_dwdp.entrypoints.launch.ports import free_ports
+from vllm_dwdp.entrypoints.launch.routed import CONTROL_URL_ENV, MIDDLEWARE, RANK_URLS_ENV, ROUTED
 from vllm_dwdp.entrypoints.launch.server import READY_PATH
 from vllm_dwdp.errors import DwdpConfigError
 
 ROUTER = "vllm-router"
+
+RUST_FRONT_END = "VLLM_USE_RUST_FRONTEND"
 
 _CONFIG = "--additional-config"
 _ONLY_HTTP = "the router reaches the ranks by HTTP on their ports; leave it out"
@@ -42,6 +45,8 @@ class LaunchPlan:
         num_ranks: servers.
         host: address that the router listens on; the ranks listen on 127.0.0.1 only.
         port: of the router.
+        control_port: at which one control request reaches every rank; None opens no such port.
+        start_timeout_s: within which a rank must serve; None takes a default from the model's size.
         rank_ports: of the ranks.
         rendezvous: the ranks' meeting place.
         arguments: further arguments of every `vllm serve`.
@@ -54,6 +59,8 @@ class LaunchPlan:
     num_ranks: int
     host: str
     port: int
+    control_port: int | None = None
+    start_timeout_s: float | None = None
     rank_ports: tuple[int, ...]
     rendezvous: str
     arguments: tuple[str, ...]
@@ -64,8 +71,16 @@ class LaunchPlan:
     @property
     def url(self) -> str:
         """The URL at which this machine reaches the router."""
+        return self._url_at(self.port)
+
+    @property
+    def control_url(self) -> str:
+        """The URL at which this machine reaches the control port; empty without one."""
+        return "" if self.control_port is None else self._url_at(self.control_port)
+
+    def _url_at(self, port: int) -> str:
         host = _ANY_ADDRESS.get(self.host, self.host)
-        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     @property
     def dwdp_options(self) -> dict[str, Any]:
@@ -86,19 +101,34 @@ class LaunchPlan:
             *("--data-parallel-size", str(self.num_ranks), "--data-parallel-rank", str(rank)),
             *("--additional-config", json.dumps(config)),
             *self.arguments,
+            *("--middleware", MIDDLEWARE),  # after the user's own: the last one is asked first
         ]
+
+    @property
+    def rank_urls(self) -> list[str]:
+        """The URLs of all ranks."""
+        return [self.rank_url(rank) for rank in range(self.num_ranks)]
+
+    @property
+    def rank_environment(self) -> dict[str, str]:
+        """Variables that every rank gets."""
+        return {RANK_URLS_ENV: " ".join(self.rank_urls), CONTROL_URL_ENV: self.control_url}
 
     def router_command(self) -> list[str]:
         """The load balancer in front of all ranks."""
-        urls = [self.rank_url(rank) for rank in range(self.num_ranks)]
         return [
             find_program(ROUTER),
             *("--host", self.host, "--port", str(self.port), "--policy", "round_robin"),
             *("--health-check-interval-secs", "1", "--health-failure-threshold", "1"),
             *("--health-success-threshold", "1", "--health-check-endpoint", READY_PATH),
             *("--prometheus-port", str(free_ports(1)[0])),
-            *("--worker-urls", *urls),
+            *("--worker-urls", *(url + ROUTED for url in self.rank_urls)),
         ]
+
+    def control_command(self) -> list[str]:
+        """What repeats control requests on every rank."""
+        module = "vllm_dwdp.entrypoints.launch.control"
+        return [sys.executable, "-m", module, self.host, str(self.control_port), *self.rank_urls]
 
 
 def find_program(name: str) -> str:
@@ -116,6 +146,19 @@ def find_program(name: str) -> str:
             f"Install {package} with pip into the environment of vllm-dwdp."
         )
     return found
+
+
+def check_environment(environment: Mapping[str, str]) -> None:
+    """Refuse settings of vLLM's that the ranks of a launch could not be asked with.
+
+    Raises:
+        DwdpConfigError: another HTTP server than vLLM's own in Python was chosen.
+    """
+    if environment.get(RUST_FRONT_END, "0") not in ("", "0"):
+        raise DwdpConfigError(
+            f"{RUST_FRONT_END}={environment[RUST_FRONT_END]} cannot be used with launch: that server "
+            "has no middleware, by which a rank tells the router's requests apart. Unset it."
+        )
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[tuple[str, ...], dict[str, Any]]:

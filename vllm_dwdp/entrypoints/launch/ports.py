@@ -2,24 +2,26 @@
 
 import contextlib
 import socket
+from collections.abc import Collection
 
 from vllm_dwdp.errors import DwdpConfigError
 
 
-def free_ports(count: int) -> list[int]:
-    """Return ports that were free a moment ago."""
-    sockets = [socket.socket() for _ in range(count)]
+def free_ports(count: int, others: Collection[int | None] = ()) -> list[int]:
+    """Return ports that were free a moment ago, and are none of the others."""
+    sockets = [socket.socket() for _ in range(count + len(others))]
     try:
         for probe in sockets:
             probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in sockets]
+        found = [probe.getsockname()[1] for probe in sockets]
+        return [port for port in found if port not in others][:count]
     finally:
         for probe in sockets:
             probe.close()
 
 
-def check_bindable(host: str, port: int) -> None:
-    """Refuse an address that the router could not listen at, before minutes go into starting ranks.
+def check_bindable(host: str, port: int, option: str = "--port") -> None:
+    """Refuse an address that we could not listen at, before minutes go into starting ranks.
 
     Raises:
         DwdpConfigError: another program listens there, or the host is no address of this machine.
@@ -28,7 +30,7 @@ def check_bindable(host: str, port: int) -> None:
         _try_to_listen(host, port)
     except OSError as error:
         raise DwdpConfigError(
-            f"--host {host} --port {port}: the router cannot listen there: {error}. Choose a port that "
+            f"--host {host} {option} {port}: launch cannot listen there: {error}. Choose a port that "
             f"no other program uses (`ss -ltnp 'sport = :{port}'` names it), and a host that is an "
             "address of this machine."
         ) from error

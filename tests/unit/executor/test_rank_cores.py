@@ -1,0 +1,153 @@
+"""Where a rank's threads run, from the process that starts it to a step: real affinities, no engine.
+
+Affinities belong to threads, so each test runs in one; the machine has more CPUs than this process.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+from vllm_dwdp.compat.frontend.ranks import find_ranks
+from vllm_dwdp.compat.worker import cpu, independent
+from vllm_dwdp.config import DwdpConfig
+from vllm_dwdp.device import limits
+from vllm_dwdp.distributed.launch import SHARED_CORES_ENV, DwdpLaunch, Seat
+from vllm_dwdp.distributed.meeting import make_abstract_endpoint
+from vllm_dwdp.executor.executor import DwdpExecutor, DwdpMultiprocExecutor
+
+ALLOWED = set(sorted(os.sched_getaffinity(0))[:2])
+NUM_RANKS = 4
+
+pytestmark = pytest.mark.skipif(len(ALLOWED) < 2, reason="one core")
+
+
+@pytest.fixture(autouse=True)
+def a_larger_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    (tmp_path / "online").write_text("0-63\n")
+    monkeypatch.setattr(limits, "ONLINE_CPUS", tmp_path / "online")
+    monkeypatch.delenv(SHARED_CORES_ENV, raising=False)
+    monkeypatch.delenv(cpu.BIND_ENV, raising=False)
+    monkeypatch.setattr(independent, "restore_model_config", lambda config: None)
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def seat_of_server(rank: int) -> Seat:
+    """The seat of a rank that is a server of its own, as its front end finds it in this process."""
+    facts = {"data_parallel_size": NUM_RANKS, "data_parallel_size_local": 1}
+    parallel = SimpleNamespace(**facts, data_parallel_rank=rank)
+    args = SimpleNamespace(data_parallel_size=NUM_RANKS)
+    span = find_ranks(
+        args, SimpleNamespace(parallel_config=parallel), NUM_RANKS, headless=False
+    ).span
+    config = DwdpConfig(group_size=NUM_RANKS)
+    launch = DwdpLaunch(config=config, ranks=span, endpoint=make_abstract_endpoint())
+    return launch.seat(rank)
+
+
+def make(executor_class: Any, seat: Seat) -> Any:
+    executor = executor_class.__new__(executor_class)
+    facts = {"local_world_size": 1, "data_parallel_rank_local": 0, "_api_process_count": 1}
+    executor.parallel_config = SimpleNamespace(**facts, assigned_physical_gpu_ids=None)
+    executor.vllm_config = SimpleNamespace(
+        parallel_config=executor.parallel_config,
+        model_config=SimpleNamespace(trust_remote_code=False),
+        kv_transfer_config=None,
+        seat=seat,
+    )
+    return executor
+
+
+def in_confined_thread(function: Callable[[], Any]) -> Any:
+    def run() -> Any:
+        os.sched_setaffinity(0, ALLOWED)
+        return function()
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(run).result()
+
+
+def inherited() -> set[int]:
+    found: list[set[int]] = []
+    thread = threading.Thread(target=lambda: found.append(os.sched_getaffinity(0)))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_rank_with_a_cpuset_of_its_own_computes_on_all_of_it(
+    monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    seen: list[set[int]] = []
+
+    def step(self: Any, *args: Any) -> str:
+        seen.append(os.sched_getaffinity(0))
+        return f"did {args}"
+
+    monkeypatch.setattr(UniProcExecutor, "execute_model", step)
+    monkeypatch.setattr(independent, "seat_of", lambda config: config.seat)
+
+    def run() -> tuple[Any, ...]:
+        executor = make(DwdpExecutor, seat_of_server(rank))
+        with executor.starting():
+            during = os.sched_getaffinity(0), torch.get_num_threads()
+        done = executor.execute_model("step")
+        return *during, done, os.sched_getaffinity(0), inherited()
+
+    during, num_threads, done, after, of_new_threads = in_confined_thread(run)
+    assert (during, num_threads) == (ALLOWED, 2)
+    assert seen == [{min(ALLOWED)}] and done == "did ('step',)"
+    assert after == of_new_threads == ALLOWED
+
+
+def test_ranks_that_are_told_to_share_a_cpuset_divide_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SHARED_CORES_ENV, "1")
+    monkeypatch.setattr(independent, "seat_of", lambda config: config.seat)
+
+    def run(rank: int) -> set[int]:
+        with make(DwdpExecutor, seat_of_server(rank)).starting():
+            return os.sched_getaffinity(0)
+
+    found = [in_confined_thread(lambda rank=rank: run(rank)) for rank in range(NUM_RANKS)]
+    first, second = ({core} for core in sorted(ALLOWED))
+    assert found == [first, second, first, second], "more ranks than cores"
+
+
+def test_a_worker_process_inherits_the_ranks_cores_and_the_engine_stays_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """vLLM takes the worker's memory from the node of the first core that it may use."""
+    monkeypatch.setenv(SHARED_CORES_ENV, "1")
+    monkeypatch.setattr(independent, "seat_of", lambda config: config.seat)
+
+    def run() -> tuple[set[int], str, set[int]]:
+        with make(DwdpMultiprocExecutor, seat_of_server(1)).starting():
+            of_worker, bound = inherited(), os.environ[cpu.BIND_ENV]
+        return of_worker, bound, os.sched_getaffinity(0)
+
+    core = max(ALLOWED)
+    assert in_confined_thread(run) == ({core}, str(core), ALLOWED)
+
+
+def test_nothing_is_bound_where_the_user_wants_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cpu.BIND_ENV, "nobind")
+    monkeypatch.setattr(independent, "seat_of", lambda config: config.seat)
+    monkeypatch.setattr(UniProcExecutor, "execute_model", lambda self: os.sched_getaffinity(0))
+
+    def run() -> Any:
+        executor = make(DwdpExecutor, seat_of_server(1))
+        with executor.starting():
+            during = os.sched_getaffinity(0)
+        return during, executor.execute_model()
+
+    assert in_confined_thread(run) == (ALLOWED, ALLOWED)
