@@ -6,8 +6,11 @@ An upgrade of vLLM that moves one of them fails here, by name, and not in a serv
 import ast
 import dataclasses
 import inspect
+import json
 import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -800,3 +803,27 @@ def test_a_forward_knows_how_many_tokens_it_computes() -> None:
     descriptor = BatchDescriptor(num_tokens=24)
     with override_forward_context(ForwardContext(**facts, batch_descriptor=descriptor)):
         assert num_tokens_of_forward() == 24
+
+
+def test_an_engine_process_is_made_by_a_context_that_can_be_another() -> None:
+    """As `waiting_engine` puts one in place: asked for once, for one process per engine."""
+    from vllm.v1.engine import utils
+
+    made = calls(utils.CoreEngineProcManager.__init__)
+    assert made.count("get_mp_context") == 1 and made.count("context.Process") == 1
+    assert callable(utils.get_mp_context)
+
+
+def test_what_vllm_adds_to_the_environment_of_engines_is_known_beforehand() -> None:
+    """Of what is read while loading; otherwise no engine could be forked, and none would be."""
+    script = (
+        "import importlib, json, os; from vllm_dwdp.compat.frontend import loading; "
+        "expected = loading.expected(os.environ); "
+        "[importlib.import_module(name) for name in loading.MODULES]; "
+        "loaded = os.environ | expected; importlib.import_module('vllm.config').VllmConfig(); "
+        "print(json.dumps(loading.read_differently(loaded, os.environ)))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert json.loads(ended.stdout.splitlines()[-1]) == []

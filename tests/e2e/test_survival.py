@@ -344,11 +344,37 @@ def test_launch_restarts_a_killed_rank_behind_the_router(
         wait_for(log, process, "all 2 ranks serve at", 200, after="starts again in")
         for _ in range(5):
             assert router.tokens(PROMPTS[2]) == expected
+        told = log.read_text()
+        family = psutil.Process(process.pid).children(recursive=True)
+        for child in family:
+            if "EngineCore" in " ".join(child.cmdline()):
+                child.kill()
+        wait_for(log, process, "all 2 ranks serve at", 200, after=told)
+        assert router.tokens(PROMPTS[2]) == expected
+        must_have_come_back_without_loading(tmp_path / "logs", process, log.read_text())
+        family += psutil.Process(process.pid).children(recursive=True)
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(timeout=90)
     assert process.returncode == 0
     assert not psutil.wait_procs(family, timeout=10)[1]
+
+
+def must_have_come_back_without_loading(
+    logs: Path, process: subprocess.Popen[bytes], said: str
+) -> None:
+    """One rank alone, then both at once: their memory was held, once, and forked ranks mapped it."""
+    written = "".join(log.read_text() for log in logs.glob("rank*.log"))
+    assert re.findall(r"DWDP rank (\d) loaded ", written) in (["0", "1"], ["1", "0"])
+    assert len(re.findall(r"DWDP rank \d adopted ", written)) == 3
+    place = re.search(r"ranks meet at (\S+);", said)
+    assert place and "holder of group 0: keeps " in said
+    holder = find_ranks(place[1], secret_file=None, group_size=1, num_groups=1)[0]
+    assert holder["held_ranks"] == [0, 1]
+    assert holder["held_bytes"] == holder["shared_bytes"] > 0
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    maps = [each for one in family for each in one.memory_maps() if "memfd:dwdp" in each.path]
+    assert 0.9 * holder["held_bytes"] < sum(each.pss for each in maps) <= holder["held_bytes"]
 
 
 def wait_for(

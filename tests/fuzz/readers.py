@@ -11,6 +11,7 @@ from pathlib import Path
 from tests.unit.distributed.test_messages import fingerprint
 from vllm_dwdp.distributed import messages
 from vllm_dwdp.distributed.group_state import GroupState
+from vllm_dwdp.distributed.held_shards import HeldShards
 from vllm_dwdp.distributed.published_shard import PublishedShard
 from vllm_dwdp.distributed.secure import SecureChannel
 from vllm_dwdp.errors import RendezvousError
@@ -19,22 +20,31 @@ SECRET = b"a secret of some length"
 HEADER = messages.Shard(1, 7, (4096,) * 40, b"l" * 32, b"d" * 32, True, 0, 40)
 
 
+SHARD = PublishedShard(
+    rank=0,
+    generation=1,
+    fds=(),
+    fabric_handles=(b"f" * 64,) * 3,
+    handle_bytes=(4096,) * 3,
+    layout=b"",
+    digest=b"",
+    ready=False,
+)
+
+
 def make_state() -> GroupState:
     """What a rank of three answers from, once it has published its shard."""
     state = GroupState(0, 3, fingerprint())
-    state.publish(
-        PublishedShard(
-            rank=0,
-            generation=1,
-            fds=(),
-            fabric_handles=(b"f" * 64,) * 3,
-            handle_bytes=(4096,) * 3,
-            layout=b"",
-            digest=b"",
-            ready=False,
-        )
-    )
+    state.publish(SHARD)
+    state.announce_ready(b"digest")
     return state
+
+
+def make_held() -> HeldShards:
+    """What a holder answers from, once it has that shard."""
+    held = HeldShards(0)
+    held.hold(SHARD, fingerprint())
+    return held
 
 
 def read_request(data: bytes) -> None:
@@ -42,7 +52,13 @@ def read_request(data: bytes) -> None:
     request = messages.decode_request(data)
     if isinstance(request, messages.StatusRequest):
         return
-    for packet, _ in STATE.answer(request):
+    if isinstance(request, messages.Keep):
+        packets = STATE.answer_holder(request)
+    else:
+        packets = STATE.answer(request)
+    if isinstance(request, messages.Borrow):
+        packets += HELD.lend(request)
+    for packet, _ in packets:
         messages.decode_reply(messages.encode(packet))
 
 
@@ -95,6 +111,7 @@ def feed(channel: SecureChannel, data: bytes) -> None:
 
 
 STATE = make_state()
+HELD = make_held()
 READERS: list[Callable[[bytes], None]] = [
     read_request,
     read_reply,
@@ -119,8 +136,10 @@ def write_corpus(folder: Path) -> None:
         messages.Hello(1, 1, fingerprint(dtype="fp16")),
         messages.Borrow(2, 1, fingerprint(), 1),
         messages.Failed(1, 1, "reason"),
+        messages.Keep(1),
         messages.StatusRequest(),
         messages.NotYet(),
+        messages.Identity(fingerprint()),
         HEADER,
         messages.Handles(0, (b"f" * 64,) * 3),
         messages.Refused("reason"),

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from vllm_dwdp.distributed import messages
-from vllm_dwdp.distributed.endpoint import Endpoint
+from vllm_dwdp.distributed.endpoint import Endpoint, name_of
 from vllm_dwdp.distributed.fingerprint import Fingerprint
 from vllm_dwdp.distributed.group_state import MAX_REASON, ranks_after
 from vllm_dwdp.distributed.published_shard import PublishedShard
@@ -66,6 +66,11 @@ class Dialler:
         """The other ranks, starting after our own."""
         return ranks_after(self.dwdp_rank, self.group_size)
 
+    @property
+    def lenders(self) -> tuple[int, ...]:
+        """Who may have a shard that is not theirs: the other ranks, then a holder."""
+        return (*self.peer_ranks, *self.endpoint.holders)
+
     def ask(self, peer: int, wanted: int) -> messages.Reply | None:
         """Ask `peer` how far the shard of `wanted` is; None if it does not answer (yet)."""
         answer = self._exchange(peer, self._request(peer, wanted, wants_handles=False))
@@ -105,13 +110,15 @@ class Dialler:
     def tell_failure(self, kind: type | None, error: BaseException | None, _: object) -> None:
         """Let peers that wait for us stop waiting, if there is an error; best effort.
 
+        A holder may learn that nobody can start with what it holds.
+
         The arguments are those of `__exit__`.
         """
         if error is None:
             return
         reason = f"{type(error).__name__}: {error}"[:MAX_REASON]
         message = messages.Failed(self.dwdp_rank, self.generation, reason)
-        for peer in self.peer_ranks:
+        for peer in self.lenders:
             with suppress(OSError, DwdpError):
                 self._exchange(peer, message)
 
@@ -122,7 +129,7 @@ class Dialler:
             PeerMismatchError: it did.
         """
         if isinstance(reply, messages.Refused):
-            raise PeerMismatchError(f"rank {peer} of group {self.group}: {reply.reason}")
+            raise PeerMismatchError(f"{name_of(peer)} of group {self.group}: {reply.reason}")
 
     def _request(self, peer: int, wanted: int, *, wants_handles: bool) -> messages.Request:
         """The request to `peer` for the shard of `wanted`: its own, or one that it holds."""
@@ -162,10 +169,10 @@ def _check_shard(answer: _Answer, shard: messages.Shard, peer: int, wanted: int)
         ProtocolError: it is not.
     """
     if shard.dwdp_rank != wanted:
-        raise ProtocolError(f"rank {peer} sent the shard of {shard.dwdp_rank}, not {wanted}'s")
+        raise ProtocolError(f"{name_of(peer)} sent the shard of {shard.dwdp_rank}, not {wanted}'s")
     kinds = (answer.fds, answer.fabric_handles)
     if {len(kind) for kind in kinds if kind} != {len(shard.handle_bytes)}:
         raise ProtocolError(
-            f"rank {peer} sent {len(answer.fds)} descriptors and {len(answer.fabric_handles)} fabric "
-            f"handles of a shard in {len(shard.handle_bytes)} pieces"
+            f"{name_of(peer)} sent {len(answer.fds)} descriptors and {len(answer.fabric_handles)} "
+            f"fabric handles of a shard in {len(shard.handle_bytes)} pieces"
         )

@@ -12,6 +12,8 @@ from typing import ClassVar
 from vllm_dwdp.distributed.connection import Connection
 
 BACKLOG = 128
+HOLDER = -1
+"""In place of a rank: whoever keeps a group's shards without being one of its ranks (`holder`)."""
 LINGER_S = 3.0
 """How long a killed process may still seem to listen, while the kernel takes it apart."""
 
@@ -50,3 +52,16 @@ class Endpoint(ABC):
     @abstractmethod
     def listening(self, group: int, ranks: Iterable[int], timeout_s: float) -> set[int]:
         """Those of `ranks` at whose place somebody listens; takes at most `timeout_s`."""
+
+    @property
+    def holders(self) -> tuple[int, ...]:
+        """Who may hold shards beside the ranks: memory can be held where descriptors travel.
+
+        A fabric handle is a number, which keeps nothing alive.
+        """
+        return (HOLDER,) if self.carries_fds else ()
+
+
+def name_of(rank: int) -> str:
+    """What a rank, or the holder, is called in a sentence."""
+    return "the holder" if rank == HOLDER else f"rank {rank}"

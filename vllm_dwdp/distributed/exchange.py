@@ -97,8 +97,8 @@ class ShardExchange:
         )
 
     def _fetch(self, rank: int, shards: dict[int, PublishedShard]) -> bool:
-        """Get the shard of `rank`: from itself, or, if it is dead, from a peer that holds it."""
-        for peer in (rank, *self._others_than(rank)):
+        """Get the shard of `rank`: from itself, or, if it is dead, from whoever holds it."""
+        for peer in (rank, *self._lenders_of(rank)):
             shard = self._dialler.fetch(peer, rank)
             if shard is not None:
                 if rank in shards:
@@ -115,7 +115,7 @@ class ShardExchange:
             return True
         answers = {rank: self._dialler.ask(rank, rank)}
         if answers[rank] is None:
-            answers = {peer: self._dialler.ask(peer, rank) for peer in self._others_than(rank)}
+            answers = {peer: self._dialler.ask(peer, rank) for peer in self._lenders_of(rank)}
         for peer, answer in answers.items():
             self._dialler.raise_refusal(peer, answer)
             if not isinstance(answer, messages.Shard):
@@ -127,6 +127,6 @@ class ShardExchange:
                 return True
         return False
 
-    def _others_than(self, rank: int) -> list[int]:
-        """The peers that may hold the shard of `rank`."""
-        return [peer for peer in self._dialler.peer_ranks if peer != rank]
+    def _lenders_of(self, rank: int) -> list[int]:
+        """Who else may hold the shard of `rank`."""
+        return [peer for peer in self._dialler.lenders if peer != rank]

@@ -143,6 +143,16 @@ class GroupState:
             return [(messages.NotYet(), ())]
         return list(shard.packets(with_handles=request.wants_handles))
 
+    def answer_holder(self, request: messages.Keep) -> list[messages.Packet]:
+        """Make the packets of our reply to a holder, which gets our shard once that is whole."""
+        with self._lock:
+            shard = self._published
+        if shard is None or not shard.ready:
+            return [(messages.NotYet(), ())]
+        if shard.generation == request.have:
+            return [(messages.Accepted(), ())]
+        return [(messages.Identity(self.fingerprint), ()), *shard.packets(with_handles=True)]
+
     def _refusal(
         self, request: messages.Hello | messages.Borrow | messages.Failed
     ) -> messages.Refused | None:

@@ -221,4 +221,6 @@ def _answer(
     """Answer one request (in the server's thread)."""
     if isinstance(request, messages.StatusRequest):
         return [(messages.Status(status.content()), ())]
+    if isinstance(request, messages.Keep):
+        return state.answer_holder(request)
     return state.answer(request)

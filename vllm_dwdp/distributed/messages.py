@@ -61,6 +61,12 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
+class Keep(msgspec.Struct, frozen=True, tag=True):
+    """A holder asks for our shard once it is whole; it has the one of generation `have`, or none (0)."""
+
+    have: _Generation
+
+
 class StatusRequest(msgspec.Struct, frozen=True, tag=True):
     """Somebody asks how this rank is."""
 
@@ -84,6 +90,12 @@ class Shard(msgspec.Struct, frozen=True, tag=True):
     ready: bool
     num_fds: _Count
     num_fabric_handles: _Count
+
+
+class Identity(msgspec.Struct, frozen=True, tag=True):
+    """What the shard that follows is of, for a holder."""
+
+    fingerprint: Fingerprint
 
 
 class Handles(msgspec.Struct, frozen=True, tag=True):
@@ -115,8 +127,8 @@ class Accepted(msgspec.Struct, frozen=True, tag=True):
     """Noted."""
 
 
-Request = Hello | Borrow | Failed | StatusRequest
-Reply = NotYet | Shard | Handles | Refused | Status | Accepted
+Request = Hello | Borrow | Failed | Keep | StatusRequest
+Reply = NotYet | Identity | Shard | Handles | Refused | Status | Accepted
 Packet = tuple[Reply, tuple[int, ...]]
 """A message and the descriptors to send beside it."""
 

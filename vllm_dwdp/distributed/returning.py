@@ -23,7 +23,7 @@ class Return:
         seen_generation: the newest start of this rank that a peer has seen, where that looks later
             than this one, because a clock was set back; else 0.
         num_bytes: of the shard of an earlier start that the lenders hold.
-        lenders: peers that hold it whole.
+        lenders: peers, or a holder, that hold it whole.
     """
 
     seen_generation: int = 0
@@ -32,13 +32,13 @@ class Return:
 
     @classmethod
     def ask(cls, dialler: Dialler) -> "Return":
-        """Ask every peer, and let `dialler` introduce itself as a later start than any that was seen.
+        """Ask every peer and a holder; `dialler` is a later start than any that was seen from now on.
 
         Raises:
             PeerMismatchError: a peer serves another model, layout or version.
         """
         seen, num_bytes, lenders = 0, 0, []
-        for peer in dialler.peer_ranks:
+        for peer in dialler.lenders:
             reply = dialler.ask(peer, dialler.dwdp_rank)
             if isinstance(reply, messages.Refused) and reply.seen_generation > dialler.generation:
                 logger.warning(

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_dwdp.distributed.connection import PacketConnection
-from vllm_dwdp.distributed.endpoint import BACKLOG, LINGER_S, Endpoint
+from vllm_dwdp.distributed.endpoint import BACKLOG, HOLDER, LINGER_S, Endpoint, name_of
 from vllm_dwdp.errors import ProtocolError, RendezvousError
 
 LOCK_TIMEOUT_S = 10.0
@@ -75,7 +75,7 @@ class _LocalEndpoint(Endpoint):
         if uid not in trusted:
             client.close()
             raise ProtocolError(
-                f"user id {uid} listens as rank {rank} of group {group} at {self}; ranks of user id "
+                f"user id {uid} listens as {name_of(rank)} of group {group} at {self}; ranks of user id "
                 f"{os.geteuid()} trust only themselves and root. End that process, or choose another "
                 "dwdp rendezvous."
             )
@@ -96,7 +96,7 @@ class _LocalEndpoint(Endpoint):
 
     def _already_running(self, group: int, rank: int) -> RendezvousError:
         return RendezvousError(
-            f"rank {rank} of group {group} is already running at {self}. Stop it, or give this "
+            f"{name_of(rank)} of group {group} is already running at {self}. Stop it, or give this "
             "deployment another dwdp rendezvous."
         )
 
@@ -108,7 +108,7 @@ class AbstractEndpoint(_LocalEndpoint):
         return f"abstract:{self.location}"
 
     def _address(self, group: int, rank: int) -> str:
-        return f"\0vllm-dwdp/{self.location}/g{group}-r{rank}"
+        return f"\0vllm-dwdp/{self.location}/{_place(group, rank)}"
 
     def listen(self, group: int, rank: int) -> socket.socket:
         """As `Endpoint.listen`."""
@@ -134,7 +134,7 @@ class UnixEndpoint(_LocalEndpoint):
         return f"unix://{self.location}"
 
     def _address(self, group: int, rank: int) -> str:
-        return f"{self.location}/g{group}-r{rank}.sock"
+        return f"{self.location}/{_place(group, rank)}.sock"
 
     def _owners(self) -> tuple[int, ...]:
         """The folder's owner, whom root may ask for a status."""
@@ -247,6 +247,10 @@ class _NamedSocket(socket.socket):
             with suppress(OSError):
                 os.unlink(self._name)
         super().close()
+
+
+def _place(group: int, rank: int) -> str:
+    return f"g{group}-holder" if rank == HOLDER else f"g{group}-r{rank}"
 
 
 def _socket() -> socket.socket:

@@ -24,10 +24,12 @@ class Adopted:
     Args:
         shard: its memory; the caller closes it.
         layout: identity of what lies in it.
+        digest: of its content, which has been compared and cannot change any more.
     """
 
     shard: Shard
     layout: bytes
+    digest: bytes
 
 
 def adopt_shard(device: Device, membership: Membership, rank: int) -> Adopted | None:
@@ -36,7 +38,7 @@ def adopt_shard(device: Device, membership: Membership, rank: int) -> Adopted | 
     for kept in membership.recover():
         shard = _try_to_adopt(device, kept, rank)
         if shard is not None:
-            return Adopted(shard, kept.layout)
+            return Adopted(shard, kept.layout, kept.digest)
         refused = True
     if refused:
         logger.warning(

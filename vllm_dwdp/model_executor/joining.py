@@ -46,11 +46,13 @@ class LoadedExperts:
         shard: owned by the stack that it was loaded with.
         layout: of all experts over the group.
         model: vLLM's, its layers not bound yet.
+        digest: of the shard, if it is known already; empty if not.
     """
 
     shard: ExpertShard
     layout: ModelLayout
     model: torch.nn.Module
+    digest: bytes = b""
 
 
 def join_group(
@@ -133,7 +135,8 @@ def load_experts(
         time.monotonic() - started,
         100 * shard.read_share(),
     )
-    return LoadedExperts(shard=shard, layout=layout, model=model)
+    digest = b"" if adopted is None else adopted.digest
+    return LoadedExperts(shard=shard, layout=layout, model=model, digest=digest)
 
 
 def meet_peers(
@@ -153,7 +156,7 @@ def meet_peers(
     undo.callback(peers.close)
     peers.map_all(membership.meet())
     shard.fill_edges(loaded.layout, peers.mapped)
-    membership.announce_ready(shard.memory.digest())
+    membership.announce_ready(loaded.digest or shard.memory.digest())
     peers.map_all(membership.wait_ready())
     shard.private_tensors(loaded.layout).complete(peers.mapped)
     logger.info(

@@ -88,6 +88,8 @@ def plan(**changes: Any) -> LaunchPlan:
         "rendezvous": "unix:///run/meet",
         "arguments": (),
         "additional_config": {},
+        "forks_ranks": False,
+        "holds_experts": False,
     }
     return LaunchPlan(**(facts | changes))
 
@@ -165,12 +167,12 @@ def test_all_ranks_serve_is_said_whenever_it_becomes_true(
     told = [re.sub(r", (pid|restarts) \d+", "", line) for line in lines]
     first, second, third = (index for index, line in enumerate(lines) if line == complete)
     assert told[first + 1 : second] == [
-        "rank 1: killed by SIGKILL, starts again in 0.05 s",
+        "rank 1: killed by SIGKILL, starts again in 0 s",
         "rank 1: starting",
         "rank 1: serving",
     ]
     assert told[second + 1 : third] == [
-        "router: killed by SIGKILL, starts again in 0.05 s",
+        "router: killed by SIGKILL, starts again in 0 s",
         "router: starting",
         "router: serving",
     ]
@@ -496,7 +498,7 @@ def test_a_port_that_is_taken_while_its_rank_is_dead_is_named_until_it_is_free(
     lines = run(fakes, tmp_path, react)
     (told,) = [line for line in lines if "cannot start" in line]
     assert re.match(
-        rf"rank 0: cannot start, tries again in 0.1 s, restarts 2: .* at port {port}: .*in use",
+        rf"rank 0: cannot start, tries again in 0.05 s, restarts 2: .* at port {port}: .*in use",
         told,
     )
 
@@ -707,7 +709,7 @@ def test_backoff_doubles_up_to_a_limit_and_starts_anew_after_a_good_life(
         f"ended with 3, starts again in {backoff} s" for backoff in ("0.02", "0.04", "0.05", "0.05")
     ]
     assert ends.num_restarts == 4
-    for life_s, backoff in ((0.0, "0.05"), (0.15, "0.02")):
+    for life_s, backoff in ((0.0, "0.05"), (0.15, "0"), (0.0, "0.02"), (0.0, "0.04")):
         ends.command, ends.is_ready = (lambda: ["sleep", "60"]), lambda: True
         poll_until(ends, "serving")
         time.sleep(life_s)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from vllm_dwdp.compat.frontend import coordinator
+from vllm_dwdp.compat.frontend import coordinator, waiting_engine
 from vllm_dwdp.compat.worker import independent
 from vllm_dwdp.compat.worker.attributes import replaced
 
@@ -125,17 +125,18 @@ def launch_own_engines(
     tensor_queue = _make_tensor_queue(vllm_config)
     handshake_address = network_utils.get_open_zmq_ipc_path()
     with utils.zmq_socket_ctx(handshake_address, utils.zmq.ROUTER, bind=True) as handshake_socket:
-        manager = utils.CoreEngineProcManager(
-            local_engine_count=count,
-            start_index=first,
-            local_start_index=0,
-            vllm_config=config_of_engines(vllm_config),
-            local_client=True,
-            handshake_address=handshake_address,
-            executor_class=executor_class,
-            log_stats=log_stats,
-            tensor_queue=tensor_queue,
-        )
+        with waiting_engine.in_place(utils):
+            manager = utils.CoreEngineProcManager(
+                local_engine_count=count,
+                start_index=first,
+                local_start_index=0,
+                vllm_config=config_of_engines(vllm_config),
+                local_client=True,
+                handshake_address=handshake_address,
+                executor_class=executor_class,
+                log_stats=log_stats,
+                tensor_queue=tensor_queue,
+            )
         launch = utils.CoreEngineLaunch(manager, balancer, addresses, tensor_queue)
         yield launch
         engines = [utils.CoreEngine(index=first + local, local=True) for local in range(count)]

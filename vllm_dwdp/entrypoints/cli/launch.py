@@ -35,6 +35,13 @@ def launch(
         ),
     ] = None,
     logs: Annotated[Path, typer.Option(help="Folder for the logs.")] = Path("dwdp-logs"),
+    fork_ranks: Annotated[
+        bool,
+        typer.Option(help="Import vLLM once and fork the ranks, instead of once per process."),
+    ] = True,
+    hold_experts: Annotated[
+        bool, typer.Option(help="Keep the experts' memory for ranks that all die at once.")
+    ] = True,
 ) -> None:
     """Serve MODEL on ranks that outlive each other, behind vllm-router.
 
@@ -54,6 +61,8 @@ def launch(
             rendezvous=rendezvous,
             arguments=arguments,
             additional_config=additional_config,
+            forks_ranks=fork_ranks,
+            holds_experts=hold_experts,
         )
         meeting = plan.dwdp_options["rendezvous"]
         say(f"ranks meet at {meeting}; logs in {logs}/")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vllm_dwdp.distributed.endpoint import Endpoint
+from vllm_dwdp.distributed.endpoint import HOLDER, Endpoint, name_of
 from vllm_dwdp.distributed.meeting import parse_endpoint
 from vllm_dwdp.distributed.status import query_status
 from vllm_dwdp.distributed.tcp import TcpEndpoint
@@ -24,7 +24,7 @@ from vllm_dwdp.errors import (
 
 ANSWER_TIMEOUT_S = 2.0
 
-_SOCKET = re.compile(r"g(\d+)-r(\d+)\.sock")
+_SOCKET = re.compile(r"g(\d+)-(?:r(\d+)|holder)\.sock")
 _HEADINGS = ("group", "rank", "state", "started", "pid", "held", "remote", "steps", "peers")
 
 
@@ -37,7 +37,7 @@ def status(
     group_size: Annotated[int, typer.Option(min=1, help="For tcp://: ranks of a group.")] = 1,
     groups: Annotated[int, typer.Option(min=1, help="For tcp://: groups.")] = 1,
 ) -> None:
-    """Show every rank that meets there: its state, generation, memory, peers and last failure.
+    """Show every rank that meets there, and holders: state, generation, memory, peers and last failure.
 
     Exits 1 if there is none, if one is dead (also if only its peers say so), or does not answer.
     """
@@ -57,11 +57,11 @@ def status(
 def _row(entry: dict[str, Any]) -> list[str]:
     return [
         str(entry["group"]),
-        str(entry["dwdp_rank"]),
+        "holder" if entry["dwdp_rank"] == HOLDER else str(entry["dwdp_rank"]),
         str(entry["state"]),
         _clock(entry.get("generation", 0) / 1e9),
         str(entry.get("pid", "")),
-        _mib(entry.get("resident_expert_bytes")),
+        _mib(entry.get("resident_expert_bytes", entry.get("held_bytes"))),
         _mib(entry.get("remote_expert_bytes")),
         str(sum(entry.get("steps", {}).values())),
         " ".join(f"{peer}:{state}" for peer, state in entry.get("peers", {}).items()),
@@ -69,7 +69,12 @@ def _row(entry: dict[str, Any]) -> list[str]:
 
 
 def _sentences(entry: dict[str, Any]) -> Iterator[str]:
-    rank = f"rank {entry['dwdp_rank']} of group {entry['group']}"
+    rank = f"{name_of(entry['dwdp_rank'])} of group {entry['group']}"
+    if "held_ranks" in entry:
+        yield (
+            f"{rank} keeps the experts of ranks {entry['held_ranks']}; {_mib(entry['shared_bytes'])} "
+            f"of its {_mib(entry['held_bytes'])} are memory that these ranks run with"
+        )
     if entry.get("doing"):
         yield f"{rank} {entry['doing']}"
     if entry.get("last_failure"):
@@ -90,7 +95,9 @@ def _mib(num_bytes: int | None) -> str:
 def find_ranks(
     rendezvous: str, *, secret_file: str | None, group_size: int, num_groups: int
 ) -> list[dict[str, Any]]:
-    """Ask each rank for its status, in order of group and rank.
+    """Ask each rank and each holder for its status, in order of group and rank.
+
+    A holder comes before the ranks of its group; its `dwdp_rank` is `HOLDER`.
 
     `state` is serving, starting, not answering (somebody listens in its place) or dead.
 
@@ -117,9 +124,9 @@ def find_ranks(
 
 
 def _listed(folder: Path) -> list[tuple[int, int]]:
-    """List group and rank of every socket in the folder."""
-    matches = [_SOCKET.fullmatch(path.name) for path in folder.glob("g*-r*.sock")]
-    return [(int(match[1]), int(match[2])) for match in matches if match is not None]
+    """List group and rank of every socket in the folder; `HOLDER` for a group's holder."""
+    matches = [_SOCKET.fullmatch(path.name) for path in folder.glob("g*.sock")]
+    return [(int(match[1]), int(match[2] or HOLDER)) for match in matches if match is not None]
 
 
 def _ask(endpoint: Endpoint, group: int, rank: int) -> dict[str, Any]:
@@ -140,6 +147,7 @@ def needs_attention(ranks: list[dict[str, Any]]) -> bool:
 
     A dead rank's socket may have been tidied away: then only its peers know of it.
     """
+    ranks = [entry for entry in ranks if entry["dwdp_rank"] != HOLDER]
     states = [entry["state"] for entry in ranks]
     states += [state for entry in ranks for state in entry.get("peers", {}).values()]
     return not ranks or not {"dead", "not answering"}.isdisjoint(states)

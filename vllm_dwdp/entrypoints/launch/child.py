@@ -1,4 +1,6 @@
-"""A process that is kept running: started again with back-off when it dies, ended when we end.
+"""A process that is kept running: started again when it dies, ended when we end.
+
+One that served is started again at once; with back-off if it has died before and had not settled since.
 
 It is a process group of its own, so that whatever a dead server left behind is removed before its
 successor starts. What it prints goes to a log, of which the last error is told.
@@ -11,11 +13,12 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
-from vllm_dwdp.entrypoints.launch.process import ending_with
+from vllm_dwdp.entrypoints.launch.process import Process, reap_group, start_process
 
 FIRST_BACKOFF_S = 1.0
 LONGEST_BACKOFF_S = 60.0
@@ -51,6 +54,7 @@ class Child:
         environment: added to ours.
         obstacle: asks what would keep it from serving; it is not started while there is something.
         end_signal: what it ends on.
+        start: starts its process, as `start_process`.
         start_timeout_s: so long may it take to serve; then it hangs, is ended and started again.
         drain_s: so long may it take to finish what it serves, once it is told to end.
     """
@@ -63,6 +67,7 @@ class Child:
     environment: dict[str, str] = field(default_factory=dict)
     obstacle: Callable[[], str] = str
     end_signal: signal.Signals = signal.SIGINT
+    start: Callable[[list[str], BinaryIO, Mapping[str, str]], Process] = start_process
     start_timeout_s: float = math.inf
     drain_s: float = 0.0
     state: str = "waiting"
@@ -70,12 +75,13 @@ class Child:
     failure: str = ""
     num_restarts: int = 0
     is_hopeless: bool = False
-    process: subprocess.Popen[bytes] | None = None
+    process: Process | None = None
     _has_begun: bool = False
     _has_served: bool = False
     _backoff_s: float = field(default_factory=lambda: FIRST_BACKOFF_S)
     _start_at: float = field(default_factory=time.monotonic)
     _ready_since: float | None = None
+    _has_died: bool = False
     _progress_at: float = 0.0
     _quiet_at: float = 0.0
     _said: str = ""
@@ -122,14 +128,7 @@ class Child:
     def _start(self) -> None:
         with self.log.open("ab") as output:
             self._log_start = output.tell()
-            self.process = subprocess.Popen(
-                self.command(),
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=os.environ | self.environment,
-                start_new_session=True,
-                preexec_fn=ending_with(os.getpid()),  # noqa: PLW1509 - we have one thread
-            )
+            self.process = self.start(self.command(), output, os.environ | self.environment)
         self.state, self.failure, self._progress_at, self._said = "starting", "", 0.0, ""
         self._quiet_at = time.monotonic() + QUIET_S
         self._serves_by = time.monotonic() + self.start_timeout_s
@@ -151,26 +150,29 @@ class Child:
     def _bury(self) -> None:
         """It died: remove what it left, and start it again after a while."""
         assert self.process is not None
-        code = self.process.returncode
+        code = self.process.wait()
         self._kill_group()
+        reap_group(self.process.pid)
         self.process = None
-        settled = self._ready_since is not None and (
-            time.monotonic() - self._ready_since > SETTLED_S
-        )
-        self._backoff_s = FIRST_BACKOFF_S if settled else self._backoff_s
+        if self._ready_since is not None and time.monotonic() - self._ready_since > SETTLED_S:
+            self._backoff_s, self._has_died = FIRST_BACKOFF_S, False
+        at_once = self._ready_since is not None and not self._has_died
+        self._has_died = True
         # What is killed with -9 has no time to say why: an older error would mislead.
         failure = "" if code == -signal.SIGKILL else last_error(self.tail())
-        self._wait_for_next_start(f"{_ending(code)}, starts", failure)
+        self._wait_for_next_start(f"{_ending(code)}, starts", failure, at_once=at_once)
         self._ready_since = None
         self.is_hopeless = not self._has_served and (
             self.num_restarts >= MAX_EARLY_ENDS or (code >= 0 and not self._has_begun)
         )
 
-    def _wait_for_next_start(self, state: str, failure: str) -> None:
-        self._start_at = time.monotonic() + self._backoff_s
-        self.state = f"{state} again in {self._backoff_s:g} s"
+    def _wait_for_next_start(self, state: str, failure: str, at_once: bool = False) -> None:
+        wait_s = 0.0 if at_once else self._backoff_s
+        self._start_at = time.monotonic() + wait_s
+        self.state = f"{state} again in {wait_s:g} s"
         self.doing, self.failure = "", failure
-        self._backoff_s = min(2 * self._backoff_s, LONGEST_BACKOFF_S)
+        if not at_once:
+            self._backoff_s = min(2 * self._backoff_s, LONGEST_BACKOFF_S)
         self.num_restarts += 1
 
     def tail(self) -> str:
@@ -195,6 +197,7 @@ class Child:
                 self.process.wait(timeout=max(0.0, self._ends_by - time.monotonic()))
             self._kill_group()
             self.process.wait()
+            reap_group(self.process.pid)
 
     def _kill_group(self) -> None:
         assert self.process is not None

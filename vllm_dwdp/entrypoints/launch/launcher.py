@@ -22,7 +22,9 @@ from vllm_dwdp.entrypoints.doctor.gpus import count_gpus, one_gpu_each
 from vllm_dwdp.entrypoints.launch.child import Child
 from vllm_dwdp.entrypoints.launch.cores import cores_for_each
 from vllm_dwdp.entrypoints.launch.deadlines import default_start_timeout_s, shutdown_timeout_s
+from vllm_dwdp.entrypoints.launch.forking import forked_ranks, is_vllm_of_ours
 from vllm_dwdp.entrypoints.launch.fronts import answers, control_children, router_child
+from vllm_dwdp.entrypoints.launch.holding import ExpertHolder, expert_holder
 from vllm_dwdp.entrypoints.launch.plan import (
     RANK_HOST,
     ROUTER,
@@ -75,13 +77,22 @@ def launch(plan: LaunchPlan, logs: Path, report: Callable[[str], None]) -> None:
         for rank in range(plan.num_ranks)
     ]
     fronts = [router_child(plan, logs), *control_children(plan, logs)]
-    with _until_interrupted() as interrupted:
+    groups = plan.num_ranks // config.group_size if plan.holds_experts else 0
+    forks = plan.forks_ranks and is_vllm_of_ours(find_program("vllm")) and not count_gpus()
+    with (
+        expert_holder(config, groups, report) as holder,
+        forked_ranks(logs / "template.log" if forks else None, report) as starter,
+        _until_interrupted() as interrupted,
+    ):
+        for child in ranks:
+            child.start = starter.start
         try:
             report(
                 f"ranks will listen at {', '.join(plan.rank_urls)}; each has "
                 f"{ranks[0].start_timeout_s:.0f} s to start"
             )
-            _serve(plan, ranks, fronts, report, interrupted)
+            starter.wait_until_ready(interrupted)
+            _serve(plan, ranks, fronts, holder, report, interrupted)
         finally:
             _end_all(ranks, fronts, report, ending_file(logs))
 
@@ -90,11 +101,14 @@ def _serve(
     plan: LaunchPlan,
     ranks: list[Child],
     fronts: list[Child],
+    holder: ExpertHolder,
     report: Callable[[str], None],
     interrupted: list[int],
 ) -> None:
     opened = announced = False
     while not interrupted:
+        for line in holder.news():
+            report(line)
         opened = opened or all(rank.state == "serving" for rank in ranks)
         for child in (*ranks, *fronts) if opened else ranks:
             if child.poll():

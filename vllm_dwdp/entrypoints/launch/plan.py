@@ -51,6 +51,8 @@ class LaunchPlan:
         rendezvous: the ranks' meeting place.
         arguments: further arguments of every `vllm serve`.
         additional_config: of every `vllm serve`; the rendezvous is added.
+        forks_ranks: whether ranks are forked from one process with vLLM, where that is possible.
+        holds_experts: whether `launch` keeps the experts' memory where all ranks die at once.
     """
 
     model: str
@@ -63,6 +65,8 @@ class LaunchPlan:
     rendezvous: str
     arguments: tuple[str, ...]
     additional_config: dict[str, Any]
+    forks_ranks: bool = True
+    holds_experts: bool = True
 
     @property
     def url(self) -> str:

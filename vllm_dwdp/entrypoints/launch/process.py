@@ -6,13 +6,112 @@ interrupted. Start the child in a session of its own too (`start_new_session`): 
 terminal's Ctrl-C nor its hang-up reaches it, only what its parent decides.
 """
 
+import contextlib
 import ctypes
 import os
+import select
 import signal
-from collections.abc import Callable
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from typing import BinaryIO, Protocol
 
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1
+REAP_TIMEOUT_S = 1.0
+
+
+class Process(Protocol):
+    """A child process, as `subprocess.Popen` shows it."""
+
+    pid: int
+
+    @property
+    def returncode(self) -> int | None:
+        """Its exit code, once `poll` or `wait` has seen its end; negative for a signal."""
+
+    def poll(self) -> int | None:
+        """Look whether it has ended; its exit code, or None."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end; its exit code.
+
+        Raises:
+            subprocess.TimeoutExpired: it has not ended.
+        """
+
+    def send_signal(self, sig: int) -> None:
+        """Send it a signal, unless its end has been seen."""
+
+
+def start_process(command: list[str], output: BinaryIO, environment: Mapping[str, str]) -> Process:
+    """Start a program in a session of its own, which ends with us.
+
+    Args:
+        command: of it.
+        output: file for what it prints.
+        environment: all of it.
+    """
+    return subprocess.Popen(
+        command,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=ending_with(os.getpid()),  # noqa: PLW1509 - it takes no lock
+    )
+
+
+class ForkedProcess:
+    """A child of this process that another process forked for it.
+
+    Args:
+        pid: of the child.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """As `Process.poll`."""
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """As `Process.wait`."""
+        if self.poll() is None:
+            pidfd = os.pidfd_open(self.pid)
+            try:
+                ended = select.select([pidfd], [], [], timeout)[0]
+            finally:
+                os.close(pidfd)
+            if not ended:
+                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0.0)
+        code = self.poll()
+        assert code is not None
+        return code
+
+    def send_signal(self, sig: int) -> None:
+        """As `Process.send_signal`."""
+        if self.poll() is None:
+            os.kill(self.pid, sig)
+
+
+def reap_group(group: int) -> None:
+    """Take the exit codes of what was left in a process group that has been killed.
+
+    A process that adopts orphans (`subreaper`) must; for any other one this does nothing. The leader's
+    own exit code has been taken.
+    """
+    deadline = time.monotonic() + REAP_TIMEOUT_S
+    with contextlib.suppress(ChildProcessError):
+        while time.monotonic() < deadline:
+            if os.waitpid(-group, os.WNOHANG)[0] == 0:
+                time.sleep(0.01)
 
 
 def ending_with(parent: int) -> Callable[[], None]:
