@@ -113,6 +113,8 @@ def compare(whole: Processed, parts: list[Processed]) -> Finding:
 def processing(choice: Choice | None, capability: tuple[int, int]) -> Iterator[None]:
     """While active, layers are built and processed for `choice`, or vLLM's, as on such a GPU."""
     with contextlib.ExitStack() as stack:
+        # As vLLM's CPU worker has it; without one a method may fail for want of a GPU.
+        stack.enter_context(mock.patch("torch.accelerator.empty_cache", return_value=None))
         if choice is None or "CPU" not in choice.backend.name:
             stack.enter_context(replaced_operations(capability))
         if choice is not None:

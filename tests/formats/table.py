@@ -26,7 +26,6 @@ NO_CACHE = "vLLM's conversion asserts an argument that this method does not give
 UNTRIED = {
     ("quark_gpt_oss_mxfp4", "FLASHINFER_TRTLLM_MXFP4_MXFP8"): NO_CACHE,
     ("quark_gpt_oss_mxfp4", "FLASHINFER_TRTLLM_MXFP4_BF16"): NO_CACHE,
-    ("quark_gpt_oss_mxfp4", "CPU"): "vLLM frees memory of a GPU while it converts",
 }
 """Pairs that vLLM itself cannot process, though it does not say so."""
 REFUSALS = {
