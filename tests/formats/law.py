@@ -96,10 +96,10 @@ def compare(whole: Processed, parts: list[Processed]) -> Finding:
         tensors = whole.look().tensors
         for part in parts:
             assert part.rank is not None
-            provided = part.look().independent_of_others(part.rank)
             if part.twin is not None:
-                check_same("twin", part.twin, provided)
-            check_same("whole", whole.look().independent_of_others(part.rank), provided)
+                check_same("twin", part.twin, part.look().independent_of_others(part.rank))
+            expected = whole.look().independent_of_others(part.rank)
+            check_same("whole", expected, part.look().independent_of_others(part.rank))
             part.hand_over()
     except DwdpUnsupportedError as error:
         raise Broken(str(error)) from error

@@ -27,6 +27,9 @@ from vllm_dwdp.model_executor.raw_parameters import RawParameters
 from vllm_dwdp.model_executor.routed_experts import DwdpRoutedExperts, shard_layer_class
 from vllm_dwdp.model_executor.sharded_layer import ShardedLayer, ShardedWeight
 
+TIMES_WHOLE = 2
+"""So often is a layer of all experts held while it is processed: as loaded, and as packed."""
+
 
 class ExpertShard:
     """Implements `ShardRegistry` over shared memory; `close` releases it.
@@ -229,6 +232,8 @@ class ExpertShard:
     def _check_room(self) -> None:
         """A model's layers exist, and nothing of it is loaded."""
         raws = [entry.layer.raw for entry in self.layers if not entry.weights]
+        whole_bytes = max((raw.whole_bytes for raw in raws), default=0)
         self.device.check_room(
-            sum(raw.resident_bytes for raw in raws), "this rank's share of the experts"
+            sum(raw.resident_bytes for raw in raws) + TIMES_WHOLE * whole_bytes,
+            "this rank's share of the experts, and to process one layer of all of them",
         )

@@ -118,9 +118,10 @@ class DwdpRoutedExperts:
         watched = self.raw.make_whole()
         stock()
         processed = ProcessedLayer(self, device, watched)
-        for other in found:
-            mine = processed.independent_of_others(self.raw.resident)
-            check_same(self.layer_name, other, mine)
+        while found:
+            check_same(
+                self.layer_name, found.pop(), processed.independent_of_others(self.raw.resident)
+            )
         registry.publish_layer(self, processed)
 
     def weight_loader(

@@ -39,7 +39,11 @@ class LayerTwin:
         for name, parameter in raw.large.items():
             self._large.pop(name).data = disturbed(parameter, raw.num_experts, raw.resident)
         moe.process(layer)
-        return ProcessedLayer(layer, device, ()).independent_of_others(raw.resident)
+        found = ProcessedLayer(layer, device, ()).independent_of_others(raw.resident)
+        return {
+            path: value.clone() if isinstance(value, torch.Tensor) else value
+            for path, value in found.items()
+        }
 
 
 def disturbed(
