@@ -210,8 +210,13 @@ def test_running_streams_finish_and_new_requests_are_refused_meanwhile(launch: L
 def test_a_rank_that_hangs_while_it_starts_is_started_again(
     checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
-    """It is stopped with all its processes, and its peer waits for it."""
-    started = Launch(checkpoints("mixtral", 8), tmp_path, "--start-timeout", "75")
+    """It is stopped with all its processes, and its peer waits for it.
+
+    As a program: a fork loads its experts before `launch` looks at it.
+    """
+    started = Launch(
+        checkpoints("mixtral", 8), tmp_path, "--start-timeout", "75", "--no-fork-ranks"
+    )
     try:
         pid = int(started.wait_for_line(r"^rank 1: starting, pid (\d+): loads its experts")[1])
         os.killpg(pid, signal.SIGSTOP)
