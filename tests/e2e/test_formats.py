@@ -67,6 +67,15 @@ def test_stock_vllm_reads_every_format(references: dict[str, dict[str, Any]]) ->
     assert len({str(result["weights"]) for result in references.values()}) == len(RUNS_HERE)
 
 
+def check(ranks: list[dict[str, Any]], reference: dict[str, Any]) -> None:
+    """The ranks of a case hold and answer what the stock engine does, and remote bytes were read."""
+    for result in ranks:
+        where = (result["name"], result["rank"])
+        assert result["weights"] == reference["weights"], where
+        assert result["tokens"] == reference["tokens"], where
+        assert result["status"]["remote_expert_bytes"] > 0, where
+
+
 COPIED = ("fp8_block", "gpt_oss_mxfp4")
 """On every push: an expert's tensors one by one, and fused; two kinds of scale."""
 
@@ -102,12 +111,9 @@ class TestShared:
         ]
         races = {"DWDP_DEBUG_POISON": "1", "DWDP_DEBUG_MAX_DELAY_US": "1000"}
         for case, ranks in run_cases(tmp_path, "formats", listed, races).items():
-            reference = references[case.partition("@")[0]]
+            check(ranks, references[case.partition("@")[0]])
             for result in ranks:
                 where, status = (case, result["rank"]), result["status"]
-                assert result["weights"] == reference["weights"], where
-                assert result["tokens"] == reference["tokens"], where
-                assert status["remote_expert_bytes"] > 0, where
                 resident = len(range(result["rank"], NUM_EXPERTS, len(ranks)))
                 assert status["read_share"] == pytest.approx(resident / NUM_EXPERTS), where
                 if status["mode"] == "prefetch":
@@ -131,15 +137,6 @@ class TestShared:
             assert returned["status"]["adopted"] and returned["status"]["read_share"] == 0, name
             for life in (returned, survivor):
                 assert not any(life["left"].values()), (name, life)
-
-
-def check(ranks: list[dict[str, Any]], reference: dict[str, Any]) -> None:
-    """The ranks of a case hold and answer what the stock engine does, and remote bytes were read."""
-    for result in ranks:
-        where = (result["name"], result["rank"])
-        assert result["weights"] == reference["weights"], where
-        assert result["tokens"] == reference["tokens"], where
-        assert result["status"]["remote_expert_bytes"] > 0, where
 
 
 @pytest.mark.slow

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.distributed.endpoint import Endpoint
 
+BIND_ENV = "VLLM_CPU_OMP_THREADS_BIND"
+"""vLLM's: the cores of each rank on the CPU, where the user names them."""
 SHARED_CORES_ENV = "DWDP_SHARED_CORES"
 """Set for front ends that divide the cores which each of them may use."""
 

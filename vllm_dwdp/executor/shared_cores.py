@@ -4,8 +4,7 @@ import contextlib
 import os
 from typing import Any
 
-from vllm_dwdp.compat.worker.cpu import BIND_ENV
-from vllm_dwdp.distributed.launch import Seat
+from vllm_dwdp.distributed.launch import BIND_ENV, Seat
 from vllm_dwdp.distributed.status import query_status
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.logger import init_logger

@@ -144,7 +144,8 @@ def meet_peers(
 ) -> PeerShards:
     """Exchange shards with the peers and complete our edge pages."""
     shard, started = loaded.shard, time.monotonic()
-    peers = PeerShards(device, loaded.layout, shard.layout_facts())
+    facts = shard.layout_facts()
+    peers = PeerShards(device, loaded.layout, facts)
     check_open_files(
         files_needed(loaded.layout.group_size, peers.num_handles),
         f"{peers.num_handles} memory handles",
@@ -152,7 +153,7 @@ def meet_peers(
     handles = shard.memory.export()
     undo.callback(handles.close)
     device.synchronize()  # peers read our experts as soon as they are published
-    membership.publish(handles.fds, handles.num_bytes, handles.fabric, layout=shard.layout_facts())
+    membership.publish(handles.fds, handles.num_bytes, handles.fabric, layout=facts)
     undo.callback(peers.close)
     peers.map_all(membership.meet())
     shard.fill_edges(loaded.layout, peers.mapped)

@@ -11,9 +11,8 @@ import torch
 from vllm_dwdp.compat.worker.attributes import replaced
 from vllm_dwdp.device.limits import proportional_set_bytes
 from vllm_dwdp.device.openmp import pin_team
+from vllm_dwdp.distributed.launch import BIND_ENV
 from vllm_dwdp.errors import DwdpConfigError
-
-BIND_ENV = "VLLM_CPU_OMP_THREADS_BIND"
 
 
 def split_cores(slot: int, num_slots: int) -> list[int]:

@@ -2,10 +2,8 @@
 
 from collections.abc import Mapping
 
-from vllm_dwdp.distributed.launch import SHARED_CORES_ENV
+from vllm_dwdp.distributed.launch import BIND_ENV, SHARED_CORES_ENV
 from vllm_dwdp.errors import DwdpConfigError
-
-BIND_ENV = "VLLM_CPU_OMP_THREADS_BIND"
 
 
 def cores_for_each(num_ranks: int, environment: Mapping[str, str]) -> list[dict[str, str]]:
