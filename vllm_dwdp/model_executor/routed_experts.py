@@ -115,6 +115,7 @@ class DwdpRoutedExperts:
         self.raw.check_complete(self.layer_name)
         found = [twin.process(self.raw, device) for twin in self._twin]
         self._twin = ()
+        registry.device.release_free_memory()
         watched = self.raw.make_whole()
         stock()
         processed = ProcessedLayer(self, device, watched)

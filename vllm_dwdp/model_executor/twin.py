@@ -17,6 +17,7 @@ from vllm_dwdp.errors import DwdpUnsupportedError
 from vllm_dwdp.layout.placement import ExpertRange
 from vllm_dwdp.model_executor.processed_layer import Findings, ProcessedLayer
 from vllm_dwdp.model_executor.raw_parameters import RawParameters, bytes_of, rows_of_zeros
+from vllm_dwdp.model_executor.relocation import detach
 
 
 class LayerTwin:
@@ -31,7 +32,7 @@ class LayerTwin:
         self._large = RawParameters(layer, layer.global_num_experts, ExpertRange(0, 0)).large
 
     def process(self, raw: RawParameters, device: torch.device) -> Findings:
-        """Process the twin with the resident experts of `raw`; it is gone afterwards."""
+        """Process the twin with the resident experts of `raw`; its memory is free afterwards."""
         layer = self._layer
         del self._layer
         for name, parameter in raw.small.items():
@@ -39,11 +40,14 @@ class LayerTwin:
         for name, parameter in raw.large.items():
             self._large.pop(name).data = disturbed(parameter, raw.num_experts, raw.resident)
         moe.process(layer)
-        found = ProcessedLayer(layer, device, ()).independent_of_others(raw.resident)
-        return {
+        processed = ProcessedLayer(layer, device, ())
+        found = {
             path: value.clone() if isinstance(value, torch.Tensor) else value
-            for path, value in found.items()
+            for path, value in processed.independent_of_others(raw.resident).items()
         }
+        for rows in processed.tensors.per_expert:  # the layer itself is in circles
+            detach(rows.tensors)
+        return found
 
 
 def disturbed(

@@ -1,5 +1,6 @@
 """The layer replacement while a model loads: what it keeps, what takes memory, and what is refused."""
 
+import gc
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,6 +12,7 @@ from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.device.host import HostDevice
 from vllm_dwdp.errors import DwdpUnsupportedError
 from vllm_dwdp.model_executor.composites import CompositeMapper
+from vllm_dwdp.model_executor.relocation import WatchedStorage
 from vllm_dwdp.model_executor.views import bind_views
 
 BF16 = 2
@@ -99,6 +101,26 @@ def test_adopted_experts_are_not_read_and_take_memory_only_while_they_are_proces
     assert torch.equal(again.shard.published[0].private[0].tensors[0].tensor, scales())
     for each in (again, first):
         each.close()
+
+
+def test_a_twins_memory_is_free_before_the_layer_is_processed() -> None:
+    """Layers hold themselves in circles: waiting for the garbage collector would cost a layer more."""
+    seen: list[WatchedStorage] = []
+    gone: list[bool] = []
+
+    class Watches(Method):
+        def process(self, layer: Any) -> None:
+            gone.extend(each.storage.expired() for each in seen)
+            layer.itself = self.layer = layer
+            seen.append(WatchedStorage.of("w13_weight", layer.w13_weight))
+
+    gc.disable()
+    try:
+        loaded = Loaded(0, Watches).process()
+    finally:
+        gc.enable()
+    assert len(seen) == 2 and gone == [True], "the twin's, then the layer's"
+    loaded.close()
 
 
 def refused(method: type, rank: int = 0) -> str:
