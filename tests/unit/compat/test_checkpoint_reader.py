@@ -1,4 +1,4 @@
-"""What of a checkpoint is read: asked of the kernel, which knows the pages that came from the disk."""
+"""What of a checkpoint is read: asked of the kernel, which knows the pages that were touched."""
 
 import ctypes
 import mmap
@@ -17,8 +17,24 @@ from vllm_dwdp.model_executor.raw_parameters import bytes_of
 
 MIB = 2**20
 ROW_BYTES = 8 * MIB
-READ_AHEAD = 48 * MIB
-"""So much more than what was asked for may the kernel read: windows of 8 MiB, of several threads."""
+FAULT_AROUND = 6 * MIB
+"""So much more than what was touched may the kernel map: a large page of 2 MiB at the header and at
+each end of what was read."""
+
+
+def touched_bytes(path: Path) -> int:
+    """Bytes of a file that this process has touched through its mappings.
+
+    Not what was read from the disk, which depends on how far this machine's kernel reads ahead.
+    """
+    kib, here = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, _, value = line.partition(" ")
+        if not name.endswith(":"):
+            here = line.endswith(str(path))
+        elif here and name == "Rss:":
+            kib += int(value.split()[0])
+    return kib * 1024
 
 
 def cached_bytes(path: Path) -> int:
@@ -49,34 +65,36 @@ def test_of_a_fused_tensor_only_the_rows_that_are_copied_are_read(tmp_path: Path
     path = tmp_path / "model.safetensors"
     fused = torch.arange(16 * ROW_BYTES // 4, dtype=torch.float32).view(16, -1)
     save_file({"layers.0.experts.gate_up_proj": fused}, path)
-    drop(path)
-    if cached_bytes(path):
-        pytest.skip("the file system of tmp_path keeps its files in memory")
     with MappedSafetensors(safe_open(path, "pt"), str(path)) as file:
         tensor = file.get_tensor("layers.0.experts.gate_up_proj")
-        assert cached_bytes(path) < ROW_BYTES + 2 * MIB, "the header"
+        assert touched_bytes(path) <= FAULT_AROUND, "the header"
         rows = tensor[8:12].clone()
-    assert torch.equal(rows, fused[8:12])
-    assert 4 * ROW_BYTES <= cached_bytes(path) < 4 * ROW_BYTES + READ_AHEAD
+        assert torch.equal(rows, fused[8:12])
+        assert 4 * ROW_BYTES <= touched_bytes(path) <= 4 * ROW_BYTES + FAULT_AROUND
 
 
 def test_of_tensors_that_are_handed_out_only_those_that_are_copied_are_read(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     names = [f"layers.0.experts.{expert}.up_proj.weight" for expert in range(64)]
     save_file({name: torch.full((2 * MIB // 4,), 1.5) for name in names}, path)
+    with MappedSafetensors(safe_open(path, "pt"), str(path)) as file:
+        tensors = [file.get_tensor(name) for name in names]
+        assert touched_bytes(path) <= FAULT_AROUND, "the header"
+        assert all((tensor == 1.5).all() for tensor in tensors[16:32])
+        assert 32 * MIB <= touched_bytes(path) <= 32 * MIB + FAULT_AROUND
+
+
+def test_safetensors_itself_reads_every_tensor_that_it_hands_out(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    names = [str(expert) for expert in range(16)]
+    save_file({name: torch.full((2 * MIB // 4,), 1.5) for name in names}, path)
     drop(path)
     if cached_bytes(path):
         pytest.skip("the file system of tmp_path keeps its files in memory")
-    with MappedSafetensors(safe_open(path, "pt"), str(path)) as file:
-        tensors = [file.get_tensor(name) for name in names]
-        assert cached_bytes(path) < 16 * MIB, "the header, and what was read ahead"
-        assert all((tensor == 1.5).all() for tensor in tensors[16:32])
-    assert 32 * MIB <= cached_bytes(path) < 32 * MIB + READ_AHEAD
-    drop(path)
     with safe_open(path, "pt") as stock:
         kept = [stock.get_tensor(name) for name in names]
         time.sleep(0.5)
-        assert cached_bytes(path) > 100 * MIB, "safetensors has become lazy: the mapping can go"
+        assert cached_bytes(path) > 25 * MIB, "safetensors has become lazy: the mapping can go"
         del kept
 
 
