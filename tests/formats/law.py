@@ -132,7 +132,7 @@ def process(method: str, rank: ExpertRange | None = None, large_bytes: int = 0) 
     filled = {name: each.data.clone() for name, each in layer.named_parameters()}
     with mock.patch.object(raw_parameters, "LARGE_ROW_BYTES", large_bytes):
         raw = RawParameters(layer, NUM_EXPERTS, rank)
-        twin = LayerTwin(make_layer(method))
+        twin = LayerTwin(make_layer(method), layer)
     for name, parameter in raw.large.items():
         bytes_of(parameter.data).copy_(bytes_of(filled[name][rank.start : rank.stop]))
     found = twin.process(raw, CPU)

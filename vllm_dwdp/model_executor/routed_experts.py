@@ -97,7 +97,7 @@ class DwdpRoutedExperts:
         self.raw = RawParameters(self, num_experts, registry.loads(num_experts))
         self._twin: tuple[LayerTwin, ...] = ()  # a tuple: no module of the model
         if registry.needs_proof(self):
-            self._twin = (LayerTwin(make_twin()),)
+            self._twin = (LayerTwin(make_twin(), self),)
         moe.around_processing(self, self._process)
         registry.add_layer(self)
 

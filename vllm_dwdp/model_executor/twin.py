@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from vllm_dwdp.compat.worker import moe
+from vllm_dwdp.compat.worker.reachable import reachable_tensors
 from vllm_dwdp.errors import DwdpUnsupportedError
 from vllm_dwdp.layout.placement import ExpertRange
 from vllm_dwdp.model_executor.processed_layer import Findings, ProcessedLayer
@@ -24,11 +25,14 @@ class LayerTwin:
     """A second layer like `layer`, and what came of processing it with other remote experts.
 
     Args:
-        layer: built by stock vLLM for all experts, with the arguments of the layer that it stands for.
+        layer: built by stock vLLM for all experts, with the arguments of `original`.
+        original: the layer that it stands for; what was given to both, as a router's bias, is shared.
     """
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, original: Any) -> None:
         self._layer = layer
+        originals = {id(tensor) for tensor in reachable_tensors(original).values()}
+        self._shared = originals & {id(tensor) for tensor in reachable_tensors(layer).values()}
         self._large = RawParameters(layer, layer.global_num_experts, ExpertRange(0, 0)).large
 
     def process(self, raw: RawParameters, device: torch.device) -> Findings:
@@ -46,7 +50,7 @@ class LayerTwin:
             for path, value in processed.independent_of_others(raw.resident).items()
         }
         for rows in processed.tensors.per_expert:  # the layer itself is in circles
-            detach(rows.tensors)
+            detach(each for each in rows.tensors if id(each.tensor) not in self._shared)
         return found
 
 

@@ -37,12 +37,18 @@ class Method:
 
 
 class Stock(torch.nn.Module):
-    """A layer of one large and one small parameter per expert, and an alias."""
+    """A layer of one large and one small parameter per expert, an alias, and the router's bias."""
 
     make_method: Any = Method
 
     def __init__(
-        self, name: str, dtype: torch.dtype, config: Any, quant_config: Any, maps: Any
+        self,
+        name: str,
+        dtype: torch.dtype,
+        config: Any,
+        quant_config: Any,
+        maps: Any,
+        bias: torch.Tensor,
     ) -> None:
         super().__init__()
         self.layer_name = name
@@ -54,6 +60,7 @@ class Stock(torch.nn.Module):
         self.w13_qweight = self.w13_weight
         scales = torch.ones(config.num_experts, 2)
         self.w13_scale = torch.nn.Parameter(scales, requires_grad=False)
+        self.bias = bias
 
     def _ensure_moe_quant_config_init(self) -> None: ...
 
@@ -91,8 +98,9 @@ class Loaded:
         self.shard = ExpertShard(DwdpConfig(group_size=2), rank, HostDevice(), adopted)
         stock = type("Stock", (Stock,), {"make_method": method})
         config = SimpleNamespace(num_experts=NUM_EXPERTS)
+        self.bias = torch.nn.Parameter(torch.ones(NUM_EXPERTS), requires_grad=False)
         self.layer: Any = shard_layer_class(stock, self.shard)(
-            "experts", torch.bfloat16, config, None, SimpleNamespace()
+            "experts", torch.bfloat16, config, None, SimpleNamespace(), self.bias
         )
         self._load(fused)
 

@@ -30,7 +30,7 @@ def test_a_rank_keeps_and_reads_its_large_rows_and_every_small_one(fused: bool) 
     assert layer.quant_method.seen_bytes == NUM_EXPERTS * ROW * BF16, "vLLM sees all experts"
     assert layer.w13_weight.numel() == 0, "and they are in the shard afterwards"
     assert [weight.layout.name for weight in loaded.shard.published[0].weights] == ["w13_weight"]
-    assert [rows.name for rows in loaded.shard.published[0].private] == ["w13_scale"]
+    assert [rows.name for rows in loaded.shard.published[0].private] == ["w13_scale", "bias"]
     loaded.close()
 
 
@@ -120,6 +120,14 @@ def test_a_twins_memory_is_free_before_the_layer_is_processed() -> None:
     finally:
         gc.enable()
     assert len(seen) == 2 and gone == [True], "the twin's, then the layer's"
+    loaded.close()
+
+
+def test_a_twin_leaves_what_the_layer_shares_with_it() -> None:
+    loaded = Loaded(0)
+    loaded.bias.data.fill_(3)
+    loaded.process()
+    assert loaded.layer.bias is loaded.bias and loaded.bias.tolist() == [3.0] * NUM_EXPERTS
     loaded.close()
 
 

@@ -29,6 +29,8 @@ from vllm_dwdp.entrypoints.launch.process import (
 PR_SET_CHILD_SUBREAPER = 36
 ANSWER_TIMEOUT_S = 20.0
 END_TIMEOUT_S = 10.0
+DYING_S = 2.0
+"""From the end of a process's socket to its own."""
 VLLM_COMMAND = "vllm.entrypoints.cli.main:main"
 
 
@@ -118,8 +120,10 @@ class Template:
             raise ForkingError(f"{self._died()} ({error})") from error
 
     def _died(self) -> str:
-        code = self.process.poll()
-        return "it does not answer" if code is None else f"it ended with {code}"
+        try:
+            return f"it ended with {self.process.wait(DYING_S)}"
+        except subprocess.TimeoutExpired:
+            return "it does not answer"
 
 
 class ForkingError(Exception):
