@@ -9,13 +9,25 @@ than sharing saves: every rank keeps them whole in memory of its own, and the sh
 resident experts packed, from which its peers copy them once.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby
 
 from vllm_dwdp.layout.composite import ByteRange, WeightLayout
 from vllm_dwdp.layout.placement import ExpertRange, Placement
+
+
+def smallest_composite_bytes(tensor_bytes: Iterable[int], group_size: int, page_bytes: int) -> int:
+    """From how many bytes on a layer's per-expert tensor is a composite, not private rows.
+
+    It must be worth its pages: two for each rank. The largest of a layer always is one.
+
+    Args:
+        tensor_bytes: of each per-expert tensor of the layer, all experts.
+    """
+    worth = 2 * group_size * page_bytes
+    return min(worth, max(tensor_bytes, default=worth))
 
 
 @dataclass(frozen=True, kw_only=True)

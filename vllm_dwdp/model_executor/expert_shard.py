@@ -16,7 +16,7 @@ from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.device.base import Device, PeerMemory, Shard
 from vllm_dwdp.device.tensor import tensor_at
 from vllm_dwdp.layout.composite import WeightLayout
-from vllm_dwdp.layout.model import ModelLayout
+from vllm_dwdp.layout.model import ModelLayout, smallest_composite_bytes
 from vllm_dwdp.layout.placement import ExpertRange, Placement
 from vllm_dwdp.model_executor.expert_tensors import ExpertRows, TensorOverRows
 from vllm_dwdp.model_executor.layout_facts import encode_facts
@@ -117,9 +117,10 @@ class ExpertShard:
     def _divide(
         self, per_expert: Sequence[ExpertRows]
     ) -> tuple[list[ExpertRows], list[ExpertRows]]:
-        """Storages worth their pages, at least the largest, and those that every rank keeps whole."""
-        worth = 2 * self.config.group_size * self.device.page_bytes
-        limit = min(worth, max((rows.num_bytes for rows in per_expert), default=worth))
+        """Storages that become composite tensors, and those that every rank keeps whole."""
+        limit = smallest_composite_bytes(
+            (rows.num_bytes for rows in per_expert), self.config.group_size, self.device.page_bytes
+        )
         shared = [rows for rows in per_expert if rows.num_bytes >= limit]
         return shared, [rows for rows in per_expert if rows.num_bytes < limit]
 

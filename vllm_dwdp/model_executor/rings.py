@@ -1,7 +1,8 @@
 """The prefetch side of one rank: slots, ring views, copy plans, and one ring per model.
 
 A target model and its drafter each run their own layers in their own order, so each has a ring with
-slots of its own; all share one copy queue. Built once at start; afterwards the operators drive it.
+slots of its own, as many and as large as its own layers need; all share one copy queue. Built once at
+start; afterwards the operators drive it.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from vllm_dwdp.model_executor.routed_experts import RingPosition
 from vllm_dwdp.prefetch.captured_ring import CapturedRing
 from vllm_dwdp.prefetch.copy_plan import CopySlice, bytes_by_peer, plan_layer_copies
 from vllm_dwdp.prefetch.ring import Ring, RingCounters
-from vllm_dwdp.prefetch.schedule import NUM_SLOTS
+from vllm_dwdp.prefetch.schedule import ring_slots
 
 
 class PrefetchRings:
@@ -44,18 +45,19 @@ class PrefetchRings:
         resources: ExitStack,
     ) -> None:
         device = mapper.device
-        layout = SlotLayout.plan(mapper.layout.layers, mapper.dwdp_rank, device.pool_page_bytes)
-        num_slots = NUM_SLOTS * len(rings)
-        self.slot_bytes = num_slots * layout.num_bytes
-        slots = device.new_slots(num_slots, layout)
-        resources.callback(slots.close)
+        self.slot_bytes = 0
         self.positions: dict[int, RingPosition] = {}
         self.views: dict[int, LayerView] = {}
         for ring, members in enumerate(rings):
+            layers = [mapper.layout.layers[layer] for layer in members]
+            layout = SlotLayout.plan(layers, mapper.dwdp_rank, device.pool_page_bytes)
+            num_slots = ring_slots(len(members))
+            self.slot_bytes += num_slots * layout.num_bytes
+            slots = device.new_slots(num_slots, layout)
+            resources.callback(slots.close)
             for index, layer in enumerate(members):
-                slot = ring * NUM_SLOTS + index % NUM_SLOTS
                 self.positions[layer] = RingPosition(ring, index)
-                self.views[layer] = mapper.ring_view(layer, slots, slot, layout)
+                self.views[layer] = mapper.ring_view(layer, slots, index % num_slots, layout)
         self.queue = device.make_queue()
         resources.callback(self.queue.close)
         self.rings = [self._make_ring(mapper, members, slice_bytes) for members in rings]
@@ -90,7 +92,7 @@ class PrefetchRings:
             plan = plan_layer_copies(layer, mapper.dwdp_rank, slice_bytes)
             batches.append([self._resolve(mapper, member, copy) for copy in plan])
             peer_bytes.append(bytes_by_peer(plan))
-        return Ring(batches, peer_bytes, self.queue, num_slots=NUM_SLOTS)
+        return Ring(batches, peer_bytes, self.queue, num_slots=ring_slots(len(members)))
 
     def _resolve(self, mapper: CompositeMapper, member: int, copy: CopySlice) -> ResolvedSlice:
         return (

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from vllm_dwdp.planner.cost import COMBINE_BITS, CostModel, Step
 from vllm_dwdp.planner.traffic import Traffic
 from vllm_dwdp.prefetch.mode_policy import LayerCosts
-from vllm_dwdp.prefetch.schedule import NUM_SLOTS
+from vllm_dwdp.prefetch.schedule import ring_slots
 
 USABLE_MEMORY = 0.9
 KV_RESERVE = 0.1
@@ -92,7 +92,7 @@ def memory_bytes(model: CostModel) -> RankMemory:
     """Divide the memory of a rank."""
     shape = model.shape
     experts = shape.num_moe_layers * model.resident_experts * shape.expert_bytes
-    slots, dense = NUM_SLOTS * model.remote_bytes, shape.dense_bytes
+    slots, dense = ring_slots(shape.num_moe_layers) * model.remote_bytes, shape.dense_bytes
     usable = USABLE_MEMORY * model.hardware.memory_gb * 1e9
     return RankMemory(experts, slots, dense, usable - (experts + slots + dense))
 

@@ -15,7 +15,7 @@ is then fetched at once, and after the last layer the first layer of the next st
 
 What a slot holds is compared at every wait, so a forward that was cut short, a dummy or profiling run,
 or a skipped layer costs one late fill and nothing else. A ring of no more layers than slots is filled
-once and never again.
+once and never again; so a ring of one layer has one slot (`ring_slots`).
 """
 
 from collections.abc import Sequence
@@ -23,6 +23,11 @@ from dataclasses import dataclass, field
 
 NUM_SLOTS = 2
 """Slots of a ring: one layer computes while the next arrives."""
+
+
+def ring_slots(num_layers: int) -> int:
+    """Slots that a ring of `num_layers` needs."""
+    return min(NUM_SLOTS, num_layers)
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class SlotSchedule:
 
     Args:
         num_layers: MoE layers of the ring, in the order in which they run.
-        num_slots: slots, at least 2.
+        num_slots: slots, at least `ring_slots(num_layers)`.
     """
 
     num_layers: int
@@ -65,7 +70,7 @@ class SlotSchedule:
     _following: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        assert self.num_layers >= 1 and self.num_slots >= 2
+        assert self.num_layers >= 1 and self.num_slots >= ring_slots(self.num_layers)
         self._slots = [Slot() for _ in range(self.num_slots)]
         self._following = [
             layer + self.num_slots if layer + self.num_slots < self.num_layers else self.slot(layer)
