@@ -12,7 +12,7 @@ std::string& dwdp::abi::last_error() {
   return message;
 }
 
-DWDP_API int dwdp_abi_version() { return 3; }
+DWDP_API int dwdp_abi_version() { return 4; }
 
 DWDP_API const char* dwdp_last_error() { return dwdp::abi::last_error().c_str(); }
 

@@ -59,8 +59,8 @@ DWDP_API int dwdp_cuda_device_name(void* device, char* name, std::size_t num_byt
   });
 }
 
-DWDP_API int dwdp_cuda_granularity(void* device, std::size_t* num_bytes) {
-  return checked([&] { *num_bytes = device_of(device).granularity(); });
+DWDP_API int dwdp_cuda_granularity(void* device, int handle_types, std::size_t* num_bytes) {
+  return checked([&] { *num_bytes = device_of(device).granularity(handle_types); });
 }
 
 DWDP_API int dwdp_cuda_memory_info(void* device, std::size_t* free_bytes,
@@ -68,8 +68,8 @@ DWDP_API int dwdp_cuda_memory_info(void* device, std::size_t* free_bytes,
   return checked([&] { device_of(device).memory_info(free_bytes, total_bytes); });
 }
 
-DWDP_API int dwdp_cuda_supports_fabric(void* device, int* supported) {
-  return checked([&] { *supported = device_of(device).supports_fabric() ? 1 : 0; });
+DWDP_API int dwdp_cuda_makes_handles(void* device, int handle_types, int* made) {
+  return checked([&] { *made = device_of(device).makes_handles(handle_types) ? 1 : 0; });
 }
 
 DWDP_API int dwdp_cuda_can_access_peer(void* device, int ordinal, int* can_access) {

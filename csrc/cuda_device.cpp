@@ -1,5 +1,7 @@
 #include "cuda_device.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 
 namespace dwdp::cuda {
@@ -30,9 +32,9 @@ std::string Device::name() const {
   return name;
 }
 
-std::size_t Device::granularity() const {
+std::size_t Device::granularity(int handle_types) const {
   const Current current(context_);
-  const AllocationProperties pinned = properties(kHandlePosixFd);
+  const AllocationProperties pinned = properties(handle_types);
   std::size_t minimum = 0, recommended = 0;
   driver().granularity(&minimum, &pinned, kGranularityMinimum);
   driver().granularity(&recommended, &pinned, kGranularityRecommended);
@@ -44,17 +46,29 @@ void Device::memory_info(std::size_t* free_bytes, std::size_t* total_bytes) cons
   driver().memory_info(free_bytes, total_bytes);
 }
 
-// Whether fabric handles work depends on driver, IMEX daemon and permissions: only trying tells.
-bool Device::supports_fabric() const {
-  const std::size_t num_bytes = granularity();
+// What works depends on driver, IMEX daemon and permissions, and the device's attribute knows of none:
+// only trying tells.
+bool Device::makes_handles(int handle_types) const {
   const Current current(context_);
-  const AllocationProperties fabric = properties(kHandleFabric);
+  const AllocationProperties shared = properties(handle_types);
+  std::size_t num_bytes = 0;
+  if (driver().granularity.attempt(&num_bytes, &shared, kGranularityRecommended) != kSuccess)
+    return false;
   Allocation allocation;
-  if (driver().create.attempt(&allocation, num_bytes, &fabric, 0) != kSuccess) return false;
-  FabricHandle handle;
-  const Result result = driver().export_handle.attempt(handle.data(), allocation, kHandleFabric, 0);
+  if (driver().create.attempt(&allocation, num_bytes, &shared, 0) != kSuccess) return false;
+  bool exported = true;
+  if (handle_types & kHandlePosixFd) {
+    int fd = -1;
+    exported = driver().export_handle.attempt(&fd, allocation, kHandlePosixFd, 0) == kSuccess;
+    if (exported) ::close(fd);
+  }
+  if (exported && (handle_types & kHandleFabric)) {
+    FabricHandle handle;
+    exported =
+        driver().export_handle.attempt(handle.data(), allocation, kHandleFabric, 0) == kSuccess;
+  }
   driver().release(allocation);
-  return result == kSuccess;
+  return exported;
 }
 
 bool Device::can_access_peer(int ordinal) const {

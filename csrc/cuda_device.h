@@ -57,9 +57,9 @@ class Device {
   std::string close() noexcept { return context_.close(); }
 
   std::string name() const;
-  std::size_t granularity() const;  // of sizes and addresses
+  std::size_t granularity(int handle_types) const;  // of sizes and addresses
   void memory_info(std::size_t* free_bytes, std::size_t* total_bytes) const;
-  bool supports_fabric() const;  // by making and exporting a small allocation
+  bool makes_handles(int handle_types) const;  // by making and exporting a small allocation
   bool can_access_peer(int ordinal) const;
 
   Allocation create(std::size_t num_bytes, int handle_type) const;

@@ -11,7 +11,7 @@ import torch
 from gpu_checks.accelerator import Accelerator, accelerator
 from gpu_checks.driver_memory import PAGE, exported_content, exporter, imported, open_files
 from gpu_checks.views import check_writable_peers
-from vllm_dwdp.device.cuda_driver import CudaDevice, ReadOnlyAccessError
+from vllm_dwdp.device.cuda_driver import AccessRefusedError, CudaDevice
 from vllm_dwdp.device.tensor import tensor_at
 from vllm_dwdp.errors import TransferError
 
@@ -56,7 +56,7 @@ def composite_with_a_peer(device: CudaDevice, fd: int, pattern: int) -> str:
     access = "read-only"
     try:
         device.set_access(address + PAGE, 2 * PAGE, writable=False)
-    except ReadOnlyAccessError:
+    except AccessRefusedError:
         access = "writable, as the driver refuses read-only access"
         device.set_access(address + PAGE, 2 * PAGE, writable=True)
     device.write(address, b"mine" * (PAGE // 4))
@@ -82,7 +82,7 @@ def read_only_peers() -> str:
     with exporter(78) as (_process, fd), contextlib.ExitStack() as stack:
         try:
             address = stack.enter_context(imported(device, fd, writable=False))
-        except ReadOnlyAccessError as error:
+        except AccessRefusedError as error:
             return f"read-only is refused, the product maps peers writable: {error}"
         assert holds(address, 78, gpu), "mapped read-only, but read wrong"
         _kept.append(stack.pop_all())  # after the fault this process can give nothing back

@@ -21,6 +21,7 @@ from gpu_checks.expert_ranks import (
 from gpu_checks.ring_check import RingCheck, provoke_races
 from vllm_dwdp.device.base import Handles
 from vllm_dwdp.device.cuda_driver import CudaDevice
+from vllm_dwdp.device.vmm import Access
 from vllm_dwdp.model_executor import ops
 from vllm_dwdp.model_executor.measure import measure_costs
 
@@ -82,7 +83,7 @@ def views(argument: str) -> str:
 def check_writable_peers(gpu: Accelerator) -> None:
     """Check views over writable peers, as where a driver maps nothing read-only."""
     memory = gpu.open_memory()
-    memory.memory._read_only_works = False
+    memory.memory.best_access = Access(writable=True, piecewise=False)
     try:
         with local_ranks(memory, SHAPE, 2, 3) as ranks:
             for rank in ranks:

@@ -3,7 +3,8 @@
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -141,42 +142,182 @@ def test_too_little_memory_names_what_is_needed_and_free(memory: CudaMemory) -> 
     assert live_objects() == NOTHING
 
 
-def test_a_driver_without_read_only_mappings_is_said_once(memory: CudaMemory) -> None:
+@contextmanager
+def warnings() -> Iterator[list[str]]:
+    """What is logged meanwhile."""
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("vllm.dwdp")
     logger.addHandler(handler)
     try:
-        with fake_settings(read_only=0):
-            shard = filled_shard(memory, PAGE)
-            peers = [memory.open_peer(shard.export()) for _ in range(2)]
-            assert [pages_of(memory, peer.address, 1) for peer in peers] == [[1], [1]]
+        yield said
     finally:
         logger.removeHandler(handler)
+
+
+def test_a_driver_without_read_only_mappings_is_said_once(memory: CudaMemory) -> None:
+    with warnings() as said, fake_settings(read_only=0):
+        shard = filled_shard(memory, PAGE)
+        peers = [memory.open_peer(shard.export()) for _ in range(2)]
+        assert [pages_of(memory, peer.address, 1) for peer in peers] == [[1], [1]]
     assert len(said) == 1 and "maps no device memory read-only" in said[0]
     for owner in (*peers, shard):
         owner.close()
 
 
-def test_a_shard_is_passed_by_fabric_handles() -> None:
-    with fake_settings(fabric=1), open_memory(fabric=True) as memory:
-        shard = filled_shard(memory, PAGE, 2 * PAGE)
+@contextmanager
+def own_and_peer(memory: CudaMemory) -> Iterator[list[Segment]]:
+    """Two own pages, numbered 1 and 2, before two of a peer's, numbered alike."""
+    shard, other = filled_shard(memory, PAGE, PAGE), filled_shard(memory, PAGE, PAGE)
+    peer = memory.open_peer(other.export())
+    shard.finish()
+    yield [
+        Segment(span=ByteRange(0, 2 * PAGE), backing=shard, offset=0),
+        Segment(span=ByteRange(2 * PAGE, 4 * PAGE), backing=peer, offset=0),
+    ]
+    for owner in (peer, other, shard):
+        owner.close()
+
+
+def is_writable(address: int) -> bool:
+    """As the host protects the page; a write that the fake refuses would end its context."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, permissions = line.split()[:2]
+        start, stop = (int(bound, 16) for bound in span.split("-"))
+        if start <= address < stop:
+            return "w" in permissions
+    raise AssertionError(f"{address:#x} is not mapped")
+
+
+NO_READ_ONLY, ONE_BY_ONE = "maps no device memory read-only", "gets one call for each"
+
+
+@pytest.mark.parametrize(
+    ("settings", "warned"),
+    [
+        ({}, []),
+        ({"read_only": 0}, [NO_READ_ONLY]),
+        ({"mixed_access": 1}, [ONE_BY_ONE]),
+        ({"mixed_access": 1, "read_only": 0}, [NO_READ_ONLY, ONE_BY_ONE]),
+    ],
+)
+def test_access_that_is_refused_is_set_otherwise_and_no_protection_is_lost(
+    memory: CudaMemory, settings: dict[str, int], warned: list[str]
+) -> None:
+    with warnings() as said, fake_settings(**settings), own_and_peer(memory) as segments:
+        composites = [memory.map_composite(segments, 4 * PAGE) for _ in range(2)]
+        for composite in composites:
+            assert pages_of(memory, composite.address, 4) == [1, 2, 1, 2]
+            for page in range(4):
+                assert is_writable(composite.address + page * PAGE) == ("read_only" in settings)
+            composite.unmap()
+    assert len(said) == len(warned)
+    assert all(phrase in line for phrase, line in zip(warned, said, strict=True)), said
+
+
+@pytest.mark.parametrize("read_only", [0, 1])
+def test_no_access_to_peers_beside_own_memory_is_an_error_that_leaves_nothing(
+    memory: CudaMemory, read_only: int
+) -> None:
+    with fake_settings(mixed_access=0, read_only=read_only), own_and_peer(memory) as segments:
+        held, mapped = live_objects(), memory.mapping_counts()
+        with pytest.raises(
+            DwdpMemoryError, match=r"no range over 4 .*peers' memory, neither .*: set"
+        ):
+            memory.map_composite(segments, 4 * PAGE)
+        assert live_objects() == held and memory.mapping_counts() == mapped
+        own = memory.map_composite(segments[:1], 2 * PAGE)
+        assert pages_of(memory, own.address, 2) == [1, 2], "own memory is as accessible as ever"
+        own.unmap()
+
+
+def test_mappings_are_counted_and_end_with_a_sentence_that_names_the_way_out(
+    memory: CudaMemory,
+) -> None:
+    with own_and_peer(memory) as segments:
+        before = memory.mapping_counts()
+        assert before == {"ranges": 2, "allocations": 4, "peer_allocations": 2}
+        composite = memory.map_composite(segments, 4 * PAGE)
+        counts = {"ranges": 3, "allocations": 8, "peer_allocations": 4}
+        assert memory.mapping_counts() == counts
+        held = live_objects()
+        with (
+            fake_settings(peer_mappings=5),
+            pytest.raises(
+                DwdpMemoryError,
+                match=r'cuMemMap.*OUT_OF_MEMORY.*mapped 5 allocations already.*"prefetch".*fewer ranks',
+            ),
+        ):
+            memory.map_composite(segments, 4 * PAGE)
+        assert live_objects() == held and memory.mapping_counts() == counts
+        with fake_settings(peer_mappings=4), closing(filled_shard(memory, PAGE)) as other:
+            handles = other.export()
+            with pytest.raises(DwdpMemoryError, match=r"mapped 4 allocations .*fewer ranks"):
+                memory.open_peer(handles)
+            handles.close()
+        composite.unmap()
+        assert memory.mapping_counts() == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "on_this_host", "over_tcp"),
+    [
+        ({}, (True, False), None),
+        ({"fabric": 1}, (True, True), (False, True)),
+        ({"fabric": 1, "combined": 0}, (True, False), (False, True)),
+        ({"fabric": 1, "posix": 0}, (False, True), (False, True)),
+        ({"posix": 0}, None, None),
+    ],
+)
+def test_a_shard_is_made_for_every_handle_that_works_here_and_can_travel(
+    settings: dict[str, int],
+    on_this_host: tuple[bool, bool] | None,
+    over_tcp: tuple[bool, bool] | None,
+) -> None:
+    for carries_fds, expected in ((True, on_this_host), (False, over_tcp)):
+        with fake_settings(**settings), ExitStack() as undo:
+            if expected is None:
+                named = "memory .* neither as a file descriptor .*IMEX" if carries_fds else "fabric"
+                with pytest.raises(DwdpUnsupportedError, match=f"CUDA device 0 makes no {named}"):
+                    undo.enter_context(open_memory(carries_fds=carries_fds))
+                continue
+            memory = undo.enter_context(open_memory(carries_fds=carries_fds))
+            shard = filled_shard(memory, PAGE, 2 * PAGE)
+            handles = shard.export()
+            assert (len(handles.fds), len(handles.fabric)) == tuple(2 * has for has in expected)
+            peer = memory.open_peer(handles)
+            assert pages_of(memory, peer.address, 3) == [1, 2, 3]
+            peer.close()
+            shard.close()
+
+
+def test_where_a_descriptor_cannot_be_imported_the_fabric_handle_is() -> None:
+    with warnings() as said, fake_settings(fabric=1, posix=1), open_memory() as memory:
+        shard = filled_shard(memory, PAGE, PAGE)
+        peer = memory.open_peer(shard.export())
+        assert pages_of(memory, peer.address, 2) == [1, 2]
+        peer.close()
+        shard.close()
+    assert len(said) == 1 and "fabric handles are tried instead" in said[0]
+    with fake_settings(posix=1), open_memory() as memory:
+        shard = filled_shard(memory, PAGE)
         handles = shard.export()
-        assert [len(name) for name in handles.fabric] == [64, 64] and not handles.fds
-        peer = memory.open_peer(handles)
-        assert pages_of(memory, peer.address, 3) == [1, 2, 3]
-        for owner in (peer, shard):
-            owner.close()
-        assert live_objects() == NOTHING
+        with pytest.raises(DwdpMemoryError, match=r"from file descriptor .*NOT_SUPPORTED"):
+            memory.open_peer(handles)
+        handles.close()
+        shard.close()
 
 
-def test_a_device_without_fabric_handles_is_refused() -> None:
-    with (
-        pytest.raises(DwdpUnsupportedError, match=r"CUDA device 0 makes no fabric .*IMEX"),
-        open_memory(fabric=True),
-    ):
-        pass
+def test_pages_are_as_large_as_the_handles_need() -> None:
+    with fake_settings(fabric=1, fabric_granularity_mib=4):
+        with open_memory() as memory:
+            assert memory.page_bytes == 2 * PAGE and memory.pool_page_bytes % memory.page_bytes == 0
+            filled_shard(memory, 2 * PAGE).close()
+        with open_memory() as memory, pytest.raises(DwdpMemoryError, match="INVALID_VALUE"):
+            memory.new_shard("test").append([PAGE])
+    with fake_settings(fabric_granularity_mib=4), open_memory() as memory:
+        assert memory.page_bytes == PAGE, "no handle needs more"
 
 
 def test_how_much_is_free_and_who_has_it(

@@ -23,7 +23,8 @@ class Handles:
 
     Args:
         fds: file descriptors, between processes of one host.
-        fabric: CUDA fabric handles, between hosts of one NVLink domain; one of the two is empty.
+        fabric: CUDA fabric handles, between processes of one NVLink domain. One of the two may be
+            empty; where neither is, either will do.
         num_bytes: behind each handle.
     """
 
@@ -161,6 +162,9 @@ class Device(Protocol):
             DwdpMemoryError: less than `num_bytes` are available.
         """
 
+    def mapping_counts(self) -> dict[str, int]:
+        """What is mapped now, by kind, for the log and the status; empty where nothing limits it."""
+
     def handle_bytes(self, piece_bytes: Sequence[int]) -> tuple[int, ...]:
         """Bytes behind each handle that a shard of these pieces is passed by."""
 
@@ -188,7 +192,8 @@ class Device(Protocol):
         """Assemble `[0, num_bytes)` from page-aligned segments that tile it.
 
         Raises:
-            DwdpMemoryError: a piece cannot be mapped; the whole range is given back.
+            DwdpMemoryError: a piece cannot be mapped, or not as part of this range; all of it is
+                given back. A view over other memory may still be possible.
         """
 
     def copy(self, destination: int, source: int, num_bytes: int) -> None:

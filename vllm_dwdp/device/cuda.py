@@ -2,8 +2,9 @@
 
 A mapping is always a whole allocation from its start (the driver takes no other offset), so a shard is
 one allocation per piece of its layout, and a slot is made of large pool pages and single pages. Peers
-receive one handle per piece: a POSIX file descriptor, or a fabric handle where they are on other
-hosts of the NVLink domain. Memory outlives its exporter while somebody maps it or holds a descriptor.
+receive one handle per piece, or two: a POSIX file descriptor where they are on this host, and a fabric
+handle where the NVLink domain makes them. Memory outlives its exporter while somebody maps it or holds
+a descriptor.
 Addresses are the device's; the torch tensors over them are built elsewhere.
 
 Runs in the worker's main thread, at load time only. What of it ran on hardware is said in docs/gpu.md.
@@ -136,13 +137,13 @@ class CudaMemory:
 
     Args:
         ordinal: the device, as this process counts them; torch's current one.
-        fabric: whether shards are passed to other hosts; else to processes of this one.
+        carries_fds: whether file descriptors reach the peers; else only fabric handles do.
         torch_device: where tensors over its memory live, by default `cuda:<ordinal>`.
         clear_cache: returns memory that torch keeps of freed tensors to the device.
 
     Raises:
         TransferError: there is no driver, or no such device.
-        DwdpUnsupportedError: `fabric` was asked for, and the device has no fabric handles.
+        DwdpUnsupportedError: the device makes no handle that could be passed to the peers.
     """
 
     captures_graphs = True
@@ -152,17 +153,17 @@ class CudaMemory:
         self,
         ordinal: int,
         *,
-        fabric: bool = False,
+        carries_fds: bool = True,
         torch_device: torch.device | None = None,
         clear_cache: Callable[[], None] = torch.cuda.empty_cache,
     ) -> None:
         self.device = CudaDevice(ordinal)
         try:
-            self.memory = VirtualMemory(self.device, fabric=fabric)
+            self.memory = VirtualMemory(self.device, carries_fds=carries_fds)
         except BaseException:
             self.device.close()
             raise
-        self.page_bytes = self.device.granularity_bytes
+        self.page_bytes = self.memory.page_bytes
         self.pool_page_bytes = max(POOL_PAGE_BYTES, self.page_bytes)
         self.torch_device = torch_device or torch.device("cuda", ordinal)
         self._clear_cache = clear_cache
@@ -180,8 +181,12 @@ class CudaMemory:
     def check_room(self, num_bytes: int, purpose: str) -> None:
         """Nothing: torch has allocated the model's tensors by now, and the driver checks the rest."""
 
+    def mapping_counts(self) -> dict[str, int]:
+        """Ranges, the allocations in them, and how many of those are peers'."""
+        return dict(self.memory.mapped)
+
     def handle_bytes(self, piece_bytes: Sequence[int]) -> tuple[int, ...]:
-        """One descriptor per piece."""
+        """One handle of each kind per piece."""
         return tuple(piece_bytes)
 
     def new_shard(self, name: str) -> CudaShard:
@@ -190,13 +195,13 @@ class CudaMemory:
 
     def adopt_shard(self, handles: Handles) -> CudaShard:
         """The allocations of an earlier life of this rank."""
-        shard = CudaShard(self.memory, self.memory.import_pieces(handles))
+        shard = CudaShard(self.memory, self.memory.import_pieces(handles, is_peers=False))
         handles.close()
         return shard
 
     def open_peer(self, handles: Handles) -> CudaPeer:
         """A peer's allocations, mapped."""
-        peer = CudaPeer(self.memory, self.memory.import_pieces(handles))
+        peer = CudaPeer(self.memory, self.memory.import_pieces(handles, is_peers=True))
         handles.close()
         return peer
 

@@ -15,15 +15,16 @@ from typing import Literal, Self
 from vllm_dwdp.device.native import Slice, library
 from vllm_dwdp.errors import DwdpError, DwdpMemoryError, TransferError
 
-HandleType = Literal["none", "posix_fd", "fabric"]
+HandleType = Literal["none", "posix_fd", "fabric", "both"]
+"""What an allocation can be exported as."""
 
-_HANDLE_TYPES: dict[str, int] = {"none": 0, "posix_fd": 1, "fabric": 8}
+_HANDLE_TYPES: dict[str, int] = {"none": 0, "posix_fd": 1, "fabric": 8, "both": 1 | 8}
 _FABRIC_HANDLE_BYTES = 64
 _INVALID_VALUE, _NOT_SUPPORTED = 1, 801
 
 
-class ReadOnlyAccessError(DwdpMemoryError):
-    """The driver refused to map memory read-only; a writable mapping may be possible."""
+class AccessRefusedError(DwdpMemoryError):
+    """The driver refused this access to this range: another kind, or a part of it, may be possible."""
 
 
 @functools.cache
@@ -36,9 +37,9 @@ def _library() -> ctypes.CDLL:
         "device_open": (number, out(pointer)),
         "device_close": (pointer,),
         "device_name": (pointer, ctypes.c_char_p, size),
-        "granularity": (pointer, out(size)),
+        "granularity": (pointer, number, out(size)),
         "memory_info": (pointer, out(size), out(size)),
-        "supports_fabric": (pointer, out(number)),
+        "makes_handles": (pointer, number, out(number)),
         "can_access_peer": (pointer, number, out(number)),
         "create": (pointer, size, number, out(uint64)),
         "release": (pointer, uint64),
@@ -142,9 +143,13 @@ class CudaDevice(_Native):
 
     @functools.cached_property
     def granularity_bytes(self) -> int:
-        """What sizes and addresses of allocations and mappings must be multiples of."""
-        granularity = ctypes.c_size_t()
-        status = self._status(self._lib.dwdp_cuda_granularity, ctypes.byref(granularity))
+        """`granularity_of` memory that is not shared."""
+        return self.granularity_of("none")
+
+    def granularity_of(self, handle_type: HandleType) -> int:
+        """What sizes and addresses of such allocations and their mappings must be multiples of."""
+        granularity, kind = ctypes.c_size_t(), _HANDLE_TYPES[handle_type]
+        status = self._status(self._lib.dwdp_cuda_granularity, kind, ctypes.byref(granularity))
         self._check_memory(status, "asking for the allocation granularity")
         return granularity.value
 
@@ -158,13 +163,17 @@ class CudaDevice(_Native):
         """Memory of the device that nobody has allocated."""
         return self._memory_info()[0]
 
-    @functools.cached_property
+    @property
     def supports_fabric(self) -> bool:
-        """Whether an allocation with a fabric handle can be made and exported here (tried)."""
-        supported = ctypes.c_int()
-        status = self._status(self._lib.dwdp_cuda_supports_fabric, ctypes.byref(supported))
-        self._check_memory(status, "probing for fabric handles")
-        return bool(supported.value)
+        """Whether this device makes fabric handles."""
+        return self.makes_handles("fabric")
+
+    def makes_handles(self, handle_type: HandleType) -> bool:
+        """Whether an allocation of this type can be made and exported here (tried)."""
+        made, kind = ctypes.c_int(), _HANDLE_TYPES[handle_type]
+        status = self._status(self._lib.dwdp_cuda_makes_handles, kind, ctypes.byref(made))
+        self._check_memory(status, f"probing for memory handles of type {handle_type!r}")
+        return bool(made.value)
 
     def can_access_peer(self, other_ordinal: int) -> bool:
         """Whether this device can read the memory of another one in place."""
@@ -187,7 +196,7 @@ class CudaDevice(_Native):
         self._check_memory(status, "releasing device memory")
 
     def export_fd(self, handle: int) -> int:
-        """A new descriptor of an allocation made with `posix_fd`; the caller closes it."""
+        """A new descriptor of an allocation made for it; the caller closes it."""
         fd = ctypes.c_int()
         status = self._status(self._lib.dwdp_cuda_export_fd, handle, ctypes.byref(fd))
         self._check_memory(status, "exporting device memory as a file descriptor")
@@ -245,15 +254,15 @@ class CudaDevice(_Native):
         """Let this device read, or read and write, a range that is mapped without gaps.
 
         Raises:
-            ReadOnlyAccessError: read-only access was asked for and the driver refuses it (or the
-                range; then the writable call fails as well). The range is as inaccessible as before.
+            AccessRefusedError: the driver refuses this access, or the range. It is as inaccessible as
+                before.
             DwdpMemoryError: any other failure.
         """
         status = self._status(self._lib.dwdp_cuda_set_access, address, num_bytes, writable)
-        refused = not writable and status in (_INVALID_VALUE, _NOT_SUPPORTED)
+        refused = status in (_INVALID_VALUE, _NOT_SUPPORTED)
         kind = "read and write" if writable else "read-only"
         action = f"setting {kind} access to device memory"
-        _check(status, action, ReadOnlyAccessError if refused else DwdpMemoryError)
+        _check(status, action, AccessRefusedError if refused else DwdpMemoryError)
 
     def copy(self, destination: int, source: int, num_bytes: int) -> None:
         """Copy between device addresses; waits for the device before and after (set-up only)."""

@@ -1,16 +1,18 @@
 """CUDA virtual memory: allocations without addresses, and address ranges over whole ones.
 
-Owns the choice of handle type, and the fallback where a driver maps nothing read-only. Shards, peers and
-slots are made of it in `device.cuda`. Source: CUDA driver API, section Virtual Memory Management.
+Owns the choice of handle types, the count of what is mapped, and what is tried where a driver refuses
+access. Shards, peers and slots are made of it in `device.cuda`. Source: CUDA driver API, section Virtual
+Memory Management.
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from vllm_dwdp.device.base import Handles
-from vllm_dwdp.device.cuda_driver import CudaDevice, HandleType, ReadOnlyAccessError
+from vllm_dwdp.device.cuda_driver import AccessRefusedError, CudaDevice, HandleType
 from vllm_dwdp.device.digest import digest_pieces
 from vllm_dwdp.errors import DwdpMemoryError, DwdpUnsupportedError
 from vllm_dwdp.logger import format_gib, init_logger
@@ -33,10 +35,29 @@ class CudaMapping:
 
 @dataclass(frozen=True)
 class Allocation:
-    """`num_bytes` of device memory; whoever made or imported it releases `handle` once."""
+    """Device memory; whoever made or imported it releases `handle` once.
+
+    Args:
+        is_peers: another rank made it, so it may lie on another GPU.
+    """
 
     handle: int
     num_bytes: int
+    is_peers: bool = False
+
+
+@dataclass(frozen=True)
+class Access:
+    """A way to make a range accessible: writable or not, in one call or one for each allocation."""
+
+    writable: bool
+    piecewise: bool
+
+
+_WAYS = tuple(
+    Access(writable, piecewise) for writable in (False, True) for piecewise in (False, True)
+)
+"""What is tried, best first: protection is worth more than calls."""
 
 
 class Allocations:
@@ -78,22 +99,21 @@ class VirtualMemory:
 
     Args:
         device: the device; the caller closes it.
-        fabric: whether shared memory is passed to other hosts; else to processes of this one.
+        carries_fds: whether file descriptors reach the peers; fabric handles always do.
 
     Raises:
-        DwdpUnsupportedError: `fabric` was asked for, and the device has no fabric handles.
+        DwdpUnsupportedError: the device makes no handle that could be passed to the peers.
     """
 
-    def __init__(self, device: CudaDevice, *, fabric: bool) -> None:
-        if fabric and not device.supports_fabric:
-            raise DwdpUnsupportedError(
-                f"CUDA device {device.ordinal} makes no fabric memory handles, which ranks on several "
-                "hosts (tcp://) need: an NVLink domain of several hosts, and its IMEX service running "
-                "on each. Use unix:///folder for the ranks of one host."
-            )
+    def __init__(self, device: CudaDevice, *, carries_fds: bool) -> None:
         self.device = device
-        self._fabric = fabric
-        self._read_only_works = True
+        self.handle_type = _passable(device, carries_fds)
+        self.page_bytes = max(device.granularity_bytes, device.granularity_of(self.handle_type))
+        self.mapped: Counter[str] = Counter(ranges=0, allocations=0, peer_allocations=0)
+        self.best_access = _WAYS[0]
+        """Tried before those that follow it in `_WAYS`."""
+        self._access: dict[tuple[bool, bool, bool], Access] = {}
+        self._said: set[str] = set()
 
     def allocate(self, num_bytes: int, purpose: str, *, shared: bool) -> Allocation:
         """New memory without an address.
@@ -101,9 +121,7 @@ class VirtualMemory:
         Raises:
             DwdpMemoryError: the device has not enough.
         """
-        kind: HandleType = "none"
-        if shared:
-            kind = "fabric" if self._fabric else "posix_fd"
+        kind: HandleType = self.handle_type if shared else "none"
         try:
             handle = self.device.create(num_bytes, handle_type=kind)
         except DwdpMemoryError as error:
@@ -115,7 +133,14 @@ class VirtualMemory:
         return Allocation(handle, num_bytes)
 
     def map_range(self, allocations: Sequence[Allocation], *, writable: bool) -> CudaMapping:
-        """Map whole allocations one after the other."""
+        """Map whole allocations one after the other.
+
+        Args:
+            writable: whether it must be; else it is where the driver can do nothing better.
+
+        Raises:
+            DwdpMemoryError: the driver refuses; nothing stays mapped.
+        """
         num_bytes = sum(allocation.num_bytes for allocation in allocations)
         if not num_bytes:
             return CudaMapping(0, 0)
@@ -124,25 +149,46 @@ class VirtualMemory:
             undo.callback(self.device.free_address, address, num_bytes)
             offset = 0
             for each in allocations:
-                self.device.map(address + offset, each.num_bytes, each.handle)
-                undo.callback(self.device.unmap, address + offset, each.num_bytes)
+                self._map(address + offset, each, undo)
                 offset += each.num_bytes
-            self._allow(address, num_bytes, writable=writable)
+            self._allow(address, allocations, writable=writable)
+            self._count(undo, "ranges")
             return CudaMapping(address, num_bytes, undo.pop_all())
 
+    def _map(self, address: int, allocation: Allocation, undo: ExitStack) -> None:
+        try:
+            self.device.map(address, allocation.num_bytes, allocation.handle)
+        except DwdpMemoryError as error:
+            if not allocation.is_peers:
+                raise
+            raise DwdpMemoryError(
+                f"{error}. It is memory of a peer, of which this process has mapped "
+                f"{self.mapped['peer_allocations']} allocations already. If that is how many this GPU "
+                'or its NVLink fabric takes, set dwdp mode to "prefetch", which maps each of them '
+                "once, or use fewer ranks per group."
+            ) from error
+        undo.callback(self.device.unmap, address, allocation.num_bytes)
+        self._count(undo, "allocations")
+        if allocation.is_peers:
+            self._count(undo, "peer_allocations")
+
+    def _count(self, undo: ExitStack, kind: str) -> None:
+        self.mapped[kind] += 1
+        undo.callback(self.mapped.subtract, {kind: 1})
+
     def export(self, allocations: Allocations) -> Handles:
-        """A handle of each allocation, for peers; descriptors are owned by the caller."""
+        """Every handle that peers can be passed; descriptors are owned by the caller."""
         num_bytes = tuple(each.num_bytes for each in allocations)
-        if self._fabric:
+        names: tuple[bytes, ...] = ()
+        if self.handle_type in ("fabric", "both"):
             names = tuple(self.device.export_fabric(each.handle) for each in allocations)
-            return Handles(fabric=names, num_bytes=num_bytes)
         fds: list[int] = []
         with ExitStack() as undo:
-            for each in allocations:
+            for each in allocations if self.handle_type in ("posix_fd", "both") else ():
                 fds.append(self.device.export_fd(each.handle))
                 undo.callback(os.close, fds[-1])
             undo.pop_all()
-        return Handles(fds=tuple(fds), num_bytes=num_bytes)
+        return Handles(fds=tuple(fds), fabric=names, num_bytes=num_bytes)
 
     def digest(self, mapping: CudaMapping) -> bytes:
         """The digest of a mapped range, as the host reads it."""
@@ -152,38 +198,119 @@ class VirtualMemory:
 
         return digest_pieces(read, mapping.num_bytes)
 
-    def _allow(self, address: int, num_bytes: int, *, writable: bool) -> None:
-        """Set access; a driver that cannot map read-only gets a writable mapping, said once."""
-        if not writable and self._read_only_works:
-            try:
-                self.device.set_access(address, num_bytes, writable=False)
-                return
-            except ReadOnlyAccessError as error:
-                self._read_only_works = False
-                logger.warning(
-                    "DWDP: this driver maps no device memory read-only (%s): peers' experts are "
-                    "mapped writable, though nothing writes them",
-                    error,
-                )
-        self.device.set_access(address, num_bytes, writable=True)
+    def _allow(self, address: int, allocations: Sequence[Allocation], *, writable: bool) -> None:
+        """Set access in the best way that the driver accepts for such a range, and remember it.
 
-    def import_pieces(self, handles: Handles) -> Allocations:
-        """A shard's pieces; the descriptors stay the caller's."""
+        Raises:
+            DwdpMemoryError: it accepts none.
+        """
+        is_mixed = len({each.is_peers for each in allocations}) > 1
+        kind = (writable, is_mixed, len(allocations) > 1)
+        best = Access(writable or self.best_access.writable, self.best_access.piecewise)
+        first = self._access.get(kind, best)
+        refusals: list[AccessRefusedError] = []
+        for way in _WAYS[_WAYS.index(first) :]:
+            if way.piecewise and len(allocations) == 1:
+                continue
+            try:
+                self._set_access(address, allocations, way)
+            except AccessRefusedError as error:
+                refusals.append(error)
+                continue
+            self._access[kind] = way
+            if way.writable and not writable:
+                self._warn_once(
+                    "maps no device memory read-only: peers' experts are mapped writable, though "
+                    "nothing writes them",
+                    refusals,
+                )
+            if way.piecewise:
+                self._warn_once(
+                    "sets no access over several allocations in one call: it gets one call for each",
+                    refusals,
+                )
+            return
+        memory = "its own and its peers' memory" if is_mixed else "device memory"
+        raise DwdpMemoryError(
+            f"this driver gives access to no range over {len(allocations)} allocations of {memory}, "
+            f"neither in one call nor in one for each: {refusals[0]}"
+        )
+
+    def _set_access(self, address: int, allocations: Sequence[Allocation], way: Access) -> None:
+        sizes = [each.num_bytes for each in allocations]
+        for num_bytes in sizes if way.piecewise else [sum(sizes)]:
+            self.device.set_access(address, num_bytes, writable=way.writable)
+            address += num_bytes
+
+    def _warn_once(self, what: str, refusals: Sequence[AccessRefusedError]) -> None:
+        if refusals and what not in self._said:
+            self._said.add(what)
+            logger.warning("DWDP: this driver %s (%s)", what, refusals[0])
+
+    def import_pieces(self, handles: Handles, *, is_peers: bool) -> Allocations:
+        """A shard's pieces; the descriptors stay the caller's.
+
+        By descriptors, or where these cannot be imported and fabric handles came too, by those.
+
+        Raises:
+            DwdpMemoryError: by neither.
+        """
+        kinds: list[Sequence[int | bytes]] = [
+            kind for kind in (handles.fds, handles.fabric) if kind
+        ] or [()]
+        for kind in kinds[:-1]:
+            try:
+                return self._import(kind, handles.num_bytes, is_peers)
+            except DwdpMemoryError as error:
+                logger.warning("DWDP: %s. Its fabric handles are tried instead", error)
+        return self._import(kinds[-1], handles.num_bytes, is_peers)
+
+    def _import(
+        self, given: Sequence[int | bytes], sizes: Sequence[int], is_peers: bool
+    ) -> Allocations:
+        if len(given) != len(sizes):
+            raise DwdpMemoryError(
+                f"a shard of {len(sizes)} pieces came with {len(given)} handles. "
+                "Start every rank with the same version and the same kind of rendezvous."
+            )
         imported = Allocations(self.device)
         with ExitStack() as undo:
             undo.callback(imported.release)
-            given: tuple[int | bytes, ...] = handles.fabric if self._fabric else handles.fds
-            if len(given) != len(handles.num_bytes):
-                raise DwdpMemoryError(
-                    f"a shard of {len(handles.num_bytes)} pieces came with {len(given)} handles. "
-                    "Start every rank with the same version and the same kind of rendezvous."
-                )
-            for each, num_bytes in zip(given, handles.num_bytes, strict=True):
+            for each, num_bytes in zip(given, sizes, strict=True):
                 handle = (
                     self.device.import_fabric(each)
                     if isinstance(each, bytes)
                     else self.device.import_fd(each)
                 )
-                imported.add(Allocation(handle, num_bytes))
+                imported.add(Allocation(handle, num_bytes, is_peers))
             undo.pop_all()
         return imported
+
+
+def _passable(device: CudaDevice, carries_fds: bool) -> HandleType:
+    """What shared memory of this device is made as: all that works here and can be passed to peers.
+
+    Descriptors keep memory alive, fabric handles are imported where descriptors are not; together they
+    serve whatever the peer can.
+
+    Raises:
+        DwdpUnsupportedError: nothing does.
+    """
+    wanted: tuple[HandleType, ...] = ("both", "posix_fd", "fabric") if carries_fds else ("fabric",)
+    for handle_type in wanted:
+        if device.makes_handles(handle_type):
+            return handle_type
+    domain = (
+        "an NVLink domain of several hosts, its IMEX service (nvidia-imex) running on each, and an "
+        "IMEX channel (/dev/nvidia-caps-imex-channels) that this process may open"
+    )
+    if carries_fds:
+        raise DwdpUnsupportedError(
+            f"CUDA device {device.ordinal} makes no memory that another process can map: neither as a "
+            "file descriptor (virtual GPUs and WSL make none) nor as a fabric handle, which needs "
+            f'{domain}. Run on the bare GPU or set up IMEX, or use dwdp mode "replica".'
+        )
+    raise DwdpUnsupportedError(
+        f"CUDA device {device.ordinal} makes no fabric memory handles, which ranks on several hosts "
+        f"(tcp://) need: {domain}. Use unix:///folder for the ranks of one host."
+    )

@@ -29,7 +29,7 @@ class DwdpGPUWorker(DwdpWorker, Worker):
     def make_device(self) -> Device:
         """The GPU that vLLM gave this worker."""
         carries_fds = self.seat.launch.endpoint.carries_fds
-        return CudaMemory(self.device.index, fabric=not carries_fds)
+        return CudaMemory(self.device.index, carries_fds=carries_fds)
 
     def init_device(self) -> None:
         """As vLLM's, which measures the device's memory here."""

@@ -25,6 +25,7 @@ class ExpertGroup:
         forwards: counts what ran.
         rejoin_seconds: how long the start took that adopted a shard; 0 if it loaded its experts.
         read_share: part of the checkpoint's large expert tensors that was read for it.
+        mappings: what its device had mapped once everything stood, by kind.
         resources: everything else, in the order in which it was made.
     """
 
@@ -38,6 +39,7 @@ class ExpertGroup:
         forwards: Forwards,
         rejoin_seconds: float | None,
         read_share: float,
+        mappings: dict[str, int],
         resources: ExitStack,
     ) -> None:
         self.seat = seat
@@ -47,6 +49,7 @@ class ExpertGroup:
         self.forwards = forwards
         self._rejoin_seconds = rejoin_seconds
         self._read_share = read_share
+        self._mappings = mappings
         self._resources = resources
         self._state = "warming up"
         membership.describe_by(self.status)
@@ -97,6 +100,7 @@ class ExpertGroup:
             "remote_expert_bytes": remote_bytes,
             "slot_bytes": slot_bytes,
             "saved_bytes": remote_bytes - slot_bytes,
+            "mappings": self._mappings,
         }
 
     def _prefetch_status(self) -> dict[str, Any]:

@@ -88,6 +88,8 @@ def join_group(
             resources=undo,
         )
         views = bind_views(mapper, seat.launch.config, undo)
+        if views.rings is None:
+            peers.close()  # only copies read a peer's whole shard; the views keep what they map
         loaded.shard.memory.finish()
         device.release_free_memory()
         forwards = couple(loaded.model, views, captures_graphs=device.captures_graphs, undo=undo)
@@ -101,6 +103,7 @@ def join_group(
             forwards=forwards,
             rejoin_seconds=seconds if loaded.shard.is_adopted else None,
             read_share=loaded.shard.read_share(),
+            mappings=device.mapping_counts(),
             resources=undo.pop_all(),
         )
     _log_bound(group)
@@ -180,3 +183,9 @@ def _log_bound(group: ExpertGroup) -> None:
         format_gib(status["remote_expert_bytes"]),
         format_gib(status["saved_bytes"]),
     )
+    if counts := status["mappings"]:
+        logger.info(
+            "DWDP rank %d maps %s",
+            group.seat.rank,
+            ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in counts.items()),
+        )

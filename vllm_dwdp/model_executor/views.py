@@ -6,17 +6,21 @@ the kernels has both views; then each forward takes the one that suits its size.
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 from vllm_dwdp.compat.worker.reachable import reachable_tensors
 from vllm_dwdp.config import DwdpConfig
-from vllm_dwdp.errors import DwdpUnsupportedError
+from vllm_dwdp.errors import DwdpMemoryError, DwdpUnsupportedError
 from vllm_dwdp.layout.model import ModelLayout
+from vllm_dwdp.logger import init_logger
 from vllm_dwdp.model_executor.composites import CompositeMapper, LayerView
 from vllm_dwdp.model_executor.measure import check_views, measure_costs
 from vllm_dwdp.model_executor.rings import PrefetchRings
 from vllm_dwdp.model_executor.routed_experts import Binding, RingPosition
 from vllm_dwdp.model_executor.sharded_layer import ShardedLayer
 from vllm_dwdp.prefetch.mode_policy import Mode, ModePolicy
+
+logger = init_logger(__name__)
 
 
 class ExpertViews:
@@ -96,14 +100,17 @@ def bind_views(mapper: CompositeMapper, config: DwdpConfig, undo: ExitStack) -> 
     """
     modes = _possible_modes(mapper, config)
     indices = range(len(mapper.layout.layers))
-    direct: list[LayerView] = []
+    direct: Sequence[LayerView] = ()
     rings: PrefetchRings | None = None
-    if Mode.DIRECT in modes:
-        direct = [mapper.direct_view(index) for index in indices]
     if Mode.PREFETCH in modes:
         rings = PrefetchRings(mapper, ring_members(mapper.layers), config.slice_bytes)
         undo.callback(rings.close)
+    mapped_in_place = undo.enter_context(ExitStack())
+    if Mode.DIRECT in modes:
+        direct = _map_in_place(mapper, mapped_in_place, is_needed=rings is None)
     policy = _make_policy(mapper, config, rings, direct)
+    if Mode.DIRECT not in policy.modes:
+        mapped_in_place.close()  # mappings of peers' memory are few on some machines
     if rings is not None and Mode.PREFETCH not in policy.modes:
         rings.close()  # their slots are better spent on the KV cache
         rings = None
@@ -115,6 +122,34 @@ def bind_views(mapper: CompositeMapper, config: DwdpConfig, undo: ExitStack) -> 
             _bind(mapper.layers[n], rings.views[n], rings.positions[n]) for n in indices
         ]
     return ExpertViews(mapper.layers, bindings, policy, rings)
+
+
+def _map_in_place(
+    mapper: CompositeMapper, undo: ExitStack, *, is_needed: bool
+) -> Sequence[LayerView]:
+    """The direct view of every layer, or of none where the device refuses one.
+
+    Raises:
+        DwdpMemoryError: it refuses one, and no other view can serve instead.
+    """
+    try:
+        with ExitStack() as mapped:
+            each = replace(mapper, resources=mapped)
+            views = [each.direct_view(index) for index in range(len(mapper.layout.layers))]
+            undo.push(mapped.pop_all())
+            return views
+    except DwdpMemoryError as error:
+        if is_needed:
+            raise DwdpMemoryError(
+                f'peers\' experts cannot be mapped in place, as dwdp mode "direct" needs: {error}. '
+                'Set dwdp mode to "prefetch", which copies them.'
+            ) from error
+        logger.warning(
+            "DWDP rank %d copies experts in every step, because they cannot be mapped in place: %s",
+            mapper.dwdp_rank,
+            error,
+        )
+        return ()
 
 
 def _bind(
@@ -158,6 +193,8 @@ def _make_policy(
 ) -> ModePolicy:
     if config.mode != "auto":
         return ModePolicy.forced(Mode(config.mode))
+    if not direct:
+        return ModePolicy.prefetch_only()
     if rings is None:
         return ModePolicy.direct_only(shares_compute=mapper.device.copies_share_compute)
     measured = _first_remote(mapper.layout, mapper.dwdp_rank)

@@ -106,6 +106,12 @@ class ModePolicy:
         return cls(direct_max_tokens=math.inf, reason=reason)
 
     @classmethod
+    def prefetch_only(cls) -> "ModePolicy":
+        """`auto` where the device cannot map peers' experts in place."""
+        reason = "this device maps no peers' experts in place"
+        return cls(direct_max_tokens=-math.inf, reason=reason)
+
+    @classmethod
     def from_costs(cls, costs: LayerCosts, direct_max_tokens: int | None) -> "ModePolicy":
         """`auto` on a device with both views; a limit set by the user goes before the model's."""
         if direct_max_tokens is not None:

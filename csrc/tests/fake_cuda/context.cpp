@@ -29,6 +29,20 @@ const Setting kSettings[] = {
      [](Settings& all, const char* value) { all.version = static_cast<int>(number(value)); }},
     {"fabric", "DWDP_FAKE_CUDA_FABRIC", "0",
      [](Settings& all, const char* value) { all.fabric = number(value) != 0; }},
+    {"posix", "DWDP_FAKE_CUDA_POSIX", "2",
+     [](Settings& all, const char* value) { all.posix = static_cast<int>(number(value)); }},
+    {"combined", "DWDP_FAKE_CUDA_COMBINED", "1",
+     [](Settings& all, const char* value) { all.combined = number(value) != 0; }},
+    {"fabric_granularity_mib", "DWDP_FAKE_CUDA_FABRIC_GRANULARITY_MIB", "2",
+     [](Settings& all, const char* value) {
+       all.fabric_granularity = static_cast<std::size_t>(number(value)) << 20;
+     }},
+    {"mixed_access", "DWDP_FAKE_CUDA_MIXED_ACCESS", "2",
+     [](Settings& all, const char* value) { all.mixed_access = static_cast<int>(number(value)); }},
+    {"peer_mappings", "DWDP_FAKE_CUDA_PEER_MAPPINGS", "1000000",
+     [](Settings& all, const char* value) {
+       all.peer_mappings = static_cast<std::size_t>(number(value));
+     }},
     {"read_only", "DWDP_FAKE_CUDA_READ_ONLY", "1",
      [](Settings& all, const char* value) { all.read_only = number(value) != 0; }},
     {"event_nodes", "DWDP_FAKE_CUDA_EVENT_NODES", "launch",

@@ -11,7 +11,14 @@
 //   DWDP_FAKE_CUDA_VERSION       driver version; before 12080 there is no batch copy (13000). Our
 //                                wrapper looks functions up once, so set it by the environment
 //   DWDP_FAKE_CUDA_FABRIC        1: fabric handles can be made (0)
+//   DWDP_FAKE_CUDA_POSIX         0: file descriptors cannot be made; 1: not imported; 2: both work (2)
+//   DWDP_FAKE_CUDA_COMBINED      0: no allocation has handles of both kinds (1)
+//   DWDP_FAKE_CUDA_FABRIC_GRANULARITY_MIB  of allocations with fabric handles (2)
 //   DWDP_FAKE_CUDA_READ_ONLY     0: read-only access is refused (1)
+//   DWDP_FAKE_CUDA_MIXED_ACCESS  in ranges over own and imported memory: 0: no access to the imported;
+//                                1: only in a call for each allocation; 2: also in one call (2)
+//   DWDP_FAKE_CUDA_PEER_MAPPINGS mappings of imported memory that fit the device (1000000). That a map
+//                                beyond them is out of memory is a guess: no reference says
 //   DWDP_FAKE_CUDA_EVENT_NODES   when an external wait node looks at its event: "launch" or "run"
 //   DWDP_FAKE_CUDA_MAX_DELAY_US  sleep up to this long before each operation (0)
 //   DWDP_FAKE_CUDA_SEED          of the delays (0)
@@ -56,7 +63,9 @@ inline void require(bool condition, Result result) {
 struct Settings {
   std::atomic<int> num_devices, version;
   std::atomic<std::size_t> memory_bytes;
-  std::atomic<bool> fabric, read_only, look_when_run;
+  std::atomic<bool> fabric, combined, read_only, look_when_run;
+  std::atomic<int> posix, mixed_access;
+  std::atomic<std::size_t> fabric_granularity, peer_mappings;
   std::atomic<unsigned> max_delay_us;
   std::atomic<std::uint64_t> random;  // the state of the delays
 };

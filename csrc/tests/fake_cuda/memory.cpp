@@ -65,8 +65,19 @@ Allocation::~Allocation() {
   if (!imported) memory().allocated -= num_bytes;
 }
 
-void require_multiple(std::uintptr_t value) {
-  require(value != 0 && value % kGranularity == 0, kInvalidValue);
+std::size_t granularity_of(int handle_types) {
+  return handle_types & kHandleFabric ? settings().fabric_granularity.load() : kGranularity;
+}
+
+void require_multiple(std::uintptr_t value, std::size_t of = kGranularity) {
+  require(value != 0 && value % of == 0, kInvalidValue);
+}
+
+void require_makeable(int handle_types) {
+  require((handle_types & ~(kHandleFd | kHandleFabric)) == 0, kInvalidValue);
+  require(!(handle_types & kHandleFd) || settings().posix > 0, kNotSupported);
+  require(!(handle_types & kHandleFabric) || settings().fabric, kNotPermitted);
+  require(handle_types != (kHandleFd | kHandleFabric) || settings().combined, kNotSupported);
 }
 
 void require_pinned_on_device(const Properties& properties) {
@@ -111,12 +122,38 @@ std::uint64_t add_handle(int fd, std::size_t num_bytes, int handle_types, bool i
   return all.next_handle++;
 }
 
-std::uint64_t import(int fd) {
+std::uint64_t import(int fd, int handle_types) {
   struct stat status;
   require(fd >= 0 && fstat(fd, &status) == 0 && S_ISREG(status.st_mode), kInvalidValue);
   const auto num_bytes = static_cast<std::size_t>(status.st_size);
   require(num_bytes != 0 && num_bytes % kGranularity == 0, kInvalidValue);
-  return add_handle(fcntl(fd, F_DUPFD_CLOEXEC, 0), num_bytes, kHandleFd, true);
+  return add_handle(fcntl(fd, F_DUPFD_CLOEXEC, 0), num_bytes, handle_types, true);
+}
+
+std::size_t num_peer_mappings() {
+  std::size_t count = 0;
+  for (const auto& [address, mapping] : memory().mappings) count += mapping.allocation->imported;
+  return count;
+}
+
+// What a driver may refuse where a reservation holds memory of several devices; own and imported memory
+// stand for them.
+void require_access_to_mixed(std::uintptr_t address, std::size_t num_bytes) {
+  const int allowed = settings().mixed_access;
+  if (allowed == 2) return;
+  const auto* reservation = reservation_of(address, num_bytes);
+  require(reservation != nullptr, kInvalidValue);
+  bool touches_imported = false, has_own = false;
+  int touched = 0;
+  for (const auto& [start, mapping] : memory().mappings) {
+    if (start < reservation->first || start >= reservation->first + reservation->second) continue;
+    const bool inside = start >= address && start < address + num_bytes;
+    touched += inside;
+    touches_imported |= inside && mapping.allocation->imported;
+    has_own |= !mapping.allocation->imported;
+  }
+  if (!touches_imported || !has_own) return;
+  require(allowed == 1 && touched == 1, kInvalidValue);
 }
 
 }  // namespace
@@ -171,7 +208,7 @@ FAKE_API Result cuMemGetAllocationGranularity(std::size_t* granularity,
   return api([&](Lock&) {
     require_pinned_on_device(*properties);
     require(option == 0 || option == 1, kInvalidValue);
-    *granularity = kGranularity;
+    *granularity = granularity_of(properties->handle_types);
   });
 }
 
@@ -182,10 +219,9 @@ FAKE_API Result cuMemCreate(std::uint64_t* handle, std::size_t num_bytes,
     forbid_during_capture();
     require_pinned_on_device(*properties);
     require(flags == 0, kInvalidValue);
-    require_multiple(num_bytes);
     const int kind = properties->handle_types;
-    require(kind == 0 || kind == kHandleFd || kind == kHandleFabric, kInvalidValue);
-    require(kind != kHandleFabric || settings().fabric, kNotPermitted);
+    require_multiple(num_bytes, granularity_of(kind));
+    require_makeable(kind);
     require(memory().allocated + num_bytes <= settings().memory_bytes, kOutOfMemory);
     const int fd = memfd_create("fake-cuda", MFD_CLOEXEC);
     require(fd >= 0 && ftruncate(fd, static_cast<off_t>(num_bytes)) == 0, kOutOfMemory);
@@ -207,8 +243,8 @@ FAKE_API Result cuMemExportToShareableHandle(void* result, std::uint64_t handle,
     require_context();
     require(flags == 0, kInvalidValue);
     const Allocation& allocation = *allocation_of(handle);
-    require((kind == kHandleFd || kind == kHandleFabric) && kind == allocation.handle_types,
-            kInvalidValue);
+    require(kind == kHandleFd || kind == kHandleFabric, kInvalidValue);
+    require(kind & allocation.handle_types, kInvalidValue);
     if (kind == kHandleFd) {
       *static_cast<int*>(result) = fcntl(allocation.fd, F_DUPFD_CLOEXEC, 0);
       return;
@@ -224,7 +260,8 @@ FAKE_API Result cuMemImportFromShareableHandle(std::uint64_t* handle, void* shar
   return api([&](Lock&) {
     require_context();
     if (kind == kHandleFd) {
-      *handle = import(static_cast<int>(reinterpret_cast<std::intptr_t>(shared)));
+      require(settings().posix == 2, kNotSupported);
+      *handle = import(static_cast<int>(reinterpret_cast<std::intptr_t>(shared)), kind);
       return;
     }
     require(kind == kHandleFabric, kInvalidValue);
@@ -232,7 +269,7 @@ FAKE_API Result cuMemImportFromShareableHandle(std::uint64_t* handle, void* shar
     const std::string name(static_cast<char*>(shared), strnlen(static_cast<char*>(shared), 64));
     const int fd = open(name.c_str(), O_RDWR | O_CLOEXEC);
     try {
-      *handle = import(fd);
+      *handle = import(fd, kind);
     } catch (...) {
       close(fd);
       throw;
@@ -283,6 +320,7 @@ FAKE_API Result cuMemMap(std::uintptr_t address, std::size_t num_bytes, std::siz
     require(num_bytes == allocation->num_bytes, kInvalidValue);
     require(reservation_of(address, num_bytes) != nullptr, kInvalidValue);
     require(!anything_mapped(address, num_bytes), kInvalidValue);
+    require(!allocation->imported || num_peer_mappings() < settings().peer_mappings, kOutOfMemory);
     void* mapped = mmap(reinterpret_cast<void*>(address), num_bytes, PROT_NONE,
                         MAP_SHARED | MAP_FIXED, allocation->fd, 0);
     require(mapped != MAP_FAILED, kOutOfMemory);
@@ -322,6 +360,7 @@ FAKE_API Result cuMemSetAccess(std::uintptr_t address, std::size_t num_bytes,
       next += found->second.num_bytes;
     }
     require(num_bytes != 0 && next == end, kInvalidValue);
+    require_access_to_mixed(address, num_bytes);
     for (auto each = memory().mappings.find(address);
          each != memory().mappings.end() && each->first < end; ++each)
       each->second.access = access;

@@ -134,6 +134,7 @@ def test_nobody_is_answered_any_more_when_the_ring_goes() -> None:
         forwards=unused,
         rejoin_seconds=None,
         read_share=0.5,
+        mappings={},
         resources=resources,
     )
     group.close()
