@@ -168,9 +168,9 @@ def main() -> None:
     from gpu_checks.expert_ranks import RankMemory
     from gpu_checks.ring_check import provoke_races
     from gpu_checks.views import SHAPE
-    from vllm_dwdp.device.base import Handles
     from vllm_dwdp.distributed.meeting import parse_endpoint
     from vllm_dwdp.distributed.membership import Membership
+    from vllm_dwdp.model_executor.peers import handles_of
 
     provoke_races(300)
     gpu = accelerator()
@@ -191,18 +191,12 @@ def main() -> None:
             )
         )
         handles = rank.shard.memory.export()
-        membership.publish(handles.fds, handles.num_bytes)
-        for fd in handles.fds:
-            os.close(fd)
+        membership.publish(handles.fds, handles.num_bytes, handles.fabric)
+        handles.close()
         met = membership.meet()
         for peer, shard in met.items():
             assert shard.handle_bytes == rank.handle_bytes(peer)
-        rank.connect(
-            {
-                peer: memory.open_peer(Handles(fds=shard.fds, num_bytes=shard.handle_bytes))
-                for peer, shard in met.items()
-            }
-        )
+        rank.connect({peer: memory.open_peer(handles_of(shard)) for peer, shard in met.items()})
         membership.announce_ready(rank.shard.memory.digest())
         assert not membership.wait_ready()
         direct, rings = rank.direct_views(), rank.rings()

@@ -282,6 +282,24 @@ def test_fabric_handles_are_not_held(tmp_path: Path) -> None:
     ]
 
 
+def test_a_shard_that_is_passed_by_fabric_handles_only_is_not_held(
+    endpoint: Endpoint, holder: GroupHolder
+) -> None:
+    """As on a machine whose driver makes no descriptors; its ranks meet and serve all the same."""
+    members = [rank(endpoint, number) for number in range(2)]
+    for member in members:
+        member.publish((), [4096], [b"f" * 64])
+    meet_all(members)
+    news = holder.look()
+    assert len(news) == 2 and all(
+        "fabric handles only, which keep nothing" in line for line in news
+    )
+    assert holder.look() == [], "it is said once"
+    assert query_status(endpoint, 0, HOLDER, 5.0)["held_ranks"] == []
+    for member in members:
+        member.close()
+
+
 def test_holding_needs_neither_torch_nor_vllm() -> None:
     script = (
         "import sys, vllm_dwdp.entrypoints.launch.launcher, vllm_dwdp.entrypoints.launch.holding; "

@@ -52,6 +52,7 @@ class GroupHolder:
         self._make_room = make_room
         self._shards = shards
         self._resources = resources
+        self._passed_over: set[tuple[int, int]] = set()
 
     @classmethod
     def open(
@@ -116,6 +117,8 @@ class GroupHolder:
         messages.close_all(stray)
         if not isinstance(header, messages.Shard) or header.dwdp_rank != rank:
             raise ProtocolError(f"rank {rank} sent {type(header).__name__}, not its shard")
+        if not header.num_fds and any(header.handle_bytes):
+            return self._pass_over(rank, header.generation)
         self._make_room(header.num_fds, f"holding the experts of rank {rank}")
         fds, _ = connection.receive_handles(header)
         shard = PublishedShard(
@@ -130,6 +133,16 @@ class GroupHolder:
             is_lent=True,
         )
         return self._shards.hold(shard, reply.fingerprint)
+
+    def _pass_over(self, rank: int, generation: int) -> list[str]:
+        """A shard without descriptors, which are what keeps memory alive; said once."""
+        if (rank, generation) in self._passed_over:
+            return []
+        self._passed_over.add((rank, generation))
+        return [
+            f"the holder of group {self.group} cannot hold rank {rank}'s experts: this machine passes "
+            "device memory by CUDA fabric handles only, which keep nothing alive"
+        ]
 
 
 def _answer(
