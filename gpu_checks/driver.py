@@ -14,7 +14,7 @@ import torch
 from gpu_checks.accelerator import accelerator
 from gpu_checks.copy_ring import copy_ring, when_waits_look, wrong_layers_of_graphs
 from gpu_checks.driver_memory import PAGE, driver_call
-from vllm_dwdp.device.cuda_driver import CudaCopyQueue, CudaDevice
+from vllm_dwdp.device.cuda_driver import CudaCopyQueue, CudaDevice, HandleType
 from vllm_dwdp.errors import DwdpError
 
 # --- copies and captures -------------------------------------------------------------------------
@@ -149,14 +149,18 @@ def which_device() -> str:
     """Describe what everything else depends on."""
     gpu = accelerator()
     with CudaDevice(0) as device:
+        kinds: tuple[HandleType, ...] = ("posix_fd", "fabric", "both")
+        made = [kind for kind in kinds if device.makes_handles(kind)]
+        largest = max(device.granularity_of(kind) for kind in ("none", *made))
         text = (
             f"{gpu.describe()}; granularity {device.granularity_bytes // 1024} KiB, "
             f"{device.free_bytes / 2**30:.1f} of {device.total_bytes / 2**30:.1f} GiB free, "
-            f"fabric handles {'work' if device.supports_fabric else 'do not work'} here"
+            f"memory handles that can be made: {', '.join(made) or 'none'}, "
+            f"in pages of up to {largest // 1024} KiB"
         )
         with CudaCopyQueue(device) as queue:
             text += f", batch copies {'in use' if queue.uses_batch_copy else 'missing'}"
-        assert 16 * 2**20 % device.granularity_bytes == 0, f"pool pages do not fit: {text}"
+        assert 16 * 2**20 % largest == 0, f"pool pages do not fit: {text}"
     return text
 
 

@@ -51,6 +51,7 @@ def test_tokens_and_weights_over_simulated_device_memory(
             assert result["weights"] == expected["weights"], (name, result["rank"])
             assert result["tokens"] == expected["tokens"], (name, result["rank"])
             assert result["status"]["remote_expert_bytes"] > 0
+            assert result["status"]["mappings"]["peer_allocations"] > 0
             assert not any(result["cuda_left"].values()), (name, result["cuda_left"])
     for result in results["gpt_oss@auto"]:
         steps = result["status"]["steps"]
