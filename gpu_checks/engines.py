@@ -19,6 +19,7 @@ from typing import Any
 from gpu_checks.asking import LIMIT_ENV
 from gpu_checks.fake import SIMULATED_ENV
 from vllm_dwdp.entrypoints.launch.ports import free_ports
+from vllm_dwdp.prefetch.mode_policy import MOST_DIRECT_TOKENS
 
 ROOT = Path(__file__).parents[1]
 ENGINE_PROCESS = "tests.e2e.engine_process"
@@ -106,11 +107,13 @@ MODES: dict[str, EngineMode] = {
         | {"speculative_config": {"method": "draft_model", "num_speculative_tokens": 3}},
         sharing=("prefetch", "auto"),
     ),
+    "auto_default": EngineMode(arguments=FULL, sharing=("auto_default",)),
 }
 SHARING = {
     "prefetch": {"mode": "prefetch"},
     "direct": {"mode": "direct"},
     "auto": {"mode": "auto", "direct_max_tokens": 8},
+    "auto_default": {"mode": "auto"},
 }
 
 
@@ -175,9 +178,26 @@ def compare_engines(name: str) -> str:
             said.append(f"{case} {result['rank']}: {fetched / 2**20:.0f} MiB fetched")
             assert result["weights"] == stock["weights"], where
             assert result["tokens"] == stock["tokens"], (where, result["tokens"], stock["tokens"])
-            assert (fetched > 0) == (case != "direct"), (where, fetched)
+            steps = result["status"]["steps"]
+            assert (fetched > 0) == (steps.get("prefetch", 0) > 0), (where, fetched, steps)
+            if case == "auto_default":
+                said.append(check_default(result["status"]))
+            else:
+                assert (fetched > 0) == (case != "direct"), (where, fetched)
             check_what_ran(name, case, result["ran"])
+        limits = {result["status"]["direct_max_tokens"] for result in results[case]}
+        assert len(limits) == 1, f"{case}: the ranks of a group do not run with one limit, {limits}"
     return f"the same weights and tokens; {', '.join(said)}"
+
+
+def check_default(status: dict[str, Any]) -> str:
+    """Check what the policy chose by itself; whatever it measured, it has both ways and a limit."""
+    limit, needed = status["direct_max_tokens"], status["break_even_tokens"]
+    assert limit is not None and 0 <= limit <= MOST_DIRECT_TOKENS, status
+    assert needed is not None and limit < needed, status
+    assert status["slot_bytes"] > 0, status
+    assert limit > 0 or not status["steps"].get("direct"), status
+    return f"direct up to {limit} tokens, hidden from {needed}"
 
 
 def engine_args(mode: EngineMode) -> dict[str, Any]:

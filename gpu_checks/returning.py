@@ -38,7 +38,7 @@ def kill_and_return() -> str:
             "engine_args": engines.EAGER | ({} if simulated else engines.GPU_ARGS),
             "num_ranks": 2,
             "port": free_ports(1)[0],
-            "dwdp": {"mode": "auto", "direct_max_tokens": 8},
+            "dwdp": {"mode": "auto"},
         }
         if simulated:
             case["replace"] = engines.SIMULATED_MEMORY
@@ -49,6 +49,7 @@ def kill_and_return() -> str:
             assert not answer["status"]["adopted"]
             assert (answer["tokens"], answer["weights"]) == (tokens, weights), answer["rank"]
         shard_bytes = first[1]["status"]["resident_expert_bytes"]
+        (limit,) = {answer["status"]["direct_max_tokens"] for answer in first}
 
         ranks[1].process.kill()
         ranks[1].process.wait()
@@ -60,6 +61,7 @@ def kill_and_return() -> str:
         again = ranks[1].answer(START_S)
         assert "DWDP rank 1 adopted" in (folder / "rank1-1.log").read_text()
         assert again["status"]["adopted"]
+        assert again["status"]["direct_max_tokens"] == limit, "it runs with a limit of its own"
         assert (again["tokens"], again["weights"]) == (tokens, weights)
         if not simulated:
             check_memory(again["memory"], shard_bytes, again["status"]["slot_bytes"])
@@ -68,7 +70,10 @@ def kill_and_return() -> str:
         for rank in ranks:
             rank.ask("close", ANSWER_S)
             assert rank.process.wait(timeout=ANSWER_S) == 0
-    return f"{shard_bytes} bytes were adopted; the same weights and tokens"
+    return (
+        f"{shard_bytes} bytes were adopted; the same weights and tokens, steps of up to {limit} tokens "
+        "in place as before"
+    )
 
 
 def start(folder: Path, case: dict[str, Any], number: int, stack: contextlib.ExitStack) -> Rank:

@@ -24,7 +24,7 @@ class DwdpConfig:
         group_size: ranks that share one copy of the experts.
         experts_per_rank: resident experts of each rank; `None` stores every expert once.
         direct_max_tokens: `auto` reads in place up to this many scheduled tokens per step;
-            `None` takes the cost model's threshold.
+            `None` takes what the ranks of the group agree on at start, at most 512.
         slice_bytes: size of one copy slice.
         executor: `uni` runs the worker in the engine process, `mp` in a process of its own; `None`
             takes what the executor's name says, else `uni`.

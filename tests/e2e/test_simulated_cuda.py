@@ -12,6 +12,7 @@ import pytest
 from gpu_checks.fake import fake_cuda_environment
 from tests.e2e.conftest import Checkpoints, StockEngine
 from tests.e2e.matrix import run_cases
+from vllm_dwdp.prefetch.mode_policy import MOST_DIRECT_TOKENS
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -40,6 +41,7 @@ def test_tokens_and_weights_over_simulated_device_memory(
         common
         | {"name": "gpt_oss@auto", "model": biased, "dwdp": limit}
         | {"report": f"{__name__}:bytes_of_fills"},
+        common | {"name": "mixtral@auto_default", "model": model, "dwdp": {"mode": "auto"}},
     ]
     races = {"DWDP_DEBUG_POISON": "1", "DWDP_DEBUG_MAX_DELAY_US": "1000"}
     environment = fake_cuda_environment() | races
@@ -53,6 +55,17 @@ def test_tokens_and_weights_over_simulated_device_memory(
             assert result["status"]["remote_expert_bytes"] > 0
             assert result["status"]["mappings"]["peer_allocations"] > 0
             assert not any(result["cuda_left"].values()), (name, result["cuda_left"])
+    # Whatever was measured here: one limit, below every step that hides its copies.
+    by_default = [result["status"] for result in results["mixtral@auto_default"]]
+    assert len({status["direct_max_tokens"] for status in by_default}) == 1
+    for status in by_default:
+        limit, hidden_from = status["direct_max_tokens"], status["break_even_tokens"]
+        assert 0 <= limit < hidden_from, status
+        assert limit <= MOST_DIRECT_TOKENS and "group's cost model" in status["policy"]
+        assert status["slot_bytes"] > 0
+        assert (status["steps"].get("direct", 0) > 0) == (limit > 0)
+        assert (sum(status["fetched_bytes"].values()) > 0) == (status["steps"]["prefetch"] > 0)
+        assert status["steps"]["prefetch"] > 0 or limit > 0
     for result in results["gpt_oss@auto"]:
         steps = result["status"]["steps"]
         assert steps["direct"] > 10 and steps["prefetch"] > 2, steps

@@ -1,10 +1,13 @@
 """Hypothesis strategies shared by the property tests of the pure core."""
 
+from dataclasses import replace
+
 from hypothesis import strategies as st
 
 from vllm_dwdp.layout.composite import WeightLayout
 from vllm_dwdp.layout.model import ModelLayout
 from vllm_dwdp.layout.placement import Placement
+from vllm_dwdp.prefetch.mode_policy import LayerCosts
 
 
 @st.composite
@@ -54,3 +57,28 @@ def models(draw: st.DrawFn, max_layers: int = 4) -> ModelLayout:
             )
         )
     return ModelLayout.plan(layers)
+
+
+@st.composite
+def layer_costs(draw: st.DrawFn) -> LayerCosts:
+    """Any MoE layer on any machine; its compute has a part for each token, and one for each step."""
+    num_experts = draw(st.integers(2, 512))
+    num_remote = draw(st.integers(1, num_experts))
+    fixed, per_token = draw(st.floats(0, 1e-2)), draw(st.floats(0, 1e-3))
+    return LayerCosts(
+        num_experts=num_experts,
+        num_remote_experts=num_remote,
+        experts_per_token=draw(st.integers(1, min(16, num_experts))),
+        remote_bytes=num_remote * draw(st.integers(2**10, 2**27)),
+        copy_bytes_per_s=draw(st.floats(1e9, 1e12)),
+        direct_bytes_per_s=draw(st.floats(1e8, 1e13)),
+        compute_seconds=lambda num_tokens: fixed + per_token * num_tokens,
+        beside_copies=draw(st.sampled_from([0.0, 0.5, 0.766, 1.0])),
+    )
+
+
+def scaled(layer: LayerCosts, times: float) -> LayerCosts:
+    """The same layer with so many times the compute."""
+    return replace(
+        layer, compute_seconds=lambda num_tokens: times * layer.compute_seconds(num_tokens)
+    )

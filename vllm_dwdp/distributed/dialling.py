@@ -104,6 +104,8 @@ class Dialler:
             layout=reply.layout,
             digest=reply.digest,
             ready=reply.ready,
+            direct_limit=reply.direct_limit,
+            limit_in_force=reply.limit_in_force,
             is_lent=peer != wanted,
         )
 

@@ -61,6 +61,8 @@ class ShardExchange:
             self._poll_peers(
                 lambda rank: self._is_ready(rank, replaced), "complete their shared pages"
             )
+            if replaced:
+                self._hear_again(set(self._dialler.peer_ranks) - set(replaced))
         self._status.doing = "binds its experts"
         return replaced
 
@@ -123,9 +125,16 @@ class ShardExchange:
             if answer.generation != held.generation:
                 return self._fetch(rank, replaced) and replaced[rank].ready
             if answer.ready:
-                self._state.mark_whole(rank, answer.digest)
+                self._state.mark_whole(rank, answer)
                 return True
         return False
+
+    def _hear_again(self, ranks: set[int]) -> None:
+        """Learn what peers have agreed on by now, perhaps with the earlier start of another."""
+        for rank in sorted(ranks):
+            answer = self._dialler.ask(rank, rank)
+            if isinstance(answer, messages.Shard) and answer.ready:
+                self._state.mark_whole(rank, answer)
 
     def _lenders_of(self, rank: int) -> list[int]:
         """Who else may hold the shard of `rank`."""

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from vllm_dwdp.distributed import messages
 from vllm_dwdp.distributed.fingerprint import Fingerprint, describe
-from vllm_dwdp.distributed.published_shard import PeerState, PublishedShard
+from vllm_dwdp.distributed.published_shard import PeerState, PublishedShard, agreed_limit
 from vllm_dwdp.errors import PeerMismatchError, RendezvousError
 
 MAX_REASON = 4000
@@ -62,6 +62,27 @@ class GroupState:
             assert self._published is None
             self._published = shard
 
+    def propose_limit(self, limit: int | None) -> None:
+        """Say, with the word that our shard is whole, up to which step this rank would read in place."""
+        with self._lock:
+            assert self._published is not None
+            self._published = replace(self._published, direct_limit=limit)
+
+    def agree_on_limit(self) -> int | None:
+        """Take the limit that the group runs with, or the one that all ranks infer from the proposals.
+
+        Every shard is whole, so every rank's proposal is here: nobody is asked, and nobody waits. A
+        rank that returns finds the limit in force at any survivor; its own measurement counts for
+        nothing.
+        """
+        with self._lock:
+            assert self._published is not None
+            limit = agreed_limit([self._published, *self._held.values()])
+            self._published = replace(
+                self._published, direct_limit=limit, limit_in_force=limit is not None
+            )
+        return limit
+
     def announce_ready(self, digest: bytes) -> None:
         """Let peers map our shard: it is whole."""
         with self._lock:
@@ -83,10 +104,16 @@ class GroupState:
         with self._lock:
             return dict(self._held)
 
-    def mark_whole(self, rank: int, digest: bytes) -> None:
-        """Lend the shard that we hold of `rank` from now on: it is whole."""
+    def mark_whole(self, rank: int, shard: messages.Shard) -> None:
+        """Lend the shard that we hold of `rank` from now on: it is whole, as `shard` says."""
         with self._lock:
-            self._held[rank] = replace(self._held[rank], digest=digest, ready=True)
+            self._held[rank] = replace(
+                self._held[rank],
+                digest=shard.digest,
+                ready=True,
+                direct_limit=shard.direct_limit,
+                limit_in_force=shard.limit_in_force,
+            )
 
     def peer_states(
         self, held: Mapping[int, PublishedShard], alive: set[int]

@@ -202,6 +202,14 @@ class Membership:
                 f"at {endpoint}. Use unix:///folder for the ranks of one host."
             )
 
+    def propose_limit(self, limit: int | None) -> None:
+        """Say with `announce_ready` up to which step this rank would read in place; None: no choice."""
+        self._state.propose_limit(limit)
+
+    def agree_on_limit(self) -> int | None:
+        """The limit of the group, once `wait_ready` has returned; waits for nobody."""
+        return self._state.agree_on_limit()
+
     def announce_ready(self, digest: bytes) -> None:
         """Let peers map every page: our edge pages are whole, and `digest` covers all of the shard."""
         self._state.announce_ready(digest)

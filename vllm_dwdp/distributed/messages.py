@@ -24,6 +24,7 @@ FABRIC_HANDLES_PER_MESSAGE = 1024
 FABRIC_HANDLE_BYTES = 64
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_HANDLES)]
+_Tokens = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 _Generation = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 _FabricHandle = Annotated[
     bytes, msgspec.Meta(min_length=FABRIC_HANDLE_BYTES, max_length=FABRIC_HANDLE_BYTES)
@@ -80,6 +81,8 @@ class Shard(msgspec.Struct, frozen=True, tag=True):
 
     `handle_bytes` are the bytes behind each handle; `layout` tells what lies in them, on every rank.
     `ready` is true once its edge pages are whole; `digest` covers all of it then, and is empty before.
+    `direct_limit` is the most tokens of a step that reads in place, as the rank proposes it with
+    `ready`, and the group's once `limit_in_force`; None of a rank that has no choice.
     """
 
     dwdp_rank: int
@@ -90,6 +93,8 @@ class Shard(msgspec.Struct, frozen=True, tag=True):
     ready: bool
     num_fds: _Count
     num_fabric_handles: _Count
+    direct_limit: _Tokens | None = None
+    limit_in_force: bool = False
 
 
 class Identity(msgspec.Struct, frozen=True, tag=True):

@@ -1,7 +1,7 @@
 """A shard as a rank publishes it, and what another rank knows of that rank."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -22,6 +22,9 @@ class PublishedShard:
         layout: identity of what lies in the shards of the group.
         digest: of its content; empty until it is whole.
         ready: whether it is whole.
+        direct_limit: the most tokens of a step that reads in place: what its rank proposes, or what the
+            group runs with; None if the rank has no choice.
+        limit_in_force: whether it is what the group runs with.
         is_lent: whether another rank handed it to us, which had it from that rank.
     """
 
@@ -33,6 +36,8 @@ class PublishedShard:
     layout: bytes
     digest: bytes
     ready: bool
+    direct_limit: int | None = None
+    limit_in_force: bool = False
     is_lent: bool = False
 
     def close(self) -> None:
@@ -60,6 +65,8 @@ class PublishedShard:
             self.ready,
             len(fds),
             len(fabric_handles),
+            self.direct_limit,
+            self.limit_in_force,
         )
         return messages.shard_packets(header, fds, fabric_handles)
 
@@ -70,6 +77,17 @@ class PeerState:
 
     state: str
     generation: int
+
+
+def agreed_limit(shards: Iterable[PublishedShard]) -> int | None:
+    """The one `direct_limit` of the ranks of these shards: that in force, else the least proposed.
+
+    The least is the safe side, and it is the rank whose links are the most in demand. To count it once
+    more changes nothing, so it does not matter which rank decides first. None if nobody proposes one.
+    """
+    known = [shard for shard in shards if shard.direct_limit is not None]
+    deciding = [shard for shard in known if shard.limit_in_force] or known
+    return min((shard.direct_limit for shard in deciding), default=None)  # type: ignore[type-var]
 
 
 def duplicates(fds: Sequence[int]) -> tuple[int, ...]:

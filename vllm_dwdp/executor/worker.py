@@ -15,6 +15,7 @@ from vllm_dwdp.distributed.membership import Membership
 from vllm_dwdp.errors import DwdpUnsupportedError
 from vllm_dwdp.executor.identity import open_membership
 from vllm_dwdp.logger import init_logger
+from vllm_dwdp.model_executor.costs import ServedModel
 from vllm_dwdp.model_executor.group import ExpertGroup
 from vllm_dwdp.model_executor.joining import join_group
 
@@ -54,7 +55,20 @@ class DwdpWorker:
             super(DwdpWorker, self).load_model(**kwargs)  # type: ignore[misc]
             return self.model_runner.get_model()  # type: ignore[attr-defined]
 
-        self.expert_group = join_group(seat, self.open_membership, load)
+        self.expert_group = join_group(seat, self.open_membership, load, self._served())
+
+    def _served(self) -> ServedModel:
+        vllm_config = self.vllm_config  # type: ignore[attr-defined]
+        model = vllm_config.model_config
+        config = model.hf_text_config.to_dict()
+        quantisation = getattr(model.hf_config, "quantization_config", None)
+        if isinstance(quantisation, dict):
+            config["quantization_config"] = quantisation
+        return ServedModel(
+            config=config,
+            max_num_batched_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+            max_model_len=model.max_model_len,
+        )
 
     def compile_or_warm_up_model(self) -> Any:
         """As vLLM's; the rank serves afterwards."""

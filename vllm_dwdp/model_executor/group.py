@@ -78,6 +78,8 @@ class ExpertGroup:
             "group_size": self.seat.launch.config.group_size,
             "mode": self.views.policy.name,
             "policy": self.views.policy.reason,
+            "direct_max_tokens": self.views.policy.limit,
+            "break_even_tokens": self.views.policy.break_even_tokens,
             "pid": os.getpid(),
             "generation": self.membership.generation,
             "adopted": self._rejoin_seconds is not None,

@@ -2,7 +2,8 @@
 
 ::
 
-    load experts -> publish -> meet peers -> copy edges -> ready -> all ready -> map views -> bind
+    load experts -> publish -> meet peers -> measure -> copy edges -> ready -> all ready
+        -> agree on the mode -> map views -> bind
 
 The order is the same on every rank. Each stage returns what it made and pushes its undoing; the group
 is built last, from values. Whatever fails, everything made so far is given back, and the peers are told
@@ -29,11 +30,19 @@ from vllm_dwdp.layout.model import ModelLayout
 from vllm_dwdp.logger import format_gib, init_logger
 from vllm_dwdp.model_executor.adoption import adopt_shard
 from vllm_dwdp.model_executor.composites import CompositeMapper
+from vllm_dwdp.model_executor.costs import (
+    ServedModel,
+    choose_policy,
+    log_break_even,
+    measured_costs,
+    proposed_limit,
+)
 from vllm_dwdp.model_executor.expert_shard import ExpertShard
 from vllm_dwdp.model_executor.forwards import couple
 from vllm_dwdp.model_executor.group import ExpertGroup
 from vllm_dwdp.model_executor.peers import PeerShards, other_layout
 from vllm_dwdp.model_executor.views import bind_views
+from vllm_dwdp.prefetch.mode_policy import ModePolicy
 
 logger = init_logger(__name__)
 
@@ -59,6 +68,7 @@ def join_group(
     seat: Seat,
     open_membership: Callable[[ExitStack], tuple[Device, Membership]],
     load_model: Callable[[], torch.nn.Module],
+    served: ServedModel,
 ) -> ExpertGroup:
     """Load this rank's experts, meet the group and bind every layer to all experts.
 
@@ -67,6 +77,7 @@ def join_group(
         open_membership: opens the device that holds the experts and begins to answer, so that peers
             learn of us while we load; leaves the closing of both to the stack that it is given.
         load_model: vLLM's own loading, run while layers are replaced.
+        served: what the costs of a step depend on.
 
     Raises:
         DwdpError: any step failed; nothing is left open.
@@ -77,7 +88,7 @@ def join_group(
     with ExitStack() as undo:
         device, membership = open_membership(undo)
         loaded = load_experts(seat, device, membership, load_model, undo)
-        peers = meet_peers(seat, device, membership, loaded, undo)
+        peers, policy = meet_peers(seat, device, membership, loaded, served, undo)
         mapper = CompositeMapper(
             device=device,
             layout=loaded.layout,
@@ -87,7 +98,7 @@ def join_group(
             peers=peers.mapped,
             resources=undo,
         )
-        views = bind_views(mapper, seat.launch.config, undo)
+        views = bind_views(mapper, policy, seat.launch.config.slice_bytes, undo)
         if views.rings is None:
             peers.close()  # only copies read a peer's whole shard; the views keep what they map
         loaded.shard.memory.finish()
@@ -107,6 +118,7 @@ def join_group(
             resources=undo.pop_all(),
         )
     _log_bound(group)
+    log_break_even(seat.rank, policy, served)
     return group
 
 
@@ -143,10 +155,18 @@ def load_experts(
 
 
 def meet_peers(
-    seat: Seat, device: Device, membership: Membership, loaded: LoadedExperts, undo: ExitStack
-) -> PeerShards:
-    """Exchange shards with the peers and complete our edge pages."""
-    shard, started = loaded.shard, time.monotonic()
+    seat: Seat,
+    device: Device,
+    membership: Membership,
+    loaded: LoadedExperts,
+    served: ServedModel,
+    undo: ExitStack,
+) -> tuple[PeerShards, ModePolicy]:
+    """Exchange shards with the peers, complete our edge pages, and agree on how to read the peers.
+
+    What is measured is measured when all have met, and travels with the word that a shard is whole.
+    """
+    shard, started, config = loaded.shard, time.monotonic(), seat.launch.config
     facts = shard.layout_facts()
     peers = PeerShards(device, loaded.layout, facts)
     check_open_files(
@@ -159,9 +179,14 @@ def meet_peers(
     membership.publish(handles.fds, handles.num_bytes, handles.fabric, layout=facts)
     undo.callback(peers.close)
     peers.map_all(membership.meet())
+    costs = measured_costs(
+        config, device, loaded.layout, shard.published, seat.dwdp_rank, peers.mapped, served
+    )
     shard.fill_edges(loaded.layout, peers.mapped)
+    membership.propose_limit(proposed_limit(config, costs))
     membership.announce_ready(loaded.digest or shard.memory.digest())
     peers.map_all(membership.wait_ready())
+    policy = choose_policy(config, device, costs, membership.agree_on_limit())
     shard.private_tensors(loaded.layout).complete(peers.mapped)
     logger.info(
         "DWDP rank %d met its %d peers in %.1f s",
@@ -169,7 +194,7 @@ def meet_peers(
         len(peers.mapped),
         time.monotonic() - started,
     )
-    return peers
+    return peers, policy
 
 
 def _log_bound(group: ExpertGroup) -> None:

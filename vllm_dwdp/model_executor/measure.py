@@ -1,59 +1,88 @@
-"""What a device reaches at this start: speed of copies, and of kernels that read peers in place.
+"""What a device reaches at this start: copies from peers, kernels that read peers in place, its own
+memory and products. The mode policy chooses by it.
 
-Measured on the first MoE layer while nothing is served, in milliseconds; `auto` chooses by it. The
+Measured when the ranks of the group have met and none serves, each for the same fraction of a second:
+all pull at once, as they do while they serve. A rank that returns measures beside ranks that serve. The
 clock is the host's, around work that ends before it is read, so one code serves every device.
 """
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 
 from vllm_dwdp.device.base import Device
+from vllm_dwdp.device.queue import ResolvedSlice
 from vllm_dwdp.device.tensor import tensor_at
 from vllm_dwdp.errors import TransferError
-from vllm_dwdp.layout.composite import ByteRange
-from vllm_dwdp.logger import init_logger
-from vllm_dwdp.model_executor.composites import CompositeMapper, LayerView
-from vllm_dwdp.model_executor.rings import PrefetchRings
-from vllm_dwdp.model_executor.routed_experts import RingPosition
-from vllm_dwdp.prefetch.mode_policy import LayerCosts
-
-logger = init_logger(__name__)
+from vllm_dwdp.model_executor.composites import LayerView
 
 ROUNDS = 5
+WINDOW_S = 0.3
+"""So long is each speed measured at least, so that ranks which begin a little apart do it together."""
+PULLED_BYTES = 512 * 2**20
+"""Of a round, at most: a fraction of a slot, which is not allocated yet, so there is room."""
+COPY_BYTES = 16 * 2**20
 COMPARED_BYTES = 64 * 2**20
+PRODUCT_SIZES = (256, 512, 1024, 2048, 4096)
+LONG_PRODUCT_S = 1e-3
+"""A product that takes so long is large enough for its speed."""
 
 
-def measure_costs(
-    mapper: CompositeMapper, rings: PrefetchRings, index: int, direct: LayerView
-) -> LayerCosts:
-    """Costs of the layout's layer `index`, which has remote pages and of which `direct` is a view."""
-    device, layer, rank = mapper.device, mapper.layout.layers[index], mapper.dwdp_rank
-    number, remote = max(layer.remote_parts(rank), key=lambda part: len(part[1]))
-    weight, address = layer.weights[number], direct.addresses[number]
-    copy_bytes_per_s = _copy_speed(device, rings, rings.positions[index])
-    direct_bytes_per_s = _read_speed(device, address, remote)
-    own_bytes_per_s = _read_speed(device, address, weight.shard_pages(rank) or remote)
-    layer_costs = LayerCosts(
-        num_experts=weight.placement.num_experts,
-        num_remote_experts=weight.placement.num_experts - len(weight.placement.resident[rank]),
-        experts_per_token=mapper.layers[index].layer.top_k,
-        expert_bytes=sum(each.expert_bytes for each in layer.weights),
-        copy_bytes_per_s=copy_bytes_per_s,
-        direct_bytes_per_s=direct_bytes_per_s,
-        # The rest of a small step's layer reads weights of its own: at least one expert's worth.
-        other_seconds=layer.weights[number].expert_bytes / own_bytes_per_s,
+@dataclass(frozen=True, kw_only=True)
+class Speeds:
+    """What one rank measured.
+
+    Args:
+        copy_bytes_per_s: of copies from all peers.
+        direct_bytes_per_s: of kernels that read all peers in place.
+        memory_bytes_per_s: of kernels that read the device's own memory.
+        operations_per_s: of a large product of matrices in bf16.
+        has_fp8, has_fp4: whether the device has units for products of such numbers.
+    """
+
+    copy_bytes_per_s: float
+    direct_bytes_per_s: float
+    memory_bytes_per_s: float
+    operations_per_s: float
+    has_fp8: bool = False
+    has_fp4: bool = False
+
+    def __str__(self) -> str:
+        return (
+            f"copies from peers {self.copy_bytes_per_s / 1e9:.1f} GB/s, kernels that read peers "
+            f"{self.direct_bytes_per_s / 1e9:.1f} GB/s, that read own memory "
+            f"{self.memory_bytes_per_s / 1e9:.1f} GB/s, products {self.operations_per_s / 1e12:.3g} "
+            "TFLOP/s"
+        )
+
+
+def measure_speeds(device: Device, peers: Mapping[int, tuple[int, int]]) -> Speeds:
+    """Measure everything, in about a second.
+
+    Args:
+        peers: address and bytes of each peer's shard, by rank in the order in which they are pulled;
+            what is read of them may be incomplete.
+    """
+    chunks = _chunks(list(peers.values()))
+    num_bytes = sum(size for _, size in chunks)
+    own = torch.empty(num_bytes, dtype=torch.uint8, device=device.torch_device)
+    capability = (0, 0)
+    if device.torch_device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device.torch_device)
+    speeds = Speeds(
+        copy_bytes_per_s=num_bytes / _copy_seconds(device, chunks, own.data_ptr()),
+        direct_bytes_per_s=num_bytes / _read_seconds(device, chunks),
+        memory_bytes_per_s=num_bytes / _read_seconds(device, _own_chunks(chunks, own.data_ptr())),
+        operations_per_s=_operations_per_s(device),
+        has_fp8=capability >= (8, 9),
+        has_fp4=capability >= (10, 0),
     )
-    logger.info(
-        "DWDP measured: copies from peers %.1f GB/s, kernels that read peers %.1f GB/s, "
-        "kernels that read own memory %.1f GB/s",
-        copy_bytes_per_s / 1e9,
-        direct_bytes_per_s / 1e9,
-        own_bytes_per_s / 1e9,
-    )
-    return layer_costs
+    del own
+    device.release_free_memory()
+    return speeds
 
 
 def check_views(direct: LayerView, ring: LayerView) -> None:
@@ -77,33 +106,78 @@ def _same_bytes(first: torch.Tensor, second: torch.Tensor) -> bool:
     return all(torch.equal(one, other) for one, other in zip(*pieces, strict=True))
 
 
-def _copy_speed(device: Device, rings: PrefetchRings, position: RingPosition) -> float:
-    """Bytes per second of one layer's fill."""
-    ring = rings.rings[position.ring]
-    num_bytes = sum(ring.layer_bytes(position.index).values())
+def _chunks(peers: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Address and bytes of what a round pulls: an equal part of every peer, in turns."""
+    each = PULLED_BYTES // len(peers)
+    return [
+        (address + start, min(COPY_BYTES, each - start, size - start))
+        for start in range(0, each, COPY_BYTES)
+        for address, size in peers
+        if start < size
+    ]
 
-    def fill() -> None:
-        rings.queue.issue(ring.batches[position.index], None)
-        rings.queue.drain()
 
-    return num_bytes / _median_seconds(fill)
+def _own_chunks(chunks: list[tuple[int, int]], address: int) -> list[tuple[int, int]]:
+    """As `chunks`, one after the other at `address`."""
+    moved = []
+    for _, size in chunks:
+        moved.append((address, size))
+        address += size
+    return moved
 
 
-def _read_speed(device: Device, address: int, span: ByteRange) -> float:
-    """Bytes per second of a reduction over `span` of the tensor at `address`."""
-    words = tensor_at(address + span.start, torch.int32, (len(span) // 4,), device.torch_device)
+def _copy_seconds(device: Device, chunks: list[tuple[int, int]], destination: int) -> float:
+    targets = _own_chunks(chunks, destination)
+    slices: list[ResolvedSlice] = [
+        (target, source, size) for (target, _), (source, size) in zip(targets, chunks, strict=True)
+    ]
+    queue = device.make_queue()
+    try:
+        batch = queue.add_batch(slices)
+
+        def fill() -> None:
+            queue.issue(batch, None)
+            queue.drain()
+
+        return _median_seconds(fill)
+    finally:
+        queue.close()
+
+
+def _read_seconds(device: Device, chunks: list[tuple[int, int]]) -> float:
+    tensors = [
+        tensor_at(address, torch.int32, (size // 4,), device.torch_device)
+        for address, size in chunks
+    ]
 
     def read() -> None:
-        words.amax()
+        for words in tensors:
+            words.amax()
         device.synchronize()
 
-    return max(1, len(span)) / _median_seconds(read)
+    return _median_seconds(read)
 
 
-def _median_seconds(action: Callable[[], None]) -> float:
+def _operations_per_s(device: Device) -> float:
+    for size in PRODUCT_SIZES:
+        matrix = torch.ones(size, size, dtype=torch.bfloat16, device=device.torch_device)
+        out = torch.empty_like(matrix)
+
+        def multiply(matrix: torch.Tensor = matrix, out: torch.Tensor = out) -> None:
+            torch.mm(matrix, matrix, out=out)
+            device.synchronize()
+
+        seconds = _median_seconds(multiply, window_s=0.0)
+        if seconds > LONG_PRODUCT_S:
+            break
+    return 2.0 * size**3 / seconds
+
+
+def _median_seconds(action: Callable[[], None], window_s: float = WINDOW_S) -> float:
     action()
-    seconds = []
-    for _ in range(ROUNDS):
+    seconds: list[float] = []
+    begun = time.perf_counter()
+    while len(seconds) < ROUNDS or time.perf_counter() - begun < window_s:
         started = time.perf_counter()
         action()
         seconds.append(time.perf_counter() - started)

@@ -9,12 +9,10 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from vllm_dwdp.compat.worker.reachable import reachable_tensors
-from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.errors import DwdpMemoryError, DwdpUnsupportedError
-from vllm_dwdp.layout.model import ModelLayout
 from vllm_dwdp.logger import init_logger
 from vllm_dwdp.model_executor.composites import CompositeMapper, LayerView
-from vllm_dwdp.model_executor.measure import check_views, measure_costs
+from vllm_dwdp.model_executor.measure import check_views
 from vllm_dwdp.model_executor.rings import PrefetchRings
 from vllm_dwdp.model_executor.routed_experts import Binding, RingPosition
 from vllm_dwdp.model_executor.sharded_layer import ShardedLayer
@@ -91,31 +89,29 @@ class ExpertViews:
             self._mode = mode
 
 
-def bind_views(mapper: CompositeMapper, config: DwdpConfig, undo: ExitStack) -> ExpertViews:
-    """Map the views that this rank's forwards may need, and bind every layer to them.
+def bind_views(
+    mapper: CompositeMapper, policy: ModePolicy, slice_bytes: int, undo: ExitStack
+) -> ExpertViews:
+    """Map the views that `policy` chooses between, and bind every layer to them.
 
     Args:
         mapper: of this rank; it maps into `undo`.
+        slice_bytes: size of one copy.
         undo: closes the rings.
     """
-    modes = _possible_modes(mapper, config)
     indices = range(len(mapper.layout.layers))
     direct: Sequence[LayerView] = ()
     rings: PrefetchRings | None = None
-    if Mode.PREFETCH in modes:
-        rings = PrefetchRings(mapper, ring_members(mapper.layers), config.slice_bytes)
-        undo.callback(rings.close)
-    mapped_in_place = undo.enter_context(ExitStack())
-    if Mode.DIRECT in modes:
-        direct = _map_in_place(mapper, mapped_in_place, is_needed=rings is None)
-    policy = _make_policy(mapper, config, rings, direct)
-    if Mode.DIRECT not in policy.modes:
-        mapped_in_place.close()  # mappings of peers' memory are few on some machines
-    if rings is not None and Mode.PREFETCH not in policy.modes:
-        rings.close()  # their slots are better spent on the KV cache
-        rings = None
-    bindings: dict[Mode, list[Binding]] = {}
     if Mode.DIRECT in policy.modes:
+        direct = _map_in_place(mapper, undo, is_needed=Mode.PREFETCH not in policy.modes)
+        policy = policy if direct else policy.without_direct()
+    if Mode.PREFETCH in policy.modes:
+        rings = PrefetchRings(mapper, ring_members(mapper.layers), slice_bytes)
+        undo.callback(rings.close)
+    if rings is not None and direct:
+        _check_a_fill(mapper, rings, direct)
+    bindings: dict[Mode, list[Binding]] = {}
+    if direct:
         bindings[Mode.DIRECT] = [_bind(mapper.layers[n], direct[n]) for n in indices]
     if rings is not None:
         bindings[Mode.PREFETCH] = [
@@ -176,35 +172,14 @@ def ring_members(layers: Sequence[ShardedLayer]) -> list[list[int]]:
     return list(rings.values())
 
 
-def _possible_modes(mapper: CompositeMapper, config: DwdpConfig) -> tuple[Mode, ...]:
-    """The modes that the policy may choose between."""
-    if config.mode != "auto":
-        return (Mode(config.mode),)
-    if mapper.device.copies_share_compute or _first_remote(mapper.layout, mapper.dwdp_rank) is None:
-        return (Mode.DIRECT,)
-    return (Mode.DIRECT, Mode.PREFETCH)
-
-
-def _make_policy(
-    mapper: CompositeMapper,
-    config: DwdpConfig,
-    rings: PrefetchRings | None,
-    direct: Sequence[LayerView],
-) -> ModePolicy:
-    if config.mode != "auto":
-        return ModePolicy.forced(Mode(config.mode))
-    if not direct:
-        return ModePolicy.prefetch_only()
-    if rings is None:
-        return ModePolicy.direct_only(shares_compute=mapper.device.copies_share_compute)
-    measured = _first_remote(mapper.layout, mapper.dwdp_rank)
-    assert measured is not None
-    costs = measure_costs(mapper, rings, measured, direct[measured])
-    check_views(direct[measured], rings.views[measured])
-    return ModePolicy.from_costs(costs, config.direct_max_tokens)
-
-
-def _first_remote(layout: ModelLayout, dwdp_rank: int) -> int | None:
-    """The first layer of which this rank does not hold every page."""
-    remote = (index for index, layer in enumerate(layout.layers) if layer.remote_bytes(dwdp_rank))
-    return next(remote, None)
+def _check_a_fill(
+    mapper: CompositeMapper, rings: PrefetchRings, direct: Sequence[LayerView]
+) -> None:
+    """Fetch the first layer that has remote pages, and compare it in both views."""
+    layers, rank = mapper.layout.layers, mapper.dwdp_rank
+    index = next((n for n, layer in enumerate(layers) if layer.remote_bytes(rank)), None)
+    if index is not None:
+        position = rings.positions[index]
+        rings.queue.issue(rings.rings[position.ring].batches[position.index], None)
+        rings.queue.drain()
+        check_views(direct[index], rings.views[index])

@@ -1,9 +1,7 @@
 """What `plan` estimates: memory, break-even, gains over DEP in parts, crossover, redundancy. Pure."""
 
-import math
 import random
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import lru_cache
@@ -11,7 +9,7 @@ from typing import NamedTuple
 
 from vllm_dwdp.planner.cost import COMBINE_BITS, CostModel, Step
 from vllm_dwdp.planner.traffic import Traffic
-from vllm_dwdp.prefetch.mode_policy import LayerCosts
+from vllm_dwdp.prefetch.mode_policy import LARGEST_STEP, LayerCosts
 from vllm_dwdp.prefetch.schedule import ring_slots
 
 USABLE_MEMORY = 0.9
@@ -19,8 +17,8 @@ KV_RESERVE = 0.1
 """Of the memory, kept for the KV cache when spare memory is given away."""
 ROUTING_SKEW = 1.1
 """Load of the busiest expert-parallel rank over the mean; an assumption."""
-LARGEST_STEP = 1 << 20
-"""Tokens up to which a break-even is looked for."""
+PROMPT_TOKENS = 8192
+"""Of a prompt, where nobody says."""
 _ROUNDING = 1e-9
 
 LINK = ("link",)
@@ -114,6 +112,35 @@ def kv_tokens(model: CostModel, context_tokens: float) -> float:
     return room / model.shape.kv_bytes_per_token(context_tokens)
 
 
+def layer_costs(model: CostModel, input_tokens: float) -> LayerCosts:
+    """Describe an MoE layer of steps of prompts for the policy that chooses direct or prefetch.
+
+    The engine chooses by the same costs, with the speeds that it measured. Of layers that have different
+    numbers of dense layers beside their copies, it is one with the fewest.
+
+    Args:
+        model: some of its experts are remote.
+    """
+    shape, num_dense = model.shape, min(beside for beside, _ in model.shape.dense_beside)
+    link = model.hardware.link_gbps * 1e9
+
+    def compute_seconds(num_tokens: int) -> float:
+        step = Step.prefill(num_tokens, input_tokens)
+        moe = model.layer(step, shape.num_experts).compute
+        return moe + (num_dense * model.dense_layer(step).compute if num_dense else 0.0)
+
+    return LayerCosts(
+        num_experts=shape.num_experts,
+        num_remote_experts=shape.num_experts - model.resident_experts,
+        experts_per_token=shape.experts_per_token,
+        remote_bytes=model.remote_bytes,
+        copy_bytes_per_s=link * model.efficiency.link,
+        direct_bytes_per_s=link * model.efficiency.direct,
+        compute_seconds=compute_seconds,
+        beside_copies=model.efficiency.beside_copies,
+    )
+
+
 def break_even_tokens(model: CostModel, input_tokens: int) -> Tokens:
     """Find the smallest prefill step that computes long enough to hide its copies."""
     if model.remote_bytes == 0:
@@ -122,13 +149,9 @@ def break_even_tokens(model: CostModel, input_tokens: int) -> Tokens:
         return Tokens(number=None, instead="does not apply: reading in place always wins")
     if model.efficiency.beside_copies == 0:
         return Tokens(number=None, instead="does not apply: compute stops beside copies")
-
-    def hides_the_copies(num_tokens: int) -> bool:
-        return exposed_seconds(model, Step.prefill(num_tokens, input_tokens)) == 0
-
-    if not hides_the_copies(LARGEST_STEP):
-        return Tokens(number=None, instead=f"never: not up to {LARGEST_STEP:,} tokens")
-    return Tokens(number=_smallest(hides_the_copies, LARGEST_STEP))
+    found = layer_costs(model, input_tokens).break_even_tokens
+    instead = f"never: not up to {LARGEST_STEP:,} tokens" if found is None else ""
+    return Tokens(number=found, instead=instead)
 
 
 def exposed_seconds(model: CostModel, step: Step) -> float:
@@ -219,20 +242,12 @@ def speedups(model: CostModel, traffic: Traffic) -> dict[str, float]:
 
 def direct_crossover(model: CostModel) -> Tokens:
     """Return the most tokens of a step that reads in place in mode `auto`."""
-    num_remote = model.shape.num_experts - model.resident_experts
-    if num_remote == 0:
+    if model.remote_bytes == 0:
         return Tokens(number=0)
-    link = model.hardware.link_gbps * 1e9
-    most = LayerCosts(
-        num_experts=model.shape.num_experts,
-        num_remote_experts=num_remote,
-        experts_per_token=model.shape.experts_per_token,
-        expert_bytes=max(1, int(model.shape.expert_bytes)),
-        copy_bytes_per_s=link * model.efficiency.link,
-        direct_bytes_per_s=link * model.efficiency.direct,
-        other_seconds=model.layer(Step.decode(1, 1024), 0).compute,
-    ).direct_max_tokens
-    return ALWAYS if math.isinf(most) else Tokens(number=int(most))
+    reached = model.efficiency
+    if reached.beside_copies == 0 and reached.direct >= reached.link:
+        return ALWAYS  # the host device: a copy takes the core that computes
+    return Tokens(number=layer_costs(model, PROMPT_TOKENS).direct_max_tokens)
 
 
 def decode_steps(model: CostModel, step: Step) -> dict[Decode, float]:
@@ -272,15 +287,3 @@ def redundancy(model: CostModel, traffic: Traffic) -> tuple[int, float, Tokens]:
     richer = replace(model, extra_experts=model.extra_experts + spare)
     saved = spare / num_remote if num_remote else 0.0
     return spare, saved, break_even_tokens(richer, traffic.input_tokens)
-
-
-def _smallest(holds: Callable[[int], bool], largest: int) -> int:
-    """Find the smallest number for which monotone `holds` is true; it is for `largest`."""
-    low, high = 1, largest
-    while low < high:
-        middle = (low + high) // 2
-        if holds(middle):
-            high = middle
-        else:
-            low = middle + 1
-    return low

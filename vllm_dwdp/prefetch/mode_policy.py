@@ -1,22 +1,42 @@
 """Direct or prefetch: chosen for each forward of the model, by the tokens that it computes. Pure.
 
-Direct reads only the remote experts that the step's tokens are routed to, but at the speed of remote
-reads and inside the kernels; prefetch copies all of them, faster and beside the kernels. So direct
-wins for steps of few tokens. With `E` experts of which `R` are remote, `k` per token and `b` tokens:
+Direct reads only the remote experts that the step's tokens are routed to, but inside the kernels, which
+wait meanwhile; prefetch copies all of them, beside the kernels of the layer before. So direct wins for
+steps of few tokens, and for no others. With `E` experts of which `R` are remote, `k` per token, `b`
+tokens, `C(b)` the compute of a layer that has its experts at hand, and `i` what copies add to it:
 
 ::
 
     distinct remote experts   D(b) = R * (1 - (1 - k / E) ** b)
-    direct, per layer         D(b) * expert_bytes / direct_speed + other
-    prefetch, per layer       max(R * expert_bytes / copy_speed, other + resident reads)
+    readings of each          N(b) = max(1, b * k / E / TILE_TOKENS)
+    direct, per layer         C(b) + D(b) * N(b) * expert_bytes / min(direct speed, copy speed)
+    prefetch, per layer       max(R * expert_bytes / copy speed, C(b) + i)
 
-Source: the roofline of arXiv 2604.01621, section 3, applied to both modes. On the host device both
-speeds are that of the same memory and the copy costs the cores that compute, so direct always wins.
+Direct hides nothing, so from the step on whose compute hides the copies it is never chosen. A grouped
+product reads the weights of an expert once for each tile of its tokens, and a peer's lines stay in the
+peer's cache, not in the reader's. Reads in place cross the same link as copies: a measurement in which
+they are faster found something else (memory of one device, copies that lack a copy engine), and counts
+as equal. Nor is direct ever chosen above `MOST_DIRECT_TOKENS`, whatever was measured: a wrong prefetch
+costs a layer one fill at most, a wrong direct the readings of all experts, with nothing beside them.
+
+Source: the roofline of arXiv 2604.01621, section 3, applied to both modes. No GPU has shown any of it.
+On the host device the copy costs the cores that compute, so direct always wins there, without a model.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from enum import StrEnum
+
+MOST_DIRECT_TOKENS = 512
+"""Of a step that reads in place without being told to. It is vLLM's default for the largest step that it
+captures, and steps of more tokens reach (nearly) all experts of every MoE in use: then reading in place
+has no advantage left but a speed that was measured."""
+TILE_TOKENS = 64
+"""Tokens of an expert that share one reading of its weights in a grouped product; an assumption."""
+LARGEST_STEP = 1 << 20
+"""Tokens up to which a break-even is looked for."""
+_ROUNDING = 1e-9
 
 
 class Mode(StrEnum):
@@ -32,51 +52,77 @@ class LayerCosts:
 
     Args:
         num_experts: routed experts of the layer.
-        num_remote_experts: of these, not resident.
+        num_remote_experts: of these, not resident; at least one.
         experts_per_token: chosen by the router for each token.
-        expert_bytes: bytes of one expert, all its parameters.
-        copy_bytes_per_s: measured speed of copies from peers.
-        direct_bytes_per_s: measured speed of kernels that read peers in place.
-        other_seconds: attention and everything else of a layer during which copies run; of a small
-            step, where it hardly depends on the tokens.
+        remote_bytes: bytes of the remote experts, all their parameters.
+        copy_bytes_per_s: speed of copies from peers.
+        direct_bytes_per_s: speed of kernels that read peers in place.
+        compute_seconds: of the layer by the tokens of a step, all experts at hand, and of the layers
+            without experts beside its copies; never falls.
+        beside_copies: speed of compute while copies flow beside it, as a part of its speed alone.
     """
 
     num_experts: int
     num_remote_experts: int
     experts_per_token: int
-    expert_bytes: int
+    remote_bytes: float
     copy_bytes_per_s: float
     direct_bytes_per_s: float
-    other_seconds: float
+    compute_seconds: Callable[[int], float]
+    beside_copies: float = 1.0
+
+    @property
+    def copy_seconds(self) -> float:
+        """Seconds of a layer's copies."""
+        return self.remote_bytes / self.copy_bytes_per_s
 
     def expected_remote_experts(self, num_tokens: int) -> float:
         """Distinct remote experts that `num_tokens` tokens need, routing uniform and independent."""
         missed = (1.0 - self.experts_per_token / self.num_experts) ** num_tokens
         return self.num_remote_experts * (1.0 - missed)
 
+    def readings(self, num_tokens: int) -> float:
+        """How often a kernel reads an expert that `num_tokens` tokens are routed to."""
+        tokens_per_expert = num_tokens * self.experts_per_token / self.num_experts
+        return max(1.0, tokens_per_expert / TILE_TOKENS)
+
     def direct_seconds(self, num_tokens: int) -> float:
         """Seconds of a layer that reads its remote experts in place."""
-        read_bytes = self.expected_remote_experts(num_tokens) * self.expert_bytes
-        return self.other_seconds + read_bytes / self.direct_bytes_per_s
+        share = self.expected_remote_experts(num_tokens) / self.num_remote_experts
+        speed = min(self.direct_bytes_per_s, self.copy_bytes_per_s)
+        read = share * self.readings(num_tokens) * self.remote_bytes / speed
+        return self.compute_seconds(num_tokens) + read
 
-    @property
-    def prefetch_seconds(self) -> float:
+    def prefetch_seconds(self, num_tokens: int) -> float:
         """Seconds of a layer whose remote experts are copied while the layer before it runs."""
-        copy = self.num_remote_experts * self.expert_bytes / self.copy_bytes_per_s
-        return max(copy, self.other_seconds)
+        return max(self.copy_seconds, self._beside_copies(num_tokens))
 
     @property
-    def direct_max_tokens(self) -> float:
-        """The largest step for which direct is at least as fast: 0 if none is, `inf` if all are."""
-        slack = self.prefetch_seconds - self.other_seconds
-        read_bytes = slack * self.direct_bytes_per_s
-        share = read_bytes / (self.num_remote_experts * self.expert_bytes)
-        if share >= 1.0:
-            return math.inf
-        if self.experts_per_token >= self.num_experts:
-            return 0
-        per_token = math.log1p(-self.experts_per_token / self.num_experts)
-        return int(math.log1p(-share) / per_token)
+    def break_even_tokens(self) -> int | None:
+        """The smallest step that computes long enough to hide its copies; None up to `LARGEST_STEP`.
+
+        None also where compute stops beside copies: then nothing hides anything.
+        """
+        if self.beside_copies == 0:
+            return None
+        least = self.copy_seconds * (1.0 - _ROUNDING)
+        found = _first(lambda tokens: self._beside_copies(tokens) >= least, LARGEST_STEP)
+        return None if found > LARGEST_STEP else found
+
+    @property
+    def direct_max_tokens(self) -> int:
+        """The largest step for which direct is at least as fast; at most `MOST_DIRECT_TOKENS`."""
+        hidden_from = self.break_even_tokens or MOST_DIRECT_TOKENS + 1
+        most = min(MOST_DIRECT_TOKENS, hidden_from - 1)
+
+        def is_slower(num_tokens: int) -> bool:
+            return self.direct_seconds(num_tokens) > self.prefetch_seconds(num_tokens)
+
+        return _first(is_slower, most) - 1
+
+    def _beside_copies(self, num_tokens: int) -> float:
+        interference = (1.0 - self.beside_copies) * self.copy_seconds
+        return self.compute_seconds(num_tokens) + interference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,16 +132,22 @@ class ModePolicy:
     Args:
         direct_max_tokens: forwards of at most this many tokens read in place; `inf`: all, `-inf`: none.
         reason: one phrase for the log and the status.
+        break_even_tokens: the smallest step that hides its copies on this rank; None where there is
+            none, or nobody knows.
     """
 
     direct_max_tokens: float
     reason: str
+    break_even_tokens: int | None = None
 
     @classmethod
-    def forced(cls, mode: Mode) -> "ModePolicy":
+    def forced(cls, mode: Mode, break_even_tokens: int | None = None) -> "ModePolicy":
         """Always `mode`, because the user said so."""
-        limit = math.inf if mode is Mode.DIRECT else -math.inf
-        return cls(direct_max_tokens=limit, reason=f"mode {mode.value!r} was asked for")
+        return cls(
+            direct_max_tokens=math.inf if mode is Mode.DIRECT else -math.inf,
+            reason=f"mode {mode.value!r} was asked for",
+            break_even_tokens=break_even_tokens,
+        )
 
     @classmethod
     def direct_only(cls, *, shares_compute: bool) -> "ModePolicy":
@@ -106,23 +158,33 @@ class ModePolicy:
         return cls(direct_max_tokens=math.inf, reason=reason)
 
     @classmethod
-    def prefetch_only(cls) -> "ModePolicy":
-        """`auto` where the device cannot map peers' experts in place."""
-        reason = "this device maps no peers' experts in place"
-        return cls(direct_max_tokens=-math.inf, reason=reason)
+    def by_tokens(
+        cls, limit: int, break_even_tokens: int | None, *, was_set: bool = False
+    ) -> "ModePolicy":
+        """`auto` on a device with both views.
 
-    @classmethod
-    def from_costs(cls, costs: LayerCosts, direct_max_tokens: int | None) -> "ModePolicy":
-        """`auto` on a device with both views; a limit set by the user goes before the model's."""
-        if direct_max_tokens is not None:
-            return cls(direct_max_tokens=direct_max_tokens, reason="direct_max_tokens was set")
-        limit = costs.direct_max_tokens
-        steps = "every step" if limit == math.inf else f"steps of up to {limit} tokens"
-        return cls(direct_max_tokens=limit, reason=f"by the cost model, direct for {steps}")
+        Args:
+            limit: of the user, or else of the group.
+            was_set: whether it is the user's.
+        """
+        reason = f"by the group's cost model, direct for steps of up to {limit} tokens"
+        if was_set:
+            reason = "direct_max_tokens was set"
+        return cls(direct_max_tokens=limit, reason=reason, break_even_tokens=break_even_tokens)
+
+    def without_direct(self) -> "ModePolicy":
+        """The same where the device cannot map peers' experts in place."""
+        reason = "this device maps no peers' experts in place"
+        return replace(self, direct_max_tokens=-math.inf, reason=reason)
 
     def mode_for(self, num_tokens: float) -> Mode:
         """The mode of a forward of `num_tokens`."""
         return Mode.DIRECT if num_tokens <= self.direct_max_tokens else Mode.PREFETCH
+
+    @property
+    def limit(self) -> int | None:
+        """The largest step that reads in place; None if all steps do, or none does."""
+        return int(self.direct_max_tokens) if math.isfinite(self.direct_max_tokens) else None
 
     @property
     def modes(self) -> frozenset[Mode]:
@@ -133,3 +195,15 @@ class ModePolicy:
     def name(self) -> str:
         """`direct` or `prefetch` if it never changes, else `auto`."""
         return "auto" if len(self.modes) > 1 else next(iter(self.modes)).value
+
+
+def _first(holds: Callable[[int], bool], largest: int) -> int:
+    """The smallest number from 1 on for which monotone `holds` is true; `largest + 1` if none is."""
+    low, high = 1, largest + 1
+    while low < high:
+        middle = (low + high) // 2
+        if holds(middle):
+            high = middle
+        else:
+            low = middle + 1
+    return low

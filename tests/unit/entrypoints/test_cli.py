@@ -99,6 +99,20 @@ def test_what_ranks_say_is_printed_as_it_is(tmp_path: Path) -> None:
     assert "1:[/a]" in ended.stdout
 
 
+def test_the_table_is_followed_by_how_a_rank_reads_its_peers(tmp_path: Path) -> None:
+    said = {
+        "mode": "auto",
+        "policy": "direct for steps of up to 64 tokens",
+        "break_even_tokens": 8300,
+    }
+    with meeting_as(0, tmp_path, said):
+        shown = " ".join(run("status", f"unix://{tmp_path}/meet").stdout.split())
+    assert (
+        "rank 0 of group 0 serves in auto mode: direct for steps of up to 64 tokens; copies are hidden "
+        "in steps of about 8300 tokens and more" in shown
+    )
+
+
 def test_a_rank_that_hangs_is_not_called_dead(tmp_path: Path) -> None:
     place = f"unix://{tmp_path}/meet"
     with parse_endpoint(place).listen(0, 1):  # as one that is stopped: the kernel accepts for it

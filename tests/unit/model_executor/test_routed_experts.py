@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from tests.unit.model_executor.stand_in import NUM_EXPERTS, ROW, Loaded, Method, scales, weights
-from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.device.host import HostDevice
 from vllm_dwdp.errors import DwdpUnsupportedError
 from vllm_dwdp.model_executor.composites import CompositeMapper
 from vllm_dwdp.model_executor.relocation import WatchedStorage
 from vllm_dwdp.model_executor.views import bind_views
+from vllm_dwdp.prefetch.mode_policy import Mode, ModePolicy
 
 BF16 = 2
 
@@ -76,7 +76,7 @@ def test_all_ranks_see_what_each_loaded_and_aliases_follow() -> None:
                 peers=peers[reader],
                 resources=resources,
             )
-            bind_views(mapper, DwdpConfig(group_size=2, mode="direct"), resources)
+            bind_views(mapper, ModePolicy.forced(Mode.DIRECT), 4096, resources)
             assert torch.equal(layer.w13_weight.data, weights())
             assert layer.w13_qweight is layer.w13_weight is method.captured[1]
             assert torch.equal(method.captured[0], weights()[:, ROW // 2 :])

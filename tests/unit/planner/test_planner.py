@@ -32,6 +32,8 @@ from vllm_dwdp.planner.estimates import (
     break_even_tokens,
     decode_steps,
     direct_crossover,
+    direct_step,
+    exposed_seconds,
     kv_tokens,
     memory_bytes,
     parts,
@@ -127,6 +129,19 @@ def test_break_even_is_where_compute_meets_prefetch() -> None:
     assert any(f"below the break-even of {tokens}" in said for said in warned)
     redundant = r1_on_gb200(efficiency=DEFAULT, extra_experts=64)
     assert break_even(redundant) < tokens
+
+
+@pytest.mark.parametrize("config", ALL)
+def test_no_part_of_a_step_waits_from_the_break_even_on(config: dict[str, Any]) -> None:
+    """By the whole step, dense layers beside the copies included."""
+    model = r1_on_gb200(shape=shape_of(config), efficiency=DEFAULT)
+    tokens = break_even(model)
+    assert exposed_seconds(model, Step.prefill(tokens, 8192)) == 0
+    assert exposed_seconds(model, Step.prefill(tokens - 1, 8192)) > 0
+    crossover = tokens_of(direct_crossover(model))
+    assert direct_step(model, Step.prefill(crossover, 8192)) <= model.dwdp_step(
+        Step.prefill(crossover, 8192)
+    )
 
 
 def test_uneven_lengths_cost_dep_and_not_dwdp() -> None:

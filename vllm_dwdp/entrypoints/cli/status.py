@@ -75,12 +75,21 @@ def _sentences(entry: dict[str, Any]) -> Iterator[str]:
             f"{rank} keeps the experts of ranks {entry['held_ranks']}; {_mib(entry['shared_bytes'])} "
             f"of its {_mib(entry['held_bytes'])} are memory that these ranks run with"
         )
+    if entry.get("policy"):
+        yield f"{rank} serves in {entry['mode']} mode: {entry['policy']}{_hidden_from(entry)}"
     if entry.get("doing"):
         yield f"{rank} {entry['doing']}"
     if entry.get("last_failure"):
         when = _clock(entry.get("last_failure_at", 0.0))
         topic = f"{rank}, last failure {when}" if when else rank
         yield f"{topic}: {entry['last_failure']}"
+
+
+def _hidden_from(entry: dict[str, Any]) -> str:
+    tokens = entry.get("break_even_tokens")
+    return (
+        "" if tokens is None else f"; copies are hidden in steps of about {tokens} tokens and more"
+    )
 
 
 def _clock(seconds: float) -> str:
