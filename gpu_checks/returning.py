@@ -71,8 +71,8 @@ def kill_and_return() -> str:
             rank.ask("close", ANSWER_S)
             assert rank.process.wait(timeout=ANSWER_S) == 0
     return (
-        f"{shard_bytes} bytes were adopted; the same weights and tokens, steps of up to {limit} tokens "
-        "in place as before"
+        f"{shard_bytes} bytes were adopted; the same weights and tokens, and as before steps of up to "
+        f"{limit} tokens read in place"
     )
 
 

@@ -319,6 +319,60 @@ def test_a_peer_that_dies_once_it_was_ready_is_vouched_for_by_another(endpoint: 
     messages.close_all(fds)
 
 
+def test_the_group_keeps_its_limit_when_ranks_die_and_return(endpoint: Endpoint) -> None:
+    """The least that was proposed; a rank that returns measures alone, and that counts for nothing."""
+    members = [rank(endpoint, number, 3) for number in range(3)]
+    fds = [publish(member) for member in members]
+    for member, limit in zip(members, (90, 64, 77), strict=True):
+        member.propose_limit(limit)
+    meet_all(members)
+    assert [member.agree_on_limit() for member in members] == [64] * 3
+    for victim in (1, 2):
+        members[victim].close()
+    returned = rank(endpoint, 2, 3)
+    own = next(returned.recover())
+    returned.publish(own.fds, own.handle_bytes)
+    returned.propose_limit(5)
+    for shard in (own, *returned.meet().values()):
+        shard.close()
+    returned.announce_ready(own.digest)
+    returned.wait_ready()
+    assert returned.agree_on_limit() == 64
+    for member in (returned, members[0]):
+        member.close()
+    messages.close_all(fds)
+
+
+def test_what_was_agreed_with_a_peers_earlier_start_is_heard_of(endpoint: Endpoint) -> None:
+    """Rank 0 has decided with rank 2, which starts again before rank 1 has heard of it."""
+    members = [rank(endpoint, number, 3) for number in range(3)]
+    fds = [publish(member) for member in members]
+    for member, limit in zip(members, (40, 60, 10), strict=True):
+        for shard in member.meet().values():
+            shard.close()
+        member.propose_limit(limit)
+    for member in members[:2]:
+        member.announce_ready(b"digest")
+    assert members[1]._exchange._is_ready(0, {}), "with what it proposes, not with what is agreed"
+    members[2].announce_ready(b"digest")
+    members[0].wait_ready()
+    assert members[0].agree_on_limit() == 10
+    members[2].close()
+    reborn = rank(endpoint, 2, 3)
+    fds.append(publish(reborn))
+    reborn.propose_limit(50)
+    for shard in reborn.meet().values():
+        shard.close()
+    reborn.announce_ready(b"digest")
+    for shard in members[1].wait_ready().values():
+        shard.close()
+    reborn.wait_ready()
+    assert members[1].agree_on_limit() == reborn.agree_on_limit() == 10
+    for member in (*members[:2], reborn):
+        member.close()
+    messages.close_all(fds)
+
+
 def meet_all(members: list[Membership]) -> None:
     with ThreadPoolExecutor(len(members)) as pool:
         for shards in pool.map(lambda member: member.meet(), members):

@@ -131,9 +131,14 @@ class ShardExchange:
 
     def _hear_again(self, ranks: set[int]) -> None:
         """Learn what peers have agreed on by now, perhaps with the earlier start of another."""
+        held = self._state.held()
         for rank in sorted(ranks):
             answer = self._dialler.ask(rank, rank)
-            if isinstance(answer, messages.Shard) and answer.ready:
+            if (
+                isinstance(answer, messages.Shard)
+                and answer.ready
+                and answer.generation == held[rank].generation
+            ):
                 self._state.mark_whole(rank, answer)
 
     def _lenders_of(self, rank: int) -> list[int]:

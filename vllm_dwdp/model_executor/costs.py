@@ -112,7 +112,8 @@ def costs_from(
 ) -> LayerCosts:
     """Costs of a layer by measured speeds; its compute by the planner where it knows the model.
 
-    Elsewhere only the reading of its experts counts as compute, and there is no break-even to be known.
+    Elsewhere only the reading of its experts counts as compute: then a break-even is known only where
+    that alone hides the copies.
     """
     num_remote = num_experts - num_resident
     bare = LayerCosts(

@@ -66,16 +66,17 @@ def measure_speeds(device: Device, peers: Mapping[int, tuple[int, int]]) -> Spee
         peers: address and bytes of each peer's shard, by rank in the order in which they are pulled;
             what is read of them may be incomplete.
     """
-    chunks = _chunks(list(peers.values()))
-    num_bytes = sum(size for _, size in chunks)
+    most = PULLED_BYTES // len(peers)
+    spans = [(address, min(size, most)) for address, size in peers.values()]
+    num_bytes = sum(size for _, size in spans)
     own = torch.empty(num_bytes, dtype=torch.uint8, device=device.torch_device)
     capability = (0, 0)
     if device.torch_device.type == "cuda":
         capability = torch.cuda.get_device_capability(device.torch_device)
     speeds = Speeds(
-        copy_bytes_per_s=num_bytes / _copy_seconds(device, chunks, own.data_ptr()),
-        direct_bytes_per_s=num_bytes / _read_seconds(device, chunks),
-        memory_bytes_per_s=num_bytes / _read_seconds(device, _own_chunks(chunks, own.data_ptr())),
+        copy_bytes_per_s=num_bytes / _copy_seconds(device, _in_turns(spans), own.data_ptr()),
+        direct_bytes_per_s=num_bytes / _read_seconds(device, spans),
+        memory_bytes_per_s=num_bytes / _read_seconds(device, [(own.data_ptr(), num_bytes)]),
         operations_per_s=_operations_per_s(device),
         has_fp8=capability >= (8, 9),
         has_fp4=capability >= (10, 0),
@@ -106,31 +107,21 @@ def _same_bytes(first: torch.Tensor, second: torch.Tensor) -> bool:
     return all(torch.equal(one, other) for one, other in zip(*pieces, strict=True))
 
 
-def _chunks(peers: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Address and bytes of what a round pulls: an equal part of every peer, in turns."""
-    each = PULLED_BYTES // len(peers)
+def _in_turns(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Address and bytes of the pieces of all spans, one of each span after the other."""
     return [
-        (address + start, min(COPY_BYTES, each - start, size - start))
-        for start in range(0, each, COPY_BYTES)
-        for address, size in peers
+        (address + start, min(COPY_BYTES, size - start))
+        for start in range(0, max(size for _, size in spans), COPY_BYTES)
+        for address, size in spans
         if start < size
     ]
 
 
-def _own_chunks(chunks: list[tuple[int, int]], address: int) -> list[tuple[int, int]]:
-    """As `chunks`, one after the other at `address`."""
-    moved = []
-    for _, size in chunks:
-        moved.append((address, size))
-        address += size
-    return moved
-
-
-def _copy_seconds(device: Device, chunks: list[tuple[int, int]], destination: int) -> float:
-    targets = _own_chunks(chunks, destination)
-    slices: list[ResolvedSlice] = [
-        (target, source, size) for (target, _), (source, size) in zip(targets, chunks, strict=True)
-    ]
+def _copy_seconds(device: Device, pieces: list[tuple[int, int]], destination: int) -> float:
+    slices: list[ResolvedSlice] = []
+    for source, size in pieces:
+        slices.append((destination, source, size))
+        destination += size
     queue = device.make_queue()
     try:
         batch = queue.add_batch(slices)
@@ -144,10 +135,10 @@ def _copy_seconds(device: Device, chunks: list[tuple[int, int]], destination: in
         queue.close()
 
 
-def _read_seconds(device: Device, chunks: list[tuple[int, int]]) -> float:
+def _read_seconds(device: Device, spans: list[tuple[int, int]]) -> float:
     tensors = [
         tensor_at(address, torch.int32, (size // 4,), device.torch_device)
-        for address, size in chunks
+        for address, size in spans
     ]
 
     def read() -> None:

@@ -1,11 +1,13 @@
-"""The check of both views at start: one differing byte stops it."""
+"""What a start measures, and its check of both views: one differing byte stops it."""
 
 import pytest
 import torch
 
+from vllm_dwdp.device.host import HostDevice
 from vllm_dwdp.errors import TransferError
+from vllm_dwdp.model_executor import measure
 from vllm_dwdp.model_executor.composites import LayerView
-from vllm_dwdp.model_executor.measure import check_views
+from vllm_dwdp.model_executor.measure import _copy_seconds, _in_turns, check_views, measure_speeds
 
 
 def view(value: float = float("nan")) -> LayerView:
@@ -22,3 +24,34 @@ def test_one_differing_byte_is_refused() -> None:
     other.tensors["w2_weight"].view(torch.uint8)[3, 7] ^= 1
     with pytest.raises(TransferError, match="tensor 0 of a layer reads differently through copies"):
         check_views(view(), other)
+
+
+def test_every_byte_that_is_timed_is_pulled_once() -> None:
+    """Of two peers in turns; on the host, whose queue and kernels really move what is measured."""
+    device = HostDevice()
+    sources = [torch.full((size,), value, dtype=torch.uint8) for size, value in ((5, 1), (3, 2))]
+    sizes = [5 * 2**20, 3 * 2**20]
+    spans = [(source.repeat(2**20), size) for source, size in zip(sources, sizes, strict=True)]
+    pieces = _in_turns([(tensor.data_ptr(), size) for tensor, size in spans])
+    assert sum(size for _, size in pieces) == sum(sizes)
+    target = torch.zeros(sum(sizes), dtype=torch.uint8)
+    assert _copy_seconds(device, pieces, target.data_ptr()) > 0
+    assert (target == 1).sum() == sizes[0] and (target == 2).sum() == sizes[1]
+
+
+def test_peers_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "COPY_BYTES", 10)
+    assert _in_turns([(0, 25), (100, 12)]) == [(0, 10), (100, 10), (10, 10), (110, 2), (20, 5)]
+
+
+def test_speeds_are_those_of_what_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes over the seconds that they took."""
+    content = torch.ones(8 * 2**20, dtype=torch.uint8)
+    peers = {1: (content.data_ptr(), content.numel())}
+    speeds = measure_speeds(HostDevice(), peers)
+    assert 1e6 < speeds.copy_bytes_per_s < 1e13 and 1e6 < speeds.memory_bytes_per_s < 1e13
+    assert speeds.operations_per_s > 1e6 and not speeds.has_fp8
+    monkeypatch.setattr(measure, "_copy_seconds", lambda *_: 8.0)
+    slowed = measure_speeds(HostDevice(), peers)
+    assert slowed.copy_bytes_per_s == 2**20
+    assert "copies from peers 0.0 GB/s" in str(slowed)
