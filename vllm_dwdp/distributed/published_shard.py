@@ -85,9 +85,10 @@ def agreed_limit(shards: Iterable[PublishedShard]) -> int | None:
     The least is the safe side, and it is the rank whose links are the most in demand. To count it once
     more changes nothing, so it does not matter which rank decides first. None if nobody proposes one.
     """
-    known = [shard for shard in shards if shard.direct_limit is not None]
-    deciding = [shard for shard in known if shard.limit_in_force] or known
-    return min((shard.direct_limit for shard in deciding), default=None)  # type: ignore[type-var]
+    known = [(each.direct_limit, each.limit_in_force) for each in shards]
+    proposed = [limit for limit, _ in known if limit is not None]
+    in_force = [limit for limit, decided in known if limit is not None and decided]
+    return min(in_force or proposed, default=None)
 
 
 def duplicates(fds: Sequence[int]) -> tuple[int, ...]:
