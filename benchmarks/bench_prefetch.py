@@ -1,6 +1,6 @@
 """The host device's prefetch ring alone: how fast, how hidden, what it costs the host.
 
-    python benchmarks/bench_prefetch.py
+    python benchmarks/bench_prefetch.py [--slice-mib N] [results.json]
 
 1. Copy throughput of the queue against a plain multi-threaded memcpy of the same bytes, interleaved.
 2. With compute on one core and copies on the other: the part of the copy time that is hidden when a
@@ -18,6 +18,7 @@ import os
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # before numpy: compute stays on one core
 
+import argparse
 import ctypes
 import json
 import statistics
@@ -32,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_dwdp.device.host_queue import HostCopyQueue
+from vllm_dwdp.device.queue import Waves
 from vllm_dwdp.entrypoints.bench.machine import describe_machine
 from vllm_dwdp.layout.composite import WeightLayout
 from vllm_dwdp.layout.model import ModelLayout
@@ -39,13 +41,21 @@ from vllm_dwdp.layout.placement import Placement
 from vllm_dwdp.prefetch.copy_plan import bytes_by_peer, plan_layer_copies
 from vllm_dwdp.prefetch.ring import Ring
 
-SLICE_BYTES = 2 * 2**20
 LAYER_BYTES = 96 * 2**20
 ROUNDS = 15
 console = Console()
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", nargs="?", type=Path, help="a JSON file to write")
+    parser.add_argument("--slice-mib", type=int, help="instead of the host's own slices")
+    options = parser.parse_args()
+    if options.slice_mib is not None:
+        HostCopyQueue.slice_bytes = options.slice_mib * 2**20
+    console.print(f"slices of {HostCopyQueue.slice_bytes / 2**20:g} MiB")
     cores = sorted(os.sched_getaffinity(0))
     results = {
         "copy / memcpy": copy_throughput(len(cores)),
@@ -69,8 +79,8 @@ def main() -> int:
         and statistics.median(results["hidden"]) >= 0.9
         and statistics.median(results["wait + record, us a layer, one core"]) <= 10
     )
-    if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text(
+    if options.results:
+        options.results.write_text(
             json.dumps({"machine": describe_machine(), "results": results}, indent=1)
         )
     return 0 if kept else 1
@@ -81,7 +91,7 @@ def copy_throughput(num_threads: int) -> list[float]:
     source = np.ones(LAYER_BYTES, np.uint8)
     target = np.zeros(LAYER_BYTES, np.uint8)
     queue = HostCopyQueue(num_threads)
-    batch = queue.add_batch(slices(target, source))
+    batch = queue.add_batch(waves(target, source))
 
     def fill() -> None:
         queue.issue(batch)
@@ -125,7 +135,7 @@ def hidden_share(cores: list[int]) -> list[float]:
     os.sched_setaffinity(0, {mine})
     try:
         ring = Ring(
-            [slices(slots[layer % 2], shards[layer]) for layer in range(num_layers)],
+            [waves(slots[layer % 2], shards[layer]) for layer in range(num_layers)],
             [{1: layer_bytes}] * num_layers,
             queue,
             num_slots=2,
@@ -163,7 +173,7 @@ def work(matrix: np.ndarray, repeats: int) -> None:
 
 
 def measured_speed(queue: HostCopyQueue, target: np.ndarray, source: np.ndarray) -> float:
-    batch = queue.add_batch(slices(target, source))
+    batch = queue.add_batch(waves(target, source))
 
     def fill() -> None:
         queue.issue(batch)
@@ -204,10 +214,13 @@ def tiny_ring(num_layers: int, group_size: int = 2) -> tuple[Ring, HostCopyQueue
     slot = np.zeros(2 * slot_bytes + 64, np.uint8)
     batches, peer_bytes = [], []
     for number, layer in enumerate(layout.layers):
-        plan = plan_layer_copies(layer, 0, SLICE_BYTES)
+        plan = plan_layer_copies(layer, 0, HostCopyQueue.slice_bytes)
         base = slot.ctypes.data + (number % 2) * slot_bytes
         batches.append(
-            [(base + c.offset, shards.ctypes.data + c.source_offset, c.num_bytes) for c in plan]
+            [
+                [(base + c.offset, shards.ctypes.data + c.source_offset, c.num_bytes) for c in wave]
+                for wave in plan
+            ]
         )
         peer_bytes.append(bytes_by_peer(plan))
     queue = HostCopyQueue(1)
@@ -247,14 +260,12 @@ def step_us(num_layers: int, group_size: int) -> float:
     return statistics.median(costs)
 
 
-def slices(target: np.ndarray, source: np.ndarray) -> list[tuple[int, int, int]]:
+def waves(target: np.ndarray, source: np.ndarray) -> Waves:
+    """One peer's bytes, cut as the host cuts them."""
+    step = HostCopyQueue.slice_bytes
     return [
-        (
-            target.ctypes.data + start,
-            source.ctypes.data + start,
-            min(SLICE_BYTES, target.nbytes - start),
-        )
-        for start in range(0, target.nbytes, SLICE_BYTES)
+        [(target.ctypes.data + at, source.ctypes.data + at, min(step, target.nbytes - at))]
+        for at in range(0, target.nbytes, step)
     ]
 
 

@@ -171,9 +171,22 @@ DWDP_API int dwdp_cuda_queue_uses_batch_copy(void* queue) {
   return queue_of(queue).uses_batch_copy() ? 1 : 0;
 }
 
+DWDP_API int dwdp_cuda_queue_driver_version(void* queue, int* version) {
+  return checked([&] { *version = queue_of(queue).driver_version(); });
+}
+
+DWDP_API std::size_t dwdp_cuda_queue_num_copies(void* queue) {
+  return queue_of(queue).num_copies();
+}
+
+DWDP_API std::size_t dwdp_cuda_queue_num_overlapping(void* queue) {
+  return queue_of(queue).num_overlapping();
+}
+
 DWDP_API int dwdp_cuda_queue_add_batch(void* queue, const dwdp::Slice* slices,
-                                       std::size_t num_slices, void** batch) {
-  return checked([&] { *batch = queue_of(queue).add_batch(slices, num_slices); });
+                                       const std::size_t* wave_sizes, std::size_t num_waves,
+                                       void** batch) {
+  return checked([&] { *batch = queue_of(queue).add_batch(slices, wave_sizes, num_waves); });
 }
 
 DWDP_API int dwdp_cuda_queue_issue(void* queue, void* batch, void* after) {
@@ -186,14 +199,6 @@ DWDP_API int dwdp_cuda_queue_wait(void* queue, void* batch, Stream stream) {
 
 DWDP_API int dwdp_cuda_queue_record(void* queue, void* batch, Stream stream) {
   return checked([&] { queue_of(queue).record(batch_of(batch), stream); });
-}
-
-DWDP_API int dwdp_cuda_queue_wait_external(void* queue, void* batch, Stream stream) {
-  return checked([&] { queue_of(queue).wait_external(batch_of(batch), stream); });
-}
-
-DWDP_API int dwdp_cuda_queue_record_external(void* queue, void* batch, Stream stream) {
-  return checked([&] { queue_of(queue).record_external(batch_of(batch), stream); });
 }
 
 DWDP_API int dwdp_cuda_queue_capture_record(void* queue, void* batch, Stream stream) {

@@ -27,7 +27,6 @@ constexpr Result kNotReady = 600;
 
 constexpr unsigned kStreamNonBlocking = 1;
 constexpr unsigned kEventDisableTiming = 2;
-constexpr unsigned kEventExternal = 1;  // of a wait and of a record
 constexpr int kCaptureNone = 0;
 constexpr int kCaptureActive = 1;
 constexpr int kCaptureModeRelaxed = 2;
@@ -42,6 +41,9 @@ constexpr int kAccessRead = 1;
 constexpr int kAccessReadWrite = 3;
 constexpr int kSourceInStreamOrder = 1;
 constexpr unsigned kPreferOverlapWithCompute = 1;
+constexpr int kPointerMemoryType = 2;
+constexpr int kPointerDeviceOrdinal = 9;
+constexpr int kMemoryTypeDevice = 2;
 constexpr std::size_t kFabricHandleBytes = 64;
 
 struct Location {
@@ -179,6 +181,7 @@ class Driver {
 
  public:
   Entry<unsigned> init{library_, "cuInit"};
+  Entry<int*> version{library_, "cuDriverGetVersion"};
   Entry<DeviceId*, int> device_get{library_, "cuDeviceGet"};
   Entry<char*, int, DeviceId> device_name{library_, "cuDeviceGetName"};
   Entry<int*, DeviceId, DeviceId> can_access_peer{library_, "cuDeviceCanAccessPeer"};
@@ -207,6 +210,7 @@ class Driver {
   Entry<Address, std::size_t, const AccessDescription*, std::size_t> set_access{library_,
                                                                                 "cuMemSetAccess"};
 
+  Entry<void*, int, Address> pointer_attribute{library_, "cuPointerGetAttribute"};
   Entry<Address, Address, std::size_t> copy_between{library_, "cuMemcpyDtoD_v2"};
   Entry<void*, Address, std::size_t> copy_to_host{library_, "cuMemcpyDtoH_v2"};
   Entry<Address, const void*, std::size_t> copy_to_device{library_, "cuMemcpyHtoD_v2"};
@@ -229,7 +233,6 @@ class Driver {
   Entry<Event*, unsigned> event_create{library_, "cuEventCreate"};
   Entry<Event> event_destroy{library_, "cuEventDestroy_v2"};
   Entry<Event, Stream> event_record{library_, "cuEventRecord"};
-  Entry<Event, Stream, unsigned> event_record_with_flags{library_, "cuEventRecordWithFlags"};
   Entry<Event> event_query{library_, "cuEventQuery"};
 };
 

@@ -11,8 +11,8 @@
 //   compute stream   kernels of l . capture_record(l) . attention, l+1 ... . kernels of l+2
 //                                          \__ copies of l+2 (capture_fill) __/
 //
-// `wait_external` and `record_external` are nodes that touch the same two events at each replay. Rings
-// do not use them (`transfer/graph_ring.py` says why); they are here to be measured.
+// A batch is copied wave by wave, each wave by one batch call: the copies of a call have no order, calls
+// of one stream have. A graph holds one node for each run of bytes instead, whatever it was cut into.
 //
 // One thread drives a queue. A captured graph must not be launched once the queue is closed.
 #pragma once
@@ -29,10 +29,25 @@
 
 namespace dwdp::cuda {
 
-struct Batch {
+// Copies without an order, as the batch call takes them.
+struct Wave {
   std::vector<Address> destinations;
   std::vector<Address> sources;
   std::vector<std::size_t> sizes;
+  std::vector<CopyAttributes> attributes;  // attributes[k] hold from copy first[k] on
+  std::vector<std::size_t> first;
+};
+
+// Bytes that are contiguous on both sides.
+struct Run {
+  Address destination;
+  Address source;
+  std::size_t num_bytes;
+};
+
+struct Batch {
+  std::vector<Wave> waves;
+  std::vector<Run> runs;     // the same bytes, uncut
   Event ready = nullptr;     // its copies are done
   Event consumed = nullptr;  // its slot may be overwritten
   // Internal to one capture: the same two, as points of the graph.
@@ -66,21 +81,25 @@ class CopyQueue {
   CopyQueue(const CopyQueue&) = delete;
   CopyQueue& operator=(const CopyQueue&) = delete;
 
-  Batch* add_batch(const Slice* slices, std::size_t num_slices);
-  void issue(Batch* batch, const Batch* after);  // once `after`, if any, is consumed
+  // Wave `w` is `wave_sizes[w]` slices, one wave after the other.
+  Batch* add_batch(const Slice* slices, const std::size_t* wave_sizes, std::size_t num_waves);
+  // Starts once `after`, if any, is consumed. Refused while the copy stream is part of a capture.
+  void issue(Batch* batch, const Batch* after);
   void wait(const Batch* batch, Stream compute);
   void record(const Batch* batch, Stream compute);
   bool is_done(const Batch* batch) const;
   void drain();
 
   // While `compute` is capturing.
-  void wait_external(const Batch* batch, Stream compute);
-  void record_external(const Batch* batch, Stream compute);
   void capture_record(Batch* batch, Stream compute);
   void capture_fill(const Batch* batch, const Batch* after, Stream compute);
   bool is_capturing(Stream stream) const;
 
   bool uses_batch_copy() const { return static_cast<bool>(driver().copy_batch_async); }
+  int driver_version() const;  // of CUDA, as 1000 * major + 10 * minor
+  // Copies of all batches, and those of them that ask to be kept off the multiprocessors.
+  std::size_t num_copies() const { return num_copies_; }
+  std::size_t num_overlapping() const { return num_overlapping_; }
   // Waits for the copies and frees everything; what failed on the way, empty if nothing did.
   std::string close() noexcept;
 
@@ -88,14 +107,17 @@ class CopyQueue {
   const Driver& driver() const { return context_.driver(); }
   std::uint64_t capture_of(Stream stream, const char* action) const;  // throws if there is none
   void spoil(const Batch* batch);  // poison and delay
-  void copy_as_batch(const Batch* batch);
-  void copy_one_by_one(const Batch* batch);
+  bool lies_here(Address address) const;  // on this queue's device
+  void add_copy(Batch& batch, const Slice& slice);
+  void copy_wave(const Wave& wave);
 
   PrimaryContext context_;
+  const int ordinal_;
   const bool poison_;
   Delays delays_;
   Stream stream_ = nullptr;
   std::deque<Batch> batches_;
+  std::size_t num_copies_ = 0, num_overlapping_ = 0;
 };
 
 }  // namespace dwdp::cuda

@@ -39,7 +39,7 @@ import torch
 from gpu_checks.accelerator import Accelerator, accelerator
 from gpu_checks.asking import emit_row
 from gpu_checks.bench_cases import MODES, NUM_LAYERS, all_cases
-from gpu_checks.bench_model import SLICE_BYTES, WAYS, Model
+from gpu_checks.bench_model import WAYS, Model
 from gpu_checks.bench_table import broken_promises
 from gpu_checks.expert_ranks import (
     RankMemory,
@@ -99,7 +99,7 @@ def steps(name: str) -> str:
         rank = ranks[0]
         direct = rank.direct_views()
         peers = peers_on_host(rank, gpu.pinned) if case.on_host else rank.peers
-        mapper, rings = rank.mapper(peers), rank.rings(peers, SLICE_BYTES)
+        mapper, rings = rank.mapper(peers), rank.rings(peers)
         common = {
             "case": name,
             "kernel": kernel_name,
@@ -209,7 +209,7 @@ def moe_milliseconds(model: Model) -> float:
 
 def copies_against_plain(
     gpu: Accelerator, rank: RankMemory, rings: PrefetchRings, *, on_host: bool
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Measure, in turns, one layer's fill and one torch copy of as many bytes."""
     ring, queue = only_ring(rings), rings.queue
     num_bytes = sum(ring.layer_bytes(0).values())
@@ -239,6 +239,7 @@ def copies_against_plain(
     # Layer 0's slot now holds layer 0 whatever the ring thinks: it is the first layer of a step.
     reads = read_gbps(gpu, rank)
     return {
+        "how": queue.describe(),
         "bytes": num_bytes,
         "fill_ms": statistics.median(times["fill"]) * 1e3,
         "fill_gbps": num_bytes / statistics.median(times["fill"]) / 1e9,
@@ -314,5 +315,5 @@ def issue_us(rank: RankMemory, rings: PrefetchRings) -> dict[str, float]:
         queue.issue(ring.batches[number % NUM_LAYERS], None)
         times.append((time.perf_counter() - started) * 1e6)
     queue.drain()  # the last two were layers 0 and 1, which the ring believes in its slots
-    num_slices = len(plan_layer_copies(rank.layout.layers[0], rank.dwdp_rank, SLICE_BYTES))
-    return {"issue": statistics.median(times[2:]), "slices": num_slices}
+    plan = plan_layer_copies(rank.layout.layers[0], rank.dwdp_rank, queue.slice_bytes)
+    return {"issue": statistics.median(times[2:]), "slices": sum(map(len, plan))}

@@ -17,12 +17,11 @@ from gpu_checks.expert_gather import ExpertGather
 from gpu_checks.expert_ranks import RankMemory
 from gpu_checks.moe_kernels import MoeKernel, Routing
 from vllm_dwdp.device.cuda_driver import CudaCopyQueue
+from vllm_dwdp.device.queue import ResolvedSlice
 from vllm_dwdp.model_executor import ops
 from vllm_dwdp.model_executor.composites import CompositeMapper, LayerView
 from vllm_dwdp.model_executor.rings import PrefetchRings
 from vllm_dwdp.prefetch.copy_plan import plan_layer_copies
-
-SLICE_BYTES = 2 * 2**20
 
 
 class Model:
@@ -160,15 +159,19 @@ class Model:
 
 def _resolved(
     mapper: CompositeMapper, rings: PrefetchRings, layer: int
-) -> list[tuple[int, int, int]]:
+) -> list[list[ResolvedSlice]]:
     """Resolve the copies of a layer to addresses, as the ring does."""
+    plan = plan_layer_copies(mapper.layout.layers[layer], mapper.dwdp_rank, rings.queue.slice_bytes)
     return [
-        (
-            rings.views[layer].addresses[copy.weight] + copy.offset,
-            mapper.peers[copy.peer_rank].address + copy.source_offset,
-            copy.num_bytes,
-        )
-        for copy in plan_layer_copies(mapper.layout.layers[layer], mapper.dwdp_rank, SLICE_BYTES)
+        [
+            (
+                rings.views[layer].addresses[copy.weight] + copy.offset,
+                mapper.peers[copy.peer_rank].address + copy.source_offset,
+                copy.num_bytes,
+            )
+            for copy in wave
+        ]
+        for wave in plan
     ]
 
 

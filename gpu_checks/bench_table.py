@@ -52,6 +52,8 @@ def print_steps(rows: list[dict[str, Any]]) -> None:
         )
     if rows:
         print(f"\n{rows[0]['device']}")
+        for how in sorted({row["copies"]["how"] for row in rows}):
+            print(f"copies: {how}")
         for kernel in sorted({row["kernel"] for row in rows}):
             print(f"kernel: {kernel}")
     print(
@@ -62,7 +64,7 @@ def print_steps(rows: list[dict[str, Any]]) -> None:
 
 def print_issue_times(rows: list[dict[str, Any]]) -> None:
     """Print what a layer's copies cost the host to enqueue."""
-    print(f"\n{'issue of one layer':<26}{'2 MiB slices':>13}{'us':>8}{'us per slice':>14}")
+    print(f"\n{'issue of one layer':<26}{'slices':>13}{'us':>8}{'us per slice':>14}")
     for row in {row["case"]: row for row in rows}.values():
         us, slices = row["host_us"]["issue"], row["host_us"]["slices"]
         print(f"{row['case']:<26}{slices:>13}{us:>8.1f}{us / max(1, slices):>14.2f}")

@@ -1,8 +1,7 @@
 """Layers in two slots on the bare copy queue, consumed by copies: the order of a ring without a model.
 
 Slots are poisoned before each fill and copies are late, so that a layer that is read too early, or a
-slot that is overwritten too early, shows in the bytes. External event nodes of graphs are here as well,
-which the product does not use (`vllm_dwdp.prefetch.captured_ring` says why).
+slot that is overwritten too early, shows in the bytes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +11,7 @@ from gpu_checks.compute_stream import ComputeStream, Graph
 from gpu_checks.driver_memory import PAGE, mapped
 from vllm_dwdp.device.cuda_driver import CudaCopyQueue, CudaDevice
 
-NUM_LAYERS, NUM_SLOTS, LAYERS_PER_GRAPH = 6, 2, 2
+NUM_LAYERS, NUM_SLOTS = 6, 2
 SLOT_BYTES = 64 * 1024
 POISON = b"\xff" * SLOT_BYTES
 
@@ -35,8 +34,8 @@ class CopyRing:
             device.write(self.sources + layer * SLOT_BYTES, self.expected(layer))
             half = SLOT_BYTES // 2
             source, slot = self.sources + layer * SLOT_BYTES, self.slot(layer)
-            slices = [(slot, source, half), (slot + half, source + half, half)]
-            self.batches.append(queue.add_batch(slices))
+            waves = [[(slot, source, half)], [(slot + half, source + half, half)]]
+            self.batches.append(queue.add_batch(waves))
         device.write(self.slots, POISON * NUM_SLOTS)
 
     def close(self) -> None:
@@ -83,56 +82,27 @@ class CopyRing:
                 self.queue.record(batch, self.stream.handle)
             self.refill(layer)
 
-    def piecewise_step(self, *, wait: bool = True) -> Step:
-        """Capture graphs of two layers with external nodes; a step refills behind each of them."""
-        pieces: list[tuple[Graph, range]] = []
-        for start in range(0, NUM_LAYERS, LAYERS_PER_GRAPH):
-            piece = range(start, start + LAYERS_PER_GRAPH)
-            self.stream.begin_capture()
-            for layer in piece:
-                assert self.queue.is_capturing(self.stream.handle)
-                if wait:
-                    self.queue.wait_external(self.batches[layer], self.stream.handle)
-                self.consume(layer)
-                self.queue.record_external(self.batches[layer], self.stream.handle)
-            pieces.append((self._end_capture(), piece))
-            assert not self.queue.is_capturing(self.stream.handle)
-
-        def step() -> None:
-            for graph, piece in pieces:
-                graph.launch(self.stream)
-                for layer in piece:
-                    self.refill(layer)
-
-        return step
-
     def full_step(self) -> Step:
-        """Capture a whole step: external waits for the first two layers, external records of the
-        last two, all other copies inside."""
-        queue, handle = self.queue, self.stream.handle
-        self.stream.begin_capture()
+        """Capture a whole step; the first layers are awaited before it, the last refilled behind it."""
+        queue, stream = self.queue, self.stream
+        stream.begin_capture()
         for layer, batch in enumerate(self.batches):
-            if layer < NUM_SLOTS:
-                queue.wait_external(batch, handle)
-            else:
-                queue.capture_fill(batch, self.batches[layer - NUM_SLOTS], handle)
+            if layer >= NUM_SLOTS:
+                queue.capture_fill(batch, self.batches[layer - NUM_SLOTS], stream.handle)
             self.consume(layer)
-            if layer < NUM_LAYERS - NUM_SLOTS:
-                queue.capture_record(batch, handle)
-            else:
-                queue.record_external(batch, handle)
-        graph = self._end_capture()
+            queue.capture_record(batch, stream.handle)
+        graph = stream.end_capture()
+        self._graphs.append(graph)
 
         def step() -> None:
-            graph.launch(self.stream)
+            for batch in self.batches[:NUM_SLOTS]:
+                queue.wait(batch, stream.handle)
+            graph.launch(stream)
             for layer in range(NUM_LAYERS - NUM_SLOTS, NUM_LAYERS):
+                queue.record(self.batches[layer], stream.handle)
                 self.refill(layer)
 
         return step
-
-    def _end_capture(self) -> Graph:
-        self._graphs.append(self.stream.end_capture())
-        return self._graphs[-1]
 
     # --- what was read ---
 
@@ -177,73 +147,3 @@ def copy_ring() -> Iterator[CopyRing]:
         ring = CopyRing(device, queue, stream, address)
         yield ring
         ring.close()
-
-
-def wrong_layers_of_graphs(kind: str, rounds: int = 6) -> set[int]:
-    """Replay graphs with external event nodes, alone, back to back and between eager steps.
-
-    Does not return where a graph and the fills issued behind it wait for each other.
-
-    Args:
-        kind: `piecewise` or `full`.
-    """
-    with copy_ring() as ring:
-        replay = ring.piecewise_step() if kind == "piecewise" else ring.full_step()
-        ring.start()
-        wrong = ring.wrong_layers([replay], rounds)
-        wrong |= ring.wrong_layers([replay] * 3, rounds)
-        wrong |= ring.wrong_layers([replay, ring.eager_step], rounds, at_once=True)
-    return wrong
-
-
-def when_waits_look(rounds: int = 3) -> str:
-    """Launch a graph behind slow work, then fill its slot anew: which fill does its node wait for?"""
-    old, new = 0x11, 0x22
-    seen = [_what_a_graph_reads(old, new) for _ in range(rounds)]
-    if set(seen) == {old}:
-        return "when the graph is launched: a later fill is not waited for"
-    if set(seen) == {new}:
-        return "when it runs: a fill that was issued after the launch is waited for"
-    return f"neither: the graph read {[hex(value) for value in seen]}"
-
-
-def _what_a_graph_reads(old: int, new: int) -> int:
-    """Return what a graph reads that is launched before, and runs after, a fill is issued anew.
-
-    ::
-
-        compute   slow work of another queue, 50 ms | graph: wait for the fill, read its slot
-        copies    old fill, done before the launch    <new fill, issued after the launch, 300 ms>
-    """
-    with (
-        CudaDevice(0) as device,
-        mapped(device, PAGE) as (start, _handles),
-        CudaCopyQueue(device, poison=True, max_delay_us=20_000, seed=1) as queue,
-        CudaCopyQueue(device, max_delay_us=20_000, seed=2) as slow,
-        ComputeStream() as stream,
-    ):
-        size = SLOT_BYTES
-        source, slot, output, scratch = (start + number * size for number in range(4))
-        device.write(source, bytes([old]) * size)
-        fill = queue.add_batch([(slot, source, size)])
-        late = queue.add_batch([(scratch, source, size)])
-        work = slow.add_batch([(scratch + size, source, size)])
-        queue.issue(fill, None)
-        queue.drain()
-        device.write(source, bytes([new]) * size)
-        stream.begin_capture()
-        queue.wait_external(fill, stream.handle)
-        stream.copy(output, slot, size)
-        graph = stream.end_capture()
-        for _ in range(5):  # about 50 ms
-            slow.issue(work, None)
-        slow.wait(work, stream.handle)
-        graph.launch(stream)
-        for _ in range(30):  # about 300 ms
-            queue.issue(late, None)
-        queue.issue(fill, None)
-        stream.synchronize()
-        read = set(device.read(output, size))
-        queue.drain()
-        graph.close()
-        return read.pop() if len(read) == 1 else -1

@@ -5,15 +5,14 @@ an exception. What the fake driver assumes of a real one is asked here.
 """
 
 import ctypes
+import random
 import re
-import time
 from collections.abc import Callable
 
-import torch
-
 from gpu_checks.accelerator import accelerator
-from gpu_checks.copy_ring import copy_ring, when_waits_look, wrong_layers_of_graphs
-from gpu_checks.driver_memory import PAGE, driver_call
+from gpu_checks.compute_stream import BatchCopies, ComputeStream
+from gpu_checks.copy_ring import SLOT_BYTES, CopyRing, copy_ring
+from gpu_checks.driver_memory import PAGE, driver_call, mapped
 from vllm_dwdp.device.cuda_driver import CudaCopyQueue, CudaDevice, HandleType
 from vllm_dwdp.errors import DwdpError
 
@@ -40,32 +39,75 @@ def empty_batch() -> str:
 
 
 def batch_copy_under_capture() -> str:
-    """Let the copy stream join a capture, then issue a fill as usual."""
+    """Let the copy stream join a capture and issue a fill; then ask the driver itself, and replay."""
     with copy_ring() as ring:
         queue, batches, stream = ring.queue, ring.batches, ring.stream
-        if not queue.uses_batch_copy:
-            return "this driver has no batch copies"
         stream.begin_capture()
         queue.capture_record(batches[0], stream.handle)
         queue.capture_fill(batches[2], batches[0], stream.handle)
         said = refusal(lambda: queue.issue(batches[3], None))
-        assert re.match(r"issuing copies failed: .* returned \d+ \(CUDA_", said), (
-            f"{said}: THE COPY VANISHED SILENTLY"
-        )
-        ended = ""
-        try:
-            stream.end_capture().close()
-        except DwdpError as error:
-            ended = f"; the capture then ends with {error}"
-        for batch in batches[:2]:
-            queue.issue(batch, None)  # a failed capture leaves the queue usable
+        assert "part of a graph that is being captured" in said, f"{said}: A FILL WOULD VANISH"
+        stream.end_capture().close()  # what was refused has not spoilt the capture
+        ring.start()
         assert not ring.wrong_layers([ring.eager_step], 2), "wrong layers after the capture"
-    documented = re.search(
-        r"cuMemcpyBatchAsync\(2 copies, 0x[0-9a-f]+\) returned 900 "
-        r"\(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED\)",
-        said,
-    )
-    return f"refused{' as documented' if documented else ''}: {said}{ended}"
+        return f"`issue` refuses; the driver: {_what_a_graph_lacks(ring)}"
+
+
+def _what_a_graph_lacks(ring: CopyRing) -> str:
+    """Capture a copy, a batch copy and another copy; say what a replay brings of the three."""
+    stream, brought = ring.stream, []
+    copies = [
+        (ring.outputs + layer * SLOT_BYTES, ring.sources + layer * SLOT_BYTES, SLOT_BYTES)
+        for layer in range(3)
+    ]
+    ring.device.write(ring.outputs, bytes(3 * SLOT_BYTES))
+    stream.begin_capture()
+    stream.copy(*copies[0])
+    said = refusal(lambda: stream.copy_batch(BatchCopies([copies[1]], overlap=False)))
+    stream.copy(*copies[2])
+    try:
+        graph = stream.end_capture()
+    except DwdpError as error:
+        return f"{said}; the capture then ends with {error}"
+    graph.launch(stream)
+    stream.synchronize()
+    for layer, (address, _source, num_bytes) in enumerate(copies):
+        if ring.device.read(address, num_bytes) == ring.expected(layer):
+            brought.append(("the copy before it", "the batch copy", "the copy after it")[layer])
+    graph.close()
+    return f"{said}; a replay brings {', '.join(brought) or 'nothing'}"
+
+
+def long_copies(way: str) -> str:
+    """Copy a run of bytes that lies in several allocations on both sides, cut at other places."""
+    source_sizes, target_sizes = (8 * PAGE, PAGE, 8 * PAGE), (PAGE, 8 * PAGE, 8 * PAGE)
+    num_bytes = sum(source_sizes) - PAGE
+    with (
+        CudaDevice(0) as device,
+        mapped(device, *source_sizes, handle_type="none") as (source, _),
+        mapped(device, *target_sizes, handle_type="none") as (target, _),
+        CudaCopyQueue(device) as queue,
+        ComputeStream() as stream,
+    ):
+        content = random.Random(0).randbytes(num_bytes)
+        device.write(source + 512, content)
+        device.write(target, bytes(num_bytes + 512))
+        batch = queue.add_batch([[(target + 256, source + 512, num_bytes)]])
+        if way == "graph":
+            stream.begin_capture()
+            queue.capture_record(batch, stream.handle)
+            queue.capture_fill(batch, batch, stream.handle)
+            graph = stream.end_capture()
+            graph.launch(stream)
+            stream.synchronize()
+            graph.close()
+        else:
+            queue.issue(batch, None)
+            queue.drain()
+        arrived = device.read(target, num_bytes + 512)
+    assert arrived[256:-256] == content, "other bytes arrived"
+    assert not any(arrived[:256] + arrived[-256:]), "bytes beside the copy changed"
+    return f"one copy of {num_bytes / 2**20:.0f} MiB over three allocations on each side is right"
 
 
 def refusal(call: Callable[[], object]) -> str:
@@ -82,8 +124,6 @@ def capture_misuse() -> str:
     with copy_ring() as ring:
         queue, batches, stream = ring.queue, ring.batches, ring.stream
         checks: list[tuple[Callable[[], object], str]] = [
-            (lambda: queue.wait_external(batches[0], stream.handle), "INVALID_VALUE"),
-            (lambda: queue.record_external(batches[0], stream.handle), "INVALID_VALUE"),
             (
                 lambda: queue.capture_record(batches[0], stream.handle),
                 "marking a consumed slot .* is not capturing",
@@ -131,17 +171,6 @@ def expect_refusals(checks: list[tuple[Callable[[], object], str]]) -> None:
         assert re.search(pattern, said), f"{said!r} does not say {pattern!r}"
 
 
-def external_waits() -> str:
-    """Find out when a wait node looks at its event."""
-    return when_waits_look()
-
-
-def external_order(kind: str) -> str:
-    """Replay graphs with external nodes while copies are late."""
-    wrong = wrong_layers_of_graphs(kind)
-    return f"no: wrong layers {sorted(wrong)}" if wrong else "yes, every layer is right"
-
-
 # --- the device ----------------------------------------------------------------------------------
 
 
@@ -159,6 +188,7 @@ def which_device() -> str:
             f"in pages of up to {largest // 1024} KiB"
         )
         with CudaCopyQueue(device) as queue:
+            text += f", CUDA driver {queue.driver_version}"
             text += f", batch copies {'in use' if queue.uses_batch_copy else 'missing'}"
         assert 16 * 2**20 % largest == 0, f"pool pages do not fit: {text}"
     return text
@@ -190,47 +220,3 @@ def partial_mappings() -> str:
             verdict = "is accepted" if status == 0 else f"is refused with status {status}"
             found.append(f"a mapping that {what} an allocation {verdict}")
     return "; ".join(found)
-
-
-def copy_speed() -> str:
-    """Compare our slices with one copy of torch's."""
-    gpu = accelerator()
-    num_bytes = 2**28 if gpu.is_real else 2**22
-    found = []
-    target = torch.empty(num_bytes, dtype=torch.uint8, device=gpu.device)
-    sources = {
-        "within the device": torch.ones(num_bytes, dtype=torch.uint8, device=gpu.device),
-        "pinned host to device": gpu.pinned(num_bytes),
-    }
-    gpu.synchronize()
-    with CudaDevice(0) as device, CudaCopyQueue(device) as queue:
-        for name, source in sources.items():
-            addresses = target.data_ptr(), source.data_ptr()
-            slices = [
-                (addresses[0] + start, addresses[1] + start, PAGE)
-                for start in range(0, num_bytes, PAGE)
-            ]
-            batch = queue.add_batch(slices)
-
-            def ours(batch: int = batch) -> None:
-                queue.issue(batch, None)
-                queue.drain()
-
-            def plain(source: torch.Tensor = source) -> None:
-                target.copy_(source, non_blocking=True)
-                gpu.synchronize()
-
-            speeds = [num_bytes / 1e9 / best_seconds(action) for action in (ours, plain)]
-            found.append(f"{name} {speeds[0]:.0f} GB/s in 2 MiB slices, torch {speeds[1]:.0f} GB/s")
-    return "; ".join(found) + " (bytes moved once)"
-
-
-def best_seconds(action: Callable[[], object]) -> float:
-    """Return the best time of ten."""
-    action()
-    times = []
-    for _ in range(10):
-        started = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - started)
-    return min(times)

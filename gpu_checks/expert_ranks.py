@@ -174,12 +174,13 @@ class RankMemory:
         return [mapper.direct_view(index) for index in range(len(self.layout.layers))]
 
     def rings(
-        self, peers: Mapping[int, PeerMemory] | None = None, slice_bytes: int = 2 * 2**20
+        self, peers: Mapping[int, PeerMemory] | None = None, slice_bytes: int | None = None
     ) -> PrefetchRings:
         """Make one ring over all layers; its operators are installed until `close`.
 
         Args:
             peers: where copies come from, if not from the peers that were connected.
+            slice_bytes: None for the device's.
         """
         self._copied_from = peers
         members = [list(range(len(self.layout.layers)))]

@@ -108,6 +108,34 @@ def live_objects() -> LiveObjects:
     return LiveObjects(*counts)
 
 
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What this process has asked of the fake driver so far.
+
+    Args:
+        copies: asked for one by one, also while capturing.
+        batch_calls: calls of the batch copy.
+        batch_copies: copies of all these calls.
+        overlapping_copies: of these, with the flag to overlap with compute.
+        graph_nodes: nodes of the graph that was captured last.
+    """
+
+    copies: int
+    batch_calls: int
+    batch_copies: int
+    overlapping_copies: int
+    graph_nodes: int
+
+
+def counts() -> Counts:
+    """Return what was asked; only the fake driver counts."""
+    numbers = (ctypes.c_size_t * len(dataclasses.fields(Counts)))()
+    driver = fake_driver()
+    assert driver is not None, "this process was not started with the fake driver"
+    driver.dwdp_fake_cuda_counts(numbers)
+    return Counts(*numbers)
+
+
 @contextmanager
 def fake_settings(**settings: object) -> Iterator[None]:
     """While active, this process's fake has other settings; all of `fake.h` but `version`."""

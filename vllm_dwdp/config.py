@@ -25,7 +25,8 @@ class DwdpConfig:
         experts_per_rank: resident experts of each rank; `None` stores every expert once.
         direct_max_tokens: `auto` reads in place up to this many scheduled tokens per step;
             `None` takes what the ranks of the group agree on at start, at most 512.
-        slice_bytes: size of one copy slice.
+        slice_bytes: into slices of this size copies are cut, so that they rotate over the peers; `None`
+            takes the device's size, 0 cuts nothing.
         executor: `uni` runs the worker in the engine process, `mp` in a process of its own; `None`
             takes what the executor's name says, else `uni`.
         rendezvous: where ranks meet: `unix:///folder`, `tcp://host[,host...]:port`, or an
@@ -38,7 +39,7 @@ class DwdpConfig:
     group_size: int
     experts_per_rank: int | None = None
     direct_max_tokens: int | None = None
-    slice_bytes: int = 2 * 2**20
+    slice_bytes: int | None = None
     executor: str | None = None
     rendezvous: str | None = None
     rendezvous_secret_file: str | None = None
@@ -54,11 +55,12 @@ class DwdpConfig:
                 f"dwdp executor={self.executor!r} is unknown; choose one of {', '.join(EXECUTORS)}."
             )
         _check_integer("group_size", self.group_size, 1)
-        _check_integer("slice_bytes", self.slice_bytes, 4096)
         if self.experts_per_rank is not None:
             _check_integer("experts_per_rank", self.experts_per_rank, 1)
         if self.direct_max_tokens is not None:
             _check_integer("direct_max_tokens", self.direct_max_tokens, 0)
+        if self.slice_bytes is not None and (self.slice_bytes != 0 or self.slice_bytes is False):
+            _check_integer("slice_bytes", self.slice_bytes, 4096, "or 0, which cuts nothing")
         if not _is_number(self.join_timeout_s) or self.join_timeout_s <= 0:
             raise DwdpConfigError(
                 f"dwdp join_timeout_s={self.join_timeout_s!r} must be a positive number of seconds."
@@ -142,9 +144,10 @@ class DwdpConfig:
         return self.mode != "replica" and self.group_size > 1
 
 
-def _check_integer(name: str, value: object, smallest: int) -> None:
+def _check_integer(name: str, value: object, smallest: int, otherwise: str = "") -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
-        raise DwdpConfigError(f"dwdp {name}={value!r} must be an integer of at least {smallest}.")
+        must = f"an integer of at least {smallest}" + (f", {otherwise}" if otherwise else "")
+        raise DwdpConfigError(f"dwdp {name}={value!r} must be {must}.")
 
 
 def _is_number(value: object) -> bool:

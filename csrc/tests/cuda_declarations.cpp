@@ -32,6 +32,7 @@ struct CalledAlike<Entry<Ours...>, CUresult (*)(Theirs...)> {
   static_assert(CalledAlike<decltype(Driver::entry), decltype(&function)>::value, #function)
 
 SAME_CALL(init, cuInit);
+SAME_CALL(version, cuDriverGetVersion);
 SAME_CALL(device_get, cuDeviceGet);
 SAME_CALL(device_name, cuDeviceGetName);
 SAME_CALL(can_access_peer, cuDeviceCanAccessPeer);
@@ -52,6 +53,7 @@ SAME_CALL(address_free, cuMemAddressFree);
 SAME_CALL(map, cuMemMap);
 SAME_CALL(unmap, cuMemUnmap);
 SAME_CALL(set_access, cuMemSetAccess);
+SAME_CALL(pointer_attribute, cuPointerGetAttribute);
 SAME_CALL(copy_between, cuMemcpyDtoD_v2);
 SAME_CALL(copy_to_host, cuMemcpyDtoH_v2);
 SAME_CALL(copy_to_device, cuMemcpyHtoD_v2);
@@ -68,7 +70,6 @@ SAME_CALL(exchange_capture_mode, cuThreadExchangeStreamCaptureMode);
 SAME_CALL(event_create, cuEventCreate);
 SAME_CALL(event_destroy, cuEventDestroy_v2);
 SAME_CALL(event_record, cuEventRecord);
-SAME_CALL(event_record_with_flags, cuEventRecordWithFlags);
 SAME_CALL(event_query, cuEventQuery);
 
 static_assert(sizeof(Location) == sizeof(CUmemLocation));
@@ -93,8 +94,6 @@ static_assert(kFabricHandleBytes == sizeof(CUmemFabricHandle));
 static_assert(kSuccess == CUDA_SUCCESS && kNotReady == CUDA_ERROR_NOT_READY);
 static_assert(kStreamNonBlocking == CU_STREAM_NON_BLOCKING);
 static_assert(kEventDisableTiming == CU_EVENT_DISABLE_TIMING);
-static_assert(kEventExternal == CU_EVENT_WAIT_EXTERNAL);
-static_assert(kEventExternal == CU_EVENT_RECORD_EXTERNAL);
 static_assert(kCaptureNone == CU_STREAM_CAPTURE_STATUS_NONE);
 static_assert(kCaptureActive == CU_STREAM_CAPTURE_STATUS_ACTIVE);
 static_assert(kCaptureModeRelaxed == CU_STREAM_CAPTURE_MODE_RELAXED);
@@ -108,6 +107,9 @@ static_assert(kHandleFabric == CU_MEM_HANDLE_TYPE_FABRIC);
 static_assert(kAccessRead == CU_MEM_ACCESS_FLAGS_PROT_READ);
 static_assert(kAccessReadWrite == CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
 static_assert(kSourceInStreamOrder == CU_MEMCPY_SRC_ACCESS_ORDER_STREAM);
+static_assert(kPointerMemoryType == CU_POINTER_ATTRIBUTE_MEMORY_TYPE);
+static_assert(kPointerDeviceOrdinal == CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL);
+static_assert(kMemoryTypeDevice == CU_MEMORYTYPE_DEVICE);
 static_assert(kPreferOverlapWithCompute == CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE);
 
 }  // namespace

@@ -100,11 +100,15 @@ struct Ring {
       const std::vector<char> content(kLayerBytes, static_cast<char>(layer + 1));
       device.write(address + layer * kLayerBytes, content.data(), kLayerBytes);
       std::vector<dwdp::Slice> slices;
-      for (std::size_t start = 0; start < kLayerBytes; start += 3'000)
+      std::vector<std::size_t> waves;
+      for (std::size_t start = 0; start < kLayerBytes; start += 3'000) {
+        waves.push_back(1);
         slices.push_back({reinterpret_cast<void*>(slot(layer) + start),
                           reinterpret_cast<void*>(address + layer * kLayerBytes + start),
                           std::min<std::size_t>(3'000, kLayerBytes - start)});
-      batches.push_back(queue.add_batch(slices.data(), slices.size()));
+      }
+      batches.push_back(queue.add_batch(slices.data(), waves.data(), waves.size()));
+      CHECK(batches.back()->waves.size() == 4 && batches.back()->runs.size() == 1);
     }
     queue.issue(batches[0], nullptr);
     queue.issue(batches[1], nullptr);
@@ -146,12 +150,20 @@ std::vector<void*> capture_pieces(Ring& ring, Compute& compute) {
   std::vector<void*> pieces;
   for (std::size_t layer = 0; layer < kNumLayers; ++layer) {
     if (layer % 2 == 0) compute.begin();
-    ring.queue.wait_external(ring.batches[layer], compute.stream());
     ring.consume(layer, compute);
-    ring.queue.record_external(ring.batches[layer], compute.stream());
     if (layer % 2 == 1) pieces.push_back(compute.end());
   }
   return pieces;
+}
+
+void refuse_to_issue(Ring& ring) {
+  bool refused = false;
+  try {
+    ring.queue.issue(ring.batches[0], nullptr);
+  } catch (const CudaError& error) {
+    refused = std::strstr(error.what(), "part of a graph that is being captured") != nullptr;
+  }
+  CHECK(refused);
 }
 
 void* capture_full(Ring& ring, Compute& compute) {
@@ -159,17 +171,23 @@ void* capture_full(Ring& ring, Compute& compute) {
   compute.begin();
   for (std::size_t layer = 0; layer < kNumLayers; ++layer) {
     Batch* batch = ring.batches[layer];
-    if (layer < 2)
-      queue.wait_external(batch, compute.stream());
-    else
-      queue.capture_fill(batch, ring.batches[layer - 2], compute.stream());
+    if (layer >= 2) queue.capture_fill(batch, ring.batches[layer - 2], compute.stream());
     ring.consume(layer, compute);
-    if (layer < kNumLayers - 2)
-      queue.capture_record(batch, compute.stream());
-    else
-      queue.record_external(batch, compute.stream());
+    queue.capture_record(batch, compute.stream());
+    if (layer == 3) refuse_to_issue(ring);
   }
   return compute.end();
+}
+
+// Waits before a graph for what it needs, and refills behind it what it leaves.
+void launch(void* graph, Ring& ring, Compute& compute, std::size_t needs, std::size_t leaves) {
+  for (std::size_t layer : {needs, needs + 1})
+    ring.queue.wait(ring.batches[layer], compute.stream());
+  compute.launch(graph);
+  for (std::size_t layer : {leaves, leaves + 1}) {
+    ring.queue.record(ring.batches[layer], compute.stream());
+    ring.refill(layer);
+  }
 }
 
 void ring(unsigned max_delay_us, std::uint64_t seed) {
@@ -184,15 +202,10 @@ void ring(unsigned max_delay_us, std::uint64_t seed) {
     for (int step = 0; step < 5; ++step) {
       eager_step(ring, compute);
       if (step % 2 == 0) compute.synchronize(), ring.check();
-      for (std::size_t piece = 0; piece < pieces.size(); ++piece) {
-        compute.launch(pieces[piece]);
-        ring.refill(2 * piece);
-        ring.refill(2 * piece + 1);
-      }
+      for (std::size_t piece = 0; piece < pieces.size(); ++piece)
+        launch(pieces[piece], ring, compute, 2 * piece, 2 * piece);
       if (step % 2 == 0) compute.synchronize(), ring.check();
-      compute.launch(full);
-      ring.refill(kNumLayers - 2);
-      ring.refill(kNumLayers - 1);
+      launch(full, ring, compute, 0, kNumLayers - 2);
       if (step % 2 == 0) compute.synchronize(), ring.check();
     }
     compute.synchronize();

@@ -13,7 +13,7 @@ def test_defaults_share_one_copy_among_all_ranks() -> None:
     assert config.mode == "auto"
     assert config.group_size == 4
     assert config.experts_per_rank is None
-    assert config.slice_bytes == 2 * 2**20
+    assert config.slice_bytes is None, "the device's"
     assert config.join_timeout_s == 600
     assert config.executor is None
     assert config.shares_experts
@@ -36,7 +36,11 @@ def test_some_settings_share_nothing(options: dict[str, Any], size: int) -> None
         ({"group_size": 0}, "group_size=0 must be an integer of at least 1"),
         ({"group_size": True}, "group_size=True must be an integer"),
         ({"experts_per_rank": 0}, "experts_per_rank=0 must be an integer of at least 1"),
-        ({"slice_bytes": 100}, "slice_bytes=100 must be an integer of at least 4096"),
+        (
+            {"slice_bytes": 100},
+            "slice_bytes=100 must be an integer of at least 4096, or 0, which cuts nothing",
+        ),
+        ({"slice_bytes": False}, "slice_bytes=False must be an integer of at least 4096"),
         ({"direct_max_tokens": -1}, "direct_max_tokens=-1 must be an integer of at least 0"),
         ({"join_timeout_s": 0}, "join_timeout_s=0 must be a positive number of seconds"),
         ({"rendezvous": 7}, "rendezvous=7 must be a string"),

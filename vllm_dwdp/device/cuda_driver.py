@@ -9,10 +9,11 @@ and allocation handles are the driver's. What was run on hardware is said in doc
 
 import ctypes
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal, Self
 
 from vllm_dwdp.device.native import Slice, library
+from vllm_dwdp.device.queue import Waves
 from vllm_dwdp.errors import DwdpError, DwdpMemoryError, TransferError
 
 HandleType = Literal["none", "posix_fd", "fabric", "both"]
@@ -59,12 +60,13 @@ def _library() -> ctypes.CDLL:
         "queue_open": (number, number, unsigned, uint64, out(pointer)),
         "queue_close": (pointer,),
         "queue_uses_batch_copy": (pointer,),
-        "queue_add_batch": (pointer, out(Slice), size, out(pointer)),
+        "queue_driver_version": (pointer, out(number)),
+        "queue_num_copies": (pointer,),
+        "queue_num_overlapping": (pointer,),
+        "queue_add_batch": (pointer, out(Slice), out(size), size, out(pointer)),
         "queue_issue": (pointer, pointer, pointer),
         "queue_wait": (pointer, pointer, pointer),
         "queue_record": (pointer, pointer, pointer),
-        "queue_wait_external": (pointer, pointer, pointer),
-        "queue_record_external": (pointer, pointer, pointer),
         "queue_capture_record": (pointer, pointer, pointer),
         "queue_capture_fill": (pointer, pointer, pointer, pointer),
         "queue_is_capturing": (pointer, pointer, out(number)),
@@ -73,6 +75,8 @@ def _library() -> ctypes.CDLL:
     }
     for name, arguments in signatures.items():
         getattr(lib, f"dwdp_cuda_{name}").argtypes = arguments
+    for name in ("num_copies", "num_overlapping"):
+        getattr(lib, f"dwdp_cuda_queue_{name}").restype = size
     return lib
 
 
@@ -323,28 +327,64 @@ class CudaCopyQueue(_Native):
 
     @property
     def uses_batch_copy(self) -> bool:
-        """Whether a fill is one driver call (CUDA 12.8 or later); otherwise one per slice."""
+        """Whether a wave is one driver call (CUDA 12.8 or later); otherwise one per slice."""
         return bool(self._status(self._lib.dwdp_cuda_queue_uses_batch_copy))
 
-    def add_batch(self, slices: Sequence[tuple[int, int, int]]) -> int:
+    @functools.cached_property
+    def driver_version(self) -> str:
+        """The newest CUDA that the driver serves, e.g. `13.1`."""
+        version = ctypes.c_int()
+        self._call(
+            self._lib.dwdp_cuda_queue_driver_version,
+            "asking for the driver's version",
+            ctypes.byref(version),
+        )
+        return f"{version.value // 1000}.{version.value % 1000 // 10}"
+
+    @property
+    def num_copies(self) -> int:
+        """Slices of all batches."""
+        return self._status(self._lib.dwdp_cuda_queue_num_copies)
+
+    @property
+    def num_overlapping(self) -> int:
+        """Of these, those that ask for a copy engine: from other devices' memory or the host's."""
+        return self._status(self._lib.dwdp_cuda_queue_num_overlapping)
+
+    def describe(self) -> str:
+        """How it copies, which every measured speed depends on."""
+        return (
+            f"CUDA driver {self.driver_version}, "
+            f"{'a batch call a wave' if self.uses_batch_copy else 'a call a slice'}, overlap flag on "
+            f"{self.num_overlapping} of {self.num_copies} slices"
+        )
+
+    def add_batch(self, waves: Waves) -> int:
         """Register `(destination, source, num_bytes)` copies; returns the batch's handle.
 
-        The copies of a batch must not overlap: they may run in any order. A batch counts as filled
-        and consumed until it is issued for the first time.
+        No two copies of a batch may overlap. Those of a wave run in any order; wave follows wave. A
+        batch counts as filled and consumed until it is issued for the first time.
         """
-        array = (Slice * len(slices))(*(Slice(*entry) for entry in slices))
+        slices = [Slice(*entry) for wave in waves for entry in wave]
+        array = (Slice * len(slices))(*slices)
+        wave_sizes = (ctypes.c_size_t * len(waves))(*map(len, waves))
         batch = ctypes.c_void_p()
         self._call(
             self._lib.dwdp_cuda_queue_add_batch,
             "registering a batch of copies",
             array,
-            len(slices),
+            wave_sizes,
+            len(waves),
             ctypes.byref(batch),
         )
         return batch.value or 0
 
     def issue(self, batch: int, after: int | None) -> None:
-        """Fill a batch's slot once `after`, the batch that used the slot last, is consumed."""
+        """Fill a batch's slot once `after`, the batch that used the slot last, is consumed.
+
+        Raises:
+            TransferError: the copy stream is part of a capture, from which the copies would be missing.
+        """
         self._call(self._lib.dwdp_cuda_queue_issue, "issuing copies", batch, after)
 
     def wait(self, batch: int, stream: int) -> None:
@@ -354,21 +394,6 @@ class CudaCopyQueue(_Native):
     def record(self, batch: int, stream: int) -> None:
         """The batch is consumed once `stream`, not capturing, has done what it was given so far."""
         self._call(self._lib.dwdp_cuda_queue_record, "recording a consumed slot", batch, stream)
-
-    def wait_external(self, batch: int, stream: int) -> None:
-        """`wait`, as a node of the graph that `stream` is capturing: done anew at each launch."""
-        self._call(
-            self._lib.dwdp_cuda_queue_wait_external, "capturing a wait for copies", batch, stream
-        )
-
-    def record_external(self, batch: int, stream: int) -> None:
-        """`record`, as a node of the graph that `stream` is capturing: done anew at each launch."""
-        self._call(
-            self._lib.dwdp_cuda_queue_record_external,
-            "capturing the record of a consumed slot",
-            batch,
-            stream,
-        )
 
     def capture_record(self, batch: int, stream: int) -> None:
         """Remember the point of the running capture at which the batch was consumed."""
@@ -383,7 +408,8 @@ class CudaCopyQueue(_Native):
         """Capture the batch's copies as a branch from `after`'s `capture_record` point to here.
 
         What `stream` captures from now on waits for the copies; what it captured since that point
-        runs beside them. Fills of one capture run one after another, in the order of these calls.
+        runs beside them. Fills of one capture run one after another, in the order of these calls, and
+        each is one node for every run of bytes, whatever slices it was cut into.
 
         Raises:
             TransferError: `stream` is not capturing, or `after` has no point in this capture.

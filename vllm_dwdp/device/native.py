@@ -10,6 +10,7 @@ import functools
 from collections.abc import Sequence
 from pathlib import Path
 
+from vllm_dwdp.device.queue import Waves
 from vllm_dwdp.errors import NativeLibraryError, TransferError
 
 ABI_VERSION = 4
@@ -102,13 +103,15 @@ class NativeQueue:
         seed: int = 0,
     ) -> None:
         self._lib = library()
+        self.num_threads = num_threads
         array = (ctypes.c_int * num_threads)(*cpus) if cpus is not None else None
         self._handle = self._lib.dwdp_queue_create(num_threads, array, poison, max_delay_us, seed)
         self._check(self._handle, "creating the copy threads")
 
-    def add_batch(self, slices: Sequence[tuple[int, int, int]]) -> int:
-        """Register `(destination, source, num_bytes)` copies; returns the batch's handle."""
-        array = (Slice * len(slices))(*(Slice(*entry) for entry in slices))
+    def add_batch(self, waves: Waves) -> int:
+        """Register the copies of one layer, which threads take in this order; returns a handle."""
+        slices = [Slice(*entry) for wave in waves for entry in wave]
+        array = (Slice * len(slices))(*slices)
         batch: int = self._lib.dwdp_queue_add_batch(self._handle, array, len(slices))
         self._check(batch, "registering a batch of copies")
         return batch

@@ -11,11 +11,18 @@ from typing import Protocol, runtime_checkable
 ResolvedSlice = tuple[int, int, int]
 """(destination address, source address, num_bytes)."""
 
+Waves = Sequence[Sequence[ResolvedSlice]]
+"""The copies of one layer: wave after wave; within a wave at most one from each peer, in any order."""
+
 
 class CopyQueue(Protocol):
     """Copies batches of slices in the background. A batch is registered once, filled every step."""
 
-    def add_batch(self, slices: Sequence[ResolvedSlice]) -> int:
+    @property
+    def slice_bytes(self) -> int:
+        """Into what size of slices this device's copies are best cut, unless the user says."""
+
+    def add_batch(self, waves: Waves) -> int:
         """Register the copies of one layer; returns a handle."""
 
     def issue(self, batch: int, after: int | None) -> None:
@@ -33,6 +40,9 @@ class CopyQueue(Protocol):
 
     def drain(self) -> None:
         """Block the host until nothing is queued or running."""
+
+    def describe(self) -> str:
+        """How it copies, in words that belong beside a measured speed."""
 
     @property
     def busy_seconds(self) -> float | None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_dwdp.device.base import Device
-from vllm_dwdp.device.queue import ResolvedSlice
+from vllm_dwdp.device.queue import ResolvedSlice, Waves
 from vllm_dwdp.device.tensor import tensor_at
 from vllm_dwdp.errors import TransferError
 from vllm_dwdp.model_executor.composites import LayerView
@@ -24,7 +24,6 @@ WINDOW_S = 0.3
 """So long is each speed measured at least, so that ranks which begin a little apart do it together."""
 PULLED_BYTES = 512 * 2**20
 """Of a round, at most: a fraction of a slot, which is not allocated yet, so there is room."""
-COPY_BYTES = 16 * 2**20
 COMPARED_BYTES = 64 * 2**20
 PRODUCT_SIZES = (256, 512, 1024, 2048, 4096)
 LONG_PRODUCT_S = 1e-3
@@ -41,6 +40,7 @@ class Speeds:
         memory_bytes_per_s: of kernels that read the device's own memory.
         operations_per_s: of a large product of matrices in bf16.
         has_fp8, has_fp4: whether the device has units for products of such numbers.
+        copied_by: how copies are made, for the log.
     """
 
     copy_bytes_per_s: float
@@ -49,11 +49,12 @@ class Speeds:
     operations_per_s: float
     has_fp8: bool = False
     has_fp4: bool = False
+    copied_by: str = ""
 
     def __str__(self) -> str:
         return (
-            f"copies from peers {self.copy_bytes_per_s / 1e9:.1f} GB/s, kernels that read peers "
-            f"{self.direct_bytes_per_s / 1e9:.1f} GB/s, that read own memory "
+            f"copies from peers {self.copy_bytes_per_s / 1e9:.1f} GB/s ({self.copied_by}), "
+            f"kernels that read peers {self.direct_bytes_per_s / 1e9:.1f} GB/s, that read own memory "
             f"{self.memory_bytes_per_s / 1e9:.1f} GB/s, products {self.operations_per_s / 1e12:.3g} "
             "TFLOP/s"
         )
@@ -73,13 +74,15 @@ def measure_speeds(device: Device, peers: Mapping[int, tuple[int, int]]) -> Spee
     capability = (0, 0)
     if device.torch_device.type == "cuda":
         capability = torch.cuda.get_device_capability(device.torch_device)
+    copy_seconds, copied_by = _copy_seconds(device, spans, own.data_ptr())
     speeds = Speeds(
-        copy_bytes_per_s=num_bytes / _copy_seconds(device, _in_turns(spans), own.data_ptr()),
+        copy_bytes_per_s=num_bytes / copy_seconds,
         direct_bytes_per_s=num_bytes / _read_seconds(device, spans),
         memory_bytes_per_s=num_bytes / _read_seconds(device, [(own.data_ptr(), num_bytes)]),
         operations_per_s=_operations_per_s(device),
         has_fp8=capability >= (8, 9),
         has_fp4=capability >= (10, 0),
+        copied_by=copied_by,
     )
     del own
     device.release_free_memory()
@@ -107,32 +110,34 @@ def _same_bytes(first: torch.Tensor, second: torch.Tensor) -> bool:
     return all(torch.equal(one, other) for one, other in zip(*pieces, strict=True))
 
 
-def _in_turns(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Address and bytes of the pieces of all spans, one of each span after the other."""
-    return [
-        (address + start, min(COPY_BYTES, size - start))
-        for start in range(0, max(size for _, size in spans), COPY_BYTES)
-        for address, size in spans
-        if start < size
-    ]
-
-
-def _copy_seconds(device: Device, pieces: list[tuple[int, int]], destination: int) -> float:
-    slices: list[ResolvedSlice] = []
-    for source, size in pieces:
-        slices.append((destination, source, size))
-        destination += size
+def _copy_seconds(
+    device: Device, spans: list[tuple[int, int]], destination: int
+) -> tuple[float, str]:
+    """Seconds of copies of all spans, in turns as a ring makes them; and how they were made."""
     queue = device.make_queue()
     try:
-        batch = queue.add_batch(slices)
+        batch = queue.add_batch(_in_turns(spans, destination, queue.slice_bytes))
 
         def fill() -> None:
             queue.issue(batch, None)
             queue.drain()
 
-        return _median_seconds(fill)
+        return _median_seconds(fill), queue.describe()
     finally:
         queue.close()
+
+
+def _in_turns(spans: list[tuple[int, int]], destination: int, slice_bytes: int) -> Waves:
+    """Waves of one slice of each span; all slices go to `destination`, one behind the other."""
+    waves: list[list[ResolvedSlice]] = []
+    for start in range(0, max(size for _, size in spans), slice_bytes):
+        waves.append([])
+        for address, size in spans:
+            if start < size:
+                num_bytes = min(slice_bytes, size - start)
+                waves[-1].append((destination, address + start, num_bytes))
+                destination += num_bytes
+    return waves
 
 
 def _read_seconds(device: Device, spans: list[tuple[int, int]]) -> float:

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from vllm_dwdp.compat.worker import cuda_graphs
-from vllm_dwdp.device.queue import GraphQueue, ResolvedSlice
+from vllm_dwdp.device.queue import GraphQueue, ResolvedSlice, Waves
 from vllm_dwdp.layout.slots import SlotLayout
 from vllm_dwdp.model_executor import ops
 from vllm_dwdp.model_executor.composites import CompositeMapper, LayerView
@@ -27,11 +27,11 @@ class PrefetchRings:
     Args:
         mapper: makes the ring views.
         rings: indices of each model's layers, in the order in which they run.
-        slice_bytes: size of one copy.
+        slice_bytes: size of one copy; None for the device's, 0 for whole runs.
     """
 
     def __init__(
-        self, mapper: CompositeMapper, rings: Sequence[Sequence[int]], slice_bytes: int
+        self, mapper: CompositeMapper, rings: Sequence[Sequence[int]], slice_bytes: int | None
     ) -> None:
         with ExitStack() as undo:
             self._open(replace(mapper, resources=undo), rings, slice_bytes, undo)
@@ -41,7 +41,7 @@ class PrefetchRings:
         self,
         mapper: CompositeMapper,
         rings: Sequence[Sequence[int]],
-        slice_bytes: int,
+        slice_bytes: int | None,
         resources: ExitStack,
     ) -> None:
         device = mapper.device
@@ -84,13 +84,19 @@ class PrefetchRings:
         """A snapshot of each ring."""
         return [ring.counters() for ring in self.rings]
 
-    def _make_ring(self, mapper: CompositeMapper, members: Sequence[int], slice_bytes: int) -> Ring:
-        batches: list[list[ResolvedSlice]] = []
+    def _make_ring(
+        self, mapper: CompositeMapper, members: Sequence[int], slice_bytes: int | None
+    ) -> Ring:
+        if slice_bytes is None:
+            slice_bytes = self.queue.slice_bytes
+        batches: list[Waves] = []
         peer_bytes: list[dict[int, int]] = []
         for member in members:
             layer = mapper.layout.layers[member]
             plan = plan_layer_copies(layer, mapper.dwdp_rank, slice_bytes)
-            batches.append([self._resolve(mapper, member, copy) for copy in plan])
+            batches.append(
+                [[self._resolve(mapper, member, copy) for copy in wave] for wave in plan]
+            )
             peer_bytes.append(bytes_by_peer(plan))
         return Ring(batches, peer_bytes, self.queue, num_slots=ring_slots(len(members)))
 

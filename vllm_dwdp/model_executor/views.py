@@ -90,13 +90,13 @@ class ExpertViews:
 
 
 def bind_views(
-    mapper: CompositeMapper, policy: ModePolicy, slice_bytes: int, undo: ExitStack
+    mapper: CompositeMapper, policy: ModePolicy, slice_bytes: int | None, undo: ExitStack
 ) -> ExpertViews:
     """Map the views that `policy` chooses between, and bind every layer to them.
 
     Args:
         mapper: of this rank; it maps into `undo`.
-        slice_bytes: size of one copy.
+        slice_bytes: size of one copy; None for the device's, 0 for whole runs.
         undo: closes the rings.
     """
     indices = range(len(mapper.layout.layers))

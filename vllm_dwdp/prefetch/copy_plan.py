@@ -1,8 +1,21 @@
-"""Which bytes a rank copies for one layer, in which order. Pure: planned once, issued every step."""
+"""Which bytes a rank copies for one layer, in which order. Pure: planned once, issued every step.
 
-from collections import deque
+The bytes that a rank takes from a peer are a few long *runs*, contiguous on both sides: one for each
+composite tensor and part of it. Runs are cut into slices, and slices are dealt into *waves* of at most
+one slice from each peer::
+
+    slices of rank 0, in a group of four       waves of all ranks, as they are listed
+    peer 1   [ a | b | c | d ]                 rank 0    a 1, 2, 3   b 1, 2, 3   ...
+    peer 2   [ a | b | c | d ]                 rank 1    a 2, 3, 0   b 2, 3, 0
+    peer 3   [ a | b | c | d ]                 rank 2    a 3, 0, 1   b 3, 0, 1
+
+A device runs wave after wave, and the copies of a wave in any order: so no peer is read for a second
+time before every other was read once. Within a wave peers are listed from the rank after one's own on,
+so that ranks begin at different peers; in a fixed or random order they would queue at one.
+"""
+
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vllm_dwdp.layout.model import LayerLayout
 
@@ -16,7 +29,7 @@ class CopySlice:
         source_offset: first byte in that shard.
         weight: index of the composite tensor within the layer.
         offset: first byte in that tensor.
-        num_bytes: length, at most `slice_bytes`.
+        num_bytes: length.
     """
 
     peer_rank: int
@@ -25,41 +38,54 @@ class CopySlice:
     offset: int
     num_bytes: int
 
+    def cut(self, slice_bytes: int) -> Iterator["CopySlice"]:
+        """Yield slices of at most `slice_bytes`, in order; 0 cuts nothing."""
+        step = slice_bytes or self.num_bytes
+        for start in range(0, self.num_bytes, step):
+            yield replace(
+                self,
+                source_offset=self.source_offset + start,
+                offset=self.offset + start,
+                num_bytes=min(step, self.num_bytes - start),
+            )
 
-def plan_layer_copies(layer: LayerLayout, rank: int, slice_bytes: int) -> tuple[CopySlice, ...]:
-    """Cover every remote byte of `layer` once, in slices that rotate over the peers.
 
-    The rotation starts after our own rank, so that at any time the ranks of a group read from
-    different peers; a fixed or random order would let them queue at one.
+Wave = tuple[CopySlice, ...]
+"""Copies without an order, at most one from each peer."""
+
+
+def plan_layer_copies(layer: LayerLayout, rank: int, slice_bytes: int) -> tuple[Wave, ...]:
+    """Cover every remote byte of `layer` once.
+
+    A peer with fewer slices than another is read all along as well, not at first only: the slices of
+    each are spread evenly over the waves.
+
+    Args:
+        slice_bytes: runs are cut into slices of this size; 0 leaves them whole.
     """
-    queues: dict[int, deque[CopySlice]] = {}
-    for copy in _slices(layer, rank, slice_bytes):
-        queues.setdefault(copy.peer_rank, deque()).append(copy)
-    order = sorted(queues, key=lambda peer: (peer - rank) % layer.group_size)
-    plan = []
-    while queues:
-        for peer in order:
-            if peer in queues:
-                plan.append(queues[peer].popleft())
-                if not queues[peer]:
-                    del queues[peer]
-    return tuple(plan)
+    slices: dict[int, list[CopySlice]] = {}
+    for run in plan_layer_runs(layer, rank):
+        slices.setdefault(run.peer_rank, []).extend(run.cut(slice_bytes))
+    num_waves = max(map(len, slices.values()), default=0)
+    waves: list[list[CopySlice]] = [[] for _ in range(num_waves)]
+    for peer in sorted(slices, key=lambda peer: (peer - rank) % layer.group_size):
+        for number, each in enumerate(slices[peer]):
+            waves[number * num_waves // len(slices[peer])].append(each)
+    return tuple(map(tuple, waves))
 
 
-def bytes_by_peer(plan: tuple[CopySlice, ...]) -> dict[int, int]:
-    """Bytes that a plan reads from each peer rank."""
-    totals: dict[int, int] = {}
-    for copy in plan:
-        totals[copy.peer_rank] = totals.get(copy.peer_rank, 0) + copy.num_bytes
-    return totals
-
-
-def _slices(layer: LayerLayout, rank: int, slice_bytes: int) -> Iterator[CopySlice]:
+def plan_layer_runs(layer: LayerLayout, rank: int) -> Iterator[CopySlice]:
+    """Yield the remote bytes of `layer` as runs that no two of are contiguous on both sides."""
     for index, weight in enumerate(layer.weights):
         for copy in weight.remote_copies(rank):
             source = layer.shard_offset(index, copy.source_rank, copy.span.start)
-            for start in range(0, len(copy.span), slice_bytes):
-                num_bytes = min(slice_bytes, len(copy.span) - start)
-                yield CopySlice(
-                    copy.source_rank, source + start, index, copy.span.start + start, num_bytes
-                )
+            yield CopySlice(copy.source_rank, source, index, copy.span.start, len(copy.span))
+
+
+def bytes_by_peer(plan: tuple[Wave, ...]) -> dict[int, int]:
+    """Bytes that a plan reads from each peer rank."""
+    totals: dict[int, int] = {}
+    for wave in plan:
+        for copy in wave:
+            totals[copy.peer_rank] = totals.get(copy.peer_rank, 0) + copy.num_bytes
+    return totals

@@ -7,7 +7,7 @@ earlier after an interruption. Correctness rests on `wait` alone.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_dwdp.device.queue import CopyQueue, ResolvedSlice
+from vllm_dwdp.device.queue import CopyQueue, Waves
 from vllm_dwdp.prefetch.schedule import Fill, SlotSchedule
 
 
@@ -36,7 +36,7 @@ class Ring:
     """The layers of one model, the slots that they share and the queue that fills them.
 
     Args:
-        batches: the resolved copies of each layer, in the order in which the layers run.
+        batches: the copies of each layer, wave by wave, in the order in which the layers run.
         peer_bytes: bytes that each layer copies from each peer rank.
         queue: the device's queue; it must outlive the ring.
         num_slots: slots of the ring.
@@ -44,7 +44,7 @@ class Ring:
 
     def __init__(
         self,
-        batches: Sequence[Sequence[ResolvedSlice]],
+        batches: Sequence[Waves],
         peer_bytes: Sequence[dict[int, int]],
         queue: CopyQueue,
         *,

@@ -45,8 +45,6 @@ const Setting kSettings[] = {
      }},
     {"read_only", "DWDP_FAKE_CUDA_READ_ONLY", "1",
      [](Settings& all, const char* value) { all.read_only = number(value) != 0; }},
-    {"event_nodes", "DWDP_FAKE_CUDA_EVENT_NODES", "launch",
-     [](Settings& all, const char* value) { all.look_when_run = std::strcmp(value, "run") == 0; }},
     {"max_delay_us", "DWDP_FAKE_CUDA_MAX_DELAY_US", "0",
      [](Settings& all, const char* value) {
        all.max_delay_us = static_cast<unsigned>(number(value));
@@ -112,11 +110,20 @@ Live live() {
   return live;
 }
 
+Counts& counts() {
+  static Counts counts = {};
+  return counts;
+}
+
 }  // namespace fake
 
 using namespace fake;
 
-// Only this driver has these two.
+// Only this driver has these three.
+FAKE_API void dwdp_fake_cuda_counts(Counts* result) {
+  api([&](Lock&) { *result = counts(); });
+}
+
 FAKE_API void dwdp_fake_cuda_live(Live* result) {
   api([&](Lock&) { *result = live(); });
 }
@@ -163,6 +170,11 @@ FAKE_API Result cuGetErrorName(Result result, const char** name) {
   const auto found = names.find(result);
   *name = found != names.end() ? found->second : nullptr;
   return found != names.end() ? kSuccess : kInvalidValue;
+}
+
+FAKE_API Result cuDriverGetVersion(int* version) {
+  *version = settings().version;
+  return kSuccess;
 }
 
 FAKE_API Result cuDeviceGet(int* device, int ordinal) {

@@ -19,7 +19,6 @@
 //                                1: only in a call for each allocation; 2: also in one call (2)
 //   DWDP_FAKE_CUDA_PEER_MAPPINGS mappings of imported memory that fit the device (1000000). That a map
 //                                beyond them is out of memory is a guess: no reference says
-//   DWDP_FAKE_CUDA_EVENT_NODES   when an external wait node looks at its event: "launch" or "run"
 //   DWDP_FAKE_CUDA_MAX_DELAY_US  sleep up to this long before each operation (0)
 //   DWDP_FAKE_CUDA_SEED          of the delays (0)
 #pragma once
@@ -63,7 +62,7 @@ inline void require(bool condition, Result result) {
 struct Settings {
   std::atomic<int> num_devices, version;
   std::atomic<std::size_t> memory_bytes;
-  std::atomic<bool> fabric, combined, read_only, look_when_run;
+  std::atomic<bool> fabric, combined, read_only;
   std::atomic<int> posix, mixed_access;
   std::atomic<std::size_t> fabric_granularity, peer_mappings;
   std::atomic<unsigned> max_delay_us;
@@ -111,11 +110,8 @@ struct Event {
   std::set<std::size_t> nodes;       // ... after these nodes
 };
 
-enum class NodeKind { kWork, kWaitEvent, kRecordEvent };
 struct Node {
-  NodeKind kind;
   std::function<void()> work;
-  Event* event;
   std::set<std::size_t> after;
 };
 struct Graph {
@@ -173,6 +169,16 @@ struct Live {
 };
 Live live();
 
+// What this process asked of the driver, to be compared by tests.
+struct Counts {
+  std::size_t copies;              // of one call each, also captured ones
+  std::size_t batch_calls;
+  std::size_t batch_copies;        // of all batch calls
+  std::size_t overlapping_copies;  // of these, with the flag to overlap with compute
+  std::size_t graph_nodes;         // of the graph that was captured last
+};
+Counts& counts();  // under the lock
+
 // streams.cpp
 Stream& stream_of(void* handle);  // 0 and 1 are the legacy stream
 Event& event_of(void* handle);
@@ -187,8 +193,8 @@ Result late_failure();
 // graphs.cpp
 void forbid_during_capture();  // for calls that stream capture calls potentially unsafe
 void invalidate(Capture& capture);
-bool wait_in_capture(Stream& stream, Event& event, unsigned flags);    // false: not capturing
-bool record_in_capture(Stream& stream, Event& event, unsigned flags);  // the same
+bool wait_in_capture(Stream& stream, Event& event);    // false: not capturing
+bool record_in_capture(Stream& stream, Event& event);  // the same
 void add_node(Stream& stream, Node node);
 std::size_t num_graphs();
 
@@ -196,5 +202,7 @@ std::size_t num_graphs();
 void count_memory(Live& live);
 bool accessible(const void* address, std::size_t num_bytes, bool write);
 void copy(void* destination, const void* source, std::size_t num_bytes);  // checked, when it runs
+bool write_word(void* address, std::uint32_t value);          // false, and an error later: no access
+bool read_word(const void* address, std::uint32_t* value);    // the same
 
 }  // namespace fake

@@ -9,7 +9,6 @@ namespace {
 
 constexpr int kModeGlobal = 0, kModeThreadLocal = 1, kModeRelaxed = 2;
 constexpr int kStatusNone = 0, kStatusActive = 1, kStatusInvalidated = 2;
-constexpr unsigned kExternal = 1;
 
 thread_local int thread_mode = kModeGlobal;
 
@@ -60,11 +59,8 @@ bool has_loose_stream(const Capture& capture) {
 // One launch of a graph: a thread for each branch.
 class Launch {
  public:
-  Launch(const Graph& graph, std::vector<CompletionPtr> completions)
-      : graph_(graph),
-        completions_(std::move(completions)),
-        missing_(graph.nodes.size()),
-        children_(graph.nodes.size()) {
+  explicit Launch(const Graph& graph)
+      : graph_(graph), missing_(graph.nodes.size()), children_(graph.nodes.size()) {
     for (std::size_t node = 0; node < graph.nodes.size(); ++node) {
       missing_[node] = graph.nodes[node].after.size();
       for (const std::size_t before : graph.nodes[node].after) children_[before].push_back(node);
@@ -94,9 +90,7 @@ class Launch {
   std::vector<std::size_t> finish(std::size_t index) {
     const Node& node = graph_.nodes[index];
     pause();
-    if (node.kind == NodeKind::kWork) node.work();
-    if (node.kind == NodeKind::kWaitEvent) wait(index);
-    if (node.kind == NodeKind::kRecordEvent) completions_[index]->finish();
+    node.work();
     std::vector<std::size_t> ready;
     std::lock_guard<std::mutex> lock(mutex_);
     for (const std::size_t child : children_[index])
@@ -104,17 +98,7 @@ class Launch {
     return ready;
   }
 
-  void wait(std::size_t index) {
-    CompletionPtr recorded = completions_[index];
-    if (settings().look_when_run) {
-      Lock lock(state_mutex());
-      recorded = graph_.nodes[index].event->recorded;
-    }
-    if (recorded) recorded->wait();
-  }
-
   const Graph graph_;
-  std::vector<CompletionPtr> completions_;  // what a node waits for, or what it records
   std::mutex mutex_;
   std::vector<std::size_t> missing_;  // predecessors that have not finished
   std::vector<std::vector<std::size_t>> children_;
@@ -142,12 +126,7 @@ void add_node(Stream& stream, Node node) {
   stream.tip = {capture.graph.nodes.size() - 1};
 }
 
-bool wait_in_capture(Stream& stream, Event& event, unsigned flags) {
-  if (flags == kExternal) {
-    require(stream.capture != nullptr, kInvalidValue);
-    add_node(stream, {NodeKind::kWaitEvent, nullptr, &event, {}});
-    return true;
-  }
+bool wait_in_capture(Stream& stream, Event& event) {
   if (!stream.capture && !event.capture) return false;
   if (stream.capture && !event.capture) {  // the capture would depend on what is outside of it
     invalidate(*stream.capture);
@@ -169,12 +148,7 @@ bool wait_in_capture(Stream& stream, Event& event, unsigned flags) {
   return true;
 }
 
-bool record_in_capture(Stream& stream, Event& event, unsigned flags) {
-  if (flags == kExternal) {
-    require(stream.capture != nullptr, kInvalidValue);
-    add_node(stream, {NodeKind::kRecordEvent, nullptr, &event, {}});
-    return true;
-  }
+bool record_in_capture(Stream& stream, Event& event) {
   if (!stream.capture) return false;
   require(!stream.capture->invalidated, kCaptureInvalidated);
   event.capture = stream.capture;
@@ -231,6 +205,7 @@ FAKE_API Result cuStreamEndCapture(void* handle, void** result) {
     require(!capture->invalidated, kCaptureInvalidated);
     require(!loose, kCaptureUnjoined);
     auto* graph = new Graph(std::move(capture->graph));
+    counts().graph_nodes = graph->nodes.size();
     graphs().insert(graph);
     *result = graph;
   });
@@ -257,27 +232,13 @@ FAKE_API Result cuGraphInstantiateWithFlags(void** result, void* handle, unsigne
   });
 }
 
-// Waits are resolved, and records become visible, when a graph is launched: later calls see them.
 FAKE_API Result cuGraphLaunch(void* handle, void* stream_handle) {
   return api([&](Lock&) {
     Stream& stream = stream_of(stream_handle);
     require(executables().count(static_cast<Executable*>(handle)) == 1, kInvalidValue);
     require(!stream.capture, kCaptureUnsupported);
     auto& executable = *static_cast<Executable*>(handle);
-    std::vector<CompletionPtr> completions(executable.graph.nodes.size());
-    for (std::size_t index = 0; index < completions.size(); ++index) {
-      const Node& node = executable.graph.nodes[index];
-      if (node.event != nullptr) event_of(node.event);  // it must still be there
-      if (node.kind == NodeKind::kWaitEvent) completions[index] = node.event->recorded;
-    }
-    for (std::size_t index = 0; index < completions.size(); ++index) {
-      const Node& node = executable.graph.nodes[index];
-      if (node.kind != NodeKind::kRecordEvent) continue;
-      completions[index] = std::make_shared<Completion>();
-      node.event->recorded = completions[index];
-      node.event->capture.reset();
-    }
-    auto launch = std::make_shared<Launch>(executable.graph, std::move(completions));
+    auto launch = std::make_shared<Launch>(executable.graph);
     std::vector<CompletionPtr> after;
     if (executable.last_launch) after.push_back(executable.last_launch);
     executable.last_launch = enqueue(stream, [launch] { launch->run(); }, std::move(after));

@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <string>
 
@@ -18,6 +19,7 @@ constexpr int kPinned = 1, kOnDevice = 1;
 constexpr int kHandleFd = 1, kHandleFabric = 8;
 constexpr int kRead = 1, kReadWrite = 3;
 constexpr std::size_t kFabricBytes = 64;
+constexpr char kName[] = "fake-cuda-";
 
 // The driver's structures, as it lays them out.
 struct Location {
@@ -122,6 +124,15 @@ std::uint64_t add_handle(int fd, std::size_t num_bytes, int handle_types, bool i
   return all.next_handle++;
 }
 
+// Its name says on which device an allocation lies, also to who imports it.
+int device_of(const Allocation& allocation) {
+  char link[64] = {}, name[128] = {};
+  std::snprintf(link, sizeof link, "/proc/self/fd/%d", allocation.fd);
+  if (readlink(link, name, sizeof name - 1) < 0) return -1;
+  const char* number = std::strstr(name, kName);
+  return number != nullptr ? std::atoi(number + std::strlen(kName)) : -1;
+}
+
 std::uint64_t import(int fd, int handle_types) {
   struct stat status;
   require(fd >= 0 && fstat(fd, &status) == 0 && S_ISREG(status.st_mode), kInvalidValue);
@@ -191,6 +202,26 @@ void copy(void* destination, const void* source, std::size_t num_bytes) {
   std::memcpy(destination, source, num_bytes);
 }
 
+bool write_word(void* address, std::uint32_t value) {
+  Lock lock(state_mutex());
+  const bool allowed = accessible(address, sizeof value, true);
+  if (allowed)
+    __atomic_store_n(static_cast<std::uint32_t*>(address), value, __ATOMIC_RELEASE);
+  else
+    fail_later(kIllegalAddress);
+  return allowed;
+}
+
+bool read_word(const void* address, std::uint32_t* value) {
+  Lock lock(state_mutex());
+  const bool allowed = accessible(address, sizeof *value, false);
+  if (allowed)
+    *value = __atomic_load_n(static_cast<const std::uint32_t*>(address), __ATOMIC_ACQUIRE);
+  else
+    fail_later(kIllegalAddress);
+  return allowed;
+}
+
 }  // namespace fake
 
 using namespace fake;
@@ -200,6 +231,21 @@ FAKE_API Result cuMemGetInfo_v2(std::size_t* free_bytes, std::size_t* total_byte
     require_context();
     *total_bytes = settings().memory_bytes;
     *free_bytes = *total_bytes - memory().allocated;
+  });
+}
+
+// Of memory that was mapped here; the host's is not known to the driver.
+FAKE_API Result cuPointerGetAttribute(void* result, int attribute, std::uintptr_t address) {
+  return api([&](Lock&) {
+    constexpr int memory_type = 2, device_ordinal = 9, on_device = 2;
+    require_context();
+    require(attribute == memory_type || attribute == device_ordinal, kInvalidValue);
+    const auto after = memory().mappings.upper_bound(address);
+    require(after != memory().mappings.begin(), kInvalidValue);
+    const auto& [start, mapping] = *std::prev(after);
+    require(address < start + mapping.num_bytes, kInvalidValue);
+    const int device = device_of(*mapping.allocation);
+    *static_cast<int*>(result) = attribute == memory_type ? on_device : device;
   });
 }
 
@@ -223,7 +269,8 @@ FAKE_API Result cuMemCreate(std::uint64_t* handle, std::size_t num_bytes,
     require_multiple(num_bytes, granularity_of(kind));
     require_makeable(kind);
     require(memory().allocated + num_bytes <= settings().memory_bytes, kOutOfMemory);
-    const int fd = memfd_create("fake-cuda", MFD_CLOEXEC);
+    const std::string name = kName + std::to_string(properties->location.id);
+    const int fd = memfd_create(name.c_str(), MFD_CLOEXEC);
     require(fd >= 0 && ftruncate(fd, static_cast<off_t>(num_bytes)) == 0, kOutOfMemory);
     *handle = add_handle(fd, num_bytes, kind, false);
   });

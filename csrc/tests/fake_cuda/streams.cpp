@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstring>
 #include <random>
 
@@ -114,7 +115,7 @@ CompletionPtr enqueue(Stream& stream, std::function<void()> work,
 
 void submit(Stream& stream, std::function<void()> work) {
   if (stream.capture)
-    add_node(stream, {NodeKind::kWork, std::move(work), nullptr, {}});
+    add_node(stream, {std::move(work), {}});
   else
     enqueue(stream, std::move(work));
 }
@@ -168,8 +169,16 @@ Result copy_batch(void** destinations, void** sources, std::size_t* sizes, std::
     Stream& stream = stream_of(handle);
     require(reinterpret_cast<std::uintptr_t>(handle) > 1, kInvalidValue);
     require(!stream.capture, kCaptureUnsupported);  // the capture goes on, without the copies
-    require(count > 0 && num_attributes == 1 && first[0] == 0, kInvalidValue);
-    require(attributes->source_order >= 1 && attributes->source_order <= 3, kInvalidValue);
+    require(count > 0 && num_attributes > 0 && first[0] == 0, kInvalidValue);
+    for (std::size_t each = 0; each < num_attributes; ++each) {
+      const std::size_t end = each + 1 < num_attributes ? first[each + 1] : count;
+      require(first[each] < end && end <= count, kInvalidValue);
+      const CopyAttributes& held = attributes[each];
+      require(held.source_order >= 1 && held.source_order <= 3 && held.flags <= 1, kInvalidValue);
+      if (held.flags == 1) counts().overlapping_copies += end - first[each];
+    }
+    ++counts().batch_calls;
+    counts().batch_copies += count;
     struct Copy {
       void *destination, *source;
       std::size_t num_bytes;
@@ -248,25 +257,20 @@ FAKE_API Result cuStreamWaitEvent(void* handle, void* event_handle, unsigned fla
   return api([&](Lock&) {
     Stream& stream = stream_of(handle);
     Event& event = event_of(event_handle);
-    require(flags <= 1, kInvalidValue);
-    if (wait_in_capture(stream, event, flags)) return;
+    require(flags == 0, kInvalidValue);  // external nodes are not played
+    if (wait_in_capture(stream, event)) return;
     if (event.recorded) enqueue(stream, [] {}, {event.recorded});
   });
 }
 
-FAKE_API Result cuEventRecordWithFlags(void* event_handle, void* handle, unsigned flags) {
+FAKE_API Result cuEventRecord(void* event_handle, void* handle) {
   return api([&](Lock&) {
     Stream& stream = stream_of(handle);
     Event& event = event_of(event_handle);
-    require(flags <= 1, kInvalidValue);
-    if (record_in_capture(stream, event, flags)) return;
+    if (record_in_capture(stream, event)) return;
     event.capture.reset();
     event.recorded = enqueue(stream, [] {});
   });
-}
-
-FAKE_API Result cuEventRecord(void* event, void* stream) {
-  return cuEventRecordWithFlags(event, stream, 0);
 }
 
 FAKE_API Result cuEventCreate(void** event, unsigned flags) {
@@ -301,6 +305,7 @@ FAKE_API Result cuMemcpyAsync(void* destination, const void* source, std::size_t
                               void* handle) {
   return api([&](Lock&) {
     require(destination != nullptr && source != nullptr, kInvalidValue);
+    ++counts().copies;
     submit(stream_of(handle), [=] { copy(destination, source, num_bytes); });
   });
 }
@@ -313,6 +318,27 @@ FAKE_API Result cuMemsetD8Async(void* destination, unsigned char value, std::siz
       const std::vector<unsigned char> bytes(num_bytes, value);
       copy(destination, bytes.data(), num_bytes);
     });
+  });
+}
+
+// A stream, or a node of a graph, goes on once the word is at least `value`; waits are polled.
+FAKE_API Result cuStreamWaitValue32_v2(void* handle, void* address, std::uint32_t value,
+                                       unsigned flags) {
+  return api([&](Lock&) {
+    require(flags == 0 && reinterpret_cast<std::uintptr_t>(address) % 4 == 0, kInvalidValue);
+    submit(stream_of(handle), [=] {
+      std::uint32_t seen = 0;
+      while (read_word(address, &seen) && static_cast<std::int32_t>(seen - value) < 0)
+        std::this_thread::sleep_for(std::chrono::microseconds(20));
+    });
+  });
+}
+
+FAKE_API Result cuStreamWriteValue32_v2(void* handle, void* address, std::uint32_t value,
+                                        unsigned flags) {
+  return api([&](Lock&) {
+    require(flags == 0 && reinterpret_cast<std::uintptr_t>(address) % 4 == 0, kInvalidValue);
+    submit(stream_of(handle), [=] { write_word(address, value); });
   });
 }
 

@@ -35,7 +35,7 @@ def test_a_batch_arrives_whole_whatever_its_slices(num_threads: int) -> None:
         for start, stop in itertools.pairwise(cuts)
     ]
     with HostCopyQueue(num_threads) as queue:
-        batch = queue.add_batch(slices)
+        batch = queue.add_batch([slices[:7], slices[7:]])
         for _ in range(50):
             ctypes.memset(target, 0, len(target))
             queue.issue(batch)
@@ -47,7 +47,7 @@ def test_a_batch_arrives_whole_whatever_its_slices(num_threads: int) -> None:
 def test_waiting_for_a_late_copy_sleeps_and_says_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
     source, target = buffers(100)
     queue = native.NativeQueue(1, max_delay_us=20_000, seed=3)
-    batch = queue.add_batch([(ctypes.addressof(target), ctypes.addressof(source), 100)] * 20)
+    batch = queue.add_batch([[(ctypes.addressof(target), ctypes.addressof(source), 100)] * 20])
     queue.issue(batch)
     assert not queue.is_done(batch)
     started = time.perf_counter()
@@ -63,7 +63,7 @@ def test_poison_overwrites_a_slot_before_it_is_filled() -> None:
     source, target = buffers(64)
     queue = native.NativeQueue(1, poison=True, max_delay_us=200_000, seed=1)
     slices = [(ctypes.addressof(target), ctypes.addressof(source), 64)]
-    batch = queue.add_batch(slices)
+    batch = queue.add_batch([slices])
     queue.issue(batch)
     seen = target.raw
     queue.wait(batch)
@@ -76,7 +76,7 @@ def test_poison_overwrites_a_slot_before_it_is_filled() -> None:
 def test_closing_finishes_what_was_issued() -> None:
     source, target = buffers(1 << 20)
     queue = native.NativeQueue(2)
-    queue.issue(queue.add_batch([(ctypes.addressof(target), ctypes.addressof(source), 1 << 20)]))
+    queue.issue(queue.add_batch([[(ctypes.addressof(target), ctypes.addressof(source), 1 << 20)]]))
     queue.close()
     assert target.raw == source.raw
 

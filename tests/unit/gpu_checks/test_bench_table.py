@@ -12,7 +12,14 @@ def row(
 ) -> dict[str, Any]:
     ways = ["resident eager", "resident piecewise", "prefetch eager", "prefetch piecewise"]
     ms = {name: {"median": 8.0} for name in [*ways, "prefetch full"]}
-    copies = {"fill_ms": fill_ms, "fill_gbps": 1, "plain_gbps": 1, "ratio": 1, "read_gbps": 1}
+    copies = {
+        "fill_ms": fill_ms,
+        "fill_gbps": 1,
+        "plain_gbps": 1,
+        "ratio": 1,
+        "read_gbps": 1,
+        "how": "somehow",
+    }
     host_us = {"issue": 1.0, "slices": 2, "wait_and_record": 1, "added_to_a_replay": 1}
     return {
         "case": "a-host" if host else "a",
@@ -44,4 +51,4 @@ def test_a_broken_promise_is_found(
 ) -> None:
     assert len(broken_promises([made])) == num_broken
     print_tables([made])
-    assert "2 MiB slices" in capsys.readouterr().out
+    assert "slices" in capsys.readouterr().out

@@ -32,16 +32,19 @@ def test_every_byte_that_is_timed_is_pulled_once() -> None:
     sources = [torch.full((size,), value, dtype=torch.uint8) for size, value in ((5, 1), (3, 2))]
     sizes = [5 * 2**20, 3 * 2**20]
     spans = [(source.repeat(2**20), size) for source, size in zip(sources, sizes, strict=True)]
-    pieces = _in_turns([(tensor.data_ptr(), size) for tensor, size in spans])
-    assert sum(size for _, size in pieces) == sum(sizes)
     target = torch.zeros(sum(sizes), dtype=torch.uint8)
-    assert _copy_seconds(device, pieces, target.data_ptr()) > 0
+    addresses = [(tensor.data_ptr(), size) for tensor, size in spans]
+    seconds, how = _copy_seconds(device, addresses, target.data_ptr())
+    assert seconds > 0 and how
     assert (target == 1).sum() == sizes[0] and (target == 2).sum() == sizes[1]
 
 
-def test_peers_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "COPY_BYTES", 10)
-    assert _in_turns([(0, 25), (100, 12)]) == [(0, 10), (100, 10), (10, 10), (110, 2), (20, 5)]
+def test_peers_take_turns() -> None:
+    assert _in_turns([(0, 25), (100, 12)], 1000, 10) == [
+        [(1000, 0, 10), (1010, 100, 10)],
+        [(1020, 10, 10), (1030, 110, 2)],
+        [(1032, 20, 5)],
+    ]
 
 
 def test_speeds_are_those_of_what_moves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +54,7 @@ def test_speeds_are_those_of_what_moves(monkeypatch: pytest.MonkeyPatch) -> None
     speeds = measure_speeds(HostDevice(), peers)
     assert 1e6 < speeds.copy_bytes_per_s < 1e13 and 1e6 < speeds.memory_bytes_per_s < 1e13
     assert speeds.operations_per_s > 1e6 and not speeds.has_fp8
-    monkeypatch.setattr(measure, "_copy_seconds", lambda *_: 8.0)
+    monkeypatch.setattr(measure, "_copy_seconds", lambda *_: (8.0, "by hand"))
     slowed = measure_speeds(HostDevice(), peers)
     assert slowed.copy_bytes_per_s == 2**20
-    assert "copies from peers 0.0 GB/s" in str(slowed)
+    assert "copies from peers 0.0 GB/s (by hand)" in str(slowed)

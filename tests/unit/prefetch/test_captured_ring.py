@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_dwdp.device.queue import ResolvedSlice
+from vllm_dwdp.device.queue import Waves
 from vllm_dwdp.prefetch.captured_ring import CapturedRing, RingGraph
 from vllm_dwdp.prefetch.ring import Ring
 
@@ -50,8 +50,8 @@ class OrderedDevice:
 
     # --- the copy queue ---
 
-    def add_batch(self, slices: Sequence[ResolvedSlice]) -> int:
-        self.slot_of.append(slices[0][0])
+    def add_batch(self, waves: Waves) -> int:
+        self.slot_of.append(waves[0][0][0])
         batch = len(self.slot_of) - 1
         self.ready[batch] = self.consumed[batch] = 0
         return batch
@@ -77,6 +77,10 @@ class OrderedDevice:
         return
 
     busy_seconds = 0.0
+    slice_bytes = 1
+
+    def describe(self) -> str:
+        return "one stream"
 
     # --- capture ---
 
@@ -142,7 +146,7 @@ class Model:
 
     def __init__(self, num_layers: int) -> None:
         self.device = OrderedDevice()
-        batches = [[(layer % NUM_SLOTS, 0, 1)] for layer in range(num_layers)]
+        batches = [[[(layer % NUM_SLOTS, 0, 1)]] for layer in range(num_layers)]
         self.eager = Ring(batches, [{1: 1}] * num_layers, self.device, num_slots=NUM_SLOTS)
         self.ring = CapturedRing(self.eager, self.device)
         self.num_layers = num_layers

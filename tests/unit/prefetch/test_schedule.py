@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_dwdp.device.queue import ResolvedSlice
+from vllm_dwdp.device.queue import Waves
 from vllm_dwdp.prefetch.ring import Ring
 
 NUM_SLOTS = 2
@@ -28,10 +28,15 @@ class AdversarialQueue:
         self.num_fills = 0
         self.slot_of: dict[int, int] = {}
 
-    def add_batch(self, slices: Sequence[ResolvedSlice]) -> int:
+    def add_batch(self, waves: Waves) -> int:
         batch = len(self.slot_of)
-        self.slot_of[batch] = slices[0][0]
+        self.slot_of[batch] = waves[0][0][0]
         return batch
+
+    slice_bytes = 1
+
+    def describe(self) -> str:
+        return "as late as it may"
 
     def issue(self, batch: int, after: int | None) -> None:
         slot = self.slot_of[batch]
@@ -81,7 +86,7 @@ class AdversarialQueue:
 
 def make(num_layers: int, seed: int) -> tuple[Ring, AdversarialQueue]:
     queue = AdversarialQueue(random.Random(seed))
-    batches = [[(layer % NUM_SLOTS, 0, 1)] for layer in range(num_layers)]
+    batches = [[[(layer % NUM_SLOTS, 0, 1)]] for layer in range(num_layers)]
     peers = [{1: 1}] * num_layers
     return Ring(batches, peers, queue, num_slots=NUM_SLOTS), queue
 
