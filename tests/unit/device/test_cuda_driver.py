@@ -1,7 +1,9 @@
 """The CUDA driver wrapper without a driver, and against cuda.h; with the fake driver: tests/cuda."""
 
 import ctypes
+import importlib.metadata
 import importlib.util
+import re
 import subprocess
 from pathlib import Path
 
@@ -30,7 +32,8 @@ def test_without_a_driver_opening_a_device_says_so() -> None:
             CudaDevice(0)
 
 
-def cuda_header_folders() -> list[Path]:
+def other_header_folders() -> list[Path]:
+    """Where a toolkit or Triton has brought one more `cuda.h`."""
     folders = [Path("/usr/local/cuda/include"), *Path("/usr/local").glob("cuda-*/include")]
     triton = importlib.util.find_spec("triton")
     for place in (triton.submodule_search_locations or []) if triton else []:
@@ -38,10 +41,30 @@ def cuda_header_folders() -> list[Path]:
     return [folder for folder in folders if (folder / "cuda.h").exists()]
 
 
-@pytest.mark.skipif(not cuda_header_folders(), reason="no cuda.h on this machine")
-@pytest.mark.parametrize("folder", cuda_header_folders(), ids=str)
-def test_our_declarations_are_those_of_cuda_h(folder: Path) -> None:
+def compare_declarations(folder: Path) -> None:
     source = ROOT / "csrc" / "tests" / "cuda_declarations.cpp"
     command = ["g++", "-std=c++17", "-fsyntax-only", "-isystem", str(folder), str(source)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("package", "oldest"),
+    [("nvidia-cuda-runtime-cu12", 12_090), ("nvidia-cuda-runtime", 13_000)],
+)
+def test_our_declarations_are_those_of_two_generations_of_cuda(package: str, oldest: int) -> None:
+    """Drivers of both are met, and both headers come with the `dev` extra: never skipped."""
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        pytest.fail(f"{package} brings cuda.h and is not installed: pip install -e '.[dev]'")
+    (header,) = (Path(str(file.locate())) for file in files if file.name == "cuda.h")
+    version = re.search(r"^#define CUDA_VERSION (\d+)", header.read_text(), re.MULTILINE)
+    assert version and oldest <= int(version[1]) < (oldest // 1000 + 1) * 1000
+    compare_declarations(header.parent)
+
+
+@pytest.mark.skipif(not other_header_folders(), reason="no further cuda.h on this machine")
+@pytest.mark.parametrize("folder", other_header_folders(), ids=str)
+def test_our_declarations_are_those_of_any_other_cuda_h(folder: Path) -> None:
+    compare_declarations(folder)
