@@ -19,6 +19,8 @@ from vllm_dwdp.model_executor import ops
 from vllm_dwdp.model_executor.rings import PrefetchRings
 
 PAUSE_US = 600
+SLICE_BYTES = 512 * 1024
+"""Small, so that small experts too are cut and come in several waves."""
 
 
 def provoke_races(max_delay_us: int = 3000) -> None:
@@ -31,7 +33,7 @@ class RingCheck:
 
     def __init__(self, gpu: Accelerator, rank: RankMemory) -> None:
         self.gpu = gpu
-        self.rings = rank.rings()
+        self.rings = rank.rings(slice_bytes=SLICE_BYTES)
         self.num_layers = len(rank.layout.layers)
         self.expected = [rank.whole(layer) for layer in range(self.num_layers)]
         self.seen = [

@@ -9,13 +9,16 @@ import pytest
 
 from gpu_checks.compute_stream import ComputeStream, Graph
 from gpu_checks.driver_memory import PAGE, mapped
+from gpu_checks.expert_ranks import ExpertShape, local_ranks
 from gpu_checks.fake import Counts, counts
+from gpu_checks.simulated_cuda import SimulatedCudaMemory
 from tests.cuda.conftest import is_older_driver
 from tests.helpers.expert_shapes import R1_MOE_LAYERS, r1_nvfp4
 from vllm_dwdp.device.cuda_driver import CudaCopyQueue, CudaDevice
 from vllm_dwdp.device.cuda_queue import CudaQueue
 from vllm_dwdp.device.queue import Waves
 from vllm_dwdp.errors import TransferError
+from vllm_dwdp.model_executor import measure
 from vllm_dwdp.prefetch.captured_ring import CapturedRing
 from vllm_dwdp.prefetch.copy_plan import bytes_by_peer, plan_layer_copies
 from vllm_dwdp.prefetch.ring import Ring
@@ -194,6 +197,39 @@ def mapped_import(device: CudaDevice, fd: int) -> Iterator[int]:
     finally:
         device.unmap(address, PAGE)
         device.free_address(address, PAGE)
+
+
+def test_slices_are_the_devices_unless_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of 16 and 8 MiB from the one peer: as the device cuts them, whole, or in the user's size."""
+    monkeypatch.setattr(CudaQueue, "slice_bytes", 4 * 2**20)
+    shape = ExpertShape(num_experts=8, hidden_size=1024, intermediate_size=1024, top_k=2)
+    memory = SimulatedCudaMemory()
+    with local_ranks(memory, shape, 2, 2) as ranks:
+        for slice_bytes, expected in ((None, 6), (0, 2), (2 * 2**20, 12)):
+            rings = ranks[0].rings(slice_bytes=slice_bytes)
+            with counted() as found:
+                rings.queue.issue(rings.rings[0].batches[0], None)
+                rings.queue.drain()
+            assert found[0].copies + found[0].batch_copies == expected
+            rings.close()
+    memory.close()
+
+
+def test_what_was_measured_at_start_is_logged_with_how_it_was_copied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(
+        measure.logger, "info", lambda line, *values: lines.append(line % values), raising=False
+    )
+    shape = ExpertShape(num_experts=8, hidden_size=1024, intermediate_size=1024, top_k=2)
+    memory = SimulatedCudaMemory()
+    with local_ranks(memory, shape, 2, 2) as ranks:
+        rings = ranks[0].rings()
+        measure.measure_costs(ranks[0].mapper(), rings, 0, ranks[0].direct_views()[0])
+        rings.close()
+    memory.close()
+    assert any("GB/s (CUDA driver 1" in line and "overlap flag on" in line for line in lines)
 
 
 def test_issuing_into_a_capture_is_refused_in_our_words_and_spoils_nothing() -> None:

@@ -1,4 +1,4 @@
-"""The order of the bare copy queue: eager steps, external nodes, graphs, and what breaks them."""
+"""The order of the bare copy queue: eager steps, graphs, and what breaks them."""
 
 import subprocess
 import sys

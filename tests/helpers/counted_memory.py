@@ -14,6 +14,7 @@ import torch
 
 from vllm_dwdp.device import cuda
 from vllm_dwdp.device.cuda import CudaMemory, CudaPeer
+from vllm_dwdp.device.queue import Waves
 from vllm_dwdp.device.vmm import Allocation, Allocations
 from vllm_dwdp.layout.composite import WeightLayout
 from vllm_dwdp.layout.model import ModelLayout, PrivateRows, smallest_composite_bytes
@@ -85,8 +86,9 @@ class SilentQueue:
     """A copy queue that copies nothing."""
 
     busy_seconds = None
+    slice_bytes = 32 * 2**20
 
-    def add_batch(self, slices: Sequence[Any]) -> int:
+    def add_batch(self, waves: Waves) -> int:
         return 0
 
     def nothing(self, *_: object) -> float:

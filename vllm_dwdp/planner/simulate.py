@@ -23,7 +23,7 @@ from vllm_dwdp.planner.cost import CostModel, Step
 from vllm_dwdp.planner.traffic import Request
 
 SLICE_MIB = 2.0
-"""As the runtime and TensorRT-LLM slice."""
+"""As TensorRT-LLM slices. On GPUs the runtime cuts larger slices (`device.cuda_queue`)."""
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
