@@ -76,6 +76,7 @@ def test_runs_are_as_long_as_can_be_and_cut_into_no_more_slices_than_needed(
     for layer in model.layers:
         for rank in range(layer.group_size):
             runs = list(plan_layer_runs(layer, rank))
+            assert len(runs) <= (layer.group_size - 1) * len(layer.weights) * 2, "two parts at most"
             pairs = combinations(runs, 2)
             assert not any(follows(one, other) or follows(other, one) for one, other in pairs)
             allowed = sum(ceil(run.num_bytes / (slice_bytes or run.num_bytes)) for run in runs)
