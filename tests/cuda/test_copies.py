@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import astuple
 
 import pytest
@@ -215,21 +215,13 @@ def test_slices_are_the_devices_unless_the_user_says(monkeypatch: pytest.MonkeyP
     memory.close()
 
 
-def test_what_was_measured_at_start_is_logged_with_how_it_was_copied(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    lines: list[str] = []
-    monkeypatch.setattr(
-        measure.logger, "info", lambda line, *values: lines.append(line % values), raising=False
-    )
+def test_what_was_measured_at_start_says_how_it_was_copied() -> None:
     shape = ExpertShape(num_experts=8, hidden_size=1024, intermediate_size=1024, top_k=2)
     memory = SimulatedCudaMemory()
-    with local_ranks(memory, shape, 2, 2) as ranks:
-        rings = ranks[0].rings()
-        measure.measure_costs(ranks[0].mapper(), rings, 0, ranks[0].direct_views()[0])
-        rings.close()
-    memory.close()
-    assert any("GB/s (CUDA driver 1" in line and "overlap flag on" in line for line in lines)
+    with closing(memory), local_ranks(memory, shape, 2, 2) as (rank, other):
+        spans = {1: (rank.peers[1].address, rank.layout.shard_bytes(other.dwdp_rank))}
+        said = str(measure.measure_speeds(memory, spans))
+    assert "GB/s (CUDA driver 1" in said and "overlap flag on" in said
 
 
 def test_issuing_into_a_capture_is_refused_in_our_words_and_spoils_nothing() -> None:
