@@ -117,3 +117,31 @@ def test_a_bad_copy_is_named() -> None:
 
 def test_an_empty_batch_is_ready() -> None:
     driver.empty_batch()
+
+
+def test_an_order_that_cannot_run_is_reported() -> None:
+    """Else a test that meets one would hang. In a process of its own: it is broken afterwards."""
+    ended = subprocess.run(
+        [sys.executable, "-c", STALL], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.returncode == 1, ended.stdout + ended.stderr
+    assert "CUDA_ERROR_LAUNCH_TIMEOUT" in ended.stderr.splitlines()[-1], ended.stderr
+    assert "fake CUDA: the host and every stream wait: given up after 300 ms" in ended.stderr
+    assert "the wait is enqueued" in ended.stdout and "the fill is issued" not in ended.stdout
+
+
+STALL = """
+import ctypes, threading
+from gpu_checks.compute_stream import ComputeStream
+from gpu_checks.fake import fake_settings
+
+filled = threading.Event()
+kernel = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: filled.wait(10))
+with fake_settings(queue_depth=2, stall_ms=300):
+    stream = ComputeStream()
+    print("the wait is enqueued", flush=True)
+    for _ in range(3):  # looks when it runs, for a fill that the host issues behind it
+        stream._context.call("cuLaunchHostFunc", stream._stream, kernel, None)
+    print("the fill is issued", flush=True)
+    filled.set()
+"""

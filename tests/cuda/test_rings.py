@@ -1,7 +1,8 @@
 """Rings, schedule, queue and graph seam together, over the fake driver, at random speed. NOT A GPU.
 
 A layer's kernels are a copy from its slot to an output, on a stream of its own; slots are overwritten
-with 0xff before each fill, and the fake delays every operation at random.
+with 0xff before each fill, and the fake delays every operation at random. A driver holds the host up
+once its queues are full: here also after the first operation, so that everything runs when it is called.
 """
 
 from collections.abc import Iterator, Sequence
@@ -109,11 +110,20 @@ class FakeTorchGraph:
 EVERY = range(NUM_LAYERS)
 
 
-@pytest.fixture(autouse=True, params=[1, 2], ids="seed {}".format)
+@pytest.fixture(
+    autouse=True,
+    params=[
+        {"max_delay_us": 300, "seed": 1},
+        {"max_delay_us": 300, "seed": 2},
+        {"max_delay_us": 100, "seed": 3, "queue_depth": 1},
+        {"max_delay_us": 200, "seed": 4, "queue_depth": 3},
+    ],
+    ids=["late", "late in another way", "no queue", "a short queue"],
+)
 def provoked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Slots are poisoned, and every operation of the fake is late at random."""
     monkeypatch.setenv(POISON_ENV, "1")
-    with fake_settings(max_delay_us=300, seed=request.param):
+    with fake_settings(**request.param):
         yield
 
 
@@ -145,6 +155,62 @@ def test_steps_in_flight_and_mixed_kinds() -> None:
             for start in range(0, NUM_LAYERS, 2):
                 model.piece(range(start, min(start + 2, NUM_LAYERS)))
             assert step % 4 != 3 or not model.wrong(EVERY), step
+        counters = model.eager.counters()
+        assert counters.fetched_bytes[1] == counters.fills * NUM_BYTES
+
+
+def test_a_forward_that_was_cut_short_is_healed_behind_its_kernels() -> None:
+    """Its last layer runs, late, and is never recorded."""
+    with ExitStack() as stack:
+        model = Model(stack)
+        model.run(EVERY)
+        assert not model.wrong(EVERY)
+        model.run(range(2))
+        model.ring.wait(2)
+        for _ in range(60):  # slow kernels before those that read the slot
+            model.stream.copy(model.outputs + NUM_LAYERS * NUM_BYTES, model.sources, NUM_BYTES)
+        model.stream.copy(model._at(model.outputs, 2), model._at(model.slots, 0), NUM_BYTES)
+        model.ring.begin_forward()
+        assert model.eager.counters().heals == 2
+        assert not model.wrong(range(3)), "the heal has overwritten what they read"
+        model.run(EVERY)
+        assert not model.wrong(EVERY)
+
+
+def test_breakable_graphs_read_their_own_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's own capture: segments of one forward, with attention between them run by the host."""
+    from vllm.compilation.breakable_cudagraph import BreakableCUDAGraphCapture
+
+    with ExitStack() as stack:
+        model = Model(stack)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: FakeTorchGraph(model.stream))
+        scratch = model.outputs + NUM_LAYERS * NUM_BYTES
+
+        def attention() -> None:
+            model.stream.copy(scratch, model.sources, NUM_BYTES)
+
+        def capture(breaks_before: Sequence[int]) -> BreakableCUDAGraphCapture:
+            with BreakableCUDAGraphCapture() as captured:
+                for layer in EVERY:
+                    if layer in breaks_before:
+                        captured.add_eager(attention)
+                    model.run([layer])
+            for number, replay in enumerate(captured.segments):
+                if isinstance(graph := getattr(replay, "__self__", None), FakeTorchGraph):
+                    model.graphs[len(model.graphs), number] = graph
+            assert captured.num_graphs == len(breaks_before) + 1
+            return captured
+
+        model.run(EVERY)  # as vLLM warms up
+        every, some = capture(EVERY), capture([0, 3, 4])
+        assert not model.wrong([]), "capturing enqueues nothing but the breaks"
+        for step in range(6):
+            every.replay()
+            some.replay()
+            if step % 2:
+                model.run(range(step))  # cut short
+                every.replay()
+            assert not model.wrong(EVERY), step
         counters = model.eager.counters()
         assert counters.fetched_bytes[1] == counters.fills * NUM_BYTES
 

@@ -1,7 +1,15 @@
 """Runs a ring's schedule on a device. The worker's main thread calls it; the queue copies.
 
 `wait` and `record` bracket every layer's kernels; `begin_forward` only lets the first copies start
-earlier after an interruption. Correctness rests on `wait` alone.
+earlier after an interruption. One invariant carries both devices:
+
+    A fill is enqueued only after the record that it waits for, and that record only after every kernel
+    that may read the slot; a wait is enqueued only after the fill that it waits for.
+
+So the order of our calls is an order in which the device can do everything: whatever an event or a graph
+waits for stands before it. Nothing can hang, however far the host is ahead and however soon a full
+queue holds it up; and an event, which stands for its latest record only, always stands for the right
+one. `tests/unit/prefetch/test_every_order.py` walks all that a forward may do, captured or not.
 """
 
 from collections.abc import Sequence
@@ -127,10 +135,12 @@ class Ring:
     def _fill(self, fills: Sequence[Fill]) -> None:
         """Issue the copies of these layers, each behind whatever still uses its slot."""
         for fill in fills:
-            if fill.evicts is not None:
-                self._queue.wait(self.batches[fill.evicts])
-            self._heals += fill.evicts is not None
-            self._first_fills += fill.evicts is None and fill.after is None
             after = None if fill.after is None else self.batches[fill.after]
+            if fill.is_heal:
+                assert after is not None
+                self._queue.wait(after)
+                self._queue.record(after)
+            self._heals += fill.is_heal
+            self._first_fills += fill.after is None
             self._num_fills[fill.layer] += 1
             self._queue.issue(self.batches[fill.layer], after)

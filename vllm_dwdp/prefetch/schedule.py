@@ -14,8 +14,9 @@ is then fetched at once, and after the last layer the first layer of the next st
                   record(0): layer 0 is done, so slot 0 is filled with layer 2
 
 What a slot holds is compared at every wait, so a forward that was cut short, a dummy or profiling run,
-or a skipped layer costs one late fill and nothing else. A ring of no more layers than slots is filled
-once and never again; so a ring of one layer has one slot (`ring_slots`).
+or a skipped layer costs one late fill and nothing else: a *heal*, which waits for all kernels so far. A
+ring of no more layers than slots is filled once and never again; so a ring of one layer has one slot
+(`ring_slots`).
 """
 
 from collections.abc import Sequence
@@ -36,23 +37,14 @@ class Fill:
 
     Args:
         layer: index in the ring.
-        after: the layer whose kernels last read the slot; the copies wait for its record. None if no
-            layer has been recorded in it.
-        evicts: the layer that the slot holds out of step, whose own copies may still be on their way.
-            None in the steady state and for the first fill of a slot.
+        after: the layer that the slot holds; the copies wait for its record. None if it holds nothing.
+        is_heal: out of step: nobody knows whether `after` was recorded since its kernels read the slot,
+            so it must be recorded now; and its own copies may still be on their way.
     """
 
     layer: int
     after: int | None
-    evicts: int | None
-
-
-@dataclass
-class Slot:
-    """One slot: the layer that it holds or is being filled with, and the layer last recorded in it."""
-
-    holds: int | None = None
-    consumed: int | None = None
+    is_heal: bool
 
 
 @dataclass
@@ -61,21 +53,26 @@ class SlotSchedule:
 
     Args:
         num_layers: MoE layers of the ring, in the order in which they run.
-        num_slots: slots, at least `ring_slots(num_layers)`.
+        num_slots: slots, at least 1; of fewer than `ring_slots(num_layers)` no copy runs beside kernels.
     """
 
     num_layers: int
     num_slots: int = NUM_SLOTS
-    _slots: list[Slot] = field(init=False)
+    _holds: list[int | None] = field(init=False)
     _following: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        assert self.num_layers >= 1 and self.num_slots >= ring_slots(self.num_layers)
-        self._slots = [Slot() for _ in range(self.num_slots)]
+        assert self.num_layers >= 1 and self.num_slots >= 1
+        self._holds = [None] * self.num_slots
         self._following = [
             layer + self.num_slots if layer + self.num_slots < self.num_layers else self.slot(layer)
             for layer in range(self.num_layers)
         ]
+
+    @property
+    def holds(self) -> tuple[int | None, ...]:
+        """By slot, the layer that it holds or is being filled with: all that a ring remembers."""
+        return tuple(self._holds)
 
     def slot(self, layer: int) -> int:
         """The slot that `layer` uses."""
@@ -91,10 +88,9 @@ class SlotSchedule:
     def fills_at_wait(self, layer: int) -> Sequence[Fill]:
         """Layers to fetch before `layer` can be waited for: none in the steady state.
 
-        Out of step, `layer` itself and the layers after it that the other slots should hold: at a
-        wait no layer is running, so every slot is free.
+        Out of step, `layer` itself and the layers after it that the other slots should hold.
         """
-        if self._slots[layer % self.num_slots].holds == layer:
+        if self._holds[self.slot(layer)] == layer:
             return ()
         return self._fill_missing(range(layer, min(layer + self.num_slots, self.num_layers)))
 
@@ -104,22 +100,22 @@ class SlotSchedule:
 
     def graph_left(self, layer: int) -> None:
         """A graph has fetched and consumed layers of its own, and left `layer` in its slot."""
-        self._slots[self.slot(layer)].holds = layer
+        self._holds[self.slot(layer)] = layer
 
     def fills_at_record(self, layer: int) -> Sequence[Fill]:
         """Layers to fetch now that `layer` has been consumed and its slot is free: at most one."""
-        following, slot = self._following[layer], self._slots[layer % self.num_slots]
-        slot.consumed = layer
-        if slot.holds == following:
+        following, slot = self._following[layer], self.slot(layer)
+        if self._holds[slot] == following:
             return ()
-        slot.holds = following
-        return (Fill(following, after=layer, evicts=None),)
+        self._holds[slot] = following
+        return (Fill(following, after=layer, is_heal=False),)
 
     def _fill_missing(self, layers: Sequence[int]) -> list[Fill]:
         fills = []
         for layer in layers:
-            slot = self._slots[self.slot(layer)]
-            if slot.holds != layer:
-                fills.append(Fill(layer, after=slot.consumed, evicts=slot.holds))
-                slot.holds = layer
+            slot = self.slot(layer)
+            before = self._holds[slot]
+            if before != layer:
+                fills.append(Fill(layer, after=before, is_heal=before is not None))
+                self._holds[slot] = layer
         return fills

@@ -49,6 +49,14 @@ const Setting kSettings[] = {
      [](Settings& all, const char* value) {
        all.max_delay_us = static_cast<unsigned>(number(value));
      }},
+    {"queue_depth", "DWDP_FAKE_CUDA_QUEUE_DEPTH", "0",
+     [](Settings& all, const char* value) {
+       all.queue_depth = static_cast<std::size_t>(number(value));
+     }},
+    {"stall_ms", "DWDP_FAKE_CUDA_STALL_MS", "20000",
+     [](Settings& all, const char* value) {
+       all.stall_ms = static_cast<unsigned>(number(value));
+     }},
     {"seed", "DWDP_FAKE_CUDA_SEED", "0",
      [](Settings& all, const char* value) {
        all.random = static_cast<std::uint64_t>(number(value));
@@ -156,6 +164,7 @@ FAKE_API Result cuGetErrorName(Result result, const char** name) {
       {kIllegalState, "CUDA_ERROR_ILLEGAL_STATE"},
       {kNotReady, "CUDA_ERROR_NOT_READY"},
       {kIllegalAddress, "CUDA_ERROR_ILLEGAL_ADDRESS"},
+      {kLaunchTimeout, "CUDA_ERROR_LAUNCH_TIMEOUT"},
       {kNotPermitted, "CUDA_ERROR_NOT_PERMITTED"},
       {kNotSupported, "CUDA_ERROR_NOT_SUPPORTED"},
       {kCaptureUnsupported, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"},

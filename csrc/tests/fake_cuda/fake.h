@@ -21,6 +21,11 @@
 //                                beyond them is out of memory is a guess: no reference says
 //   DWDP_FAKE_CUDA_MAX_DELAY_US  sleep up to this long before each operation (0)
 //   DWDP_FAKE_CUDA_SEED          of the delays (0)
+//   DWDP_FAKE_CUDA_QUEUE_DEPTH   a call returns once fewer operations of its stream are pending; each
+//                                copy of a batch is one, and 1 is a driver that runs every call at once
+//                                (0: any number)
+//   DWDP_FAKE_CUDA_STALL_MS      a host that waits this long while nothing ends is told of a time-out,
+//                                and so is every later one: what was pending is given up (20000)
 #pragma once
 
 #include <atomic>
@@ -44,8 +49,8 @@ using Result = int;
 
 constexpr Result kSuccess = 0, kInvalidValue = 1, kOutOfMemory = 2, kNotInitialized = 3,
                  kInvalidDevice = 101, kInvalidContext = 201, kInvalidHandle = 400,
-                 kIllegalState = 401, kNotReady = 600, kIllegalAddress = 700, kNotPermitted = 800,
-                 kNotSupported = 801, kCaptureUnsupported = 900, kCaptureInvalidated = 901,
+                 kIllegalState = 401, kNotReady = 600, kIllegalAddress = 700, kLaunchTimeout = 702,
+                 kNotPermitted = 800, kNotSupported = 801, kCaptureUnsupported = 900, kCaptureInvalidated = 901,
                  kCaptureMerge = 902, kCaptureUnmatched = 903, kCaptureUnjoined = 904,
                  kCaptureIsolation = 905, kCaptureImplicit = 906, kCapturedEvent = 907,
                  kCaptureWrongThread = 908;
@@ -64,8 +69,8 @@ struct Settings {
   std::atomic<std::size_t> memory_bytes;
   std::atomic<bool> fabric, combined, read_only;
   std::atomic<int> posix, mixed_access;
-  std::atomic<std::size_t> fabric_granularity, peer_mappings;
-  std::atomic<unsigned> max_delay_us;
+  std::atomic<std::size_t> fabric_granularity, peer_mappings, queue_depth;
+  std::atomic<unsigned> max_delay_us, stall_ms;
   std::atomic<std::uint64_t> random;  // the state of the delays
 };
 const Settings& settings();
@@ -75,12 +80,17 @@ void pause();  // a random delay
 std::mutex& state_mutex();
 using Lock = std::unique_lock<std::mutex>;
 
+void wait_for_room();  // in the stream that this thread gave an operation last
+
 // The status of `action`, run under the lock; `Failure` becomes a status.
 template <typename Action>
 Result api(Action action) {
   try {
-    Lock lock(state_mutex());
-    action(lock);
+    {
+      Lock lock(state_mutex());
+      action(lock);
+    }
+    wait_for_room();
     return kSuccess;
   } catch (const Failure& failure) {
     return failure.result;
@@ -93,7 +103,8 @@ void require_context();  // cuInit was called and a context is current in this t
 class Completion {
  public:
   void finish();
-  void wait();
+  void wait();         // on a thread of a stream
+  void wait_as_host();  // throws if nothing ends any more; not under the lock
   bool finished();
 
  private:
@@ -138,6 +149,7 @@ struct Operation {
   std::vector<CompletionPtr> after;
   std::function<void()> work;
   CompletionPtr done;
+  std::size_t num_pending;  // as how many it counts
 };
 
 // A first-in first-out queue with a thread of its own.
@@ -152,13 +164,16 @@ class Stream {
   std::shared_ptr<Capture> capture;
   std::set<std::size_t> tip;  // what the next captured node depends on
 
- private:
   struct Queue {
     std::mutex mutex;
     std::condition_variable changed;
     std::deque<Operation> operations;
+    std::size_t num_pending = 0;  // queued or running
     bool stopping = false;
   };
+  const std::shared_ptr<Queue>& queue() const { return queue_; }
+
+ private:
   static void run(const std::shared_ptr<Queue>& queue);
   std::shared_ptr<Queue> queue_;
 };
@@ -183,7 +198,9 @@ Counts& counts();  // under the lock
 Stream& stream_of(void* handle);  // 0 and 1 are the legacy stream
 Event& event_of(void* handle);
 CompletionPtr enqueue(Stream& stream, std::function<void()> work,
-                      std::vector<CompletionPtr> after = {});
+                      std::vector<CompletionPtr> after = {}, std::size_t num_pending = 1);
+void note_progress();  // an operation or a node has ended
+bool given_up();       // nothing ended for too long: whatever is pending is dropped
 void submit(Stream& stream, std::function<void()> work);  // captures it if the stream captures
 void wait_for_everything(Lock& lock);                     // gives the lock away meanwhile
 void count_streams(Live& live);

@@ -90,7 +90,8 @@ class Launch {
   std::vector<std::size_t> finish(std::size_t index) {
     const Node& node = graph_.nodes[index];
     pause();
-    node.work();
+    if (!given_up()) node.work();
+    note_progress();
     std::vector<std::size_t> ready;
     std::lock_guard<std::mutex> lock(mutex_);
     for (const std::size_t child : children_[index])

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cstdio>
 #include <cstring>
 #include <random>
 
@@ -28,8 +29,36 @@ Stream& legacy() {
 }
 
 std::atomic<Result> failure{kSuccess};
+std::atomic<std::uint64_t> num_ended{0};
+thread_local std::shared_ptr<Stream::Queue> given_to;  // this thread's last operation
+constexpr std::chrono::milliseconds kLook{20};
+
+// Throws once nothing has ended for the time that a stall takes.
+class Patience {
+ public:
+  void check() {
+    const auto now = std::chrono::steady_clock::now();
+    if (const std::uint64_t ended = num_ended; ended != seen_) {
+      seen_ = ended;
+      since_ = now;
+    }
+    if (!given_up() && now - since_ < std::chrono::milliseconds(settings().stall_ms)) return;
+    if (!given_up())
+      std::fprintf(stderr, "fake CUDA: the host and every stream wait: given up after %u ms\n",
+                   settings().stall_ms.load());
+    fail_later(kLaunchTimeout);
+    throw Failure{kLaunchTimeout};
+  }
+
+ private:
+  std::uint64_t seen_ = num_ended;
+  std::chrono::steady_clock::time_point since_ = std::chrono::steady_clock::now();
+};
 
 }  // namespace
+
+void note_progress() { ++num_ended; }
+bool given_up() { return failure == kLaunchTimeout; }
 
 void Completion::finish() {
   std::lock_guard<std::mutex> lock(mutex_);
@@ -39,7 +68,14 @@ void Completion::finish() {
 
 void Completion::wait() {
   std::unique_lock<std::mutex> lock(mutex_);
-  changed_.wait(lock, [this] { return finished_; });
+  while (!changed_.wait_for(lock, kLook, [this] { return finished_ || given_up(); })) {
+  }
+}
+
+void Completion::wait_as_host() {
+  Patience patience;
+  std::unique_lock<std::mutex> lock(mutex_);
+  while (!changed_.wait_for(lock, kLook, [this] { return finished_; })) patience.check();
 }
 
 bool Completion::finished() {
@@ -53,14 +89,15 @@ Stream::Stream(bool blocking) : blocking(blocking), queue_(std::make_shared<Queu
 
 void Stream::push(Operation operation) {
   std::lock_guard<std::mutex> lock(queue_->mutex);
+  queue_->num_pending += operation.num_pending;
   queue_->operations.push_back(std::move(operation));
-  queue_->changed.notify_one();
+  queue_->changed.notify_all();
 }
 
 void Stream::stop() {
   std::lock_guard<std::mutex> lock(queue_->mutex);
   queue_->stopping = true;
-  queue_->changed.notify_one();
+  queue_->changed.notify_all();
 }
 
 void Stream::run(const std::shared_ptr<Queue>& queue) {
@@ -75,9 +112,24 @@ void Stream::run(const std::shared_ptr<Queue>& queue) {
     }
     for (const CompletionPtr& before : operation.after) before->wait();
     pause();
-    operation.work();
+    if (!given_up()) operation.work();
     operation.done->finish();
+    note_progress();
+    std::lock_guard<std::mutex> lock(queue->mutex);
+    queue->num_pending -= operation.num_pending;
+    queue->changed.notify_all();
   }
+}
+
+void wait_for_room() {
+  const std::shared_ptr<Stream::Queue> queue = std::move(given_to);
+  given_to.reset();
+  const std::size_t depth = settings().queue_depth;
+  if (queue == nullptr || depth == 0) return;
+  Patience patience;
+  std::unique_lock<std::mutex> lock(queue->mutex);
+  while (!queue->changed.wait_for(lock, kLook, [&] { return queue->num_pending < depth; }))
+    patience.check();
 }
 
 Stream& stream_of(void* handle) {
@@ -101,7 +153,7 @@ Event& event_of(void* handle) {
 
 // The legacy stream waits for all blocking streams, and they for it.
 CompletionPtr enqueue(Stream& stream, std::function<void()> work,
-                      std::vector<CompletionPtr> after) {
+                      std::vector<CompletionPtr> after, std::size_t num_pending) {
   if (&stream == &legacy()) {
     for (Stream* other : streams())
       if (other->blocking && other->tail) after.push_back(other->tail);
@@ -109,7 +161,8 @@ CompletionPtr enqueue(Stream& stream, std::function<void()> work,
     after.push_back(legacy().tail);
   }
   stream.tail = std::make_shared<Completion>();
-  stream.push({std::move(after), std::move(work), stream.tail});
+  stream.push({std::move(after), std::move(work), stream.tail, num_pending});
+  given_to = stream.queue();
   return stream.tail;
 }
 
@@ -125,7 +178,7 @@ void wait_for_everything(Lock& lock) {
   for (Stream* stream : streams()) tails.push_back(stream->tail);
   lock.unlock();
   for (const CompletionPtr& tail : tails)
-    if (tail) tail->wait();
+    if (tail) tail->wait_as_host();
   lock.lock();
 }
 
@@ -150,7 +203,7 @@ Result copy_now(void* destination, const void* source, std::size_t num_bytes) {
     forbid_during_capture();
     const CompletionPtr done = enqueue(stream, [=] { copy(destination, source, num_bytes); });
     lock.unlock();
-    done->wait();
+    done->wait_as_host();
     lock.lock();
     require(late_failure() == kSuccess, late_failure());
   });
@@ -191,12 +244,13 @@ Result copy_batch(void** destinations, void** sources, std::size_t* sizes, std::
     }
     static std::mt19937 random;  // the copies of a batch have no order
     std::shuffle(copies.begin(), copies.end(), random);
-    enqueue(stream, [copies] {
+    const auto work = [copies] {
       for (const Copy& each : copies) {
         pause();
         copy(each.destination, each.source, each.num_bytes);
       }
-    });
+    };
+    enqueue(stream, work, {}, copies.size());
   });
 }
 
@@ -247,7 +301,7 @@ FAKE_API Result cuStreamSynchronize(void* handle) {
     // Ordered like an operation, so that the legacy stream waits for all that it must.
     const CompletionPtr done = enqueue(stream, [] {});
     lock.unlock();
-    done->wait();
+    done->wait_as_host();
     lock.lock();
     require(late_failure() == kSuccess, late_failure());
   });
