@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -676,6 +677,61 @@ def test_on_gpus_the_layer_is_called_inside_an_opaque_operator(
         chosen = moe_runner.MoERunner._select_forward(runner)
         assert chosen is getattr(torch.ops.vllm, operator)
     assert "self.routed_experts.forward_modular" in calls(moe_runner.MoERunner)
+
+
+def test_breakable_graphs_are_segments_of_torchs_class() -> None:
+    """The default of DeepSeek V3.2 and V4. Segments keep bound replays, made behind our wrap."""
+    from vllm.compilation.breakable_cudagraph import (
+        BreakableCUDAGraphCapture,
+        BreakableCUDAGraphWrapper,
+    )
+    from vllm.config.vllm import DEFAULT_BREAKABLE_CUDAGRAPH_ARCHITECTURES
+    from vllm.v1.worker import gpu_model_runner
+
+    expected = {"DeepseekV32ForCausalLM", "DeepseekV4ForCausalLM"}
+    assert expected <= DEFAULT_BREAKABLE_CUDAGRAPH_ARCHITECTURES
+    begin = calls(BreakableCUDAGraphCapture._begin_segment)
+    assert {"torch.cuda.CUDAGraph", "g.capture_begin"} <= set(begin)
+    end = ast.unparse(tree(BreakableCUDAGraphCapture._end_segment))
+    assert end.index("self._current_graph.capture_end()") < end.index(
+        "self.segments.append(self._current_graph.replay)"
+    )
+    assert "self.runnable" in calls(BreakableCUDAGraphWrapper._capture), "inside, with its hooks"
+    assert "entry.capture.replay" in calls(BreakableCUDAGraphWrapper._replay)
+    # Our hooks are on the module itself.
+    assert "self.model.unwrap" in calls(gpu_model_runner.GPUModelRunner.get_model)
+
+
+def test_layers_are_built_and_processed_inside_of_vllms_config_context(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Kernels that are made there may ask for the config; where layers are bound, none is made."""
+    from vllm.config import get_current_vllm_config_or_none
+    from vllm.v1.worker import gpu_worker
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    import vllm_dwdp
+
+    config, seen = SimpleNamespace(weight_transfer_config=None), []
+    worker: Any = SimpleNamespace(
+        _maybe_get_memory_pool_context=lambda tag: nullcontext(),
+        _scoped_allocator_max_split=lambda max_split_size_mb: nullcontext(),
+        vllm_config=config,
+        model_runner=SimpleNamespace(
+            load_model=lambda **_: seen.append(get_current_vllm_config_or_none())
+        ),
+    )
+    monkeypatch.setattr(gpu_worker, "set_torch_threads_for_runtime", lambda: None)
+    gpu_worker.Worker.load_model(worker)
+    assert seen == [config]
+    assert get_current_vllm_config_or_none() is None
+    assert CPUWorker.load_model is gpu_worker.Worker.load_model
+    package = Path(vllm_dwdp.__file__).parent
+    makes_kernels = r"\bmoe\.(process|complete|around_processing)\("
+    makers = {
+        path.stem for path in package.rglob("*.py") if re.search(makes_kernels, path.read_text())
+    }
+    assert makers == {"routed_experts", "twin"}, "which do it when vLLM processes a layer"
 
 
 def test_gpu_worker_hooks() -> None:

@@ -151,7 +151,8 @@ class DwdpRoutedExperts:
         """Serve from `binding` from now on; the memory behind it must outlive the layer."""
         for tensor, placed in binding.tensors:
             tensor.data = placed
-        self.ring_position = binding.ring_position
+        # Past torch's own, which looks for parameters and takes as long as all tensors of a layer.
+        object.__setattr__(self, "ring_position", binding.ring_position)
 
     def forward_modular(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """vLLM's `RoutedExperts.forward_modular`, after the slot holds this layer."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.compilation.breakable_cudagraph import BreakableCUDAGraphCapture
 from vllm.forward_context import BatchDescriptor, ForwardContext, override_forward_context
 
 from vllm_dwdp.compat.worker.cuda_graphs import followed_by
@@ -105,6 +106,25 @@ def test_the_pieces_of_a_forward_are_not_counted_again(setting: Setting) -> None
     setting.model.register_forward_hook(lambda *_: [piece.replay() for _ in range(3)] and None)
     setting.forward(1)
     assert setting.forwards.by_mode == {Mode.DIRECT: 1, Mode.PREFETCH: 0}
+
+
+def test_a_breakable_graph_counts_once_at_every_replay(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's own capture: several graphs hold one forward, whose hook runs in the first of them."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", StandInGraph)
+    capture, attended = BreakableCUDAGraphCapture(), []
+    setting.model.register_forward_hook(
+        lambda *_: capture.add_eager(lambda: attended.append(1)) and None
+    )
+    with capture:
+        setting.forward(8)
+    assert (capture.num_graphs, capture.num_eager_breaks) == (2, 1)
+    assert not any(setting.forwards.by_mode.values()), "while it is captured nothing runs"
+    for _ in range(3):
+        capture.replay()
+    assert setting.forwards.by_mode == {Mode.DIRECT: 0, Mode.PREFETCH: 3}
+    assert len(attended) == 4
 
 
 def test_vllm_says_how_many_tokens_a_padded_forward_computes(setting: Setting) -> None:

@@ -1,6 +1,7 @@
 """Both views of a layer that was loaded: what follows a switch, and what would not."""
 
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from tests.unit.model_executor.stand_in import Loaded
 from vllm_dwdp.errors import DwdpUnsupportedError
-from vllm_dwdp.model_executor.routed_experts import Binding
+from vllm_dwdp.model_executor.routed_experts import Binding, RingPosition
 from vllm_dwdp.model_executor.views import ExpertViews
 from vllm_dwdp.prefetch.mode_policy import Mode, ModePolicy
 
@@ -47,6 +48,26 @@ def test_the_parameters_follow_every_switch(loaded: Loaded) -> None:
         views.begin_forward(num_tokens)
         assert loaded.layer.w13_weight is parameter
         assert (parameter.data.view(torch.uint8) == value).all()
+
+
+def test_a_switch_sets_each_shared_tensor_once_and_no_attribute_of_a_module(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs between two steps, on the thread that launches them."""
+    views = make_views(loaded, Mode.DIRECT, Mode.PREFETCH)
+    (pairs,) = [listed[0].tensors for mode, listed in views._bindings.items() if mode == "direct"]
+    assert [tensor for tensor, _ in pairs] == [loaded.layer.w13_weight], "no alias, no scale"
+
+    def set_attribute(module: torch.nn.Module, name: str, value: object) -> None:
+        pytest.fail(f"{name} was set through the module")
+
+    monkeypatch.setattr(torch.nn.Module, "__setattr__", set_attribute)
+    position = RingPosition(0, 3)
+    bindings: Any = views._bindings[Mode.PREFETCH]
+    bindings[0] = replace(bindings[0], ring_position=position)
+    for num_tokens, expected in ((1, None), (9, position), (1, None)):
+        views.begin_forward(num_tokens)
+        assert loaded.layer.ring_position is expected
 
 
 def test_what_a_first_forward_makes_over_the_experts_is_found(loaded: Loaded) -> None:
