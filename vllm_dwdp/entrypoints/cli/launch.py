@@ -1,14 +1,26 @@
 """`vllm-dwdp launch`."""
 
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from vllm_dwdp.entrypoints.launch import launcher
+from vllm_dwdp.entrypoints.launch.disaggregation import (
+    SIDE_CHANNEL_PORT_ENV,
+    Disaggregation,
+    check_side_channel,
+    check_url,
+    devices_of,
+    split_decode_arguments,
+    take_transfer_config,
+)
 from vllm_dwdp.entrypoints.launch.plan import LaunchPlan, split_arguments
-from vllm_dwdp.entrypoints.launch.ports import free_ports
+from vllm_dwdp.entrypoints.launch.ports import free_ports, free_ports_in_a_row
 from vllm_dwdp.entrypoints.tables import say
+from vllm_dwdp.errors import DwdpConfigError
 
 
 def launch(
@@ -42,6 +54,26 @@ def launch(
     hold_experts: Annotated[
         bool, typer.Option(help="Keep the experts' memory for ranks that all die at once.")
     ] = True,
+    decode_servers: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Stock servers that decode; the ranks then compute prompts only (NIXL)."
+        ),
+    ] = 0,
+    decode_args: Annotated[
+        str, typer.Option(help="Further arguments of each of them, after those of all servers.")
+    ] = "",
+    decode_url: Annotated[
+        list[str] | None, typer.Option(help="A decode server that runs elsewhere; repeat.")
+    ] = None,
+    prefill_only: Annotated[
+        bool,
+        typer.Option(
+            "--prefill-only",
+            help="Ranks that compute prompts at --host, --port and the next ports, for a router and "
+            "decode servers of your own.",
+        ),
+    ] = False,
 ) -> None:
     """Serve MODEL on ranks that outlive each other, behind vllm-router.
 
@@ -49,6 +81,34 @@ def launch(
     adopts its experts from the survivors. Further arguments go to every vllm serve.
     """
     arguments, additional_config = split_arguments(context.args)
+    disaggregation = None
+    if prefill_only and (decode_servers or decode_url):
+        raise DwdpConfigError(
+            "--prefill-only runs no router and knows no decode servers: leave out --decode-servers and "
+            "--decode-url."
+        )
+    if decode_args and not decode_servers:
+        raise DwdpConfigError("--decode-args is for the servers of --decode-servers, which is 0.")
+    if prefill_only or decode_servers or decode_url:
+        arguments, transfer = take_transfer_config(arguments)
+        urls = tuple(check_url(url) for url in decode_url or ())
+        check_side_channel(os.environ, host, urls, prefill_only)
+        disaggregation = _disaggregation(
+            ranks,
+            decode_servers,
+            Disaggregation(
+                decode_arguments=split_decode_arguments(decode_args),
+                decode_urls=urls,
+                side_channel_ports=(),
+                transfer=transfer,
+                only_prefill=prefill_only,
+            ),
+        )
+    rank_ports = (
+        tuple(range(port, port + ranks))
+        if prefill_only
+        else tuple(free_ports(ranks, {port, control_port}))
+    )
     with launcher.meeting_folder() as rendezvous:
         plan = LaunchPlan(
             model=model,
@@ -57,13 +117,32 @@ def launch(
             port=port,
             control_port=control_port,
             start_timeout_s=start_timeout,
-            rank_ports=tuple(free_ports(ranks, {port, control_port})),
+            rank_ports=rank_ports,
             rendezvous=rendezvous,
             arguments=arguments,
             additional_config=additional_config,
             forks_ranks=fork_ranks,
             holds_experts=hold_experts,
+            disaggregation=disaggregation,
         )
         meeting = plan.dwdp_options["rendezvous"]
         say(f"ranks meet at {meeting}; logs in {logs}/")
         launcher.launch(plan, logs, say)
+
+
+def _disaggregation(ranks: int, num_decode: int, asked: Disaggregation) -> Disaggregation:
+    """What was asked for, with ports that are free."""
+    found = free_ports(ranks + num_decode)
+    first = os.environ.get(SIDE_CHANNEL_PORT_ENV, "")
+    channels = [int(first) if first.isdecimal() else free_ports_in_a_row(ranks, found)]
+    taken = {*found, *range(channels[0], channels[0] + ranks)}
+    for _ in range(num_decode):
+        width = devices_of(asked.decode_arguments)  # at most: one for each engine of its own
+        channels.append(free_ports_in_a_row(width, taken))
+        taken |= set(range(channels[-1], channels[-1] + width))
+    return replace(
+        asked,
+        relay_ports=tuple(found[:ranks]),
+        decode_ports=tuple(found[ranks:]),
+        side_channel_ports=tuple(channels),
+    )

@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,9 @@ from vllm_dwdp.distributed.status import query_status
 from vllm_dwdp.distributed.tcp import TcpEndpoint
 from vllm_dwdp.distributed.unix import UnixEndpoint
 from vllm_dwdp.entrypoints.cli.options import AsJson
+from vllm_dwdp.entrypoints.launch.fronts import answers
+from vllm_dwdp.entrypoints.launch.roster import Entry, read_roster
+from vllm_dwdp.entrypoints.launch.server import READY_PATH
 from vllm_dwdp.entrypoints.tables import print_json, say, show
 from vllm_dwdp.errors import (
     DwdpConfigError,
@@ -25,6 +29,8 @@ from vllm_dwdp.errors import (
 ANSWER_TIMEOUT_S = 2.0
 
 _SOCKET = re.compile(r"g(\d+)-(?:r(\d+)|holder)\.sock")
+SILENT = "not answering"
+_SERVER_HEADINGS = ("role", "index", "state", "pid", "url")
 _HEADINGS = ("group", "rank", "state", "started", "pid", "held", "remote", "steps", "peers")
 
 
@@ -39,18 +45,27 @@ def status(
 ) -> None:
     """Show every rank that meets there, and holders: state, generation, memory, peers and last failure.
 
+    Of a launch with decode servers these are shown as well.
+
     Exits 1 if there is none, if one is dead (also if only its peers say so), or does not answer.
     """
     ranks = find_ranks(
         rendezvous, secret_file=secret_file or None, group_size=group_size, num_groups=groups
     )
+    servers = find_servers(rendezvous)
     if as_json:
-        print_json(ranks)
+        print_json(ranks + [asdict(each) for each in servers])
     else:
         show(f"ranks at {rendezvous}", _HEADINGS, [_row(entry) for entry in ranks])
         for entry in ranks:
             say(*_sentences(entry))
-    if needs_attention(ranks):
+        if servers:
+            show(
+                f"servers of the launch at {rendezvous}",
+                _SERVER_HEADINGS,
+                map(_server_row, servers),
+            )
+    if needs_attention(ranks) or any(each.state == SILENT for each in servers):
         raise typer.Exit(1)
 
 
@@ -149,6 +164,21 @@ def _ask(endpoint: Endpoint, group: int, rank: int) -> dict[str, Any]:
         silent = f"listens at {endpoint}, and did not say how it is in {ANSWER_TIMEOUT_S:g} s"
         failure = str(error) if explained else silent
         return place | {"state": "not answering", "last_failure": failure}
+
+
+def find_servers(rendezvous: str) -> list[Entry]:
+    """The servers of a disaggregated launch whose ranks meet there, each asked whether it is healthy."""
+    servers = []
+    for entry in read_roster(rendezvous):
+        is_said_to_serve = entry.state in ("serving", "elsewhere")
+        silent = is_said_to_serve and not answers(entry.url + READY_PATH)
+        servers.append(replace(entry, state=SILENT) if silent else entry)
+    return servers
+
+
+def _server_row(entry: Entry) -> list[str]:
+    pid = "" if entry.pid is None else str(entry.pid)
+    return [entry.role, str(entry.index), entry.state, pid, entry.url]
 
 
 def needs_attention(ranks: list[dict[str, Any]]) -> bool:

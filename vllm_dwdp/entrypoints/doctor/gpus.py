@@ -7,7 +7,7 @@ tested against a stand-in with the names and constants of nvidia-ml-py.
 
 import ctypes
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,11 +75,13 @@ def has_driver() -> bool:
 
 
 def one_gpu_each(
-    num_ranks: int, environment: Mapping[str, str], count: int
+    num_ranks: int, environment: Mapping[str, str], count: int, decode: Sequence[int] = ()
 ) -> list[dict[str, str]]:
-    """Return what to add to the environment of each rank, so that rank n sees one GPU, the n-th.
+    """Return what to add to the environment of each server, so that rank n sees one GPU, the n-th.
 
     Args:
+        num_ranks: ranks.
+        decode: how many of the next GPUs each decode server beside the ranks takes.
         environment: of this process; its `CUDA_VISIBLE_DEVICES` says which GPUs may be used.
         count: GPUs of this machine; without any, ranks run on the CPU and get nothing.
 
@@ -87,16 +89,25 @@ def one_gpu_each(
         DwdpConfigError: there are fewer GPUs than ranks.
     """
     if count == 0:
-        return [{}] * num_ranks
+        return [{}] * (num_ranks + len(decode))
     chosen = environment.get(VISIBLE_DEVICES)
     usable = chosen.split(",") if chosen else [str(index) for index in range(count)]
-    if len(usable) < num_ranks:
+    sizes = [1] * num_ranks + list(decode)
+    if len(usable) < sum(sizes):
         where = f"{VISIBLE_DEVICES}={chosen}" if chosen else "this machine"
-        raise DwdpConfigError(
-            f"--ranks {num_ranks}: {where} has {len(usable)} GPUs, and every rank needs one of its "
-            "own. Use fewer ranks, or make more GPUs visible."
+        beside = decode and (
+            f" and --decode-servers {len(decode)} need {sum(sizes)} GPUs, {decode[0]} for each of "
+            "these"
         )
-    return [{VISIBLE_DEVICES: gpu} for gpu in usable[:num_ranks]]
+        raise DwdpConfigError(
+            f"--ranks {num_ranks}{beside or ''}: {where} has {len(usable)} GPUs, and every rank needs "
+            "one of its own. Use fewer ranks, or make more GPUs visible."
+        )
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+    return [
+        {VISIBLE_DEVICES: ",".join(usable[start : start + size])}
+        for start, size in zip(starts, sizes, strict=True)
+    ]
 
 
 def count_gpus() -> int:

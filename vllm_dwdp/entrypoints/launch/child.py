@@ -57,6 +57,7 @@ class Child:
         start: starts its process, as `start_process`.
         start_timeout_s: so long may it take to serve; then it hangs, is ended and started again.
         drain_s: so long may it take to finish what it serves, once it is told to end.
+        place: its role and URL, for the terminal, where it has one of several roles.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Child:
     start: Callable[[list[str], BinaryIO, Mapping[str, str]], Process] = start_process
     start_timeout_s: float = math.inf
     drain_s: float = 0.0
+    place: str = ""
     state: str = "waiting"
     doing: str = ""
     failure: str = ""

@@ -1,16 +1,20 @@
-"""What clients of a launch talk to, kept running beside its ranks: the router, and the control port."""
+"""What is kept running beside the ranks: the router and its relay, decode servers, the control port."""
 
 import contextlib
 import http.client
 import os
 import signal
+import socket
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vllm_dwdp.entrypoints.launch.child import Child
 from vllm_dwdp.entrypoints.launch.control import ALIVE_PATH
+from vllm_dwdp.entrypoints.launch.deadlines import shutdown_timeout_s
 from vllm_dwdp.entrypoints.launch.plan import RANK_HOST, LaunchPlan
+from vllm_dwdp.entrypoints.launch.routed import ENDING_FILE_ENV
+from vllm_dwdp.entrypoints.launch.server import READY_PATH
 
 HEALTH_TIMEOUT_S = 2.0
 
@@ -32,6 +36,11 @@ def answers(url: str) -> bool:
     return False
 
 
+def ending_file(logs: Path) -> Path:
+    """What is there once this launch is told to end; its ranks and its relay look for it."""
+    return logs.absolute() / f"ending-{os.getpid()}"
+
+
 def router_child(plan: LaunchPlan, logs: Path) -> Child:
     """The load balancer in front of the ranks, not started yet."""
 
@@ -47,6 +56,58 @@ def router_child(plan: LaunchPlan, logs: Path) -> Child:
         environment=loopback_without_proxy(os.environ),
         end_signal=signal.SIGTERM,  # until it listens it does not hear SIGINT
     )
+
+
+def relay_children(plan: LaunchPlan, logs: Path) -> list[Child]:
+    """What the router asks in the place of the ranks of a disaggregated launch, not started yet."""
+    if plan.disaggregation is None or not plan.has_router:
+        return []
+
+    def listens() -> bool:
+        assert plan.disaggregation is not None
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection((RANK_HOST, plan.disaggregation.relay_ports[-1]), timeout=1),
+        ):
+            return True
+        return False
+
+    return [
+        Child(
+            "relay",
+            plan.relay_command,
+            logs / "relay.log",
+            is_ready=listens,
+            progress=str,
+            environment={ENDING_FILE_ENV: str(ending_file(logs))},
+            end_signal=signal.SIGTERM,
+        )
+    ]
+
+
+def decode_children(
+    plan: LaunchPlan, logs: Path, environments: Sequence[dict[str, str]], start_timeout_s: float
+) -> list[Child]:
+    """The decode servers that launch starts, not started yet."""
+    if plan.disaggregation is None:
+        return []
+
+    def child(index: int) -> Child:
+        assert plan.disaggregation is not None
+        url = plan.disaggregation.urls[index]
+        return Child(
+            f"decode {index}",
+            lambda: plan.decode_command(index),
+            logs / f"decode{index}.log",
+            is_ready=lambda: answers(url + READY_PATH),
+            progress=str,
+            environment=environments[index] | plan.disaggregation.side_channel(1 + index),
+            start_timeout_s=start_timeout_s,
+            drain_s=shutdown_timeout_s((*plan.arguments, *plan.disaggregation.decode_arguments)),
+            place=f"decode at {url}",
+        )
+
+    return [child(index) for index in range(len(plan.disaggregation.decode_ports))]
 
 
 def control_children(plan: LaunchPlan, logs: Path) -> list[Child]:

@@ -1,5 +1,8 @@
 """`vllm-dwdp launch`: one `vllm serve` per rank, restarted when it dies, behind vllm-router.
 
+With decode servers the ranks compute prompts only (`disaggregation`), and every pair is tried before the
+router starts.
+
 Every rank is a process group of its own, so that whatever a dead server left behind is removed before
 its successor starts. The router is the existing load balancer; this module only keeps it running.
 A rank's port opens when it can answer. Until then the rank is asked at the ranks' meeting place what it
@@ -13,6 +16,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_dwdp.config import DwdpConfig
@@ -22,17 +26,27 @@ from vllm_dwdp.entrypoints.doctor.gpus import count_gpus, one_gpu_each
 from vllm_dwdp.entrypoints.launch.child import Child
 from vllm_dwdp.entrypoints.launch.cores import cores_for_each
 from vllm_dwdp.entrypoints.launch.deadlines import default_start_timeout_s, shutdown_timeout_s
+from vllm_dwdp.entrypoints.launch.disaggregation import check_nixl
 from vllm_dwdp.entrypoints.launch.forking import forked_ranks, is_vllm_of_ours
-from vllm_dwdp.entrypoints.launch.fronts import answers, control_children, router_child
+from vllm_dwdp.entrypoints.launch.fronts import (
+    answers,
+    control_children,
+    decode_children,
+    ending_file,
+    relay_children,
+    router_child,
+)
 from vllm_dwdp.entrypoints.launch.holding import ExpertHolder, expert_holder
+from vllm_dwdp.entrypoints.launch.pairing import Server, check_pair
 from vllm_dwdp.entrypoints.launch.plan import (
-    RANK_HOST,
     ROUTER,
     LaunchPlan,
+    api_key,
     check_environment,
     find_program,
 )
 from vllm_dwdp.entrypoints.launch.ports import check_bindable, port_obstacle
+from vllm_dwdp.entrypoints.launch.roster import Entry, Roster, roster
 from vllm_dwdp.entrypoints.launch.routed import ENDING_FILE_ENV
 from vllm_dwdp.entrypoints.launch.server import READY_PATH
 from vllm_dwdp.errors import DwdpConfigError, DwdpError
@@ -60,26 +74,38 @@ def launch(plan: LaunchPlan, logs: Path, report: Callable[[str], None]) -> None:
             before it ever served; carries the end of its log.
     """
     check_environment(os.environ)
-    for program in ("vllm", ROUTER):
+    for program in ("vllm", ROUTER) if plan.has_router else ("vllm",):
         find_program(program)
-    check_bindable(plan.host, plan.port)
+    if plan.disaggregation is not None:
+        check_nixl()
+        for url in plan.disaggregation.decode_urls:
+            if not answers(url + READY_PATH):
+                raise DwdpConfigError(
+                    f"--decode-url {url}: {url}{READY_PATH} is not answered with 200. Start that server "
+                    "first, or correct the URL."
+                )
+    if plan.has_router:
+        check_bindable(plan.host, plan.port)
     if plan.control_port is not None:
         check_bindable(plan.host, plan.control_port, "--control-port")
     for rank, port in enumerate(plan.rank_ports):
-        if obstacle := port_obstacle(rank, RANK_HOST, port):
+        if obstacle := port_obstacle(rank, plan.rank_host, port):
             raise DwdpConfigError(f"{obstacle}.")
     config = DwdpConfig.from_options(plan.dwdp_options, plan.num_ranks)
-    gpus = one_gpu_each(plan.num_ranks, os.environ, count_gpus())
-    cores = cores_for_each(plan.num_ranks, os.environ)
+    sizes = _decode_devices(plan)
+    gpus = one_gpu_each(plan.num_ranks, os.environ, count_gpus(), sizes)
+    cores = cores_for_each(plan.num_ranks, os.environ, len(sizes))
+    places = [gpu | own_cores for gpu, own_cores in zip(gpus, cores, strict=True)]
     logs.mkdir(parents=True, exist_ok=True)
-    ranks = [
-        _rank_child(plan, config, rank, logs, gpus[rank] | cores[rank])
-        for rank in range(plan.num_ranks)
-    ]
-    fronts = [router_child(plan, logs), *control_children(plan, logs)]
+    ranks = [_rank_child(plan, config, rank, logs, places[rank]) for rank in range(plan.num_ranks)]
+    within_s = start_timeout_s(plan, config)
+    decodes = decode_children(plan, logs, places[plan.num_ranks :], within_s)
+    routers = [router_child(plan, logs)] if plan.has_router else []
+    fronts = [*relay_children(plan, logs), *routers, *control_children(plan, logs)]
     groups = plan.num_ranks // config.group_size if plan.holds_experts else 0
     forks = plan.forks_ranks and is_vllm_of_ours(find_program("vllm")) and not count_gpus()
     with (
+        roster(plan.dwdp_options["rendezvous"]) as servers,
         expert_holder(config, groups, report) as holder,
         forked_ranks(logs / "template.log" if forks else None, report) as starter,
         _until_interrupted() as interrupted,
@@ -92,25 +118,76 @@ def launch(plan: LaunchPlan, logs: Path, report: Callable[[str], None]) -> None:
                 f"{ranks[0].start_timeout_s:.0f} s to start"
             )
             starter.wait_until_ready(interrupted)
-            _serve(plan, ranks, fronts, holder, report, interrupted)
+            deployment = Deployment(plan=plan, ranks=ranks, decodes=decodes, fronts=fronts)
+            _serve(deployment, holder, servers, report, interrupted)
         finally:
-            _end_all(ranks, fronts, report, ending_file(logs))
+            _end_all([ranks, decodes, fronts], report, ending_file(logs))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """What is kept running, by role."""
+
+    plan: LaunchPlan
+    ranks: list[Child]
+    decodes: list[Child]
+    fronts: list[Child]
+
+    @property
+    def servers(self) -> list[Child]:
+        """Those that must serve before clients are let in."""
+        return [*self.ranks, *self.decodes]
+
+    def roster(self) -> list[Entry]:
+        """All of it, for `status`; empty where all that is there meets anyway."""
+        plan = self.plan
+        if plan.disaggregation is None:
+            return []
+        prefill = [_entry("prefill", *each) for each in enumerate(self.ranks)]
+        decode = [_entry("decode", *each) for each in enumerate(self.decodes)]
+        ours = zip([*prefill, *decode], [*plan.rank_urls, *plan.decode_urls], strict=False)
+        elsewhere = [
+            Entry(role="decode", index=index, url=url, pid=None, state="elsewhere")
+            for index, url in enumerate(plan.decode_urls)
+            if index >= len(decode)
+        ]
+        return [entry(url) for entry, url in ours] + elsewhere
+
+    def check_pairs(self) -> None:
+        """Refuse decode servers that cannot use what the ranks compute.
+
+        Raises:
+            DwdpConfigError: one cannot, with the field that differs.
+        """
+        key = api_key(self.plan.arguments, os.environ)
+        for number, url in enumerate(self.plan.decode_urls):
+            for rank, rank_url in enumerate(self.plan.rank_urls):
+                check_pair(
+                    Server(f"rank {rank}", rank_url, key), Server(f"decode {number}", url, key)
+                )
+
+
+def _entry(role: str, index: int, child: Child) -> Callable[[str], Entry]:
+    pid = None if child.process is None else child.process.pid
+    return lambda url: Entry(role=role, index=index, url=url, pid=pid, state=child.state)
 
 
 def _serve(
-    plan: LaunchPlan,
-    ranks: list[Child],
-    fronts: list[Child],
+    deployment: Deployment,
     holder: ExpertHolder,
+    servers: Roster,
     report: Callable[[str], None],
     interrupted: list[int],
 ) -> None:
+    plan, fronts = deployment.plan, deployment.fronts
     opened = announced = False
     while not interrupted:
         for line in holder.news():
             report(line)
-        opened = opened or all(rank.state == "serving" for rank in ranks)
-        for child in (*ranks, *fronts) if opened else ranks:
+        if not opened and all(child.state == "serving" for child in deployment.servers):
+            deployment.check_pairs()
+            opened = True
+        for child in (*deployment.servers, *fronts) if opened else deployment.servers:
             if child.poll():
                 report(_describe(child))
             if child.is_hopeless:
@@ -118,39 +195,49 @@ def _serve(
                     f"{child.name} ended before it ever served: {child.failure or child.state}\n"
                     f"{child.tail()[-TAIL_CHARACTERS:]}"
                 )
-        if any(child.state != "serving" for child in (*ranks, *fronts)):
+        servers.write(deployment.roster())
+        if any(child.state != "serving" for child in (*deployment.servers, *fronts)):
             announced = False
-        elif not announced and answers(plan.url + ALL_HEALTHY_PATH):
-            report(f"all {plan.num_ranks} ranks serve at {plan.url}")
+        elif not announced and (not plan.has_router or answers(plan.url + ALL_HEALTHY_PATH)):
+            report(_all_serve(plan))
             announced = True
         time.sleep(POLL_INTERVAL_S)
 
 
-def ending_file(logs: Path) -> Path:
-    """What is there once this launch is told to end; its ranks look for it."""
-    return logs.absolute() / f"ending-{os.getpid()}"
+def _all_serve(plan: LaunchPlan) -> str:
+    where = plan.url if plan.has_router else ", ".join(plan.rank_urls)
+    beside = f", with decode servers {', '.join(plan.decode_urls)}" if plan.decode_urls else ""
+    return f"all {plan.num_ranks} ranks serve at {where}{beside}"
 
 
-def _end_all(
-    ranks: list[Child], fronts: list[Child], report: Callable[[str], None], ending: Path
-) -> None:
-    """End the ranks, which may finish what they serve, and then the router, through which it goes."""
+def _decode_devices(plan: LaunchPlan) -> list[int]:
+    """Devices of each decode server that launch starts."""
+    if plan.disaggregation is None:
+        return []
+    count = len(plan.disaggregation.decode_ports)
+    return [plan.disaggregation.devices_of_a_decode_server] * count
+
+
+def _end_all(groups: list[list[Child]], report: Callable[[str], None], ending: Path) -> None:
+    """End one group after another, each of which may finish what it serves through those that follow.
+
+    Ranks are the first; decode servers finish what ranks have computed; the router is the last.
+    """
     with contextlib.suppress(OSError):
         ending.touch()
-    for rank in ranks:
+    for rank in groups[0]:
         rank.ask_to_end()
-    drain_s = ranks[0].drain_s
+    drain_s = groups[0][0].drain_s
     try:
         report(
             f"stopping: running requests have {drain_s:g} s to finish" if drain_s else "stopping"
         )
     finally:  # the terminal may be gone, so that nothing can be reported
-        for rank in ranks:
-            rank.stop()
-        for front in fronts:
-            front.ask_to_end()
-        for front in fronts:
-            front.stop()
+        for number, group in enumerate(groups):
+            for child in group if number else ():
+                child.ask_to_end()
+            for child in group:
+                child.stop()
         ending.unlink(missing_ok=True)
 
 
@@ -158,7 +245,8 @@ def _describe(child: Child) -> str:
     pid = "" if child.process is None else f", pid {child.process.pid}"
     again = f", restarts {child.num_restarts}" if child.num_restarts else ""
     why = child.failure or child.doing
-    return f"{child.name}: {child.state}{pid}{again}{why and f': {why}'}"
+    place = f", {child.place}" if child.place and child.state == "serving" else ""
+    return f"{child.name}: {child.state}{pid}{again}{place}{why and f': {why}'}"
 
 
 def _rank_child(
@@ -171,9 +259,10 @@ def _rank_child(
         is_ready=lambda: answers(plan.rank_url(rank) + READY_PATH),
         progress=rank_progress(config, rank),
         environment=environment | plan.rank_environment | {ENDING_FILE_ENV: str(ending_file(logs))},
-        obstacle=lambda: port_obstacle(rank, RANK_HOST, plan.rank_ports[rank]),
+        obstacle=lambda: port_obstacle(rank, plan.rank_host, plan.rank_ports[rank]),
         start_timeout_s=start_timeout_s(plan, config),
         drain_s=shutdown_timeout_s(plan.arguments),
+        place=f"prefill at {plan.rank_url(rank)}" if plan.disaggregation else "",
     )
 
 

@@ -1,13 +1,15 @@
-"""What `vllm-dwdp launch` runs: the commands of its ranks and of its router."""
+"""What `vllm-dwdp launch` runs: the commands of its ranks, decode servers and router."""
 
 import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from vllm_dwdp.entrypoints.launch.disaggregation import CONSUMER, PRODUCER, Disaggregation
 from vllm_dwdp.entrypoints.launch.ports import free_ports
 from vllm_dwdp.entrypoints.launch.routed import CONTROL_URL_ENV, MIDDLEWARE, RANK_URLS_ENV, ROUTED
 from vllm_dwdp.entrypoints.launch.server import READY_PATH
@@ -53,6 +55,7 @@ class LaunchPlan:
         additional_config: of every `vllm serve`; the rendezvous is added.
         forks_ranks: whether ranks are forked from one process with vLLM, where that is possible.
         holds_experts: whether `launch` keeps the experts' memory where all ranks die at once.
+        disaggregation: decode servers beside the ranks, which then compute prompts only.
     """
 
     model: str
@@ -67,19 +70,21 @@ class LaunchPlan:
     additional_config: dict[str, Any]
     forks_ranks: bool = True
     holds_experts: bool = True
+    disaggregation: Disaggregation | None = None
 
     @property
     def url(self) -> str:
         """The URL at which this machine reaches the router."""
-        return self._url_at(self.port)
+        return self._url_at(self.port, self.host)
 
     @property
     def control_url(self) -> str:
         """The URL at which this machine reaches the control port; empty without one."""
-        return "" if self.control_port is None else self._url_at(self.control_port)
+        return "" if self.control_port is None else self._url_at(self.control_port, self.host)
 
-    def _url_at(self, port: int) -> str:
-        host = _ANY_ADDRESS.get(self.host, self.host)
+    @staticmethod
+    def _url_at(port: int, host: str) -> str:
+        host = _ANY_ADDRESS.get(host, host)
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     @property
@@ -87,22 +92,53 @@ class LaunchPlan:
         """The dwdp options of every rank; a rendezvous of the user's own comes before ours."""
         return {"rendezvous": self.rendezvous, **self.additional_config.get("dwdp", {})}
 
+    @property
+    def has_router(self) -> bool:
+        """Whether a router of ours is in front; else clients, or theirs, reach the ranks themselves."""
+        return self.disaggregation is None or not self.disaggregation.only_prefill
+
+    @property
+    def rank_host(self) -> str:
+        """Address that the ranks listen on."""
+        return RANK_HOST if self.has_router else self.host
+
     def rank_url(self, rank: int) -> str:
         """The URL at which this machine reaches a rank."""
-        return f"http://{RANK_HOST}:{self.rank_ports[rank]}"
+        return self._url_at(self.rank_ports[rank], self.rank_host)
 
     def rank_command(self, rank: int) -> list[str]:
         """The `vllm serve` of one rank."""
         config = self.additional_config | {"dwdp": self.dwdp_options}
         return [
             find_program("vllm"),
-            *("serve", self.model, "--host", RANK_HOST, "--port", str(self.rank_ports[rank])),
+            *("serve", self.model, "--host", self.rank_host),
+            *("--port", str(self.rank_ports[rank])),
             *("--distributed-executor-backend", "dwdp"),
             *("--data-parallel-size", str(self.num_ranks), "--data-parallel-rank", str(rank)),
             *("--additional-config", json.dumps(config)),
             *self.arguments,
+            *(self.disaggregation.transfer_arguments(PRODUCER) if self.disaggregation else ()),
             *("--middleware", MIDDLEWARE),  # after the user's own: the last one is asked first
         ]
+
+    def decode_command(self, index: int) -> list[str]:
+        """The `vllm serve` of one decode server: stock vLLM."""
+        assert self.disaggregation is not None
+        others = {key: value for key, value in self.additional_config.items() if key != "dwdp"}
+        return [
+            find_program("vllm"),
+            *("serve", self.model, "--host", RANK_HOST),
+            *("--port", str(self.disaggregation.decode_ports[index])),
+            *(("--additional-config", json.dumps(others)) if others else ()),
+            *self.arguments,
+            *self.disaggregation.decode_arguments,
+            *self.disaggregation.transfer_arguments(CONSUMER),
+        ]
+
+    @property
+    def decode_urls(self) -> list[str]:
+        """The URLs of all decode servers."""
+        return self.disaggregation.urls if self.disaggregation else []
 
     @property
     def rank_urls(self) -> list[str]:
@@ -112,7 +148,8 @@ class LaunchPlan:
     @property
     def rank_environment(self) -> dict[str, str]:
         """Variables that every rank gets."""
-        return {RANK_URLS_ENV: " ".join(self.rank_urls), CONTROL_URL_ENV: self.control_url}
+        urls = {RANK_URLS_ENV: " ".join(self.rank_urls), CONTROL_URL_ENV: self.control_url}
+        return urls | (self.disaggregation.side_channel(0) if self.disaggregation else {})
 
     def router_command(self) -> list[str]:
         """The load balancer in front of all ranks."""
@@ -122,13 +159,32 @@ class LaunchPlan:
             *("--health-check-interval-secs", "1", "--health-failure-threshold", "1"),
             *("--health-success-threshold", "1", "--health-check-endpoint", READY_PATH),
             *("--prometheus-port", str(free_ports(1)[0])),
-            *("--worker-urls", *(url + ROUTED for url in self.rank_urls)),
+            *self._routed_to(),
         ]
+
+    def _routed_to(self) -> list[str]:
+        if self.disaggregation is None:
+            return ["--worker-urls", *(url + ROUTED for url in self.rank_urls)]
+        relays = [f"http://{RANK_HOST}:{port}{ROUTED}" for port in self.disaggregation.relay_ports]
+        return [
+            *("--vllm-pd-disaggregation", "--kv-connector", "nixl"),
+            *("--worker-startup-check-interval", "1"),
+            *(word for url in relays for word in ("--prefill", url)),
+            *(word for url in self.decode_urls for word in ("--decode", url)),
+        ]
+
+    def relay_command(self) -> list[str]:
+        """What stands between the router and the ranks that compute prompts."""
+        assert self.disaggregation is not None
+        module = "vllm_dwdp.entrypoints.launch.relay"
+        ports = ",".join(map(str, self.disaggregation.relay_ports))
+        return [sys.executable, "-m", module, ports, *self.rank_urls]
 
     def control_command(self) -> list[str]:
         """What repeats control requests on every rank."""
         module = "vllm_dwdp.entrypoints.launch.control"
-        return [sys.executable, "-m", module, self.host, str(self.control_port), *self.rank_urls]
+        urls = self.rank_urls + self.decode_urls
+        return [sys.executable, "-m", module, self.host, str(self.control_port), *urls]
 
 
 def find_program(name: str) -> str:
@@ -159,6 +215,15 @@ def check_environment(environment: Mapping[str, str]) -> None:
             f"{RUST_FRONT_END}={environment[RUST_FRONT_END]} cannot be used with launch: that server "
             "has no middleware, by which a rank tells the router's requests apart. Unset it."
         )
+
+
+def api_key(arguments: Sequence[str], environment: Mapping[str, str]) -> str:
+    """What the servers want to see of their clients; empty if nothing. Of several keys the first one."""
+    for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
+        given, separator, value = argument.partition("=")
+        if given.replace("_", "-") == "--api-key":
+            return value if separator else following
+    return environment.get("VLLM_API_KEY", "")
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[tuple[str, ...], dict[str, Any]]:

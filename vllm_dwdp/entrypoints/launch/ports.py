@@ -20,6 +20,23 @@ def free_ports(count: int, others: Collection[int | None] = ()) -> list[int]:
             probe.close()
 
 
+def free_ports_in_a_row(count: int, others: Collection[int | None] = ()) -> int:
+    """Return the first of so many neighbouring ports that were free a moment ago.
+
+    Raises:
+        DwdpConfigError: there seem to be none.
+    """
+    for _ in range(100):
+        (first,) = free_ports(1, others)
+        row = range(first, first + count)
+        with contextlib.suppress(OSError, OverflowError):
+            for port in row:
+                _try_to_listen("127.0.0.1", port)
+            if not set(row) & set(others):
+                return first
+    raise DwdpConfigError(f"this machine has no {count} free ports in a row.")
+
+
 def check_bindable(host: str, port: int, option: str = "--port") -> None:
     """Refuse an address that we could not listen at, before minutes go into starting ranks.
 

@@ -1,0 +1,134 @@
+"""What stands between the router and ranks that die, with small real servers as ranks."""
+
+import http.server
+import json
+import socket
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from vllm_dwdp.entrypoints.launch.ports import free_ports
+from vllm_dwdp.entrypoints.launch.relay import RelayServer
+
+pytestmark = pytest.mark.timeout(60)
+
+
+class Rank(http.server.ThreadingHTTPServer):
+    """Answers with a status and its name; status 0 closes the connection, as one that dies does."""
+
+    def __init__(self, name: str, status: int) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.name, self.status = name, status
+        self.asked: list[tuple[str, str | None, bytes]] = []
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    server: Rank
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.asked.append((self.path, self.headers["X-Request-Id"], body))
+        if self.server.status == 0:
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
+        answer = json.dumps({"by": self.server.name}).encode()
+        self.send_response(self.server.status)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    do_GET = do_POST
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@contextmanager
+def served(server: http.server.ThreadingHTTPServer) -> Iterator[str]:
+    with server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+Ask = Callable[..., tuple[int, dict[str, object]]]
+
+
+@contextmanager
+def relayed(*statuses: int | None) -> Iterator[tuple[Ask, list[Rank]]]:
+    """A relay in front of ranks with these statuses; None is one that nobody started."""
+    with ExitStack() as opened:
+        ranks, urls = [], []
+        for number, status in enumerate(statuses):
+            if status is None:
+                urls.append(f"http://127.0.0.1:{free_ports(1)[0]}")
+                continue
+            ranks.append(Rank(f"rank {number}", status))
+            urls.append(opened.enter_context(served(ranks[-1])))
+        relay = opened.enter_context(served(RelayServer(free_ports(1)[0], urls)))
+
+        def ask(method: str = "POST") -> tuple[int, dict[str, object]]:
+            data = b"the prompt" if method == "POST" else None
+            request = urllib.request.Request(
+                relay + "/routed/v1/completions", data, {"X-Request-Id": "7"}, method=method
+            )
+            try:
+                with urllib.request.urlopen(request, timeout=20) as response:
+                    return response.status, json.loads(response.read())
+            except urllib.error.HTTPError as error:
+                content = error.read()
+                return error.code, json.loads(content) if content.startswith(b"{") else {}
+
+        yield ask, ranks
+
+
+@pytest.mark.parametrize(
+    ("statuses", "status", "by"),
+    [
+        ((200, 200), 200, "rank 0"),
+        ((0, 200), 200, "rank 1"),
+        ((None, 200), 200, "rank 1"),
+        ((500, 200), 200, "rank 1"),
+        ((503, 0, 200), 200, "rank 2"),
+        ((400, 200), 400, "rank 0"),
+        ((503, None), 503, "rank 0"),
+        ((503, 503), 503, "rank 1"),
+    ],
+    ids=["first", "dies", "dead", "breaks", "third", "client's mistake", "ending", "all ending"],
+)
+def test_who_computes_a_prompt(statuses: tuple[int | None, ...], status: int, by: str) -> None:
+    with relayed(*statuses) as (ask, ranks):
+        assert ask() == (status, {"by": by})
+        (named,) = [rank for rank in ranks if rank.name == by]
+        assert named.asked == [("/routed/v1/completions", "7", b"the prompt")]
+
+
+def test_a_prompt_that_no_rank_computes_is_left_to_the_decode_server() -> None:
+    with relayed(0, None) as (ask, ranks):
+        assert ask() == (200, {"kv_transfer_params": None})
+        assert len(ranks[0].asked) == 1
+
+
+@pytest.mark.parametrize(("first", "status"), [(200, 200), (503, 503), (None, 503), (0, 503)])
+def test_health_is_that_of_the_rank_itself(first: int | None, status: int) -> None:
+    """So that the router stops choosing it."""
+    with relayed(first, 200) as (ask, ranks):
+        assert ask("GET")[0] == status
+        assert not ranks[-1].asked
+
+
+def test_nothing_new_is_taken_once_the_launch_ends(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also where the ranks have ended: the decode server would compute it while it drains."""
+    monkeypatch.setenv("DWDP_ENDING_FILE", str(tmp_path / "ending"))
+    with relayed(200, None) as (ask, ranks):
+        assert ask()[0] == 200
+        (tmp_path / "ending").touch()
+        assert (ask()[0], ask("GET")[0]) == (503, 503)
+        assert len(ranks[0].asked) == 1

@@ -1,0 +1,145 @@
+"""Stands between the router and the ranks of a disaggregated launch: a rank's death costs no request.
+
+In its prefill/decode mode vllm-router asks one rank for the prompt, and gives the client an error where
+that rank dies; it does not ask another one. It asks this process instead, at a port for each rank: so
+it chooses the rank, and sees which ones are healthy. A prompt that its rank does not compute is given
+to the next one. What no rank answers at all is left to the decode server, which computes it itself.
+
+A prompt may be asked for twice: computing it has no effect but that its KV blocks are kept for a while,
+and blocks that nobody fetches are freed when their lease ends.
+
+    python -m vllm_dwdp.entrypoints.launch.relay PORT_0,PORT_1,... URL_OF_RANK_0 URL_OF_RANK_1 ...
+"""
+
+import http.client
+import http.server
+import json
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from vllm_dwdp.entrypoints.launch.routed import ENDING_FILE_ENV
+
+HOST = "127.0.0.1"
+HEALTH_TIMEOUT_S = 4.0
+ANSWER_TIMEOUT_S = 1800.0
+"""As long as the router itself waits."""
+NOT_PASSED_ON = ("host", "content-length", "connection", "transfer-encoding")
+ENDING = json.dumps({"error": {"message": "This launch ends, and takes nothing new."}}).encode()
+COMPUTE_IT_THERE = json.dumps({"kv_transfer_params": None}).encode()
+"""The answer of a rank that has computed nothing: nothing is to be fetched."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a rank answered."""
+
+    status: int
+    content_type: str
+    body: bytes
+
+
+def ask(
+    url: str, method: str, target: str, body: bytes, headers: dict[str, str], timeout_s: float
+) -> Answer | None:
+    """Ask one rank; None where it gives no answer."""
+    place = urlsplit(url)
+    connection = http.client.HTTPConnection(place.hostname or "", place.port, timeout=timeout_s)
+    try:
+        connection.request(method, target, body, headers)
+        response = connection.getresponse()
+        return Answer(
+            status=response.status,
+            content_type=response.getheader("Content-Type") or "application/json",
+            body=response.read(),
+        )
+    except (OSError, http.client.HTTPException):
+        return None
+    finally:
+        connection.close()
+
+
+class RelayServer(http.server.ThreadingHTTPServer):
+    """Listens in the place of one rank.
+
+    Args:
+        port: to listen at.
+        urls: of all ranks; the first one is asked first.
+    """
+
+    daemon_threads = True
+    request_queue_size = 1024
+
+    def __init__(self, port: int, urls: Sequence[str]) -> None:
+        self.urls = tuple(urls)
+        super().__init__((HOST, port), _Handler)
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    server: RelayServer
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def do_GET(self) -> None:
+        """Health and figures are those of the rank itself."""
+        if self._refuses():
+            return
+        answer = ask(self.server.urls[0], "GET", self.path, b"", {}, HEALTH_TIMEOUT_S)
+        self._answer(
+            answer
+            or Answer(status=503, content_type="text/plain", body=b"the rank does not answer")
+        )
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or "0"))
+        if self._refuses():
+            return
+        headers = {
+            name: value for name, value in self.headers.items() if name.lower() not in NOT_PASSED_ON
+        }
+        refusal = None
+        for url in self.server.urls:
+            answer = ask(url, "POST", self.path, body, headers, ANSWER_TIMEOUT_S)
+            if answer is not None and answer.status < 500:
+                self._answer(answer)
+                return
+            refusal = answer or refusal
+        self._answer(
+            refusal or Answer(status=200, content_type="application/json", body=COMPUTE_IT_THERE)
+        )
+
+    def _refuses(self) -> bool:
+        """At the end the ranks go first: nobody else would refuse what is new."""
+        ends = os.path.exists(os.environ.get(ENDING_FILE_ENV, ""))
+        if ends:
+            self._answer(Answer(status=503, content_type="application/json", body=ENDING))
+        return ends
+
+    def _answer(self, answer: Answer) -> None:
+        self.send_response(answer.status)
+        self.send_header("Content-Type", answer.content_type)
+        self.send_header("Content-Length", str(len(answer.body)))
+        self.end_headers()
+        self.wfile.write(answer.body)
+
+    def log_request(self, code: object = "-", size: object = "-") -> None:
+        """The ranks log requests."""
+
+
+def main(ports: str, *urls: str) -> None:
+    """Serve until the process is ended."""
+    threads = []
+    for rank, port in enumerate(ports.split(",")):
+        relay = RelayServer(int(port), [*urls[rank:], *urls[:rank]])
+        threads.append(threading.Thread(target=relay.serve_forever, daemon=True))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
