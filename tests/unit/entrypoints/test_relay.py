@@ -51,7 +51,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 @contextmanager
 def served(server: http.server.ThreadingHTTPServer) -> Iterator[str]:
     with server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
 
@@ -72,8 +72,8 @@ def relayed(*statuses: int | None) -> Iterator[tuple[Ask, list[Rank]]]:
             urls.append(opened.enter_context(served(ranks[-1])))
         relay = opened.enter_context(served(RelayServer(free_ports(1)[0], urls)))
 
-        def ask(method: str = "POST") -> tuple[int, dict[str, object]]:
-            data = b"the prompt" if method == "POST" else None
+        def ask(method: str = "POST", body: bytes = b"the prompt") -> tuple[int, dict[str, object]]:
+            data = body if method == "POST" else None
             request = urllib.request.Request(
                 relay + "/routed/v1/completions", data, {"X-Request-Id": "7"}, method=method
             )
@@ -120,6 +120,32 @@ def test_health_is_that_of_the_rank_itself(first: int | None, status: int) -> No
     with relayed(first, 200) as (ask, ranks):
         assert ask("GET")[0] == status
         assert not ranks[-1].asked
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": ["one", "two"]},
+        {"prompt": [[1, 2], [3]]},
+        {"prompt": "one", "n": 2},
+        {"messages": [], "n": 2},
+        {"prompt": "one", "best_of": 3},
+        {"prompt": "one", "use_beam_search": True},
+    ],
+)
+def test_what_becomes_several_sequences_is_left_to_the_decode_server(body: object) -> None:
+    """It would decode the blocks of one prompt for all of them."""
+    with relayed(200) as (ask, ranks):
+        assert ask(body=json.dumps(body).encode()) == (200, {"kv_transfer_params": None})
+        assert not ranks[0].asked
+
+
+@pytest.mark.parametrize(
+    "body", [{"prompt": [1, 2]}, {"prompt": ["one"]}, {"prompt": "one", "n": 1, "best_of": None}, 3]
+)
+def test_what_stays_one_sequence_is_computed_by_a_rank(body: object) -> None:
+    with relayed(200) as (ask, _):
+        assert ask(body=json.dumps(body).encode()) == (200, {"by": "rank 0"})
 
 
 def test_nothing_new_is_taken_once_the_launch_ends(

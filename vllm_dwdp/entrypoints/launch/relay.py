@@ -5,6 +5,11 @@ that rank dies; it does not ask another one. It asks this process instead, at a 
 it chooses the rank, and sees which ones are healthy. A prompt that its rank does not compute is given
 to the next one. What no rank answers at all is left to the decode server, which computes it itself.
 
+A rank's answer says where the KV blocks of one prompt are, and the router hands it to everything that
+the decode server makes of a request. So what becomes several sequences is not asked of a rank at all:
+of several prompts all but one would decode another prompt's blocks, and of several samples all but the
+first would read blocks that are free again. The decode server computes these prompts itself.
+
 A prompt may be asked for twice: computing it has no effect but that its KV blocks are kept for a while,
 and blocks that nobody fetches are freed when their lease ends.
 
@@ -62,6 +67,20 @@ def ask(
         connection.close()
 
 
+def is_one_sequence(body: bytes) -> bool:
+    """Whether a decode server makes one sequence of this; what we cannot read is for the rank."""
+    try:
+        asked = json.loads(body)
+    except ValueError:
+        return True
+    if not isinstance(asked, dict):
+        return True
+    prompt = asked.get("prompt")
+    is_batch = isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)
+    samples = [asked.get(name) or 1 for name in ("n", "best_of")]
+    return not (is_batch or asked.get("use_beam_search") or any(count != 1 for count in samples))
+
+
 class RelayServer(http.server.ThreadingHTTPServer):
     """Listens in the place of one rank.
 
@@ -101,7 +120,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             name: value for name, value in self.headers.items() if name.lower() not in NOT_PASSED_ON
         }
         refusal = None
-        for url in self.server.urls:
+        for url in self.server.urls if is_one_sequence(body) else ():
             answer = ask(url, "POST", self.path, body, headers, ANSWER_TIMEOUT_S)
             if answer is not None and answer.status < 500:
                 self._answer(answer)
