@@ -1,5 +1,6 @@
 """The deployment examples: they parse, and name only flags, options and metrics that exist."""
 
+import importlib.util
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from vllm_dwdp.compat.frontend import metrics
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.distributed.meeting import parse_endpoint
 from vllm_dwdp.distributed.unix import UnixEndpoint
+from vllm_dwdp.entrypoints.launch import pairing
 from vllm_dwdp.entrypoints.launch import plan as launch_plan
 from vllm_dwdp.entrypoints.launch.plan import LaunchPlan
 
@@ -188,8 +190,25 @@ def test_the_dashboard_asks_for_metrics_that_exist() -> None:
     assert set(asked) <= known
 
 
+def test_metrics_of_kv_transfers_are_vllms() -> None:
+    """Read from vLLM's files: importing them takes seconds."""
+    vllm = importlib.util.find_spec("vllm")
+    assert vllm is not None and vllm.submodule_search_locations
+    folder = Path(vllm.submodule_search_locations[0])
+    connector = folder / "distributed/kv_transfer/kv_connector/v1/nixl/stats.py"
+    known = {*re.findall(r"name=\"(vllm:nixl_\w+)\"", connector.read_text())}
+    guide = Path(__file__).parents[2] / "docs" / "disaggregation.md"
+    texts = [(DEPLOY / "grafana.json").read_text(), guide.read_text(), pairing.RECEIVED]
+    for text in texts:
+        asked = re.findall(r"vllm:nixl_\w+", text)
+        assert asked
+        assert {re.sub("_(total|sum|bucket)$", "", name) for name in asked} <= known
+    assert f'"{pairing.CACHE_INFO}"' in (folder / "v1/metrics/loggers.py").read_text()
+
+
 def test_the_guide_names_tests_that_exist() -> None:
     root = Path(__file__).parents[2]
-    named = set(re.findall(r"`(test_\w+)`", (root / "docs" / "operations.md").read_text()))
+    guides = [root / "docs" / name for name in ("operations.md", "disaggregation.md")]
+    named = set(re.findall(r"`(test_\w+)`", "".join(guide.read_text() for guide in guides)))
     assert len(named) > 10
     assert named <= {path.stem for path in (root / "tests").rglob("test_*.py")}

@@ -1,0 +1,351 @@
+"""Two ranks compute prompts, a stock server decodes: answers as of one stock server, and bytes counted.
+
+One launch for all tests of this file, beside one stock server; the tests that kill come last.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.e2e.conftest import Checkpoints
+from tests.helpers.waiting import wait_until
+from vllm_dwdp.entrypoints.launch.ports import free_ports
+from vllm_dwdp.entrypoints.launch.server import Server, serving
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(importlib.util.find_spec("nixl") is None, reason="NIXL is not installed"),
+]
+
+CHUNK = 256
+COMMON = ("--enforce-eager", "--max-num-batched-tokens", str(CHUNK), "--block-size", "32")
+GREEDY = {"model": "m", "temperature": 0, "max_tokens": 12, "ignore_eos": True}
+LONG = "".join(chr(33 + 7 * i % 90) for i in range(3 * CHUNK))
+LEASE_S = 6
+
+
+class Disaggregated:
+    """The launch, and what is asked of it."""
+
+    def __init__(self, model: str, folder: Path) -> None:
+        (port,) = free_ports(1)
+        self.url = f"http://127.0.0.1:{port}"
+        self.meeting = f"unix://{folder}/meet"
+        self.log = folder / "launch.log"
+        lease = {"kv_connector_extra_config": {"kv_lease_duration": LEASE_S}}
+        dwdp = {"dwdp": {"mode": "prefetch", "rendezvous": self.meeting}}
+        command = [sys.executable, "-m", "vllm_dwdp.entrypoints.cli.main", "launch", model]
+        command += ["--decode-servers", "1", "--decode-args", "--max-num-seqs 16"]
+        command += ["--port", str(port), "--logs", str(folder / "logs")]
+        command += ["--served-model-name", "m", "--max-model-len", "2048", *COMMON]
+        command += ["--additional-config", json.dumps(dwdp)]
+        command += ["--kv-transfer-config", json.dumps(lease), "--shutdown-timeout", "60"]
+        settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "COLUMNS": "300"}
+        (folder / "meet").mkdir(mode=0o700)
+        with self.log.open("wb") as output:
+            self.process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | settings
+            )
+
+    def line(self, pattern: str, number: int = 0) -> re.Match[str]:
+        """Wait for a line of launch, the `number`-th of its kind."""
+
+        def find() -> list[re.Match[str]]:
+            assert self.process.poll() is None, self.log.read_text()
+            return [*re.finditer(pattern, self.log.read_text(), re.M)][number:]
+
+        wait_until(find, timeout_s=250)
+        return find()[0]
+
+    def wait_until_ready(self) -> None:
+        self.line("^all 2 ranks serve at")
+        self.ranks = [self.place(f"rank {rank}", "prefill")[1] for rank in range(2)]
+        self.decode = self.place("decode 0", "decode")[1]
+
+    def place(self, name: str, role: str, number: int = 0) -> tuple[int, str]:
+        """Process id and URL of a server, as launch prints them."""
+        pattern = rf"^{name}: serving, pid (\d+).*, {role} at (\S+)$"
+        pid, url = self.line(pattern, number).groups()
+        return int(pid), url
+
+
+def ask(url: str, path: str = "/v1/completions", **body: Any) -> dict[str, Any]:
+    request = urllib.request.Request(
+        url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=180) as response:
+        answer: dict[str, Any] = json.loads(response.read())
+    return answer
+
+
+def metric(url: str, name: str) -> float:
+    with urllib.request.urlopen(url + "/metrics", timeout=30) as response:
+        families = [*text_string_to_metric_families(response.read().decode())]
+    return sum(s.value for family in families for s in family.samples if s.name == name)
+
+
+def fetched(launch: Disaggregated) -> float:
+    return metric(launch.decode, "vllm:nixl_bytes_transferred_sum")
+
+
+@pytest.fixture(scope="module")
+def model(checkpoints: Checkpoints) -> str:
+    return checkpoints("qwen3_moe", 8, num_hidden_layers=4)
+
+
+@pytest.fixture(scope="module")
+def launch(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disaggregated]:
+    started = Disaggregated(model, tmp_path_factory.mktemp("disaggregated"))
+    family: list[psutil.Process] = []
+    try:
+        started.wait_until_ready()
+        family = psutil.Process(started.process.pid).children(recursive=True)
+        yield started
+    finally:
+        started.process.send_signal(signal.SIGTERM)
+        started.process.wait(timeout=200)
+    assert not psutil.wait_procs(family, timeout=20)[1], "left behind"
+
+
+@pytest.fixture(scope="module")
+def stock(
+    model: str, launch: Disaggregated, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """After the launch: side by side they would start in twice the time."""
+    with serving(tmp_path_factory.mktemp("stock") / "log", model, *COMMON) as server:
+        yield server
+
+
+def choices(answer: dict[str, Any]) -> list[Any]:
+    kept = ("index", "text", "message", "finish_reason", "stop_reason")
+    return [{key: choice.get(key) for key in kept} for choice in answer["choices"]]
+
+
+def logprobs(answer: dict[str, Any]) -> tuple[list[str], list[float]]:
+    """The tokens of the first choice, and the logarithms of their probabilities."""
+    given = answer["choices"][0]["logprobs"]
+    if "content" in given:
+        each = [(entry["token"], entry["logprob"]) for entry in given["content"]]
+        return [token for token, _ in each], [value for _, value in each]
+    return given["tokens"], given["token_logprobs"]
+
+
+def check_logprobs(ours: dict[str, Any], expected: dict[str, Any]) -> None:
+    """The same tokens; a decode server computes the prompt's last token itself, and rounds otherwise."""
+    assert logprobs(ours)[0] == logprobs(expected)[0]
+    assert logprobs(ours)[1] == pytest.approx(logprobs(expected)[1], abs=0.05)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": "The capital of France is"},
+        {"prompt": "a"},
+        {"prompt": [5, 6, 7] * 40},
+        {"prompt": LONG},
+        {"prompt": "logprobs " * 9, "logprobs": 3},
+        {"prompt": "two answers " * 9, "n": 2, "temperature": 0.01, "seed": 3},
+        {"prompt": "cached " * 30, "repeated": 3},
+        {"prompt": ["first " * 12, "second " * 24]},
+    ],
+    ids=["plain", "short", "tokens", "long", "logprobs", "n=2", "cached", "batch"],
+)
+def test_completions_are_those_of_stock(
+    launch: Disaggregated, stock: Server, body: dict[str, Any]
+) -> None:
+    times = body.pop("repeated", 1)
+    expected = ask(stock.url, **GREEDY | body)
+    for _ in range(times):
+        answer = ask(launch.url, **GREEDY | body)
+        assert choices(answer) == choices(expected)
+        if "logprobs" in body:
+            check_logprobs(answer, expected)
+
+
+def test_chat_is_that_of_stock(launch: Disaggregated, stock: Server) -> None:
+    messages = [{"role": "user", "content": "Who reads whose experts? " * 8}]
+    body = GREEDY | {"messages": messages, "logprobs": True, "top_logprobs": 2}
+    path = "/v1/chat/completions"
+    answer, expected = (ask(url, path, **body) for url in (launch.url, stock.url))
+    assert choices(answer) == choices(expected)
+    check_logprobs(answer, expected)
+
+
+def test_stop_strings_are_those_of_stock(launch: Disaggregated, stock: Server) -> None:
+    prompt = "stop somewhere " * 8
+    text = ask(stock.url, **GREEDY, prompt=prompt)["choices"][0]["text"]
+    stop = text[4:6]
+    expected = choices(ask(stock.url, **GREEDY, prompt=prompt, stop=[stop]))
+    assert expected[0]["finish_reason"] == "stop"
+    assert choices(ask(launch.url, **GREEDY, prompt=prompt, stop=[stop])) == expected
+
+
+def pieces(url: str, **body: Any) -> tuple[str, str]:
+    """The text of a stream, and its last line."""
+    request = urllib.request.Request(
+        url + "/v1/completions",
+        json.dumps(GREEDY | body | {"stream": True}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    text, last = "", ""
+    with urllib.request.urlopen(request, timeout=180) as response:
+        for line in response:
+            if line.startswith(b"data: {"):
+                text += json.loads(line[6:])["choices"][0]["text"]
+            if line.strip():
+                last = line.decode().strip()
+    return text, last
+
+
+def test_streams_are_those_of_stock(launch: Disaggregated, stock: Server) -> None:
+    body = {"prompt": "stream " * 20, "max_tokens": 40}
+    expected = pieces(stock.url, **body)
+    assert expected[1] == "data: [DONE]" and expected[0]
+    assert pieces(launch.url, **body) == expected
+
+
+def test_bytes_moved_on_both_ways(launch: Disaggregated) -> None:
+    """Experts to the ranks, KV blocks to the decode server; nothing failed."""
+    for rank in launch.ranks:
+        before = metric(rank, "vllm:dwdp_fetched_bytes_total"), fetched(launch)
+        for number in range(4):
+            ask(launch.url, **GREEDY, prompt=f"{number} of {rank} " * 12)
+        wait_until(lambda: metric(rank, "vllm:dwdp_fetched_bytes_total") > before[0])  # noqa: B023
+        wait_until(lambda: fetched(launch) > before[1])  # noqa: B023
+    assert metric(launch.decode, "vllm:nixl_num_failed_transfers_total") == 0
+
+
+def test_every_server_is_in_status(launch: Disaggregated) -> None:
+    command = [sys.executable, "-m", "vllm_dwdp.entrypoints.cli.main", "status", launch.meeting]
+    told = subprocess.run(
+        [*command, "--json"], capture_output=True, text=True, timeout=60, check=True
+    )
+    servers = [entry for entry in json.loads(told.stdout) if "url" in entry]
+    assert [(each["role"], each["index"], each["url"], each["state"]) for each in servers] == [
+        ("prefill", 0, launch.ranks[0], "serving"),
+        ("prefill", 1, launch.ranks[1], "serving"),
+        ("decode", 0, launch.decode, "serving"),
+    ]
+    assert {each["pid"] for each in servers} == {
+        launch.place(name, role)[0]
+        for name, role in (("rank 0", "prefill"), ("rank 1", "prefill"), ("decode 0", "decode"))
+    }
+
+
+def used(url: str) -> float:
+    return metric(url, "vllm:kv_cache_usage_perc")
+
+
+def test_blocks_that_nobody_fetches_are_freed(launch: Disaggregated) -> None:
+    """A request that dies on the way: a rank has computed it, and no decode server comes."""
+    (rank, _) = launch.ranks
+    wait_until(lambda: used(rank) == 0, timeout_s=30)
+    asked = {"do_remote_decode": True, "do_remote_prefill": False}
+    for number in range(3):
+        ask(rank, **GREEDY | {"max_tokens": 1}, prompt=f"{number} {LONG}", kv_transfer_params=asked)
+    expired = metric(rank, "vllm:nixl_num_kv_expired_reqs_total")
+    assert used(rank) > 0, "nothing is kept, so that the test shows nothing"
+
+    def freed() -> bool:
+        ask(rank, **GREEDY, prompt="leases are looked at in steps")
+        return used(rank) == 0
+
+    wait_until(freed, timeout_s=10 * LEASE_S)
+    assert metric(rank, "vllm:nixl_num_kv_expired_reqs_total") == expired + 3
+
+
+def test_a_rank_that_is_killed_under_load_costs_no_request(
+    launch: Disaggregated, stock: Server
+) -> None:
+    prompts = [f"{number} under load " * 20 for number in range(12)]
+    expected = {prompt: choices(ask(stock.url, **GREEDY, prompt=prompt)) for prompt in prompts}
+    end = threading.Event()
+    wrong: list[str] = []
+    answered: list[float] = []
+
+    def load(worker: int) -> None:
+        number = worker
+        while not end.is_set():
+            prompt = prompts[number % len(prompts)]
+            try:
+                if choices(ask(launch.url, **GREEDY, prompt=prompt)) != expected[prompt]:
+                    wrong.append(f"{prompt}: another answer")
+            except urllib.error.HTTPError as error:
+                wrong.append(f"{error.code}: {error.read().decode()[:300]}")
+            answered.append(time.monotonic())
+            number += 1
+
+    pid, _ = launch.place("rank 1", "prefill")
+    with ThreadPoolExecutor(3) as pool:
+        workers = [pool.submit(load, worker) for worker in range(3)]
+        try:
+            wait_until(lambda: len(answered) > 10, timeout_s=60)
+            os.killpg(pid, signal.SIGKILL)
+            killed_at = time.monotonic()
+            wait_until(lambda: sum(at > killed_at for at in answered) > 10, timeout_s=60)
+            launch.place("rank 1", "prefill", 1)
+            back_at = time.monotonic()
+            wait_until(lambda: sum(at > back_at for at in answered) > 20, timeout_s=60)
+        finally:
+            end.set()
+    for worker in workers:
+        worker.result()
+    assert not wrong
+    before = fetched(launch)
+    for number in range(4):
+        ask(launch.url, **GREEDY, prompt=f"{number} after all " * 12)
+    wait_until(lambda: fetched(launch) > before)
+
+
+def test_a_decode_server_that_is_killed_loses_its_own_streams_and_comes_back(
+    launch: Disaggregated, stock: Server
+) -> None:
+    body = {"prompt": "a stream that breaks", "max_tokens": 1500}
+    pid, _ = launch.place("decode 0", "decode")
+    with ThreadPoolExecutor(1) as pool:
+        stream = pool.submit(pieces, launch.url, **body)
+        wait_until(lambda: metric(launch.decode, "vllm:num_requests_running") > 0)
+        os.killpg(pid, signal.SIGKILL)
+        try:
+            assert stream.result(timeout=60)[1] != "data: [DONE]"
+        except (OSError, ValueError) as error:
+            print(f"the client saw {error!r}")
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        ask(launch.url, **GREEDY, prompt="nobody decodes")
+    print(refused.value.code, refused.value.read().decode())
+    assert refused.value.code >= 500
+    launch.place("decode 0", "decode", 1)
+    launch.line("^all 2 ranks serve at", 2)
+    prompt = "and back " * 12
+    expected = choices(ask(stock.url, **GREEDY, prompt=prompt))
+    assert choices(ask(launch.url, **GREEDY, prompt=prompt)) == expected
+
+
+def test_running_streams_finish_when_the_launch_ends(launch: Disaggregated, stock: Server) -> None:
+    """The last test of this launch."""
+    body = {"prompt": "the last stream", "max_tokens": 600}
+    expected = pieces(stock.url, **body)
+    with ThreadPoolExecutor(1) as pool:
+        stream = pool.submit(pieces, launch.url, **body)
+        wait_until(lambda: metric(launch.decode, "vllm:num_requests_running") > 0)
+        launch.process.send_signal(signal.SIGTERM)
+        assert stream.result(timeout=120) == expected
+    assert launch.process.wait(timeout=120) == 0
