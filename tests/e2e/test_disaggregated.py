@@ -338,15 +338,3 @@ def test_a_decode_server_that_is_killed_loses_its_own_streams_and_comes_back(
     prompt = "and back " * 12
     expected = choices(ask(stock.url, **GREEDY, prompt=prompt))
     assert choices(ask(launch.url, **GREEDY, prompt=prompt)) == expected
-
-
-def test_running_streams_finish_when_the_launch_ends(launch: Disaggregated, stock: Server) -> None:
-    """The last test of this launch."""
-    body = {"prompt": "the last stream", "max_tokens": 600}
-    expected = pieces(stock.url, **body)
-    with ThreadPoolExecutor(1) as pool:
-        stream = pool.submit(pieces, launch.url, **body)
-        wait_until(lambda: metric(launch.decode, "vllm:num_requests_running") > 0)
-        launch.process.send_signal(signal.SIGTERM)
-        assert stream.result(timeout=120) == expected
-    assert launch.process.wait(timeout=120) == 0
