@@ -8,10 +8,12 @@ request 29778 [S]. Every row is marked:
 - `fitted`: one of the rows that a factor was fitted on;
 - `derived`: follows from other published figures, or repeats a fitted row (`factors.DERIVED`).
 
+Beside them stands the chunk curve of another vendor's machine (`chunks`), which counts in nothing.
 What the model misses and what it does not speak to is listed with the reason (`rows.why_missed`,
 `rows.NOT_MODELLED`).
 """
 
+from vllm_dwdp.paper.chunks import DIFFERENCES, chunk_curve, chunk_rows
 from vllm_dwdp.paper.factors import (
     DEEPSEEK_R1,
     DERIVED,
@@ -26,6 +28,7 @@ from vllm_dwdp.paper.rows import NOT_MODELLED, NUM_PUBLISHED, paper_rows, why_mi
 __all__ = [
     "DEEPSEEK_R1",
     "DERIVED",
+    "DIFFERENCES",
     "FITTED",
     "GPT_OSS_120B",
     "NOT_MODELLED",
@@ -33,6 +36,8 @@ __all__ = [
     "TOLERANCE",
     "Factor",
     "Row",
+    "chunk_curve",
+    "chunk_rows",
     "paper_rows",
     "why_missed",
 ]

@@ -101,6 +101,12 @@ def replica_kv_bytes(model: CostModel) -> float:
     return usable - model.shape.experts_bytes - model.shape.dense_bytes
 
 
+def expert_parallel_kv_bytes(model: CostModel) -> float:
+    """Return what an even share of the experts, without slots, leaves; negative if it does not fit."""
+    usable = USABLE_MEMORY * model.hardware.memory_gb * 1e9
+    return usable - model.shape.experts_bytes / model.group_size - model.shape.dense_bytes
+
+
 def replica_fits(model: CostModel) -> bool:
     """Say whether one accelerator holds all weights and still a tenth of its memory for the KV cache."""
     return replica_kv_bytes(model) >= KV_RESERVE * model.hardware.memory_gb * 1e9

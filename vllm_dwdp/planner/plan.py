@@ -62,6 +62,14 @@ class Plan:
     advice: tuple[str, ...]
     assumptions: tuple[str, ...]
 
+    def and_then(self, more: "Plan") -> "Plan":
+        """Say more after it."""
+        return Plan(
+            figures=self.figures + more.figures,
+            advice=self.advice + more.advice,
+            assumptions=self.assumptions + more.assumptions,
+        )
+
 
 def make_plan(model: CostModel, traffic: Traffic) -> Plan:
     """Say everything that `vllm-dwdp plan` shows."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -9,14 +10,18 @@ import pytest
 
 from vllm_dwdp.paper import (
     DERIVED,
+    DIFFERENCES,
     FITTED,
     NOT_MODELLED,
     NUM_PUBLISHED,
     TOLERANCE,
     Row,
+    chunk_curve,
+    chunk_rows,
     paper_rows,
     why_missed,
 )
+from vllm_dwdp.paper.chunks import full_step_gain, mi355x_model
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +96,8 @@ def test_the_command_says_it_all(rows: list[Row]) -> None:
     assert set(content["rows"][0]) == {"source", "quantity", "published", "model", "kind"}
     assert len(content["rows"]) == len(rows)
     assert set(content["fitted"]) == set(FITTED)
+    assert len(content["chunk_curve"]) == 7
+    assert content["differences"] == list(DIFFERENCES)
     ended = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     assert f"of {NUM_PUBLISHED}" in " ".join(ended.stdout.split())
     assert "Not modelled:" in ended.stdout
@@ -102,3 +109,61 @@ def test_the_old_flag_names_the_new_command() -> None:
     assert "fitted factors" in ended.stdout
     assert ended.stderr.startswith("simulate --paper is now vllm-dwdp paper")
     assert len(ended.stderr.splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def curve() -> dict[tuple[int, int], Row]:
+    """The chunk curve of the other machine, by chunk and input tokens."""
+    published = {}
+    for row in chunk_rows():
+        chunk, tokens = (int(number) for number in re.findall(r"\d+", row.quantity))
+        published[chunk, tokens] = row
+    assert len(published) == 7
+    return published
+
+
+@pytest.mark.parametrize("tokens", [4096, 8192, 16384])
+def test_chunks_of_4096_lose_as_much_as_published(
+    curve: dict[tuple[int, int], Row], tokens: int
+) -> None:
+    """On a machine of which no factor was fitted: only its data sheet."""
+    assert abs(curve[4096, tokens].error) < 0.08
+
+
+def test_chunks_of_32768_win_where_a_prompt_fills_half_of_one(
+    curve: dict[tuple[int, int], Row],
+) -> None:
+    for tokens in (16384, 32768):
+        row = curve[32768, tokens]
+        assert row.published > 1 and row.model > 1
+        assert -0.4 < row.error < 0, "the published expert parallelism is slower than the model's"
+
+
+def test_short_prompts_in_large_chunks_are_not_met_and_said_to_differ(
+    curve: dict[tuple[int, int], Row],
+) -> None:
+    """As if the step held less than its chunk; a model of so small a step loses too."""
+    for tokens in (4096, 8192):
+        row = curve[32768, tokens]
+        assert row.published < 1 < row.model
+        assert full_step_gain(mi355x_model(), tokens, tokens) < 0.7
+    assert any("4,096 and 8,192" in sentence for sentence in DIFFERENCES)
+
+
+def test_the_other_machine_counts_in_nothing(rows: list[Row]) -> None:
+    assert not any("MI355X" in row.source for row in rows)
+    series = chunk_curve(16384)
+    assert series["published"] == ([4096.0, 32768.0], [0.385, 1.209])
+    gains = series["model"][1]
+    assert gains == sorted(gains) and gains[0] < 0.5 and gains[-1] > 1
+
+
+@pytest.mark.parametrize(
+    ("band", "published"), [("20-30", 1.10), ("40-50", 1.08), ("60-70", 1.10), ("80-90", 1.06)]
+)
+def test_end_to_end_from_20_to_100_tokens_per_user_is_met(
+    rows: list[Row], band: str, published: float
+) -> None:
+    (row,) = (r for r in rows if r.quantity == f"TPS/GPU, at {band}")
+    assert row.published == published
+    assert abs(row.error) < 0.03

@@ -9,16 +9,17 @@ from rich.text import Text
 from vllm_dwdp import paper as published
 from vllm_dwdp.entrypoints.cli.options import AsJson, Png
 from vllm_dwdp.entrypoints.pictures.draw import PngFile
-from vllm_dwdp.entrypoints.pictures.planner import paper_pictures
+from vllm_dwdp.entrypoints.pictures.planner import chunk_picture, paper_pictures
 from vllm_dwdp.entrypoints.tables import print_json, say, show
 
 
 def paper(as_json: AsJson = False, png: Png = None) -> None:
     """Show every published figure beside the model's, what was fitted, and why a figure is missed."""
     picture, rows = PngFile(png), published.paper_rows()
-    picture.write(lambda: paper_pictures(rows))
+    chunks = list(published.chunk_rows())
+    picture.write(lambda: [*paper_pictures(rows), chunk_picture()])
     if as_json:
-        print_json(_content(rows))
+        print_json(_content(rows, chunks))
         return
     headings = ("source", "quantity", "published", "model", "error", "kind")
     show("published figures and the model's", headings, [_shown(row) for row in rows])
@@ -31,10 +32,12 @@ def paper(as_json: AsJson = False, png: Png = None) -> None:
     for row in rows:
         if not row.is_reached:
             say(f"- {row.source}, {row.quantity}: {published.why_missed(row)}")
+    show("another machine, not counted", headings, [_shown(row) for row in chunks])
+    say("Differences:", *(f"- {sentence}" for sentence in published.DIFFERENCES))
     say("Not modelled:", *(f"- {what}: {why}" for what, why in published.NOT_MODELLED))
 
 
-def _content(rows: Sequence[published.Row]) -> dict[str, Any]:
+def _content(rows: Sequence[published.Row], chunks: Sequence[published.Row]) -> dict[str, Any]:
     """Convert to JSON."""
     return {
         "rows": [row.as_dict() for row in rows],
@@ -44,6 +47,8 @@ def _content(rows: Sequence[published.Row]) -> dict[str, Any]:
             for row in rows
             if not row.is_reached
         ],
+        "chunk_curve": [row.as_dict() for row in chunks],
+        "differences": published.DIFFERENCES,
         "not_modelled": [{"source": what, "reason": why} for what, why in published.NOT_MODELLED],
     }
 

@@ -19,6 +19,8 @@ from vllm_dwdp.entrypoints.cli.options import (
 from vllm_dwdp.entrypoints.pictures.draw import PngFile
 from vllm_dwdp.entrypoints.pictures.planner import plan_pictures
 from vllm_dwdp.entrypoints.tables import figure, print_json, say, show
+from vllm_dwdp.planner.disaggregated import DECODE_GPUS
+from vllm_dwdp.planner.disaggregated_plan import DecodeServers, Feeding, plan_feeding
 from vllm_dwdp.planner.plan import Figure, make_plan
 from vllm_dwdp.planner.traffic import Traffic
 
@@ -39,6 +41,15 @@ def plan(
     max_num_batched_tokens: Annotated[int, typer.Option(help="vLLM's limit per step.")] = 16384,
     batch_size: Annotated[int, typer.Option(help="Sequences that decode together.")] = 64,
     experts_per_rank: Annotated[int, typer.Option(help="0: an even share.")] = 0,
+    decode_servers: Annotated[
+        int, typer.Option(help="Of launch: the ranks prefill for so many. 0: they decode too.")
+    ] = 0,
+    decode_gpus: Annotated[
+        int, typer.Option(help="Of each decode server, which divide the experts.")
+    ] = DECODE_GPUS,
+    tokens_per_user: Annotated[
+        float, typer.Option(help="Generated per second and user by the decode servers.")
+    ] = 50.0,
     expert_dtype: ExpertDtype = "",
     dense_dtype: DenseDtype = "",
     kv_dtype: KvDtype = "",
@@ -52,6 +63,9 @@ def plan(
     "calibrated" ones were measured by calibrate, "default" ones rest on published efficiencies,
     "part default" ones on both, or on the assumptions that are printed last. In JSON a figure that there
     is none of has low and high null, and a reason.
+
+    With --decode-servers it also says how many ranks feed them, with which chunk, and what is other
+    than with expert-parallel prefill.
     """
     picture = PngFile(png)
     dtypes = Dtypes(experts=expert_dtype, dense=dense_dtype, kv_cache=kv_dtype)
@@ -64,6 +78,11 @@ def plan(
         batch_size=batch_size,
     )
     made = make_plan(cost, traffic)
+    if decode_servers:
+        servers = DecodeServers(
+            number=decode_servers, num_gpus=decode_gpus, tokens_per_user=tokens_per_user
+        )
+        made = made.and_then(plan_feeding(Feeding(model=cost, traffic=traffic, servers=servers)))
     picture.write(lambda: plan_pictures(cost, traffic))
     if as_json:
         lines = [each.as_dict() for each in made.figures]

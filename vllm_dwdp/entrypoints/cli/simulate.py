@@ -27,7 +27,7 @@ from vllm_dwdp.entrypoints.tables import print_json, progress, say, show, text
 from vllm_dwdp.planner.capacity import dep_capacity, dwdp_capacity
 from vllm_dwdp.planner.contention import Pulls
 from vllm_dwdp.planner.cost import CostModel
-from vllm_dwdp.planner.disaggregated import GENERATION_GPUS, Service, output_tokens_per_s
+from vllm_dwdp.planner.disaggregated import DECODE_GPUS, Service, output_tokens_per_s
 from vllm_dwdp.planner.estimates import assumptions
 from vllm_dwdp.planner.plan import kv_shortage, lacking_memory
 from vllm_dwdp.planner.simulate import (
@@ -72,8 +72,8 @@ def simulate(
 ) -> None:
     """Replay prefill traffic on DEP in lockstep and on independent DWDP ranks.
 
-    The last column is what both kinds of servers can do together, context servers that always have work
-    and generation servers: it does not depend on the rate.
+    The last column is what both kinds of servers can do together, prefill servers that always have work
+    and decode servers: it does not depend on the rate.
     """
     if paper:
         progress("simulate --paper is now vllm-dwdp paper; the flag goes with the next release.")
@@ -123,7 +123,7 @@ class SimulationReport:
 
     Args:
         requests: by arrival.
-        service: of the generation servers.
+        service: of the decode servers.
         max_tokens: of a step.
         slice_mib: that was asked for.
         pulls: that are simulated.
@@ -206,8 +206,7 @@ class SimulationReport:
         return [
             *assumptions(self.model),
             f"The busiest expert-parallel rank has {self.routing_skew:g} times the mean load "
-            f"(--routing-skew); generation servers have {GENERATION_GPUS} GPUs, and room for the KV "
-            "cache of their batch.",
+            f"(--routing-skew); decode servers have {DECODE_GPUS} GPUs.",
         ]
 
     def as_dict(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from vllm_dwdp.entrypoints.pictures.figures import Bar, Bars, Lines, Picture
-from vllm_dwdp.paper import TOLERANCE, Row
+from vllm_dwdp.paper import TOLERANCE, Row, chunk_curve
 from vllm_dwdp.planner.cost import CostModel
 from vllm_dwdp.planner.estimates import Part, auto_step, break_even_tokens, parts, speedups
 from vllm_dwdp.planner.simulate import Outcome
@@ -105,6 +105,21 @@ def paper_pictures(rows: Sequence[Row]) -> list[Picture]:
             band=(-100 * TOLERANCE, 100 * TOLERANCE),
         )
     ]
+
+
+def chunk_picture(input_tokens: int = 16384) -> Lines:
+    """Show the chunk curve of another machine, the model's and the published one."""
+    series = chunk_curve(input_tokens)
+    wins = next(chunk for chunk, gain in zip(*series["model"], strict=True) if gain >= 1)
+    return Lines(
+        title=f"DeepSeek-R1 on eight MI355X, prompts of {input_tokens:,} tokens: DWDP needs chunks of "
+        f"about {wins / 1024:.0f}K tokens",
+        x_label="max_num_batched_tokens (K: 1,024)",
+        y_label="prefill throughput over DEP",
+        series=series,
+        level=1.0,
+        log_x=True,
+    )
 
 
 def _short(source: str) -> str:
