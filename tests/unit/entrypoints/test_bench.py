@@ -34,8 +34,6 @@ from vllm_dwdp.planner.hardware import find_hardware
 from vllm_dwdp.planner.model_shape import shape_of
 from vllm_dwdp.planner.simulate import percentile
 
-STREAM = Stream(input_tokens=8, output_tokens=8, concurrency=1, num_prompts=4)
-
 
 def test_loads_are_sized_to_the_seconds_asked_for() -> None:
     shape = Shape(seconds=10.0, concurrency=4)
@@ -84,16 +82,16 @@ def test_percentiles_are_values_that_were_seen() -> None:
     assert percentile([], 99) == 0.0
 
 
-def test_figures_are_over_all_requests_of_all_ranks(tmp_path: Path) -> None:
-    def written(name: str, **content: Any) -> Path:
-        path = tmp_path / name
-        path.write_text(json.dumps(content))
-        return path
-
-    common = {"completed": 2, "duration": 2.0, "total_input_tokens": 6, "total_output_tokens": 4}
+def test_figures_are_over_all_requests_of_all_ranks() -> None:
+    common: dict[str, Any] = {
+        "completed": 2,
+        "duration": 2.0,
+        "total_input_tokens": 6,
+        "total_output_tokens": 4,
+    }
     results = [
-        read_stream(written("0", ttfts=[0.1, 0.3], itls=[[0.01, 0.03], [0.02]], **common)),
-        read_stream(written("1", ttfts=[0.2, 0.4], itls=[[], []], **common)),
+        read_stream(common | {"ttfts": [0.1, 0.3], "itls": [[0.01, 0.03], [0.02]]}),
+        read_stream(common | {"ttfts": [0.2, 0.4], "itls": [[], []]}),
     ]
     found = figures(results)
     assert found["tokens_per_s"] == 10.0
@@ -210,7 +208,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
         (("--seconds", "nan"), "--seconds is nan; it must be a number"),
         (
             ("--baseline", "magic"),
-            "--baseline 'magic' is unknown; known are replica, tp, stock, prefetch, dp-ep.",
+            "--baseline 'magic' is unknown; known are replica, tp, stock, prefetch, dp-ep, disagg.",
         ),
         (("--baseline", "dp-ep"), "--baseline dp-ep needs GPUs"),
         (("--output", "/proc/nowhere.json"), "--output /proc/nowhere.json cannot be written"),
@@ -290,14 +288,14 @@ def test_a_run_with_failed_requests_is_refused(
 ) -> None:
     """They take no time, so figures of the others would flatter."""
     result = tmp_path / "result.json"
-    totals = {"duration": 2.0, "total_input_tokens": 6, "total_output_tokens": 4}
-    result.write_text(json.dumps(totals | {"completed": completed, "ttfts": [0.1], "itls": [[]]}))
+    errors = ["refused"] * (4 - completed) + [""] * completed
+    result.write_text(json.dumps({"completed": completed, "errors": errors}))
     with answering(tmp_path, f"print({answer!r})") as client:
         if not message:
-            assert client.finish(STREAM, result).num_requests == 4
+            assert client.finish(result)["completed"] == 4
             return
         with pytest.raises(DwdpError, match=message) as caught:
-            client.finish(STREAM, result)
+            client.finish(result)
     assert "line 98" in str(caught.value)
     assert "line 50" not in str(caught.value)
 
@@ -310,7 +308,7 @@ def test_a_client_whose_run_fails_says_so(tmp_path: Path) -> None:
         client.wait_until_ready()
         client.begin(["--no-such-option"])
         with pytest.raises(DwdpError, match="vllm bench serve failed") as caught:
-            client.finish(STREAM, tmp_path / "result.json")
+            client.finish(tmp_path / "result.json")
         assert "--no-such-option" in str(caught.value), (
             "the end of its log, which goes with the run"
         )

@@ -20,7 +20,7 @@ import psutil
 from vllm_dwdp.entrypoints.bench.client import BenchClient
 from vllm_dwdp.entrypoints.bench.machine import describe_machine
 from vllm_dwdp.entrypoints.bench.run import SERVE_ARGUMENTS, SERVE_ARGUMENTS_CPU, default_model
-from vllm_dwdp.entrypoints.bench.traffic import Stream
+from vllm_dwdp.entrypoints.bench.traffic import Stream, read_stream
 from vllm_dwdp.entrypoints.files import check_writable, refusing
 from vllm_dwdp.entrypoints.launch.server import Server
 from vllm_dwdp.errors import DwdpConfigError
@@ -133,7 +133,7 @@ def _step_seconds(model: str, core: int, say: Callable[[str], None]) -> tuple[fl
             )
             result = folder / f"{tokens}.json"
             client.begin(stream.arguments(server.url, model, result, seed=0))
-            best.append(min(client.finish(stream, result).ttft_s))
+            best.append(min(read_stream(client.finish(result)).ttft_s))
             say(f"a prompt of {tokens} tokens alone: {1e3 * best[-1]:.0f} ms")
     return best[0], best[1]
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from vllm_dwdp.entrypoints.bench.traffic import Stream, StreamResult, read_stream
 from vllm_dwdp.entrypoints.launch.process import ending_with
 from vllm_dwdp.errors import DwdpError
 
@@ -85,8 +84,8 @@ class BenchClient:
         self._process.stdin.write(json.dumps(arguments) + "\n")
         self._process.stdin.flush()
 
-    def finish(self, stream: Stream, result: Path) -> StreamResult:
-        """Wait until the run has ended, and return what it showed.
+    def finish(self, result: Path) -> dict[str, Any]:
+        """Wait until the run has ended, and return its detailed result, as `vllm bench serve` wrote it.
 
         Args:
             result: the file that the arguments named.
@@ -96,11 +95,10 @@ class BenchClient:
                 that figures without them would flatter. Shows the end of the log.
         """
         self._answer()
-        found = read_stream(result)
-        if found.num_requests != stream.num_prompts:
-            raise self._failure(
-                f"{found.num_requests} of {stream.num_prompts} requests were answered"
-            )
+        found: dict[str, Any] = json.loads(result.read_text())
+        sent = len(found["errors"])  # one text for each request, empty where it was answered
+        if found["completed"] != sent:
+            raise self._failure(f"{found['completed']} of {sent} requests were answered")
         return found
 
     def _answer(self) -> None:

@@ -1,4 +1,4 @@
-"""What `vllm-dwdp bench` compares: DWDP and what else the same cores can run.
+"""What `vllm-dwdp bench` and `benchmarks/benchmark_serving.py` compare: DWDP and what else there is.
 
 ::
 
@@ -8,31 +8,38 @@
     stock      a stock server per rank
     tp         one stock server, --tensor-parallel-size RANKS
     dp-ep      one stock server, --data-parallel-size RANKS --enable-expert-parallel; GPUs only
+    disagg     vllm-dwdp launch: RANKS prefill, stock servers beside them decode
 
 On the CPU every rank owns cores, and everything of a rank runs on them: its engine, its API server and
-the client that drives it. So what a rank measures is its own.
+the client that drives it. So what a rank measures is its own. (The servers of `disagg` divide the cores
+as `launch` does.)
+
+A client that knows one URL only meets servers of one rank each behind vllm-router (`Setting.one_url`).
 """
 
+import argparse
 import contextlib
-import json
+import math
 import os
-import shlex
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 
 from vllm_dwdp.entrypoints.launch.server import Server, ServerError
 from vllm_dwdp.errors import DwdpConfigError, DwdpError
 
-DWDP = "dwdp"
-BASELINES = ("replica", "tp", "stock", "prefetch", "dp-ep")
+T = TypeVar("T")
+DWDP, DISAGGREGATED = "dwdp", "disagg"
+BASELINES = ("replica", "tp", "stock", "prefetch", "dp-ep", DISAGGREGATED)
 DEFAULT_BASELINES = ("replica", "tp")
+ONE_SERVER = ("tp", "dp-ep")
 _GPU_ONLY = "dp-ep"
+SETTLE_S = 2.0
+"""A router that was suspended takes its servers for dead until it has asked them again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,21 +49,31 @@ class Deployment:
     Args:
         name: as in the list above.
         servers: one, or one per rank.
+        router: in front of several, for clients that know one URL.
+        num_devices: that it may use: GPUs, or cores.
         start_s: from the start of its processes to the first answer of all.
     """
 
     name: str
     servers: tuple[Server, ...]
+    router: Server | None = None
+    num_devices: int
     start_s: float = field(compare=False)
 
-    def url(self, rank: int) -> str:
+    def url(self, rank: int = 0) -> str:
         """Say where the traffic of `rank` goes."""
-        return self.servers[rank % len(self.servers)].url
+        entrance = self.router or self.servers[rank % len(self.servers)]
+        return entrance.url
+
+    @property
+    def everything(self) -> tuple[Server, ...]:
+        """All servers, and the router."""
+        return (*self.servers, *filter(None, [self.router]))
 
     @property
     def commands(self) -> list[list[str]]:
-        """The `vllm serve` of each server."""
-        return [server.command for server in self.servers]
+        """The command of each."""
+        return [server.command for server in self.everything]
 
     def memory_bytes(self) -> int:
         """Sum the proportional set size of all its processes: shared pages count once."""
@@ -70,20 +87,36 @@ class Deployment:
         """List the processes of all its servers."""
         return [
             process
-            for server in self.servers
+            for server in self.everything
             for process in (psutil.Process(server.process.pid), *server.processes())
         ]
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Let its servers run only meanwhile (SIGCONT, SIGSTOP)."""
-        for server in self.servers:
+        for server in self.everything:
             server.resume()
         try:
+            self._wait_for_routers()
             yield
         finally:
-            for server in self.servers:
+            for server in reversed(self.everything):
                 server.suspend()
+
+    def _wait_for_routers(self) -> None:
+        """Return once what stands between a client and a server believes in it again.
+
+        Raises:
+            DwdpError: something has ended.
+        """
+        if self.router is None and self.name != DISAGGREGATED:
+            return
+        time.sleep(SETTLE_S)
+        try:
+            for server in self.everything:
+                server.wait_until_ready()
+        except ServerError as error:
+            raise DwdpError(f"{self.name} does not answer any more: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,16 +128,34 @@ class Setting:
         num_ranks: of every deployment.
         arguments: further arguments of every `vllm serve`.
         folder: for logs and sockets.
+        one_url: whether all traffic of a deployment goes to one URL.
+        decode_servers: of `disagg`, beside its ranks.
+        decode_arguments: of these servers only.
     """
 
     model: str
     num_ranks: int
     arguments: tuple[str, ...]
     folder: Path
+    one_url: bool = False
+    decode_servers: int = 1
+    decode_arguments: tuple[str, ...] = ()
+
+    def num_devices(self, name: str) -> int:
+        """Count the GPUs of a deployment; on the CPU every one has all cores that we may use."""
+        if not has_gpu():
+            return len(self.all_cores)
+        more = self.decode_servers * gpus_of_server(self.decode_arguments)
+        return self.num_ranks + (more if name == DISAGGREGATED else 0)
+
+    @property
+    def all_cores(self) -> list[int]:
+        """Those that we may use."""
+        return sorted(os.sched_getaffinity(0))
 
     def cores(self, rank: int) -> list[int]:
         """Choose the cores of a rank: an even share of ours, or all if they are fewer than the ranks."""
-        ours = sorted(os.sched_getaffinity(0))
+        ours = self.all_cores
         first, last = (len(ours) * edge // self.num_ranks for edge in (rank, rank + 1))
         return ours[first:last] or ours
 
@@ -114,20 +165,37 @@ def has_gpu() -> bool:
     return Path("/proc/driver/nvidia/version").exists()
 
 
-def check_baselines(names: Sequence[str], num_ranks: int) -> None:
+def gpus_of_server(arguments: Sequence[str]) -> int:
+    """Count the GPUs that a stock server with these arguments takes."""
+    sizes = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for kind, short in (("tensor", "-tp"), ("pipeline", "-pp"), ("data", "-dp")):
+        sizes.add_argument(f"--{kind}-parallel-size", short, type=int, default=1)
+    dashed = [word.replace("_", "-") if word.startswith("--") else word for word in arguments]
+    return math.prod(vars(sizes.parse_known_args(dashed)[0]).values())
+
+
+def in_turn(deployments: Sequence[T], number: int) -> Sequence[T]:
+    """Order the deployments of a round: every second round the other way round."""
+    return deployments if number % 2 else deployments[::-1]
+
+
+def check_deployments(
+    option: str, names: Sequence[str], known: Sequence[str], num_ranks: int
+) -> None:
     """Refuse what this machine cannot run.
 
+    Args:
+        option: that names them, for the message.
+
     Raises:
-        DwdpConfigError: an unknown baseline, one that needs a GPU, or fewer cores than ranks.
+        DwdpConfigError: an unknown deployment, one that needs a GPU, or fewer cores than ranks.
     """
     for name in names:
-        if name not in BASELINES:
-            raise DwdpConfigError(
-                f"--baseline {name!r} is unknown; known are {', '.join(BASELINES)}."
-            )
+        if name not in known:
+            raise DwdpConfigError(f"{option} {name!r} is unknown; known are {', '.join(known)}.")
         if name == _GPU_ONLY and not has_gpu():
             raise DwdpConfigError(
-                "--baseline dp-ep needs GPUs: vLLM's CPU build fails at the first request of a "
+                f"{option} dp-ep needs GPUs: vLLM's CPU build fails at the first request of a "
                 "data-parallel MoE model. Use replica, tp and stock here."
             )
     cores = len(os.sched_getaffinity(0))
@@ -136,76 +204,3 @@ def check_baselines(names: Sequence[str], num_ranks: int) -> None:
             f"--ranks {num_ranks} needs as many cores, and this process may use {cores}; every rank "
             "runs on cores of its own."
         )
-
-
-def start(stack: ExitStack, name: str, setting: Setting, say: Callable[[str], None]) -> Deployment:
-    """Start a deployment, wait for its answer, bind it to its cores and suspend it.
-
-    Raises:
-        DwdpError: a server of it ended or did not answer in time.
-    """
-    started = time.monotonic()
-    servers = tuple(_make_servers(stack, name, setting))
-    for server in servers:
-        try:
-            server.wait_until_ready()
-        except ServerError as error:
-            say(str(error))
-            raise DwdpError(
-                f"{name} did not start; the end of its log is above. It was: "
-                f"{shlex.join(server.command)}"
-            ) from error
-    for rank, server in enumerate(servers):
-        if len(servers) > 1 and not has_gpu():
-            _bind(server, setting.cores(rank))
-        stack.callback(server.resume)
-        server.suspend()
-    made = Deployment(name=name, servers=servers, start_s=time.monotonic() - started)
-    say(f"{name} answers after {made.start_s:.0f} s")
-    return made
-
-
-def _make_servers(stack: ExitStack, name: str, setting: Setting) -> Iterator[Server]:
-    count = str(setting.num_ranks)
-    common = [setting.model, "--served-model-name", "m", *setting.arguments]
-    if name in ("tp", "dp-ep"):
-        own = {
-            "tp": ["--tensor-parallel-size", count],
-            "dp-ep": ["--data-parallel-size", count, "--enable-expert-parallel"],
-        }[name]
-        binding = "|".join(_listed(setting.cores(rank)) for rank in range(setting.num_ranks))
-        yield _server(stack, [*common, *own], setting.folder / f"{name}.log", binding)
-        return
-    own = [] if name == "stock" else _dwdp_arguments(stack, name, setting)
-    for rank in range(setting.num_ranks):
-        of_rank = [*own, *("--data-parallel-rank", str(rank))] if own else []
-        log = setting.folder / f"{name}-{rank}.log"
-        yield _server(stack, [*common, *of_rank], log, _listed(setting.cores(rank)))
-
-
-def _dwdp_arguments(stack: ExitStack, name: str, setting: Setting) -> list[str]:
-    """Start ranks one by one, so that each has an API server of its own."""
-    meet = stack.enter_context(tempfile.TemporaryDirectory(prefix="dwdp-bench-"))
-    dwdp = {"rendezvous": f"unix://{meet}/meet", "mode": "auto" if name == DWDP else name}
-    return [
-        *("--distributed-executor-backend", "dwdp"),
-        *("--data-parallel-size", str(setting.num_ranks)),
-        *("--additional-config", json.dumps({"dwdp": dwdp})),
-    ]
-
-
-def _server(stack: ExitStack, arguments: list[str], log: Path, binding: str) -> Server:
-    environment = {} if has_gpu() else {"VLLM_CPU_OMP_THREADS_BIND": binding}
-    return stack.enter_context(Server(arguments, log, environment))
-
-
-def _bind(server: Server, cores: Sequence[int]) -> None:
-    """Bind every thread of the server's processes, and all they will start, to `cores`."""
-    for process in [psutil.Process(server.process.pid), *server.processes()]:
-        for task in Path(f"/proc/{process.pid}/task").iterdir():
-            with contextlib.suppress(ProcessLookupError):
-                os.sched_setaffinity(int(task.name), cores)
-
-
-def _listed(cores: Sequence[int]) -> str:
-    return ",".join(str(core) for core in cores)

@@ -104,12 +104,14 @@ def _verdicts(result: BenchResult) -> Iterator[str]:
                 f"On {name} the long prompts ended after {100 * covered:.0f} % of a run, so the ratio "
                 "understates what they do."
             )
-    cores = [run.other_cores for run in result.runs]
-    median, most = statistics.median(cores), max(cores)
+    yield how_busy([run.other_cores for run in result.runs])
+
+
+def how_busy(other_cores: Sequence[float]) -> str:
+    """Say what other processes did beside the runs, and when that was too much."""
+    median, most = statistics.median(other_cores), max(other_cores)
     advice = " Measure again when the machine is idle." if median > BUSY_CORES else ""
-    yield (
-        f"Other processes kept {median:.2f} cores busy in the median run, {most:.2f} at most.{advice}"
-    )
+    return f"Other processes kept {median:.2f} cores busy in the median run, {most:.2f} at most.{advice}"
 
 
 def bench_pictures(result: BenchResult) -> list[Picture]:

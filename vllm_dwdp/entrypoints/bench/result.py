@@ -1,7 +1,7 @@
 """What a benchmark found: runs, ratios to the baselines, independence of ranks. Pure."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -94,9 +94,9 @@ def _ratio(runs: Sequence[Run], baseline: str, load: str, figure: str) -> Ratio 
          if run.deployment == name and run.load == load}
         for name in (DWDP, baseline)
     )  # fmt: skip
-    if not all((*ours.values(), *theirs.values())):
+    ratios = by_round(ours, theirs)
+    if not ratios:
         return None
-    ratios = [ours[number] / theirs[number] for number in sorted(ours)]
     return Ratio(
         load=load,
         baseline=baseline,
@@ -107,3 +107,10 @@ def _ratio(runs: Sequence[Run], baseline: str, load: str, figure: str) -> Ratio 
         low=min(ratios),
         high=max(ratios),
     )
+
+
+def by_round(ours: Mapping[int, float], theirs: Mapping[int, float]) -> list[float]:
+    """Divide what two deployments showed in the same rounds; nothing where a figure is missing or 0."""
+    if not all((*ours.values(), *theirs.values())):
+        return []
+    return [ours[number] / theirs[number] for number in sorted(ours)]

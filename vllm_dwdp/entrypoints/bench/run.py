@@ -23,24 +23,26 @@ import psutil
 import vllm_dwdp
 from vllm_dwdp.entrypoints.bench.client import BenchClient
 from vllm_dwdp.entrypoints.bench.deployments import (
+    BASELINES,
     DWDP,
     Deployment,
     Setting,
-    check_baselines,
+    check_deployments,
     has_gpu,
-    start,
+    in_turn,
 )
 from vllm_dwdp.entrypoints.bench.machine import OtherWork, describe_machine
 from vllm_dwdp.entrypoints.bench.result import BenchResult, Run
+from vllm_dwdp.entrypoints.bench.starting import start
 from vllm_dwdp.entrypoints.bench.traffic import (
     Load,
     Shape,
-    Stream,
     StreamResult,
     figures,
     long_probe_load,
     make_loads,
     probe_load,
+    read_stream,
 )
 from vllm_dwdp.planner.checked import real, whole
 from vllm_dwdp.planner.checkpoint import read_config
@@ -79,7 +81,7 @@ class BenchOptions:
             read_config(Path(self.model))
         whole("--ranks", self.num_ranks, 2)
         real("--seconds", self.shape.seconds, above=True)
-        check_baselines(self.baselines, self.num_ranks)
+        check_deployments("--baseline", self.baselines, BASELINES, self.num_ranks)
 
     def in_short(self) -> "BenchOptions":
         """Reduce to the smallest run that still shows everything."""
@@ -123,8 +125,8 @@ def run_bench(
         result = BenchResult(
             machine=describe_machine(),
             command=command,
-            versions=_versions(),
-            deployments={made.name: _facts(made) for made in deployments},
+            versions=versions(),
+            deployments={made.name: facts(made) for made in deployments},
             loads=tuple(loads),
             runs=tuple(runs),
         )
@@ -158,9 +160,8 @@ class _Bench:
     ) -> list[Run]:
         runs = []
         for number in range(0 if options.warms_up else 1, options.rounds + 1):
-            order = deployments if number % 2 else deployments[::-1]
             for load in loads:
-                for deployment in order:
+                for deployment in in_turn(deployments, number):
                     run = self._run(deployment, load, number)
                     if number > 0:
                         runs.append(run)
@@ -195,23 +196,26 @@ class _Bench:
 
     def drive(self, deployment: Deployment, load: Load, seed: int = 0) -> dict[int, StreamResult]:
         """Drive one load on one deployment; the others are suspended. Return the results by rank."""
-        sent: dict[int, tuple[Stream, Path]] = {}
+        sent: dict[int, Path] = {}
         with deployment.running():
             for rank, stream in enumerate(load.streams):
                 if stream is not None:
                     path = self._folder / f"run{self._num_runs}-{rank}.json"
-                    sent[rank] = stream, path
+                    sent[rank] = path
                     self._clients[rank].begin(
                         stream.arguments(
                             deployment.url(rank), self._tokenizer, path, 97 * seed + rank
                         )
                     )
-            found = {rank: self._clients[rank].finish(*what) for rank, what in sent.items()}
+            found = {
+                rank: read_stream(self._clients[rank].finish(path)) for rank, path in sent.items()
+            }
         self._num_runs += 1
         return found
 
 
-def _facts(deployment: Deployment) -> dict[str, Any]:
+def facts(deployment: Deployment) -> dict[str, Any]:
+    """Describe a deployment that runs, for the result."""
     return {
         "commands": [shlex.join(command) for command in deployment.commands],
         "start_s": deployment.start_s,
@@ -239,7 +243,8 @@ def default_model() -> str:
     )
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Name what was measured, and when."""
     import torch
     import vllm
 

@@ -1,12 +1,11 @@
-"""The traffic of `vllm-dwdp bench`, and what one run of it showed. Pure but for `read_stream`.
+"""The traffic of `vllm-dwdp bench`, and what one run of it showed. Pure.
 
 Each rank has its own stream of requests, driven by its own `vllm bench serve`. A stream is closed-loop
 (`concurrency` requests at a time) or open-loop (`request_rate` per second).
 """
 
-import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -158,9 +157,8 @@ class StreamResult:
     itl_s: tuple[float, ...]
 
 
-def read_stream(path: Path) -> StreamResult:
-    """Read the detailed result file of one `vllm bench serve`."""
-    found: dict[str, Any] = json.loads(path.read_text())
+def read_stream(found: Mapping[str, Any]) -> StreamResult:
+    """Read the detailed result of one `vllm bench serve`."""
     gaps = [tuple(request) for request in found["itls"]]
     return StreamResult(
         duration_s=found["duration"],

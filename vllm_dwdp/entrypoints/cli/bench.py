@@ -25,7 +25,8 @@ def bench(
     ] = "",
     ranks: Annotated[int, typer.Option(help="Of every deployment.")] = 2,
     baseline: Annotated[
-        list[str] | None, typer.Option(help="replica, tp, stock, prefetch, dp-ep; repeat; or none.")
+        list[str] | None,
+        typer.Option(help="replica, tp, stock, prefetch, dp-ep, disagg; repeat; or none."),
     ] = None,
     rounds: Annotated[int, typer.Option(help="Counted rounds; one more warms up.")] = 3,
     seconds: Annotated[float, typer.Option(help="Of each run, about.")] = 4.0,

@@ -1,4 +1,4 @@
-"""A real `vllm serve` as a child process: its log, plain HTTP, its metrics, its end.
+"""A real server as a child process: its log, plain HTTP, its metrics, its end.
 
 Used by the tests, the benchmarks, the demo and `vllm-dwdp bench`.
 """
@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,6 +24,7 @@ from vllm_dwdp.entrypoints.launch.ports import free_ports
 from vllm_dwdp.entrypoints.launch.process import ending_with
 
 VLLM = str(Path(sys.executable).with_name("vllm"))
+SERVE = (VLLM, "serve")
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 60.0
 READY_PATH = "/health"
@@ -42,14 +43,21 @@ class Server:
         arguments: of `vllm serve`, the model first; host and port are added.
         log: file for its output.
         environment: added to ours.
+        program: another server that takes a host and a port and answers at `READY_PATH` when it serves.
     """
 
-    def __init__(self, arguments: list[str], log: Path, environment: dict[str, str]) -> None:
+    def __init__(
+        self,
+        arguments: list[str],
+        log: Path,
+        environment: dict[str, str],
+        program: Sequence[str] = SERVE,
+    ) -> None:
         (port,) = free_ports(1)
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
-        self.command = [VLLM, "serve", *arguments, "--host", "127.0.0.1", "--port", str(port)]
+        self.command = [*program, *arguments, "--host", "127.0.0.1", "--port", str(port)]
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as output:
             self.process = subprocess.Popen(

@@ -1,0 +1,59 @@
+"""Environments of their own for packages that the project does not depend on.
+
+Everything else comes from the environment of the tests. They are installed from PyPI into a folder that
+later sessions find again.
+"""
+
+import os
+import subprocess
+import sysconfig
+import venv
+from pathlib import Path
+
+INSTALL_S = 300
+
+
+class Unavailable(Exception):
+    """It cannot be had here; the text says why."""
+
+
+def environment(folder: Path, *packages: str) -> Path:
+    """Return the Python of an environment with these packages beside those of the tests.
+
+    Args:
+        folder: of it; made once.
+        packages: with options of pip, as for `pip install`.
+
+    Raises:
+        Unavailable: PyPI has none or cannot be reached.
+    """
+    python, done = folder / "bin" / "python", folder / "done"
+    if not done.exists():
+        _make(folder, python, packages)
+        done.touch()
+    return python
+
+
+def _make(folder: Path, python: Path, packages: tuple[str, ...]) -> None:
+    venv.create(folder, clear=True, with_pip=False)
+    own = subprocess.check_output(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
+    ).strip()
+    # After its own packages: what is there already is not installed again, and pip itself is there.
+    Path(own, "tests.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    command = [str(python), "-m", "pip", "install", *packages]
+    name = next(package for package in packages if not package.startswith("-"))
+    try:
+        ended = subprocess.run(
+            command,
+            env=os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"},
+            capture_output=True,
+            text=True,
+            timeout=INSTALL_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise Unavailable(f"pip did not install {name} within {INSTALL_S} s") from None
+    if ended.returncode:
+        lines = ended.stderr.strip().splitlines() or ["pip said nothing"]
+        raise Unavailable(f"pip cannot install {name}: {lines[-1]}")
