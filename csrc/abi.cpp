@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "digest.h"
 #include "host_copy.h"
 
 std::string& dwdp::abi::last_error() {
@@ -62,4 +63,11 @@ DWDP_API int dwdp_batch_done(void* batch) {
 
 DWDP_API void dwdp_stream_copy(void* destination, const void* source, std::size_t num_bytes) {
   dwdp::stream_copy(destination, source, num_bytes);
+}
+
+// As `dwdp::sum_pieces`.
+DWDP_API void dwdp_sum_pieces(const std::uint64_t* words, std::size_t num_words,
+                              const std::uint64_t* keys, std::size_t piece_words,
+                              std::uint64_t* sums) {
+  dwdp::sum_pieces(words, num_words, keys, piece_words, sums);
 }

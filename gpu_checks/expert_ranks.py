@@ -4,7 +4,6 @@ Everything below vLLM is the product's own: `ExpertShard`, `CompositeMapper`, `P
 or over the fake driver.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.device.base import Device, PeerMemory
+from vllm_dwdp.device.digest import digest_host_memory
 from vllm_dwdp.device.tensor import tensor_at
 from vllm_dwdp.layout.placement import ExpertRange, Placement
 from vllm_dwdp.model_executor.composites import CompositeMapper, LayerView
@@ -218,8 +218,8 @@ class HostPeer:
         self.address = content.data_ptr()
 
     def digest(self) -> bytes:
-        """Return the SHA-256 of the content."""
-        return hashlib.sha256(self._content.numpy()).digest()
+        """Return what the peer would say of its content."""
+        return digest_host_memory(self.address, self._content.nbytes)
 
     def close(self) -> None:
         """Do nothing: the tensor owns the memory."""

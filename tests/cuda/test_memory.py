@@ -1,7 +1,9 @@
 """The CUDA device's memory: shards, peers, slots and composites."""
 
+import ctypes
 import logging
 import os
+import random
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -14,6 +16,8 @@ from gpu_checks.fake import fake_settings, live_objects
 from tests.cuda.conftest import NOTHING
 from vllm_dwdp.device.base import Handles, Segment
 from vllm_dwdp.device.cuda import POOL_PAGE_BYTES, CudaMemory, CudaShard
+from vllm_dwdp.device.cuda_driver import CudaDevice
+from vllm_dwdp.device.digest import digest_host_memory
 from vllm_dwdp.device.tensor import tensor_at
 from vllm_dwdp.errors import DwdpMemoryError, DwdpUnsupportedError
 from vllm_dwdp.layout.composite import ByteRange
@@ -96,6 +100,27 @@ def test_a_shard_of_an_earlier_life_is_adopted(memory: CudaMemory) -> None:
         shard.close()
         shard.close()
     assert live_objects() == NOTHING
+
+
+def test_the_digest_is_that_of_host_memory_and_no_byte_is_read_back(
+    memory: CudaMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = memory.new_shard("test")
+    address = shard.append([PAGE, 2 * PAGE, PAGE]).address
+    content = random.Random(0).randbytes(4 * PAGE)
+    memory.device.write(address, content)
+    expected = digest_host_memory(address_of(content), len(content))
+    peer = memory.open_peer(shard.export())
+    monkeypatch.setattr(CudaDevice, "read", None)
+    assert shard.digest() == expected == peer.digest()
+    nothing = memory.new_shard("empty")
+    assert nothing.digest() == digest_host_memory(0, 0)
+    for owner in (nothing, peer, shard):
+        owner.close()
+
+
+def address_of(content: bytes) -> int:
+    return ctypes.cast(ctypes.c_char_p(content), ctypes.c_void_p).value or 0
 
 
 def test_one_changed_byte_changes_the_digest(memory: CudaMemory) -> None:

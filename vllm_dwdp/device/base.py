@@ -82,7 +82,7 @@ class Shard(Protocol):
         """For peers, in order of the pieces; descriptors are owned by the caller."""
 
     def digest(self) -> bytes:
-        """SHA-256 that depends on every byte."""
+        """What `device.digest` makes of every byte, where the bytes are."""
 
     def finish(self) -> None:
         """The content is final: drop our own writable mappings."""

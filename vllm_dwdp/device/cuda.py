@@ -76,7 +76,7 @@ class CudaShard:
         return self._memory.export(self.allocations)
 
     def digest(self) -> bytes:
-        """SHA-256 over the bytes as the host reads them."""
+        """As `device.digest` says, by kernels of this device."""
         whole = self._memory.map_range(list(self.allocations), writable=False)
         try:
             return self._memory.digest(whole)
@@ -157,15 +157,17 @@ class CudaMemory:
         torch_device: torch.device | None = None,
         clear_cache: Callable[[], None] = torch.cuda.empty_cache,
     ) -> None:
+        self.torch_device = torch_device or torch.device("cuda", ordinal)
         self.device = CudaDevice(ordinal)
         try:
-            self.memory = VirtualMemory(self.device, carries_fds=carries_fds)
+            self.memory = VirtualMemory(
+                self.device, torch_device=self.torch_device, carries_fds=carries_fds
+            )
         except BaseException:
             self.device.close()
             raise
         self.page_bytes = self.memory.page_bytes
         self.pool_page_bytes = max(POOL_PAGE_BYTES, self.page_bytes)
-        self.torch_device = torch_device or torch.device("cuda", ordinal)
         self._clear_cache = clear_cache
 
     def memory_info(self) -> tuple[int, int]:

@@ -19,7 +19,7 @@ import psutil
 import torch
 
 from vllm_dwdp.device.base import Handles, Segment
-from vllm_dwdp.device.digest import digest_pieces
+from vllm_dwdp.device.digest import digest_host_memory
 from vllm_dwdp.device.host_queue import HostCopyQueue
 from vllm_dwdp.device.limits import available_bytes, check_available, release_free_heap
 from vllm_dwdp.errors import DwdpMemoryError
@@ -142,10 +142,10 @@ class HostShard:
         fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
 
     def digest(self) -> bytes:
-        """SHA-256 that depends on every byte."""
+        """As `device.digest` says, by as many threads as there are cores."""
         whole = map_pages(self.fd, 0, self.num_bytes, writable=False)
         try:
-            return digest_of(whole)
+            return digest_host_memory(whole.address, whole.num_bytes)
         finally:
             whole.unmap()
 
@@ -199,7 +199,7 @@ class AdoptedShard:
 
     def digest(self) -> bytes:
         """As `HostShard.digest`."""
-        return digest_of(self._whole)
+        return digest_host_memory(self._whole.address, self._whole.num_bytes)
 
     def seal(self) -> None:
         """It is sealed; all of it must have been handed out.
@@ -241,7 +241,7 @@ class HostPeer:
 
     def digest(self) -> bytes:
         """As `HostShard.digest`."""
-        return digest_of(self._view)
+        return digest_host_memory(self._view.address, self._view.num_bytes)
 
     def close(self) -> None:
         """Unmap it and close the fd."""
@@ -353,15 +353,6 @@ def _sealed_file(handles: Handles) -> tuple[int, int]:
             "same version, and see who else listens at the rendezvous."
         )
     return handles.fds[0], num_bytes
-
-
-def digest_of(mapping: Mapping) -> bytes:
-    """The digest of a whole range."""
-
-    def read(start: int, num_bytes: int) -> ctypes.Array[ctypes.c_char]:
-        return (ctypes.c_char * num_bytes).from_address(mapping.address + start)
-
-    return digest_pieces(read, mapping.num_bytes)
 
 
 def _mmap(address: int, num_bytes: int, fd: int, offset: int, *, writable: bool, flags: int) -> int:

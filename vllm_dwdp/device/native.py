@@ -76,10 +76,19 @@ def _declare(lib: ctypes.CDLL) -> None:
         "dwdp_batch_wait": (ctypes.c_double, (pointer,)),
         "dwdp_batch_done": (ctypes.c_int, (pointer,)),
         "dwdp_stream_copy": (None, (pointer, pointer, size)),
+        "dwdp_sum_pieces": (None, (pointer, size, ctypes.c_char_p, size, pointer)),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
+
+
+def sum_pieces(address: int, num_words: int, keys: bytes, piece_words: int) -> bytes:
+    """The sums of `device.digest` over words in host memory, two little-endian words a piece."""
+    num_pieces = -(-num_words // piece_words)
+    sums = (ctypes.c_uint64 * (2 * num_pieces))()
+    library().dwdp_sum_pieces(address, num_words, keys, piece_words, sums)
+    return bytes(sums)
 
 
 class NativeQueue:

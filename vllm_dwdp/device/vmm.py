@@ -11,9 +11,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
+import torch
+
 from vllm_dwdp.device.base import Handles
 from vllm_dwdp.device.cuda_driver import AccessRefusedError, CudaDevice, HandleType
-from vllm_dwdp.device.digest import digest_pieces
+from vllm_dwdp.device.digest import digest_tensor
+from vllm_dwdp.device.tensor import tensor_at
 from vllm_dwdp.errors import DwdpMemoryError, DwdpUnsupportedError
 from vllm_dwdp.logger import format_gib, init_logger
 
@@ -99,14 +102,18 @@ class VirtualMemory:
 
     Args:
         device: the device; the caller closes it.
+        torch_device: the same as torch names it, whose kernels make digests.
         carries_fds: whether file descriptors reach the peers; fabric handles always do.
 
     Raises:
         DwdpUnsupportedError: the device makes no handle that could be passed to the peers.
     """
 
-    def __init__(self, device: CudaDevice, *, carries_fds: bool) -> None:
+    def __init__(
+        self, device: CudaDevice, *, torch_device: torch.device, carries_fds: bool
+    ) -> None:
         self.device = device
+        self._torch_device = torch_device
         self.handle_type = _passable(device, carries_fds)
         self.page_bytes = max(device.granularity_bytes, device.granularity_of(self.handle_type))
         self.mapped: Counter[str] = Counter(ranges=0, allocations=0, peer_allocations=0)
@@ -191,12 +198,9 @@ class VirtualMemory:
         return Handles(fds=tuple(fds), fabric=names, num_bytes=num_bytes)
 
     def digest(self, mapping: CudaMapping) -> bytes:
-        """The digest of a mapped range, as the host reads it."""
-
-        def read(start: int, num_bytes: int) -> bytes:
-            return self.device.read(mapping.address + start, num_bytes)
-
-        return digest_pieces(read, mapping.num_bytes)
+        """The digest of a mapped range, made on the device; only sums of it travel to the host."""
+        words = (mapping.num_bytes // torch.int64.itemsize,)
+        return digest_tensor(tensor_at(mapping.address, torch.int64, words, self._torch_device))
 
     def _allow(self, address: int, allocations: Sequence[Allocation], *, writable: bool) -> None:
         """Set access in the best way that the driver accepts for such a range, and remember it.
