@@ -70,6 +70,8 @@ def test_metrics_tell_the_configuration_and_count_remote_bytes(server: Server) -
         wait_until(lambda engine=engine, least=10 * remote: fetched_bytes(server, engine) > least)
         peer = "1" if engine == "0" else "0"
         assert server.metric("vllm:dwdp_peer_state", engine=engine, peer=peer, state="ready") == 1
+        assert server.metric("vllm:dwdp_start_seconds", engine=engine, phase="load") > 0
+        assert server.metric("vllm:dwdp_digested_bytes", engine=engine) >= resident
         assert server.metric("vllm:dwdp_prefetch_wait_seconds_total", engine=engine) is not None
 
 

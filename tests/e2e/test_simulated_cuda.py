@@ -54,6 +54,7 @@ def test_tokens_and_weights_over_simulated_device_memory(
             assert result["tokens"] == expected["tokens"], (name, result["rank"])
             assert result["status"]["remote_expert_bytes"] > 0
             assert result["status"]["mappings"]["peer_allocations"] > 0
+            check_start(name, result["status"])
             assert not any(result["cuda_left"].values()), (name, result["cuda_left"])
     # Whatever was measured here: one limit, below every step that hides its copies.
     by_default = [result["status"] for result in results["mixtral@auto_default"]]
@@ -72,6 +73,16 @@ def test_tokens_and_weights_over_simulated_device_memory(
         # A forward fetches when it runs in prefetch mode, and never when it reads in place.
         fetched = sum(result["status"]["fetched_bytes"].values())
         assert fetched == result["first"] + steps["prefetch"] * result["per_forward"] > 0
+
+
+def check_start(name: str, status: dict[str, Any]) -> None:
+    """A rank's own shard is digested once, of which its resident experts are the most."""
+    resident_bytes = status["resident_expert_bytes"]
+    assert resident_bytes <= status["digested_bytes"] < 2 * resident_bytes, (name, status)
+    assert status["read_expert_bytes"] > 0.9 * resident_bytes, (name, status)
+    seconds = status["start_seconds"]
+    assert all(seconds[phase] > 0 for phase in ("load", "meet", "digest", "map")), seconds
+    assert (seconds["measure"] > 0.001) == name.endswith("auto"), seconds
 
 
 def bytes_of_fills(worker: Any) -> dict[str, int]:

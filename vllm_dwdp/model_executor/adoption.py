@@ -13,6 +13,7 @@ from vllm_dwdp.distributed.published_shard import PublishedShard
 from vllm_dwdp.errors import DwdpMemoryError, TransferError
 from vllm_dwdp.logger import init_logger
 from vllm_dwdp.model_executor.peers import handles_of
+from vllm_dwdp.model_executor.start_cost import StartCost
 
 logger = init_logger(__name__)
 
@@ -32,11 +33,13 @@ class Adopted:
     digest: bytes
 
 
-def adopt_shard(device: Device, membership: Membership, rank: int) -> Adopted | None:
+def adopt_shard(
+    device: Device, membership: Membership, rank: int, cost: StartCost
+) -> Adopted | None:
     """Take over this rank's shard of an earlier start from a survivor that has it intact, if any."""
     refused = False
     for kept in membership.recover():
-        shard = _try_to_adopt(device, kept, rank)
+        shard = _try_to_adopt(device, kept, rank, cost)
         if shard is not None:
             return Adopted(shard, kept.layout, kept.digest)
         refused = True
@@ -48,7 +51,7 @@ def adopt_shard(device: Device, membership: Membership, rank: int) -> Adopted | 
     return None
 
 
-def _try_to_adopt(device: Device, kept: PublishedShard, rank: int) -> Shard | None:
+def _try_to_adopt(device: Device, kept: PublishedShard, rank: int, cost: StartCost) -> Shard | None:
     """The memory behind `kept`, which is taken over, or None if it is not what was published."""
     with ExitStack() as undo:
         undo.callback(kept.close)
@@ -59,7 +62,7 @@ def _try_to_adopt(device: Device, kept: PublishedShard, rank: int) -> Shard | No
             return None
         undo.pop_all()
         undo.callback(adopted.close)
-        if adopted.digest() == kept.digest:
+        if cost.digest_of(adopted, sum(kept.handle_bytes)) == kept.digest:
             undo.pop_all()
             return adopted
     logger.warning(

@@ -191,11 +191,14 @@ class ExpertShard:
         """
         return encode_facts({entry.layer.layer_name: entry.facts for entry in self.published})
 
+    def read_bytes(self) -> int:
+        """Bytes of the checkpoint's large expert tensors that were read."""
+        return sum(entry.layer.raw.read_bytes for entry in self.layers)
+
     def read_share(self) -> float:
         """The part of the checkpoint's large expert tensors that was read; 0 if it has none."""
         raws: list[RawParameters] = [entry.layer.raw for entry in self.layers]
-        checkpoint_bytes = sum(raw.checkpoint_bytes for raw in raws)
-        return sum(raw.read_bytes for raw in raws) / max(1, checkpoint_bytes)
+        return self.read_bytes() / max(1, sum(raw.checkpoint_bytes for raw in raws))
 
     def fill_edges(self, layout: ModelLayout, peers: dict[int, PeerMemory]) -> None:
         """Copy the bytes that neighbours own on our first and last pages; the shard is whole then.

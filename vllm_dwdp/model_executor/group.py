@@ -11,6 +11,7 @@ from vllm_dwdp.distributed.launch import Seat
 from vllm_dwdp.distributed.membership import Membership
 from vllm_dwdp.layout.model import ModelLayout
 from vllm_dwdp.model_executor.forwards import Forwards
+from vllm_dwdp.model_executor.start_cost import StartCost
 from vllm_dwdp.model_executor.views import ExpertViews
 
 
@@ -24,7 +25,9 @@ class ExpertGroup:
         views: how the layers see all experts.
         forwards: counts what ran.
         rejoin_seconds: how long the start took that adopted a shard; 0 if it loaded its experts.
-        read_share: part of the checkpoint's large expert tensors that was read for it.
+        read_bytes: of the checkpoint's large expert tensors, read for it.
+        read_share: the part of them that this is.
+        cost: of the start.
         mappings: what its device had mapped once everything stood, by kind.
         resources: everything else, in the order in which it was made.
     """
@@ -38,8 +41,10 @@ class ExpertGroup:
         views: ExpertViews,
         forwards: Forwards,
         rejoin_seconds: float | None,
+        read_bytes: int,
         read_share: float,
         mappings: dict[str, int],
+        cost: StartCost,
         resources: ExitStack,
     ) -> None:
         self.seat = seat
@@ -48,8 +53,10 @@ class ExpertGroup:
         self.views = views
         self.forwards = forwards
         self._rejoin_seconds = rejoin_seconds
+        self._read_bytes = read_bytes
         self._read_share = read_share
         self._mappings = mappings
+        self._cost = cost
         self._resources = resources
         self._state = "warming up"
         membership.describe_by(self.status)
@@ -84,13 +91,21 @@ class ExpertGroup:
             "generation": self.membership.generation,
             "adopted": self._rejoin_seconds is not None,
             "rejoin_seconds": self._rejoin_seconds or 0.0,
-            "read_share": self._read_share,
+            **self._start_status(),
             "steps": {mode.value: count for mode, count in self.forwards.by_mode.items()},
             "forwards": self.forwards.begun,
             "unfinished_forwards": self.forwards.begun - self.forwards.ended,
             "peers": {str(rank): peer.state for rank, peer in self.membership.peers().items()},
             **self._memory_status(),
             **self._prefetch_status(),
+        }
+
+    def _start_status(self) -> dict[str, Any]:
+        return {
+            "start_seconds": dict(self._cost.seconds),
+            "read_expert_bytes": self._read_bytes,
+            "read_share": self._read_share,
+            "digested_bytes": self._cost.digested_bytes,
         }
 
     def _memory_status(self) -> dict[str, Any]:

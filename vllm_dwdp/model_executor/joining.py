@@ -41,6 +41,7 @@ from vllm_dwdp.model_executor.expert_shard import ExpertShard
 from vllm_dwdp.model_executor.forwards import couple
 from vllm_dwdp.model_executor.group import ExpertGroup
 from vllm_dwdp.model_executor.peers import PeerShards, other_layout
+from vllm_dwdp.model_executor.start_cost import StartCost
 from vllm_dwdp.model_executor.views import bind_views
 from vllm_dwdp.prefetch.mode_policy import ModePolicy
 
@@ -84,11 +85,13 @@ def join_group(
     """
     group_size = seat.launch.config.group_size
     check_open_files(files_needed(group_size), f"a group of {group_size} ranks")
-    started = time.monotonic()
+    started, cost = time.monotonic(), StartCost()
     with ExitStack() as undo:
         device, membership = open_membership(undo)
-        loaded = load_experts(seat, device, membership, load_model, undo)
-        peers, policy = meet_peers(seat, device, membership, loaded, served, undo)
+        with cost.phase("load"):
+            loaded = load_experts(seat, device, membership, load_model, cost, undo)
+        with cost.phase("meet"):
+            peers, policy = meet_peers(seat, device, membership, loaded, served, cost, undo)
         mapper = CompositeMapper(
             device=device,
             layout=loaded.layout,
@@ -98,7 +101,8 @@ def join_group(
             peers=peers.mapped,
             resources=undo,
         )
-        views = bind_views(mapper, policy, seat.launch.config.slice_bytes, undo)
+        with cost.phase("map"):
+            views = bind_views(mapper, policy, seat.launch.config.slice_bytes, undo)
         if views.rings is None:
             peers.close()  # only copies read a peer's whole shard; the views keep what they map
         loaded.shard.memory.finish()
@@ -113,8 +117,10 @@ def join_group(
             views=views,
             forwards=forwards,
             rejoin_seconds=seconds if loaded.shard.is_adopted else None,
+            read_bytes=loaded.shard.read_bytes(),
             read_share=loaded.shard.read_share(),
             mappings=device.mapping_counts(),
+            cost=cost,
             resources=undo.pop_all(),
         )
     _log_bound(group)
@@ -127,10 +133,11 @@ def load_experts(
     device: Device,
     membership: Membership,
     load_model: Callable[[], torch.nn.Module],
+    cost: StartCost,
     undo: ExitStack,
 ) -> LoadedExperts:
     """Load the model with our experts only, or adopt them from a survivor."""
-    adopted = adopt_shard(device, membership, seat.rank)
+    adopted = adopt_shard(device, membership, seat.rank, cost)
     memory = None if adopted is None else adopted.shard
     shard = ExpertShard(seat.launch.config, seat.dwdp_rank, device, memory)
     undo.callback(shard.close)
@@ -160,6 +167,7 @@ def meet_peers(
     membership: Membership,
     loaded: LoadedExperts,
     served: ServedModel,
+    cost: StartCost,
     undo: ExitStack,
 ) -> tuple[PeerShards, ModePolicy]:
     """Exchange shards with the peers, complete our edge pages, and agree on how to read the peers.
@@ -168,7 +176,7 @@ def meet_peers(
     """
     shard, started, config = loaded.shard, time.monotonic(), seat.launch.config
     facts = shard.layout_facts()
-    peers = PeerShards(device, loaded.layout, facts)
+    peers = PeerShards(device, loaded.layout, facts, cost)
     check_open_files(
         files_needed(loaded.layout.group_size, peers.num_handles),
         f"{peers.num_handles} memory handles",
@@ -179,12 +187,14 @@ def meet_peers(
     membership.publish(handles.fds, handles.num_bytes, handles.fabric, layout=facts)
     undo.callback(peers.close)
     peers.map_all(membership.meet())
-    costs = measured_costs(
-        config, device, loaded.layout, shard.published, seat.dwdp_rank, peers.mapped, served
-    )
+    with cost.phase("measure"):
+        costs = measured_costs(
+            config, device, loaded.layout, shard.published, seat.dwdp_rank, peers.mapped, served
+        )
     shard.fill_edges(loaded.layout, peers.mapped)
     membership.propose_limit(proposed_limit(config, costs))
-    membership.announce_ready(loaded.digest or shard.memory.digest())
+    digest = loaded.digest or cost.digest_of(shard.memory, shard.memory.num_bytes)
+    membership.announce_ready(digest)
     peers.map_all(membership.wait_ready())
     policy = choose_policy(config, device, costs, membership.agree_on_limit())
     shard.private_tensors(loaded.layout).complete(peers.mapped)

@@ -5,6 +5,7 @@ from vllm_dwdp.distributed.published_shard import PublishedShard
 from vllm_dwdp.errors import PeerMismatchError
 from vllm_dwdp.layout.model import ModelLayout
 from vllm_dwdp.model_executor.layout_facts import first_difference
+from vllm_dwdp.model_executor.start_cost import StartCost
 
 
 class PeerShards:
@@ -14,13 +15,15 @@ class PeerShards:
         device: maps them.
         layout: of all experts over the group.
         facts: of that layout, which every peer must have published.
+        cost: counts the digests that are compared.
     """
 
-    def __init__(self, device: Device, layout: ModelLayout, facts: bytes) -> None:
+    def __init__(self, device: Device, layout: ModelLayout, facts: bytes, cost: StartCost) -> None:
         self.mapped: dict[int, PeerMemory] = {}
         self._device = device
         self._layout = layout
         self._facts = facts
+        self._cost = cost
 
     @property
     def num_handles(self) -> int:
@@ -43,7 +46,7 @@ class PeerShards:
                     self.mapped[rank].close()
                 self.mapped[rank] = mapped
                 if published.is_lent:
-                    self._check_lent(rank, published.digest)
+                    self._check_lent(rank, published)
         finally:
             for published in met.values():
                 published.close()
@@ -68,9 +71,10 @@ class PeerShards:
             )
         return self._device.open_peer(handles_of(published))
 
-    def _check_lent(self, rank: int, digest: bytes) -> None:
+    def _check_lent(self, rank: int, published: PublishedShard) -> None:
         """What a survivor kept of a dead rank must be what that rank published."""
-        if self.mapped[rank].digest() != digest:
+        num_bytes = sum(published.handle_bytes)
+        if self._cost.digest_of(self.mapped[rank], num_bytes) != published.digest:
             raise PeerMismatchError(
                 f"the experts of rank {rank}, which is dead, are not what it published: the memory of "
                 "a survivor that kept them has changed. Restart all ranks of the group."

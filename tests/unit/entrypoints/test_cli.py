@@ -90,6 +90,18 @@ def test_a_dead_rank_without_a_socket_is_known_to_its_peers(
     assert ended.returncode == code
 
 
+def test_what_a_start_took_is_said(tmp_path: Path) -> None:
+    seconds = {"load": 61.25, "meet": 2.0, "digest": 0.5, "map": 1.0, "measure": 0.0}
+    said = {"start_seconds": seconds, "read_expert_bytes": 3 << 20, "digested_bytes": 4 << 20}
+    with meeting_as(0, tmp_path, said):
+        ended = run("status", f"unix://{tmp_path}/meet")
+    expected = (
+        "rank 0 of group 0 started: load 61.2 s, meet 2.0 s, digest 0.5 s, map 1.0 s, measure 0.0 s; "
+        "read 3 MiB of experts from disk, digested 4 MiB"
+    )
+    assert expected in " ".join(ended.stdout.split())
+
+
 def test_what_ranks_say_is_printed_as_it_is(tmp_path: Path) -> None:
     said = {"peers": {"1": "[/a]"}, "last_failure": "[/models/x] :bug: [bold]not there[/bold]"}
     with meeting_as(0, tmp_path, said):

@@ -19,6 +19,7 @@ from vllm_dwdp.errors import DwdpMemoryError, PeerMismatchError
 from vllm_dwdp.model_executor import adoption
 from vllm_dwdp.model_executor.group import ExpertGroup
 from vllm_dwdp.model_executor.peers import PeerShards
+from vllm_dwdp.model_executor.start_cost import StartCost
 
 SHAPE = ExpertShape(num_experts=4, hidden_size=64, intermediate_size=32, top_k=2)
 SEAT = Seat(
@@ -33,7 +34,7 @@ SEAT = Seat(
 
 def peers_of(rank: RankMemory) -> PeerShards:
     """What `rank` maps of its peers: nothing yet."""
-    return PeerShards(rank.device, rank.layout, rank.shard.layout_facts())
+    return PeerShards(rank.device, rank.layout, rank.shard.layout_facts(), StartCost())
 
 
 def published(rank: RankMemory, **changes: Any) -> PublishedShard:
@@ -102,8 +103,10 @@ def test_a_survivor_whose_copy_is_bad_is_passed_over(monkeypatch: pytest.MonkeyP
     device, rank = HostDevice(), RankMemory(HostDevice(), SHAPE, 1, 0, 2)
     kept = [published(rank, digest=b"changed"), published(rank), published(rank)]
     membership: Any = SimpleNamespace(recover=lambda: iter(kept))
-    adopted = adoption.adopt_shard(device, membership, 0)
+    cost = StartCost()
+    adopted = adoption.adopt_shard(device, membership, 0, cost)
     assert adopted is not None and adopted.shard.digest() == rank.shard.memory.digest()
+    assert cost.digested_bytes == 2 * sum(kept[0].handle_bytes), "the bad one and the good one"
     assert adopted.layout == rank.shard.layout_facts()
     adopted.shard.close()
     kept[2].close()
@@ -113,7 +116,7 @@ def test_a_survivor_whose_copy_is_bad_is_passed_over(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(device, "adopt_shard", refuse)
     kept = [published(rank)]
-    assert adoption.adopt_shard(device, membership, 0) is None, "it loads from disk"
+    assert adoption.adopt_shard(device, membership, 0, cost) is None, "it loads from disk"
     rank.close()
 
 
@@ -133,8 +136,10 @@ def test_nobody_is_answered_any_more_when_the_ring_goes() -> None:
         views=unused,
         forwards=unused,
         rejoin_seconds=None,
+        read_bytes=1,
         read_share=0.5,
         mappings={},
+        cost=StartCost(),
         resources=resources,
     )
     group.close()

@@ -37,6 +37,13 @@ class RankMetrics:
             "rejoin_seconds": _gauge(
                 "rejoin_seconds", "Seconds it took to come back with an adopted shard; else 0."
             ),
+            "read_expert_bytes": _gauge(
+                "read_expert_bytes",
+                "Bytes of large expert tensors read from the checkpoint at start.",
+            ),
+            "digested_bytes": _gauge(
+                "digested_bytes", "Bytes digested at start, of own shards and of lent ones."
+            ),
             "saved_bytes": _gauge("saved_bytes", "Bytes saved against a full replica."),
             "generation_seconds": _gauge(
                 "generation_seconds",
@@ -47,6 +54,9 @@ class RankMetrics:
                 "Unix time at which a peer last died or was refused; 0: never.",
             ),
         }
+        self._start_seconds = _gauge(
+            "start_seconds", "Seconds that each phase of the start took.", "phase"
+        )
         self._peer_state = _gauge("peer_state", "1 for the state each peer is in.", "peer", "state")
         self._fetched = _counter("fetched_bytes", "Bytes copied from each peer.", "peer")
         self._steps = _counter(
@@ -80,6 +90,8 @@ class RankMetrics:
         for name, gauge in self._gauges.items():
             if name in status:
                 gauge.labels(*labels).set(status[name])
+        for phase, seconds in status.get("start_seconds", {}).items():
+            self._start_seconds.labels(*labels, phase).set(seconds)
         for peer, state in status.get("peers", {}).items():
             for candidate in _PEER_STATES:
                 self._peer_state.labels(*labels, peer, candidate).set(state == candidate)

@@ -94,6 +94,12 @@ def _sentences(entry: dict[str, Any]) -> Iterator[str]:
         yield f"{rank} serves in {entry['mode']} mode: {entry['policy']}{_hidden_from(entry)}"
     if entry.get("doing"):
         yield f"{rank} {entry['doing']}"
+    if seconds := entry.get("start_seconds"):
+        phases = ", ".join(f"{phase} {each:.1f} s" for phase, each in seconds.items())
+        yield (
+            f"{rank} started: {phases}; read {_mib(entry['read_expert_bytes'])} of experts from disk, "
+            f"digested {_mib(entry['digested_bytes'])}"
+        )
     if entry.get("last_failure"):
         when = _clock(entry.get("last_failure_at", 0.0))
         topic = f"{rank}, last failure {when}" if when else rank
