@@ -6,7 +6,7 @@ DEVICE ?= cpu
 PY := .venv/bin/python
 
 .PHONY: setup native demo test test-all test-unit test-cuda test-native test-e2e fuzz lint format clean
-.PHONY: gpu-minutes test-gpu bench-gpu native-gpu
+.PHONY: gpu-minutes two-gpu-minutes test-gpu bench-gpu native-gpu
 
 setup:
 	@scripts/setup.sh $(DEVICE)
@@ -51,6 +51,9 @@ ON_GPU = PYTHONUNBUFFERED=1 PYTHONPATH=$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH
 
 gpu-minutes: native-gpu
 	$(ON_GPU) -m gpu_checks --first-minutes
+
+two-gpu-minutes: native-gpu
+	$(ON_GPU) -m gpu_checks --two-gpus
 
 test-gpu: native-gpu
 	$(ON_GPU) -m gpu_checks --skip bench

@@ -1,6 +1,7 @@
 """Ask a GPU what vllm-dwdp needs of it: `python -m gpu_checks`, in a checkout.
 
-    --first-minutes                  the cheap facts and musts: about two minutes
+    --first-minutes                  45 minutes of one GPU, most valuable first (`gpu_checks/order.py`)
+    --two-gpus                       the first minutes of a machine that has two
     --only races:full leaks bench    titles, names with all their arguments, or a tag
     --budget-s 300                   what was not begun in this time is NOT RUN
     --list                           every question, with its tag and its rough cost
@@ -13,9 +14,12 @@ Needs torch; for some questions Triton, msgspec or vLLM. Nothing here has run on
 """
 
 import argparse
+import contextlib
+import ctypes
 import importlib.util
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -25,17 +29,23 @@ from pathlib import Path
 
 from gpu_checks.asking import Result, ask
 from gpu_checks.fake import SIMULATED_ENV, simulated_environment
+from gpu_checks.order import FIRST_MINUTES, TWO_GPUS, all_cases, ask_in_order
 from gpu_checks.questions import NAMES, Case, choose
 
 
 def main() -> int:
     """Ask what was chosen and return the exit status."""
     options = parse()
-    cases = choose(options.only, options.skip, cheap=options.first_minutes)
+    blocks = FIRST_MINUTES if options.first_minutes else TWO_GPUS if options.two_gpus else ()
+    cases = all_cases(blocks) if blocks else choose(options.only, options.skip)
     if options.limit_s:
         cases = [case.limited_to(options.limit_s) for case in cases]
     if options.list:
-        print_list(cases)
+        for block in blocks:
+            print(f"block {block.name}: {block.decides} ({block.budget_s} s)")
+            print_list(all_cases([block]))
+        if not blocks:
+            print_list(cases)
         return 0
     if options.simulated:
         os.environ |= simulated_environment()
@@ -49,8 +59,15 @@ def main() -> int:
             "profile": options.profile and str(options.profile.resolve()),
         }
     )
+    print(describe_machine(), flush=True)
+    deadline = time.monotonic() + options.budget_s
+    asked = (
+        ask_in_order(blocks, deadline, why_not, announce, options.limit_s)
+        if blocks
+        else ask_all(cases, deadline, options.jobs)
+    )
     results: list[Result] = []
-    for result in ask_all(cases, time.monotonic() + options.budget_s, options.jobs):
+    for result in asked:
         results.append(result)
         report(result)
         if options.json:
@@ -65,8 +82,10 @@ def parse() -> argparse.Namespace:
         prog="gpu_checks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     choice = {"nargs": "+", "choices": sorted(NAMES), "default": [], "metavar": "NAME"}
-    parser.add_argument("--first-minutes", action="store_true", help="only what is cheap")
-    parser.add_argument("--only", **choice)  # type: ignore[arg-type]
+    order = parser.add_mutually_exclusive_group()
+    order.add_argument("--first-minutes", action="store_true", help="a list with budgets")
+    order.add_argument("--two-gpus", action="store_true", help="likewise, for two GPUs")
+    order.add_argument("--only", **choice)  # type: ignore[arg-type]
     parser.add_argument("--skip", **choice)  # type: ignore[arg-type]
     parser.add_argument("--budget-s", type=float, default=7200, help="of everything together")
     parser.add_argument("--jobs", type=int, default=3, help="questions asked at a time")
@@ -89,6 +108,39 @@ def print_list(cases: Sequence[Case]) -> None:
     for case in cases:
         question = case.question
         print(f"{question.tag:<6}{case.title:<34}{question.cost_s:>4} s  {question.text}")
+
+
+def describe_machine() -> str:
+    """Say which driver, CUDA and torch everything below was found with."""
+    import torch
+
+    if is_simulated():
+        return f"NOT A GPU: the fake driver and CPU kernels, torch {torch.__version__}"
+    found = re.search(r"Module\s+([\d.]+)", read_text("/proc/driver/nvidia/version"))
+    version = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return (
+        f"driver {found[1] if found else 'unknown'}, CUDA {version.value // 1000}."
+        f"{version.value % 1000 // 10}, torch {torch.__version__} for CUDA {torch.version.cuda}; "
+        f"{len(names)} GPUs: {', '.join(names)}"
+    )
+
+
+def read_text(path: str) -> str:
+    """Return a file's text, or nothing if there is none."""
+    with contextlib.suppress(OSError):
+        return Path(path).read_text()
+    return ""
+
+
+def num_gpus() -> int:
+    """Return how many GPUs questions find; the fake driver has two."""
+    if is_simulated():
+        return 2
+    import torch
+
+    return int(torch.cuda.device_count())
 
 
 def is_simulated() -> bool:
@@ -115,6 +167,8 @@ def why_not(case: Case) -> str:
         return "nothing here stands for a GPU's part in it"
     if importlib.util.find_spec(case.question.needs) is None:
         return f"{case.question.needs} is not installed"
+    if case.question.num_gpus > 1 and (seen := num_gpus()) < case.question.num_gpus:
+        return f"it needs {case.question.num_gpus} GPUs, and {seen} can be seen"
     return ""
 
 
@@ -135,6 +189,11 @@ def ask_all(cases: Sequence[Case], deadline: float, jobs: int) -> Iterator[Resul
         each = list(group)
         for batch in [each] if question.shares_process else [[case] for case in each]:
             yield from ask(batch, deadline)
+
+
+def announce(text: str) -> None:
+    """Print a line at once."""
+    print(text, flush=True)
 
 
 def report(result: Result) -> None:

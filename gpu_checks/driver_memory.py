@@ -70,14 +70,15 @@ def exported_content(pattern: int) -> bytes:
 
 
 @contextlib.contextmanager
-def exporter(pattern: int) -> Iterator[tuple["subprocess.Popen[bytes]", int]]:
-    """Start a process that holds two pages; yield it and their descriptor."""
+def exporter(pattern: int, **environment: str) -> Iterator[tuple["subprocess.Popen[bytes]", int]]:
+    """Start a process with that environment which holds two pages; yield it and their descriptor."""
     here, there = socket.socketpair()
     with here, there:
         process = subprocess.Popen(
             [sys.executable, "-m", __name__, str(there.fileno()), str(pattern)],
             pass_fds=[there.fileno()],
             cwd=ROOT,
+            env=os.environ | environment,
         )
         try:
             there.close()

@@ -14,7 +14,6 @@ from dataclasses import KW_ONLY, dataclass, replace
 from typing import Literal
 
 Tag = Literal["fact", "must", "bench"]
-CHEAP_S = 15
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,7 @@ class Question:
         simulated: the arguments that can be asked over the fake driver, by default all.
         shares_process: whether cases that follow each other run in one process.
         breaks_context: whether its process cannot end tidily, whatever it found.
+        num_gpus: how many GPUs it needs.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Question:
     simulated: tuple[str, ...] | None = None
     shares_process: bool = False
     breaks_context: bool = False
+    num_gpus: int = 1
 
 
 @dataclass(frozen=True)
@@ -68,21 +69,18 @@ class Case:
         """Whether it can be asked over the fake driver."""
         return self.question.simulated is None or self.argument in self.question.simulated
 
-    @property
-    def is_cheap(self) -> bool:
-        """Whether it belongs to the first minutes."""
-        return self.question.tag != "bench" and self.question.cost_s <= CHEAP_S
-
 
 # fmt: off
 QUESTIONS: tuple[Question, ...] = (
-    # The cheap ones, which are the first minutes.
+    # The cheap ones.
     Question("which_device", "must", 8, "driver:which_device",
              "What is here, and do our pages fit its granularity?"),
     Question("killed_exporter", "must", 8, "peer_memory:killed_exporter",
              "Does exported memory outlive `kill -9` of its process: mapped before, imported after?"),
     Question("torch_on_composites", "must", 8, "kernels:torch_on_composites",
              "Do torch's kernels and copies work on a tensor assembled from several allocations?"),
+    Question("digest", "must", 10, "views:digest",
+             "Has a shard the digest on the device that its bytes have on the host, and how fast?"),
     Question("races", "must", 12, "rings:races",
              "Do late copies never show a kernel foreign bytes, but in rings broken on purpose?",
              arguments=("full", "piecewise", "eager")),
@@ -147,6 +145,22 @@ QUESTIONS: tuple[Question, ...] = (
     Question("ranks_meet", "must", 25, "ranks:ranks_meet",
              "Do three processes meet and read the same weights, also when one of them is killed?",
              arguments=("and_close", "and_one_is_killed"), needs="msgspec"),
+    # Two GPUs.
+    Question("peers_apart", "must", 15, "two_gpus:peers_apart",
+             "Do two processes that see one GPU each read each other's memory?", num_gpus=2),
+    Question("mixed_access", "fact", 10, "two_gpus:mixed_access",
+             "May one call set access over allocations of two GPUs?", num_gpus=2),
+    Question("in_place_speed", "fact", 20, "two_gpus:in_place_speed",
+             "How fast do a reduction and a matrix product read another GPU's memory in place?",
+             alone=True, num_gpus=2),
+    Question("reread_speed", "fact", 15, "two_gpus:reread_speed",
+             "Does this GPU's cache keep lines of another GPU's memory?", alone=True, num_gpus=2),
+    Question("peer_copy_speed", "fact", 20, "two_gpus:peer_copy_speed",
+             "How fast are copies from another GPU, by chunk and by the number of GPUs that pull?",
+             arguments=("chunks", "pullers"), alone=True, num_gpus=2),
+    Question("fault_spread", "fact", 20, "two_gpus:fault_spread",
+             "Does a kernel fault in a process break peers that map its memory?",
+             alone=True, breaks_context=True, num_gpus=2),
     # vLLM.
     Question("vllm_generates", "must", 60, "engines:stock_generates",
              "Does stock vLLM generate here, without us?", needs="vllm", alone=True, limit_s=300),
@@ -189,7 +203,7 @@ NAMES = {*CASES, *(question.name for question in QUESTIONS), "fact", "must", "be
 """What `--only` and `--skip` take: titles, names (all their arguments) and tags."""
 
 
-def choose(only: list[str], skip: list[str], *, cheap: bool = False) -> list[Case]:
+def choose(only: list[str], skip: list[str]) -> list[Case]:
     """Return the cases to ask, in the order of `only`, or of the list."""
 
     def expand(names: list[str]) -> dict[str, Case]:
@@ -202,8 +216,4 @@ def choose(only: list[str], skip: list[str], *, cheap: bool = False) -> list[Cas
 
     skipped = expand(skip)
     chosen = expand(only) if only else CASES
-    return [
-        case
-        for title, case in chosen.items()
-        if title not in skipped and (case.is_cheap or not cheap)
-    ]
+    return [case for title, case in chosen.items() if title not in skipped]

@@ -6,6 +6,7 @@ an exception.
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 
 import torch
@@ -21,6 +22,8 @@ from gpu_checks.expert_ranks import (
 from gpu_checks.ring_check import RingCheck, provoke_races
 from vllm_dwdp.device.base import Handles
 from vllm_dwdp.device.cuda_driver import CudaDevice
+from vllm_dwdp.device.digest import digest_host_memory
+from vllm_dwdp.device.tensor import tensor_at
 from vllm_dwdp.device.vmm import Access
 from vllm_dwdp.model_executor import ops
 from vllm_dwdp.model_executor.costs import ServedModel, costs_from
@@ -115,6 +118,33 @@ def adoption() -> str:
     finally:
         memory.close()
     return f"the same {sum(pieces)} bytes in {len(pieces)} pieces"
+
+
+def digest() -> str:
+    """Digest a shard on the device, and the bytes that the host reads of it."""
+    gpu = accelerator()
+    num_pages = 512 if gpu.is_real else 4
+    memory = gpu.open_memory()
+    try:
+        shard = memory.new_shard("digest")
+        num_bytes = num_pages * memory.page_bytes
+        address = shard.append([num_bytes]).address
+        words = tensor_at(address, torch.int64, (num_bytes // 8,), gpu.device)
+        words.random_(-(2**63), 2**63 - 1)
+        gpu.synchronize()
+        on_host = words.cpu()
+        expected = digest_host_memory(on_host.data_ptr(), num_bytes)
+        shard.digest()  # warm-up
+        started = time.perf_counter()
+        assert shard.digest() == expected, "the device's arithmetic is not the host's"
+        seconds = time.perf_counter() - started
+        words[-1] ^= 1
+        gpu.synchronize()
+        assert shard.digest() != expected, "a flipped bit was not seen"
+        shard.close()
+    finally:
+        memory.close()
+    return f"the same, at {num_bytes / 1e9 / seconds:.1f} GB/s, mapping included"
 
 
 # --- resources -----------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """Every question to a GPU, asked over the fake driver and CPU kernels: that it is asked and can be
 answered, not what a GPU would say.
 
-One run of the whole program answers them all; what has no stand-in (graphs and their compiler, the V1
-runner on GPUs, the size of a device's memory) is skipped, and nothing else.
+Three runs of the program answer them all: both lists in order, and the rest. What has no stand-in
+(graphs and their compiler, the V1 runner on GPUs, the size of a device's memory) is skipped, and nothing
+else.
 """
 
 import json
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from gpu_checks.order import FIRST_MINUTES, TWO_GPUS, all_cases
 from gpu_checks.questions import CASES
 
 ROOT = Path(__file__).parents[2]
@@ -37,10 +39,37 @@ def ask(target: Path, *options: str, **environment: str) -> Answers:
     return {answer["title"]: answer for answer in json.loads(target.read_text())}
 
 
+LISTS = {"--first-minutes": FIRST_MINUTES, "--two-gpus": TWO_GPUS}
+IN_LISTS = [case.title for blocks in LISTS.values() for case in all_cases(blocks)]
+SMALL = ("--tokens", "5", "--limit-s", "600")
+
+
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
+def in_order(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Answers]:
+    """The answers of both lists."""
+    folder = tmp_path_factory.mktemp("lists")
+    return {name: ask(folder / f"{name}.json", name, *SMALL) for name in LISTS}
+
+
+@pytest.fixture(scope="module")
+def answers(in_order: dict[str, Answers], tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    """Those, and the answers to everything that is in no list."""
     target = tmp_path_factory.mktemp("gpu_checks") / "answers.json"
-    return ask(target, "--jobs", "2", "--tokens", "5", "--limit-s", "600")
+    found = ask(target, "--jobs", "2", *SMALL, "--skip", *IN_LISTS)
+    for listed in in_order.values():
+        found |= listed
+    return found
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_a_list_is_asked_in_its_order(name: str, in_order: dict[str, Answers]) -> None:
+    assert list(in_order[name]) == [case.title for case in all_cases(LISTS[name])]
+    assert {answer["word"] for answer in in_order[name].values()} <= {
+        "yes",
+        "fact",
+        "bench",
+        "skip",
+    }
 
 
 @pytest.mark.parametrize("title", SIMULATED)
@@ -64,6 +93,9 @@ def test_nothing_is_skipped_but_what_has_no_stand_in(answers: Answers) -> None:
     ("title", "said"),
     [
         ("which_device", "NOT A GPU"),
+        ("digest", "the same"),
+        ("mixed_access", "read-only, one call for both: accepted"),
+        ("fault_spread", "peers read on"),
         ("batch_copy_under_capture", "returned 900"),
         ("read_only_peers", "ILLEGAL_ADDRESS"),
         ("batch_copy_under_capture", "a replay brings the copy before it, the copy after it"),

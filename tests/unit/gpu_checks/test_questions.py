@@ -40,14 +40,6 @@ def test_cases_are_chosen_by_title_name_and_tag() -> None:
     assert set(titles([], ["bench"])) == set(CASES) - set(titles(["bench"], []))
 
 
-def test_the_first_minutes_are_cheap_facts_and_musts() -> None:
-    first = [CASES[title].question for title in titles([], [], cheap=True)]
-    assert first == [question for question in QUESTIONS for _ in question.arguments][: len(first)]
-    assert {question.tag for question in first} == {"fact", "must"}
-    assert sum(question.cost_s for question in first) < 300
-    assert not {question.needs for question in first} - {"torch"}
-
-
 def test_listing_needs_no_torch() -> None:
     script = (
         "import sys; sys.argv = ['gpu_checks', '--list']; from gpu_checks.__main__ import main; "
