@@ -76,9 +76,9 @@ def test_tokens_and_weights_over_simulated_device_memory(
 
 
 def check_start(name: str, status: dict[str, Any]) -> None:
-    """A rank's own shard is digested once, of which its resident experts are the most."""
+    """A rank's own shard is digested once: its resident experts, and the rest of their large pages."""
     resident_bytes = status["resident_expert_bytes"]
-    assert resident_bytes <= status["digested_bytes"] < 2 * resident_bytes, (name, status)
+    assert resident_bytes <= status["digested_bytes"] < 3 * resident_bytes, (name, status)
     assert status["read_expert_bytes"] > 0.9 * resident_bytes, (name, status)
     seconds = status["start_seconds"]
     assert all(seconds[phase] > 0 for phase in ("load", "meet", "digest", "map")), seconds
