@@ -19,7 +19,7 @@ import torch
 from gpu_checks.accelerator import Accelerator, accelerator
 from gpu_checks.driver_memory import PAGE, ROOT, exported_content, exporter, imported, mapped
 from gpu_checks.peer_memory import holds
-from vllm_dwdp.device.cuda_driver import CudaCopyQueue, CudaDevice, ReadOnlyAccessError
+from vllm_dwdp.device.cuda_driver import AccessRefusedError, CudaCopyQueue, CudaDevice
 from vllm_dwdp.device.tensor import tensor_at
 from vllm_dwdp.errors import DwdpError, DwdpMemoryError
 
@@ -45,7 +45,7 @@ def peers_apart() -> str:
         access = "read-only"
         try:
             check_import(device, fd, gpu, writable=False)
-        except ReadOnlyAccessError:
+        except AccessRefusedError:
             access = "writable, as the driver refuses read-only access"
             check_import(device, fd, gpu, writable=True)
         process.kill()
