@@ -243,7 +243,7 @@ def pull_speed(pairs: list[tuple[int, int]], num_bytes: int, chunk: int) -> floa
             queue = stack.enter_context(CudaCopyQueue(reader))
             starts = range(0, num_bytes, chunk)
             slices = [(target + n, source + n, min(chunk, num_bytes - n)) for n in starts]
-            pulls.append((queue, queue.add_batch(slices)))
+            pulls.append((queue, queue.add_batch([slices])))
         times = []
         for _ in range(ROUNDS + 1):
             started = time.perf_counter()
