@@ -10,7 +10,7 @@ from vllm_dwdp.device.base import PeerMemory, Shard
 Phase = Literal["load", "meet", "digest", "map", "measure"]
 PHASES: tuple[Phase, ...] = ("load", "meet", "digest", "map", "measure")
 """vLLM's loading and processing; waiting for peers and completing edges; digests, our own and those that
-are compared; composite tensors and layers over them; the speeds that `auto` chooses by."""
+are compared; composite tensors and layers over them; the speeds of copies and of reads in place."""
 
 
 class StartCost:
