@@ -1,6 +1,9 @@
 """Models, traffic and machines that the planner's tests plan with."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,3 +43,15 @@ def break_even(model: CostModel, input_tokens: int = 8192) -> int:
 def r1_on_gb200(**changes: Any) -> CostModel:
     """DeepSeek-R1 in NVFP4 on four GB200, at the plain roofline."""
     return replace(roofline_model(), **changes)
+
+
+def run_plan(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run `vllm-dwdp plan`, which may fail."""
+    return subprocess.run(
+        [sys.executable, "-m", "vllm_dwdp.entrypoints.cli.main", "plan", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=os.environ | {"COLUMNS": "160"},
+    )

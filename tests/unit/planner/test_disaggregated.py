@@ -1,16 +1,14 @@
 """`plan --decode-servers`: the arithmetic of prefill ranks that feed decode servers."""
 
 import json
-import os
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.unit.planner.models import QWEN3_30B, TRAFFIC, r1_on_gb200
+from tests.unit.planner.models import QWEN3_30B, TRAFFIC, r1_on_gb200, run_plan
 from vllm_dwdp.paper import DEEPSEEK_R1
 from vllm_dwdp.planner.cost import CostModel, Exchange, Step
 from vllm_dwdp.planner.disaggregated import (
@@ -166,16 +164,7 @@ def test_ranks_that_read_in_place_copy_nothing() -> None:
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     (folder / "config.json").write_text(json.dumps(DEEPSEEK_R1))
-    command = [sys.executable, "-m", "vllm_dwdp.entrypoints.cli.main", "plan"]
-    command += ["--model", str(folder), "--expert-dtype", "nvfp4", *arguments]
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env=os.environ | {"COLUMNS": "160"},
-    )
+    return run_plan("--model", str(folder), "--expert-dtype", "nvfp4", *arguments)
 
 
 def test_the_option(tmp_path: Path) -> None:

@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ from tests.unit.planner.models import (
     TRAFFIC,
     break_even,
     r1_on_gb200,
+    run_plan,
     tokens_of,
 )
 from vllm_dwdp.errors import DwdpConfigError
@@ -341,25 +339,14 @@ def test_your_own_accelerator(tmp_path: Path) -> None:
         load_hardware(path)
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "vllm_dwdp.entrypoints.cli.main", "plan", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env=os.environ | {"COLUMNS": "160"},
-    )
-
-
 def test_the_command(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_R1))
     common = ("--model", str(tmp_path), "--gpu", "gb200", "--expert-dtype", "nvfp4")
-    answer = json.loads(run(*common, "--json").stdout)
+    answer = json.loads(run_plan(*common, "--json").stdout)
     assert {"topic", "quantity", "low", "high", "unit", "origin", "reason"} == set(
         answer["lines"][0]
     )
-    shown = run(*common).stdout
+    shown = run_plan(*common).stdout
     assert "break-even tokens" in shown
     assert "default" in shown
 
@@ -400,7 +387,7 @@ def test_wrong_input_is_one_line_and_exit_2(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_R1))
     options = {"--model": str(tmp_path), "--gpu": "gb200"} | changes
-    ended = run(*(part for pair in options.items() for part in pair))
+    ended = run_plan(*(part for pair in options.items() for part in pair))
     assert ended.returncode == 2
     assert ended.stderr.startswith(f"vllm-dwdp: {message}")
     assert len(ended.stderr.strip().splitlines()) == 1
@@ -422,6 +409,6 @@ def test_a_config_that_cannot_be_is_refused(change: dict[str, Any], message: str
 
 def test_a_dense_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 8, "model_type": "llama"}))
-    ended = run("--model", str(tmp_path), "--gpu", "h100")
+    ended = run_plan("--model", str(tmp_path), "--gpu", "h100")
     assert ended.returncode == 2
     assert "has no routed experts" in ended.stderr

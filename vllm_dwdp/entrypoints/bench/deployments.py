@@ -17,9 +17,7 @@ as `launch` does.)
 A client that knows one URL only meets servers of one rank each behind vllm-router (`Setting.one_url`).
 """
 
-import argparse
 import contextlib
-import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -29,6 +27,7 @@ from typing import TypeVar
 
 import psutil
 
+from vllm_dwdp.entrypoints.launch.disaggregation import devices_of
 from vllm_dwdp.entrypoints.launch.server import Server, ServerError
 from vllm_dwdp.errors import DwdpConfigError, DwdpError
 
@@ -145,7 +144,7 @@ class Setting:
         """Count the GPUs of a deployment; on the CPU every one has all cores that we may use."""
         if not has_gpu():
             return len(self.all_cores)
-        more = self.decode_servers * gpus_of_server(self.decode_arguments)
+        more = self.decode_servers * devices_of(self.decode_arguments)
         return self.num_ranks + (more if name == DISAGGREGATED else 0)
 
     @property
@@ -163,15 +162,6 @@ class Setting:
 def has_gpu() -> bool:
     """Say whether an NVIDIA driver answers on this machine."""
     return Path("/proc/driver/nvidia/version").exists()
-
-
-def gpus_of_server(arguments: Sequence[str]) -> int:
-    """Count the GPUs that a stock server with these arguments takes."""
-    sizes = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for kind, short in (("tensor", "-tp"), ("pipeline", "-pp"), ("data", "-dp")):
-        sizes.add_argument(f"--{kind}-parallel-size", short, type=int, default=1)
-    dashed = [word.replace("_", "-") if word.startswith("--") else word for word in arguments]
-    return math.prod(vars(sizes.parse_known_args(dashed)[0]).values())
 
 
 def in_turn(deployments: Sequence[T], number: int) -> Sequence[T]:
