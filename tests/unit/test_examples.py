@@ -5,61 +5,268 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from tests.helpers.compose import load
+from tests.helpers.environments import Unavailable, environment
 from vllm_dwdp.compat.frontend import metrics
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.distributed.meeting import parse_endpoint
 from vllm_dwdp.distributed.unix import UnixEndpoint
-from vllm_dwdp.entrypoints.launch import pairing
+from vllm_dwdp.entrypoints.launch import pairing, relay
 from vllm_dwdp.entrypoints.launch import plan as launch_plan
+from vllm_dwdp.entrypoints.launch.disaggregation import (
+    CONNECTOR,
+    CONSUMER,
+    PRODUCER,
+    SIDE_CHANNEL_HOST_ENV,
+)
 from vllm_dwdp.entrypoints.launch.plan import LaunchPlan
+from vllm_dwdp.entrypoints.launch.server import READY_PATH
 
 DEPLOY = Path(__file__).parents[2] / "examples" / "deploy"
+COMPOSE = ("compose", "compose.disaggregated")
+KUBERNETES = ("kubernetes", "kubernetes.disaggregated")
+LLM_D = "llm-d-values"
+SCHEMAS = ("check-jsonschema==0.39.0", "kubernetes-validate==1.37.0")
+KUBERNETES_VERSION = "1.31"
+SETTINGS = {"IMAGE": "image", "MODEL": "/models/model"}
 
 
-def compose_commands() -> list[str]:
-    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
-    assert {services[f"rank{rank}"]["environment"]["RANK"] for rank in (0, 1)} == {"0", "1"}
-    return [services["rank0"]["command"][0], services["rank1"]["command"][0]]
+def compose(name: str) -> dict[str, Any]:
+    return load(DEPLOY / f"{name}.yaml", SETTINGS)
 
 
-def kubernetes_commands() -> list[str]:
-    documents = list(yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text()))
-    assert [document["kind"] for document in documents] == ["StatefulSet", "Service"]
-    return list(documents[0]["spec"]["template"]["spec"]["containers"][0]["args"])
+def documents(name: str, kind: str) -> list[dict[str, Any]]:
+    """The objects of a kind in a file for Kubernetes."""
+    every = yaml.safe_load_all((DEPLOY / f"{name}.yaml").read_text())
+    return [each for each in every if each["kind"] == kind]
 
 
-def systemd_commands() -> list[str]:
-    unit = (DEPLOY / "vllm-dwdp@.service").read_text().replace("\\\n", " ")
+def pods(name: str) -> list[dict[str, Any]]:
+    """Every kind of pod in a file, the ranks' first."""
+    if name == LLM_D:
+        values = yaml.safe_load((DEPLOY / f"{name}.yaml").read_text())
+        made = []
+        for role in ("prefill", "decode"):
+            pod = {key: value for key, value in values[role].items() if key != "extraConfig"}
+            pod["containers"] = [
+                container | container["extraConfig"] for container in pod["containers"]
+            ]
+            made.append(pod | values[role].get("extraConfig", {}))
+        return made
+    owners = documents(name, "StatefulSet") + documents(name, "Deployment")
+    return [owner["spec"]["template"]["spec"] for owner in owners]
+
+
+def arguments(folder: Path, command: str, **environment: str) -> list[str]:
+    """What a shell command gives to the program that it becomes, the program's name first."""
+    for name in ("vllm", "vllm-router", "python3"):
+        program = folder / name
+        program.write_text('#!/bin/sh\nprintf \'%s\\0\' "${0##*/}" "$@"\n')
+        program.chmod(0o755)
+    found = subprocess.run(
+        ["/bin/sh", "-c", command],
+        env={"PATH": f"{folder}:/usr/bin:/bin"} | environment,
+        capture_output=True,
+        check=True,
+    )
+    return found.stdout.decode().split("\0")[:-1]
+
+
+def compose_ranks(folder: Path, name: str) -> list[list[str]]:
+    services = [
+        each for each in compose(name)["services"].values() if "RANK" in each["environment"]
+    ]
+    return [arguments(folder, each["command"][0], **each["environment"]) for each in services]
+
+
+def pod_ranks(folder: Path, name: str) -> list[list[str]]:
+    (container,) = pods(name)[0]["containers"]
+    command = container["args"][0]
+    if name == LLM_D:
+        command = command.replace("/run/vllm-dwdp/prefill/rank", f"{folder}/rank")
+        return [arguments(folder, command)]
+    hosts = (f"{documents(name, 'StatefulSet')[0]['metadata']['name']}-{rank}" for rank in (0, 1))
+    return [arguments(folder, command, HOSTNAME=host) for host in hosts]
+
+
+def systemd_ranks(folder: Path, name: str) -> list[list[str]]:
+    unit = (DEPLOY / f"{name}.service").read_text().replace("\\\n", " ")
     (line,) = re.findall(r"^ExecStart=/bin/sh -c '(.*)'$", unit, re.MULTILINE)
-    return [line.replace('\\\\"', '\\"')]
+    command = line.replace('\\\\"', '\\"').replace("%i", "1")
+    return [arguments(folder, command, MODEL="/models/model", RANKS="2")]
 
 
-@pytest.mark.parametrize("commands", [compose_commands, kubernetes_commands, systemd_commands])
-def test_every_rank_is_given_options_that_exist(commands: Any) -> None:
-    for command in commands():
-        words = shlex.split(command.replace("$$", "$"))
-        assert words[:3] == ["exec", "vllm", "serve"]
-        assert words[words.index("--distributed-executor-backend") + 1] == "dwdp"
-        assert "--data-parallel-rank" in words
-        options = json.loads(words[words.index("--additional-config") + 1])["dwdp"]
-        config = DwdpConfig.from_options(options, data_parallel_size=2)
+@pytest.fixture(
+    params=[
+        *((compose_ranks, name) for name in COMPOSE),
+        *((pod_ranks, name) for name in (*KUBERNETES, LLM_D)),
+        (systemd_ranks, "vllm-dwdp@"),
+    ],
+    ids=lambda param: param[1],
+)
+def ranks(request: pytest.FixtureRequest, tmp_path: Path) -> list[list[str]]:
+    """What the program of each rank of an example is given."""
+    find, name = request.param
+    found: list[list[str]] = find(tmp_path, name)
+    return found
+
+
+def value(words: list[str], option: str) -> str:
+    (at,) = (number for number, word in enumerate(words) if word == option)
+    return words[at + 1]
+
+
+def options_of(words: list[str]) -> dict[str, Any]:
+    options: dict[str, Any] = json.loads(value(words, "--additional-config"))["dwdp"]
+    return options
+
+
+def rendezvous_of(words: list[str]) -> Path:
+    return Path(options_of(words)["rendezvous"].removeprefix("unix://"))
+
+
+def test_every_rank_is_given_options_that_exist(ranks: list[list[str]]) -> None:
+    for rank, words in enumerate(ranks):
+        assert words[:2] == ["vllm", "serve"]
+        assert value(words, "--distributed-executor-backend") == "dwdp"
+        assert value(words, "--data-parallel-size") == "2"
+        assert len(ranks) == 1 or value(words, "--data-parallel-rank") == str(rank)
+        config = DwdpConfig.from_options(options_of(words), data_parallel_size=2)
         assert config.rendezvous is not None
         assert isinstance(parse_endpoint(config.rendezvous), UnixEndpoint)
 
 
-def rendezvous_of(command: str) -> Path:
-    words = shlex.split(command.replace("$$", "$"))
-    options = json.loads(words[words.index("--additional-config") + 1])["dwdp"]
-    return Path(options["rendezvous"].removeprefix("unix://"))
+def test_every_flag_of_a_rank_is_one_of_a_command_that_a_test_runs(
+    ranks: list[list[str]], tmp_path: Path
+) -> None:
+    """`tests/e2e/test_compose.py` runs the commands of the Compose files."""
+    run = {word for name in COMPOSE for words in compose_ranks(tmp_path, name) for word in words}
+    asked = {word for words in ranks for word in words if word.startswith("--")}
+    assert asked - run <= {"--served-model-name"}
+
+
+@pytest.mark.parametrize("name", ["compose.disaggregated", "kubernetes.disaggregated", LLM_D])
+def test_ranks_offer_kv_blocks_where_decode_servers_reach_them(name: str, tmp_path: Path) -> None:
+    find = compose_ranks if name in COMPOSE else pod_ranks
+    for words in find(tmp_path, name):
+        transfer = json.loads(value(words, "--kv-transfer-config"))
+        assert transfer == {"kv_connector": CONNECTOR, "kv_role": PRODUCER}
+    if name in COMPOSE:
+        rank = compose(name)["services"]["rank0"]
+        assert f'{SIDE_CHANNEL_HOST_ENV}="$(hostname -i)"' in rank["command"][0]
+        decode = compose(name)["services"]["decode0"]
+        words = arguments(tmp_path, decode["command"][0], **decode["environment"])
+    else:
+        pod_of_ranks, pod_of_decode, *_ = pods(name)
+        variables = {each["name"]: each for each in pod_of_ranks["containers"][0]["env"]}
+        address = variables[SIDE_CHANNEL_HOST_ENV]["valueFrom"]["fieldRef"]["fieldPath"]
+        assert address == "status.podIP"
+        given = pod_of_decode["containers"][0]["args"]
+        words = given if name == LLM_D else arguments(tmp_path, given[0])
+    transfer = json.loads(value(words, "--kv-transfer-config"))
+    recompute = {"kv_load_failure_policy": "recompute"}
+    assert transfer == {"kv_connector": CONNECTOR, "kv_role": CONSUMER} | recompute
+
+
+@pytest.mark.parametrize("name", ["compose.disaggregated", "kubernetes.disaggregated"])
+def test_the_router_asks_the_relay_for_each_rank(name: str, tmp_path: Path) -> None:
+    if name in COMPOSE:
+        services = compose(name)["services"]
+        commands = {each: services[each]["command"][0] for each in ("relay", "router")}
+    else:
+        containers = pods(name)[2]["containers"]
+        commands = {each["name"]: each["args"][0] for each in containers}
+    program, *words = arguments(tmp_path, commands["relay"])
+    assert (program, words[:2]) == ("python3", ["-m", relay.__name__])
+    given = relay.parse(words[2:])
+    assert len(given.urls) == len({*given.urls}) == 2
+    asked = arguments(tmp_path, commands["router"])
+    urls = [asked[at + 1] for at, word in enumerate(asked) if word == "--prefill"]
+    assert [int(url.rpartition(":")[2]) for url in urls] == given.ports
+
+
+@pytest.mark.skipif(not shutil.which("flock"), reason="needs util-linux")
+def test_pods_without_a_number_become_different_ranks(tmp_path: Path) -> None:
+    """Each takes the first number whose lock is free; one whose pod was killed is free again."""
+    command = pods(LLM_D)[0]["containers"][0]["args"][0]
+    command = command.replace("/run/vllm-dwdp/prefill/rank", f"{tmp_path}/rank")
+    program = tmp_path / "vllm"
+    program.write_text(
+        '#!/bin/sh\nwhile [ "$1" != --data-parallel-rank ]; do shift; done; echo "$2"\nread wait\n'
+    )
+    program.chmod(0o755)
+    path = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["/bin/sh", "-c", command],
+            env=path,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    with ExitStack() as opened:
+        started = []
+        for expected in ("0\n", "1\n", ""):
+            started.append(opened.enter_context(start()))
+            opened.callback(started[-1].kill)
+            output = started[-1].stdout
+            assert output is not None and output.readline() == expected
+        assert started[2].wait(10) == 1, "there is no third rank"
+        started[0].kill()
+        started[0].wait(10)
+        again = opened.enter_context(start())
+        opened.callback(again.kill)
+        assert again.stdout is not None and again.stdout.readline() == "0\n"
+
+
+@pytest.fixture(scope="module")
+def schemas(request: pytest.FixtureRequest) -> Path:
+    """A Python with the schemas of Compose and of Kubernetes."""
+    folder = request.config.cache.mkdir(f"schemas-{'-'.join(SCHEMAS).replace('=', '')}")
+    try:
+        return environment(folder, *SCHEMAS)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.mark.parametrize("name", COMPOSE)
+def test_compose_files_follow_their_schema(name: str, schemas: Path) -> None:
+    program = [str(schemas), "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
+    checked = subprocess.run(
+        [*program, str(DEPLOY / f"{name}.yaml")], capture_output=True, text=True, check=False
+    )
+    assert checked.returncode == 0, checked.stdout
+
+
+@pytest.mark.parametrize("name", KUBERNETES)
+def test_objects_for_kubernetes_follow_their_schemas(name: str, schemas: Path) -> None:
+    code = f"""if 1:
+        import kubernetes_validate, sys, yaml
+        for each in yaml.safe_load_all(open(sys.argv[1])):
+            kubernetes_validate.validate(each, {KUBERNETES_VERSION!r}, strict=True)
+    """
+    checked = subprocess.run(
+        [str(schemas), "-c", code, str(DEPLOY / f"{name}.yaml")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert checked.returncode == 0, checked.stderr
 
 
 def mounted_at(mounts: list[dict[str, Any]], folder: Path) -> str:
@@ -68,18 +275,13 @@ def mounted_at(mounts: list[dict[str, Any]], folder: Path) -> str:
     return str(name)
 
 
-def kubernetes_pod() -> dict[str, Any]:
-    stateful_set, _ = yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text())
-    pod: dict[str, Any] = stateful_set["spec"]["template"]["spec"]
-    return pod
-
-
-def test_the_pods_meeting_place_is_made_for_their_user() -> None:
+@pytest.mark.parametrize("name", [*KUBERNETES, LLM_D])
+def test_the_pods_meeting_place_is_made_for_their_user(name: str, tmp_path: Path) -> None:
     """A hostPath is made as root:root 0755, where a rank can make no folder."""
-    pod = kubernetes_pod()
+    pod = pods(name)[0]
     user = pod["securityContext"]["runAsUser"]
     (rank,) = pod["containers"]
-    folder = rendezvous_of(rank["args"][0])
+    folder = rendezvous_of(pod_ranks(tmp_path, name)[0])
     volume = mounted_at(rank["volumeMounts"], folder)
     (kind,) = (each for each in pod["volumes"] if each["name"] == volume)
     assert "hostPath" in kind, "only a folder of the node is shared by pods"
@@ -91,7 +293,7 @@ def test_the_pods_meeting_place_is_made_for_their_user() -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives folders away")
 def test_a_rank_can_listen_where_the_pod_was_prepared() -> None:
-    pod = kubernetes_pod()
+    pod = pods("kubernetes")[0]
     user = pod["securityContext"]["runAsUser"]
     with tempfile.TemporaryDirectory() as host:
         os.chmod(host, 0o755)  # as the kubelet makes it
@@ -108,43 +310,61 @@ def test_a_rank_can_listen_where_the_pod_was_prepared() -> None:
         assert ended.stdout.strip() == "['g0-r0.sock']"
 
 
-def test_the_containers_meeting_place_belongs_to_their_user() -> None:
-    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+@pytest.mark.parametrize("name", COMPOSE)
+def test_the_containers_meeting_place_belongs_to_their_user(name: str, tmp_path: Path) -> None:
+    content = compose(name)
     made = dict(
-        item.split("=") for item in compose["volumes"]["meet"]["driver_opts"]["o"].split(",")
+        item.split("=") for item in content["volumes"]["meet"]["driver_opts"]["o"].split(",")
     )
-    for name in ("rank0", "rank1"):
-        service = compose["services"][name]
+    for number, words in enumerate(compose_ranks(tmp_path, name)):
+        service = content["services"][f"rank{number}"]
         assert service["user"] == f"{made['uid']}:{made['gid']}"
         mounts = [
             {"name": volume, "mountPath": path}
             for volume, path, *_ in (text.rsplit(":", 2) for text in service["volumes"])
             if volume == "meet"
         ]
-        assert mounted_at(mounts, rendezvous_of(service["command"][0])) == "meet"
+        assert mounted_at(mounts, rendezvous_of(words)) == "meet"
     assert int(made["mode"], 8) == 0o700
 
 
-def test_the_units_meeting_place_belongs_to_their_user() -> None:
+def test_the_units_meeting_place_belongs_to_their_user(tmp_path: Path) -> None:
     unit = (DEPLOY / "vllm-dwdp@.service").read_text()
     facts = dict(re.findall(r"^(\w+)=(.*)$", unit, re.MULTILINE))
     assert facts["User"] != "root"
     assert facts["RuntimeDirectoryMode"] == "0700"
     assert facts["RuntimeDirectoryPreserve"] == "yes", "the other ranks go on meeting there"
-    (command,) = systemd_commands()
-    assert rendezvous_of(command).is_relative_to(f"/run/{facts['RuntimeDirectory']}")
+    (words,) = systemd_ranks(tmp_path, "vllm-dwdp@")
+    assert rendezvous_of(words).is_relative_to(f"/run/{facts['RuntimeDirectory']}")
 
 
-def test_health_says_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+def is_a_server(container: dict[str, Any]) -> bool:
+    return "ports" in container
+
+
+@pytest.mark.parametrize("name", [*KUBERNETES, LLM_D])
+def test_health_says_everything_about_a_pod(name: str) -> None:
     """The port opens when a rank can answer: `/health` tells readiness as with stock vLLM."""
-    documents = list(yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text()))
-    (container,) = documents[0]["spec"]["template"]["spec"]["containers"]
-    for probe in ("startup", "readiness", "liveness"):
-        assert container[f"{probe}Probe"]["httpGet"] == {"path": "/health", "port": 8000}
-    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
-    assert "--health-check-endpoint=/health" in services["router"]["command"]
-    for rank in ("rank0", "rank1"):
-        assert "/health" in services[rank]["healthcheck"]["test"][-1]
+    servers = [each for pod in pods(name) for each in pod["containers"] if is_a_server(each)]
+    assert servers
+    for container in servers:
+        (port,) = (each["containerPort"] for each in container["ports"])
+        for probe in ("startup", "readiness", "liveness"):
+            assert container[f"{probe}Probe"]["httpGet"] == {"path": READY_PATH, "port": port}
+
+
+@pytest.mark.parametrize("name", COMPOSE)
+def test_health_says_everything_about_a_container(name: str, tmp_path: Path) -> None:
+    services = compose(name)["services"]
+    for service in set(services) - {"relay"}:
+        assert READY_PATH in services[service]["healthcheck"]["test"][-1]
+    asked = arguments(tmp_path, services["router"]["command"][0])
+    assert f"--health-check-endpoint={READY_PATH}" in asked
+
+
+def test_the_routers_of_examples_look_as_often_as_launchs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan = LaunchPlan(
         model="m",
         num_ranks=1,
@@ -156,21 +376,31 @@ def test_health_says_everything(monkeypatch: pytest.MonkeyPatch) -> None:
         additional_config={},
     )
     monkeypatch.setattr(launch_plan, "find_program", str)
-    command = plan.router_command()
-    assert command[command.index("--health-check-endpoint") + 1] == "/health"
+    words = plan.router_command()
+    looks = {
+        f"{word}={following}" for word, following in pairwise(words) if word.startswith("--health-")
+    }
+    assert f"--health-check-endpoint={READY_PATH}" in looks
+    commands = [compose(name)["services"]["router"]["command"][0] for name in COMPOSE]
+    commands.append(pods("kubernetes.disaggregated")[2]["containers"][1]["args"][0])
+    for command in commands:
+        assert looks <= {*arguments(tmp_path, command)}
 
 
 def test_probes_outlast_the_wait_for_peers() -> None:
     """A rank that waits as long as it may is neither restarted nor called unhealthy meanwhile."""
     longest_s = DwdpConfig(group_size=2).join_timeout_s
-    documents = list(yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text()))
-    (container,) = documents[0]["spec"]["template"]["spec"]["containers"]
-    probe = container["startupProbe"]
-    assert probe["periodSeconds"] * probe["failureThreshold"] > 2 * longest_s
-    assert documents[0]["spec"]["podManagementPolicy"] == "Parallel", "ranks start at once"
-    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
-    period = services["rank0"]["healthcheck"]["start_period"]
-    assert 60 * int(period.removesuffix("m")) > 2 * longest_s
+    for name in (*KUBERNETES, LLM_D):
+        for container in (each for pod in pods(name) for each in pod["containers"]):
+            if is_a_server(container):
+                probe = container["startupProbe"]
+                assert probe["periodSeconds"] * probe["failureThreshold"] > 2 * longest_s
+    for name in KUBERNETES:
+        (ranks,) = documents(name, "StatefulSet")
+        assert ranks["spec"]["podManagementPolicy"] == "Parallel", "ranks start at once"
+    for name in COMPOSE:
+        period = compose(name)["services"]["rank0"]["healthcheck"]["start_period"]
+        assert 60 * int(period.removesuffix("m")) > 2 * longest_s
     unit = (DEPLOY / "vllm-dwdp@.service").read_text()
     assert "Type=" not in unit, "systemd does not wait for a rank to be ready"
 

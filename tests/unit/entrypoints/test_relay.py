@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from vllm_dwdp.entrypoints.launch.ports import free_ports
-from vllm_dwdp.entrypoints.launch.relay import RelayServer
+from vllm_dwdp.entrypoints.launch.relay import RelayServer, parse
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -158,3 +158,16 @@ def test_nothing_new_is_taken_once_the_launch_ends(
         (tmp_path / "ending").touch()
         assert (ask()[0], ask("GET")[0]) == (503, 503)
         assert len(ranks[0].asked) == 1
+
+
+def test_it_listens_where_it_is_told_to() -> None:
+    (port,) = free_ports(1)
+    with RelayServer(port, [], parse(["--host", "127.0.0.2", str(port), "http://x"]).host) as relay:
+        assert relay.server_address == ("127.0.0.2", port)
+    assert parse([str(port), "http://x"]).host == "127.0.0.1"
+
+
+def test_every_rank_has_a_port(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["8000,8001", "http://rank0:8000"])
+    assert "2 ports for 1 ranks: each rank has one port" in capsys.readouterr().err

@@ -14,8 +14,11 @@ A prompt may be asked for twice: computing it has no effect but that its KV bloc
 and blocks that nobody fetches are freed when their lease ends.
 
     python -m vllm_dwdp.entrypoints.launch.relay PORT_0,PORT_1,... URL_OF_RANK_0 URL_OF_RANK_1 ...
+
+It listens on 127.0.0.1; with `--host ADDRESS` elsewhere, for a router in another container.
 """
 
+import argparse
 import http.client
 import http.server
 import json
@@ -87,14 +90,15 @@ class RelayServer(http.server.ThreadingHTTPServer):
     Args:
         port: to listen at.
         urls: of all ranks; the first one is asked first.
+        host: address to listen on.
     """
 
     daemon_threads = True
     request_queue_size = 1024
 
-    def __init__(self, port: int, urls: Sequence[str]) -> None:
+    def __init__(self, port: int, urls: Sequence[str], host: str = HOST) -> None:
         self.urls = tuple(urls)
-        super().__init__((HOST, port), _Handler)
+        super().__init__((host, port), _Handler)
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -148,11 +152,30 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """The ranks log requests."""
 
 
-def main(ports: str, *urls: str) -> None:
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The arguments of this program: `host`, and of each rank one of `ports` and one of `urls`."""
+    parser = argparse.ArgumentParser(prog="python -m vllm_dwdp.entrypoints.launch.relay")
+    parser.add_argument("--host", default=HOST, help="address to listen on (%(default)s)")
+    parser.add_argument("ports", type=_ports, help="one for each rank, with commas between them")
+    parser.add_argument("urls", nargs="+", help="of the ranks, in the same order")
+    given = parser.parse_args(arguments)
+    if len(given.ports) != len(given.urls):
+        parser.error(
+            f"{len(given.ports)} ports for {len(given.urls)} ranks: each rank has one port"
+        )
+    return given
+
+
+def _ports(text: str) -> list[int]:
+    return [int(port) for port in text.split(",")]
+
+
+def main(arguments: Sequence[str]) -> None:
     """Serve until the process is ended."""
+    given = parse(arguments)
     threads = []
-    for rank, port in enumerate(ports.split(",")):
-        relay = RelayServer(int(port), [*urls[rank:], *urls[:rank]])
+    for rank, port in enumerate(given.ports):
+        relay = RelayServer(port, [*given.urls[rank:], *given.urls[:rank]], given.host)
         threads.append(threading.Thread(target=relay.serve_forever, daemon=True))
     for thread in threads:
         thread.start()
@@ -161,4 +184,4 @@ def main(ports: str, *urls: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1:])
