@@ -4,6 +4,7 @@ One shared library with a C ABI serves every Python and every torch, so the whee
 """
 
 import os
+import shlex
 import subprocess
 from glob import glob
 from pathlib import Path
@@ -40,7 +41,14 @@ class BuildNative(build_ext):
         # Build beside the target and rename: a running server keeps the library it has mapped.
         scratch = target.with_suffix(f".{os.getpid()}.tmp")
         compiler = os.environ.get("CXX", "g++")
-        command = [compiler, *COMPILE_FLAGS, "-o", str(scratch), *extension.sources, "-ldl"]
+        command = [
+            *shlex.split(compiler),
+            *COMPILE_FLAGS,
+            "-o",
+            str(scratch),
+            *extension.sources,
+            "-ldl",
+        ]
         try:
             subprocess.run(command, check=True)
         except FileNotFoundError as error:

