@@ -259,10 +259,10 @@ def make_engine(case: dict[str, Any]) -> Any:
     )
 
 
-def generate(engine: Any, index: int, text: str) -> list[int]:
+def generate(engine: Any, index: int, text: str, **options: Any) -> list[int]:
     from vllm import SamplingParams
 
-    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, **options)
     engine.add_request(f"request-{index}", text, params)
     tokens: list[int] = []
     while engine.has_unfinished_requests():

@@ -17,11 +17,15 @@ def run_cases(
     environment: dict[str, str] | None = None,
     expected_codes: list[int] | None = None,
     only_rank: int | None = None,
+    program: str = "tests.e2e.engine_process",
 ) -> dict[str, list[dict[str, Any]]]:
     """Run `cases` and return, by case name, the results of ranks 0, 1, ... (or of `only_rank`).
 
     Every rank of a case is a process of its own, a fork of one that has imported vLLM; a process runs
     all its cases one after the other.
+
+    Args:
+        program: the module that a process runs.
     """
     num_ranks = max(case.get("num_ranks", 1) for case in cases)
     for case, port in zip(cases, free_ports(len(cases)), strict=True):
@@ -34,7 +38,7 @@ def run_cases(
     processes: list[Fork] = []
     try:
         for rank, output, log in zip(ranks, outputs, logs, strict=True):
-            command = ["-m", "tests.e2e.engine_process", str(listing), str(rank), str(output)]
+            command = ["-m", program, str(listing), str(rank), str(output)]
             command += [] if only_rank is None else ["alone"]
             processes.append(fork(command, log, environment, rank))
         codes = [process.wait(timeout=DEADLINE_S) for process in processes]

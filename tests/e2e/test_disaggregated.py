@@ -3,6 +3,7 @@
 One launch for all tests of this file, beside one stock server; the tests that kill come last.
 """
 
+import http.client
 import importlib.util
 import json
 import os
@@ -272,47 +273,107 @@ def test_blocks_that_nobody_fetches_are_freed(launch: Disaggregated) -> None:
     assert metric(rank, "vllm:nixl_num_kv_expired_reqs_total") == expired + 3
 
 
-def test_a_rank_that_is_killed_under_load_costs_no_request(
-    launch: Disaggregated, stock: Server
-) -> None:
-    prompts = [f"{number} under load " * 20 for number in range(12)]
-    expected = {prompt: choices(ask(stock.url, **GREEDY, prompt=prompt)) for prompt in prompts}
-    end = threading.Event()
-    wrong: list[str] = []
-    answered: list[float] = []
+class Load:
+    """Three clients that ask without a break, until the end of its block.
 
-    def load(worker: int) -> None:
-        number = worker
-        while not end.is_set():
+    Args:
+        url: that they ask.
+        expected: the answer to each prompt.
+    """
+
+    NUM_CLIENTS = 3
+
+    def __init__(self, url: str, expected: dict[str, list[Any]]) -> None:
+        self.url, self.expected = url, expected
+        self.answered: list[float] = []
+        self.wrong: list[str] = []
+        self.failed: list[tuple[float, str]] = []
+        self._end = threading.Event()
+        self._pool = ThreadPoolExecutor(self.NUM_CLIENTS)
+
+    def __enter__(self) -> "Load":
+        self._clients = [self._pool.submit(self._ask, each) for each in range(self.NUM_CLIENTS)]
+        self.wait_for_answers(10)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._end.set()
+        self._pool.shutdown()
+        for client in self._clients:
+            client.result()
+
+    def _ask(self, number: int) -> None:
+        prompts = [*self.expected]
+        while not self._end.is_set():
             prompt = prompts[number % len(prompts)]
-            try:
-                if choices(ask(launch.url, **GREEDY, prompt=prompt)) != expected[prompt]:
-                    wrong.append(f"{prompt}: another answer")
-            except urllib.error.HTTPError as error:
-                wrong.append(f"{error.code}: {error.read().decode()[:300]}")
-            answered.append(time.monotonic())
             number += 1
+            try:
+                if choices(ask(self.url, **GREEDY, prompt=prompt)) != self.expected[prompt]:
+                    self.wrong.append(prompt)
+                self.answered.append(time.monotonic())
+            except urllib.error.HTTPError as error:
+                self._fail(f"{error.code}: {error.read().decode()[:300]}")
+            except (OSError, http.client.HTTPException) as error:
+                self._fail(repr(error))
 
-    pid, _ = launch.place("rank 1", "prefill")
-    with ThreadPoolExecutor(3) as pool:
-        workers = [pool.submit(load, worker) for worker in range(3)]
-        try:
-            wait_until(lambda: len(answered) > 10, timeout_s=60)
-            os.killpg(pid, signal.SIGKILL)
-            killed_at = time.monotonic()
-            wait_until(lambda: sum(at > killed_at for at in answered) > 10, timeout_s=60)
-            launch.place("rank 1", "prefill", 1)
-            back_at = time.monotonic()
-            wait_until(lambda: sum(at > back_at for at in answered) > 20, timeout_s=60)
-        finally:
-            end.set()
-    for worker in workers:
-        worker.result()
-    assert not wrong
+    def _fail(self, why: str) -> None:
+        self.failed.append((time.monotonic(), why))
+        time.sleep(0.1)
+
+    def wait_for_answers(self, count: int) -> None:
+        """Return once so many more have been answered."""
+        begun = time.monotonic()
+        wait_until(lambda: sum(at > begun for at in self.answered) >= count, timeout_s=90)
+
+
+@pytest.fixture(scope="module")
+def expected(launch: Disaggregated, stock: Server) -> dict[str, list[Any]]:
+    prompts = [f"{number} under load " * 20 for number in range(12)]
+    return {prompt: choices(ask(stock.url, **GREEDY, prompt=prompt)) for prompt in prompts}
+
+
+def check_kv_still_moves(launch: Disaggregated) -> None:
     before = fetched(launch)
     for number in range(4):
         ask(launch.url, **GREEDY, prompt=f"{number} after all " * 12)
     wait_until(lambda: fetched(launch) > before)
+
+
+def test_a_rank_that_is_killed_under_load_costs_no_request(
+    launch: Disaggregated, expected: dict[str, list[Any]]
+) -> None:
+    pid, _ = launch.place("rank 1", "prefill")
+    with Load(launch.url, expected) as load:
+        os.killpg(pid, signal.SIGKILL)
+        load.wait_for_answers(10)
+        launch.place("rank 1", "prefill", 1)
+        load.wait_for_answers(20)
+    assert not load.wrong and not load.failed
+    check_kv_still_moves(launch)
+
+
+@pytest.mark.parametrize("name", ["router", "relay"])
+def test_what_is_between_may_be_killed_under_load(
+    launch: Disaggregated, expected: dict[str, list[Any]], name: str
+) -> None:
+    """It is started again; meanwhile requests fail, and nothing else does."""
+    servers = [launch.place(f"rank {rank}", "prefill")[0] for rank in (0,)]
+    servers.append(launch.place("decode 0", "decode")[0])
+    served = launch.log.read_text().count("\nall 2 ranks serve at")
+    pid = int(launch.line(rf"^{name}: serving, pid (\d+)")[1])
+    with Load(launch.url, expected) as load:
+        killed = time.monotonic()
+        os.kill(pid, signal.SIGKILL)
+        launch.line(rf"^{name}: serving, pid (\d+)", 1)
+        launch.line("^all 2 ranks serve at", served)
+        back = time.monotonic()
+        load.wait_for_answers(20)
+    print(f"{name}: back after {back - killed:.1f} s, {len(load.failed)} requests failed")
+    assert not load.wrong
+    assert not [why for at, why in load.failed if not killed < at < back + 1]
+    assert load.failed, "nobody asked meanwhile"
+    assert all(psutil.pid_exists(each) for each in servers)
+    check_kv_still_moves(launch)
 
 
 def test_a_decode_server_that_is_killed_loses_its_own_streams_and_comes_back(
@@ -338,3 +399,24 @@ def test_a_decode_server_that_is_killed_loses_its_own_streams_and_comes_back(
     prompt = "and back " * 12
     expected = choices(ask(stock.url, **GREEDY, prompt=prompt))
     assert choices(ask(launch.url, **GREEDY, prompt=prompt)) == expected
+
+
+def test_running_streams_finish_and_new_requests_are_refused_at_the_end(
+    launch: Disaggregated,
+) -> None:
+    """The last test of this launch."""
+    body = {"max_tokens": 1800}
+    with ThreadPoolExecutor(2) as pool:
+        streams = [pool.submit(pieces, launch.url, prompt=f"{n} ends", **body) for n in (1, 2)]
+        wait_until(lambda: metric(launch.decode, "vllm:num_requests_running") == 2)
+        launch.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: "stopping: running requests have" in launch.log.read_text())
+        for _ in range(3):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                ask(launch.url, **GREEDY, prompt="something new")
+            assert refused.value.code == 503
+        assert not any(stream.done() for stream in streams), "the test shows nothing"
+        for stream in streams:
+            text, last = stream.result(timeout=120)
+            assert last == "data: [DONE]" and len(text) > 100
+    assert launch.process.wait(timeout=60) == 0

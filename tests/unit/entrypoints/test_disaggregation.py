@@ -165,10 +165,10 @@ def test_decode_servers_get_the_next_free_gpus() -> None:
 
 
 def test_cores_are_named_for_decode_servers_too() -> None:
-    given = cores_for_each(2, {BIND_ENV: "0|1|2-3"}, 1)
+    given = cores_for_each(2, {BIND_ENV: "0|1|2-3"}, [1])
     assert [each[BIND_ENV] for each in given] == ["0", "1", "2-3"]
     with pytest.raises(DwdpConfigError, match="--ranks is 2 and --decode-servers 1"):
-        cores_for_each(2, {BIND_ENV: "0|1"}, 1)
+        cores_for_each(2, {BIND_ENV: "0|1"}, [1])
 
 
 def test_ports_in_a_row() -> None:
@@ -227,7 +227,7 @@ def test_the_key_that_servers_want_to_see() -> None:
 
 def test_the_roster_is_that_of_a_living_launch(tmp_path: Path) -> None:
     meeting = f"unix://{tmp_path}"
-    entry = Entry(role="decode", index=0, url="http://h:1", pid=None, state="elsewhere")
+    entry = Entry(role="decode", index=0, url="http://h:1", pid=None, state="serving")
     assert roster.read_roster(meeting) == []
     with roster.roster(meeting) as written:
         written.write([entry])

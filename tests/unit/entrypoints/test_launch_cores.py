@@ -1,9 +1,11 @@
 """What the ranks of a launch are told of their cores."""
 
+import os
+
 import pytest
 
 from vllm_dwdp.distributed.launch import SHARED_CORES_ENV
-from vllm_dwdp.entrypoints.launch.cores import BIND_ENV, cores_for_each
+from vllm_dwdp.entrypoints.launch.cores import BIND_ENV, cores_for_each, physical_cores
 from vllm_dwdp.errors import DwdpConfigError
 
 SHARED = {SHARED_CORES_ENV: "1"}
@@ -30,3 +32,37 @@ def test_cores_for_another_number_of_ranks_are_refused(named: str, num_lists: in
     problem = rf"names cores for {num_lists} ranks, and --ranks is 2\. Give one list for each rank"
     with pytest.raises(DwdpConfigError, match=problem):
         cores_for_each(2, {BIND_ENV: named})
+
+
+def lists(num_ranks: int, decode_workers: list[int], num_cores: int) -> list[str]:
+    made = cores_for_each(num_ranks, {}, decode_workers, range(num_cores))
+    assert all(each[SHARED_CORES_ENV] == "1" for each in made)
+    return [each.get(BIND_ENV, "") for each in made]
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "decode_workers", "num_cores", "expected"),
+    [
+        (2, [1], 6, ["0,1", "2,3", "4,5"]),
+        (2, [1], 3, ["0", "1", "2"]),
+        (2, [2], 4, ["0", "1", "2|3"]),
+        (2, [1], 2, ["", "", "1"]),
+        (2, [1, 1], 2, ["", "", "0", "1"]),
+        (2, [2], 3, ["", "", "1|2"]),
+        (2, [1], 1, ["", "", "0"]),
+    ],
+)
+def test_decode_servers_do_not_compute_on_the_cores_of_ranks_while_there_are_enough(
+    num_ranks: int, decode_workers: list[int], num_cores: int, expected: list[str]
+) -> None:
+    """A stock server on all cores waits in every step for those on which a rank computes."""
+    assert lists(num_ranks, decode_workers, num_cores) == expected
+
+
+def test_where_gpus_compute_nobody_is_bound() -> None:
+    assert cores_for_each(2, {}, [1], []) == [SHARED, SHARED, SHARED]
+
+
+def test_cores_of_this_machine_are_some_that_we_may_use() -> None:
+    found = physical_cores()
+    assert found and set(found) <= os.sched_getaffinity(0) and len(set(found)) == len(found)

@@ -2,19 +2,25 @@
 
 import http.server
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from tests.unit.entrypoints.test_relay import served
+from vllm_dwdp.compat.frontend.nixl import Handshake, Question
 from vllm_dwdp.entrypoints.launch import pairing
-from vllm_dwdp.entrypoints.launch.pairing import Server, check_pair
+from vllm_dwdp.entrypoints.launch.pairing import Server, Unfit, check_pair
 from vllm_dwdp.errors import DwdpConfigError
 
 pytestmark = pytest.mark.timeout(60)
 OFFERED = {"do_remote_prefill": True, "remote_host": "h", "remote_port": 5600}
+HANDSHAKE = Handshake(
+    settings_hash="s", engine_id="e", backend="CPU_ATTN", layout="LBNHC", block_bytes=(64, 64)
+)
 
 
 class Fake(http.server.ThreadingHTTPServer):
@@ -57,16 +63,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked.append(asked)
-        if asked["kv_transfer_params"] == OFFERED:
-            self.server.received += self.server.says["fetches"] and 4096
-            self._answer("{}")
+        if asked["kv_transfer_params"]["do_remote_prefill"]:
+            fetches = self.server.says["fetches"]
+            self.server.received += fetches is True and 4096
+            self._answer("{}", 200 if isinstance(fetches, bool) else fetches)
         else:
             self._answer(json.dumps({"kv_transfer_params": self.server.says["offers"]}))
 
-    def _answer(self, text: str) -> None:
+    def _answer(self, text: str, status: int = 200) -> None:
         key = self.server.says["key"]
         is_let_in = not key or self.headers["Authorization"] == f"Bearer {key}"
-        self.send_response(200 if is_let_in else 401)
+        self.send_response(status if is_let_in else 401)
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
         self.wfile.write(text.encode())
@@ -106,18 +113,108 @@ def test_what_differs_has_a_name(field: str, label: str) -> None:
     with pair(rank, decode) as servers:
         here = rank.says[field]
         problem = rf"decode 0 \(.*\) cannot .* {label} is '64' there and '{here}' here"
-        with pytest.raises(DwdpConfigError, match=problem):
+        with pytest.raises(Unfit, match=problem):
             check_pair(*servers)
     assert not rank.asked, "nothing is computed for a server that cannot decode it"
 
 
-def test_a_server_that_computes_everything_itself_is_noticed(
+class Channels:
+    """What answers at side channels; a port stands for a server."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **of_decode: Any) -> None:
+        self.asked: list[tuple[str, int]] = []
+        self.questions: list[Question] = []
+        self.answers: dict[int, Handshake | None] = {
+            5600: HANDSHAKE,
+            5700: replace(HANDSHAKE, **of_decode) if of_decode else None,
+        }
+        self.names: dict[str, tuple[str, str]] = {}
+        monkeypatch.setattr(pairing, "FIGURES_TIMEOUT_S", 0.1)
+        monkeypatch.setattr(pairing, "read_handshake", self._read)
+        monkeypatch.setattr(pairing, "name_differences", self._name)
+
+    def _read(self, host: str, port: int) -> Handshake | None:
+        self.asked.append((host, port))
+        return self.answers[port]
+
+    def _name(self, question: Question) -> dict[str, tuple[str, str]]:
+        self.questions.append(question)
+        return self.names
+
+
+OURS = OFFERED | {"remote_engine_id": "e", "transfer_mode": "pull"}
+THEIRS = OURS | {"remote_port": 5700}
+
+
+def unfit(theirs: object = THEIRS) -> str:
+    """What is said of a decode server that fetches nothing."""
+    with pair(Fake(offers=OURS), Fake(offers=theirs, fetches=False)) as servers:
+        with pytest.raises(DwdpConfigError) as refused:
+            check_pair(*servers, ("the model", "--max-model-len", "8"))
+        return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("of_decode", "said"),
+    [
+        ({"backend": "FLASH"}, "--attention-backend is 'FLASH' there and 'CPU_ATTN' here"),
+        ({"layout": "LBHNC"}, "the KV layout .* is 'LBHNC' there and 'LBNHC' here"),
+        (
+            {"block_bytes": (32, 32)},
+            "bytes of a KV block of all layers is '64' there and '128' here",
+        ),
+    ],
+)
+def test_what_side_channels_say_names_the_field(
+    monkeypatch: pytest.MonkeyPatch, of_decode: dict[str, Any], said: str
+) -> None:
+    channels = Channels(monkeypatch, **of_decode)
+    assert re.search(said, unfit())
+    assert channels.asked == [("h", 5600), ("h", 5700)]
+
+
+def test_what_a_hash_hides_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    channels = Channels(monkeypatch, settings_hash="t")
+    channels.names = {"--dtype": ("bfloat16", "float16")}
+    assert "--dtype is 'float16' there and 'bfloat16' here" in unfit()
+    (question,) = channels.questions
+    assert question.hashes == ("s", "t")
+    assert question.arguments == ("the model", "--max-model-len", "8")
+    assert (question.backend, question.cache_dtype, question.transfer_mode) == (
+        *("CPU_ATTN", "auto"),
+        "pull",
+    )
+
+
+def test_the_transfer_mode_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    Channels(monkeypatch)
+    said = unfit(THEIRS | {"transfer_mode": "push"})
+    assert "NIXL's transfer mode is 'push' there and 'pull' here" in said
+
+
+def test_a_server_without_the_connector_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    Channels(monkeypatch)
+    assert "the kv_connector of --kv-transfer-config is 'none, or another one' there" in unfit(None)
+
+
+@pytest.mark.parametrize("of_decode", [{}, {"engine_id": "another"}], ids=["silent", "another"])
+def test_where_no_side_channel_is_reached_the_candidates_are_named(
+    monkeypatch: pytest.MonkeyPatch, of_decode: dict[str, Any]
+) -> None:
+    """A server on another machine may name `localhost`, where another one answers."""
+    Channels(monkeypatch, **of_decode)
+    said = unfit()
+    assert re.search(r"no KV blocks from rank 0 .* at h:5600\. .*--dtype", said)
+
+
+def test_a_server_that_answers_with_an_error_instead_of_fetching(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(pairing, "FIGURES_TIMEOUT_S", 0.1)
+    """As one does that was not told to compute what it cannot fetch."""
+    Channels(monkeypatch, backend="FLASH")
     with (
-        pair(Fake(), Fake(fetches=False)) as servers,
-        pytest.raises(DwdpConfigError, match=r"no KV blocks from rank 0 .* at h:5600\. .*--dtype"),
+        pair(Fake(offers=OURS), Fake(offers=THEIRS, fetches=500)) as servers,
+        pytest.raises(DwdpConfigError, match="--attention-backend is 'FLASH' there"),
     ):
         check_pair(*servers)
 

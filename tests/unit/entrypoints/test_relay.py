@@ -4,14 +4,17 @@ import http.server
 import json
 import socket
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
+from vllm_dwdp.entrypoints.launch import relay as relay_module
 from vllm_dwdp.entrypoints.launch.ports import free_ports
 from vllm_dwdp.entrypoints.launch.relay import RelayServer, parse
 
@@ -72,10 +75,12 @@ def relayed(*statuses: int | None) -> Iterator[tuple[Ask, list[Rank]]]:
             urls.append(opened.enter_context(served(ranks[-1])))
         relay = opened.enter_context(served(RelayServer(free_ports(1)[0], urls)))
 
-        def ask(method: str = "POST", body: bytes = b"the prompt") -> tuple[int, dict[str, object]]:
+        def ask(
+            method: str = "POST", body: bytes = b"the prompt", name: str = "7"
+        ) -> tuple[int, dict[str, object]]:
             data = body if method == "POST" else None
             request = urllib.request.Request(
-                relay + "/routed/v1/completions", data, {"X-Request-Id": "7"}, method=method
+                relay + "/routed/v1/completions", data, {"X-Request-Id": name}, method=method
             )
             try:
                 with urllib.request.urlopen(request, timeout=20) as response:
@@ -171,3 +176,47 @@ def test_every_rank_has_a_port(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(["8000,8001", "http://rank0:8000"])
     assert "2 ports for 1 ranks: each rank has one port" in capsys.readouterr().err
+
+
+GETS_NOTHING = "The decode server at 127.0.0.1:2 gets nothing yet; it is "
+FOR_DECODE = "___prefill_addr_127.0.0.1:1/routed___decode_addr_127.0.0.1:2_" + 32 * "a"
+
+
+def test_a_prompt_for_a_decode_server_that_is_being_compared_waits(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "decode.json"
+    monkeypatch.setenv("DWDP_ADMISSION_FILE", str(file))
+    file.write_text(
+        json.dumps({"127.0.0.1:2": ["being compared", ""], "127.0.0.1:3": ["gone", ""]})
+    )
+    with relayed(200) as (ask, ranks), ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(ask, name=FOR_DECODE)
+        assert (
+            ask(name="7") == ask(name=FOR_DECODE.replace(":2_", ":4_")) == (200, {"by": "rank 0"})
+        )
+        time.sleep(0.3)
+        assert not waits.done() and len(ranks[0].asked) == 2
+        file.write_text(json.dumps({"127.0.0.1:2": ["admitted", ""]}))
+        assert waits.result(timeout=20) == (200, {"by": "rank 0"})
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "told"),
+    [
+        ("refused", "--dtype is another one", "--dtype is another one"),
+        ("gone", "", GETS_NOTHING + "gone."),
+        ("being compared", "", GETS_NOTHING + "being compared."),
+    ],
+)
+def test_a_prompt_for_a_decode_server_that_may_not_get_it_is_not_computed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, state: str, reason: str, told: str
+) -> None:
+    monkeypatch.setattr(relay_module, "HOLD_S", {"gone": 0.1})
+    monkeypatch.setattr(relay_module, "LONGEST_HOLD_S", 0.1)
+    file = tmp_path / "decode.json"
+    monkeypatch.setenv("DWDP_ADMISSION_FILE", str(file))
+    file.write_text(json.dumps({"127.0.0.1:2": [state, reason]}))
+    with relayed(200) as (ask, ranks):
+        assert ask(name=FOR_DECODE) == (503, {"error": {"message": told}})
+        assert not ranks[0].asked

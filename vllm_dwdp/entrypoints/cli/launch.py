@@ -1,13 +1,17 @@
 """`vllm-dwdp launch`."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
+import psutil
 import typer
 
+from vllm_dwdp.entrypoints.doctor.gpus import count_gpus
 from vllm_dwdp.entrypoints.launch import launcher
+from vllm_dwdp.entrypoints.launch.deadlines import model_bytes
 from vllm_dwdp.entrypoints.launch.disaggregation import (
     SIDE_CHANNEL_PORT_ENV,
     Disaggregation,
@@ -17,6 +21,7 @@ from vllm_dwdp.entrypoints.launch.disaggregation import (
     split_decode_arguments,
     take_transfer_config,
 )
+from vllm_dwdp.entrypoints.launch.memory import Shares, divide_memory, says_how_much
 from vllm_dwdp.entrypoints.launch.plan import LaunchPlan, split_arguments
 from vllm_dwdp.entrypoints.launch.ports import free_ports, free_ports_in_a_row
 from vllm_dwdp.entrypoints.tables import say
@@ -93,11 +98,13 @@ def launch(
         arguments, transfer = take_transfer_config(arguments)
         urls = tuple(check_url(url) for url in decode_url or ())
         check_side_channel(os.environ, host, urls, prefill_only)
+        for_decode = split_decode_arguments(decode_args)
         disaggregation = _disaggregation(
             ranks,
             decode_servers,
             Disaggregation(
-                decode_arguments=split_decode_arguments(decode_args),
+                decode_arguments=for_decode,
+                memory=_memory(model, ranks, decode_servers, arguments, for_decode),
                 decode_urls=urls,
                 side_channel_ports=(),
                 transfer=transfer,
@@ -128,6 +135,17 @@ def launch(
         meeting = plan.dwdp_options["rendezvous"]
         say(f"ranks meet at {meeting}; logs in {logs}/")
         launcher.launch(plan, logs, say)
+
+
+def _memory(
+    model: str, ranks: int, num_decode: int, arguments: Sequence[str], for_decode: Sequence[str]
+) -> Shares | None:
+    """What each process takes of the machine's memory; None where vLLM or the user decides."""
+    if not num_decode or count_gpus() or says_how_much((*arguments, *for_decode), os.environ):
+        return None
+    workers = [devices_of(for_decode)] * num_decode
+    total_bytes = psutil.virtual_memory().total
+    return divide_memory(ranks, workers, model_bytes(model) or 0, total_bytes)
 
 
 def _disaggregation(ranks: int, num_decode: int, asked: Disaggregation) -> Disaggregation:

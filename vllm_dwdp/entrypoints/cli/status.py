@@ -176,7 +176,7 @@ def find_servers(rendezvous: str) -> list[Entry]:
     """The servers of a disaggregated launch whose ranks meet there, each asked whether it is healthy."""
     servers = []
     for entry in read_roster(rendezvous):
-        is_said_to_serve = entry.state in ("serving", "elsewhere")
+        is_said_to_serve = entry.state == "serving"
         silent = is_said_to_serve and not answers(entry.url + READY_PATH)
         servers.append(replace(entry, state=SILENT) if silent else entry)
     return servers

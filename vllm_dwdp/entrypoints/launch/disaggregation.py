@@ -17,6 +17,7 @@ from itertools import zip_longest
 from typing import Any
 from urllib.parse import urlsplit
 
+from vllm_dwdp.entrypoints.launch.memory import Shares
 from vllm_dwdp.errors import DwdpConfigError
 
 CONNECTOR = "NixlConnector"
@@ -46,6 +47,7 @@ class Disaggregation:
     Args:
         decode_ports: one for each decode server that launch starts.
         decode_arguments: of each of them, after those of every server.
+        memory: of each process where the CPU computes; None leaves it to vLLM and the user.
         decode_urls: of servers that already run elsewhere.
         relay_ports: one for each rank; the router asks there (`relay`).
         side_channel_ports: the first one of the ranks (rank r has the r-th from it), then one for each
@@ -56,6 +58,7 @@ class Disaggregation:
 
     decode_ports: tuple[int, ...] = ()
     decode_arguments: tuple[str, ...] = ()
+    memory: Shares | None = None
     decode_urls: tuple[str, ...] = ()
     relay_ports: tuple[int, ...] = ()
     side_channel_ports: tuple[int, ...]
@@ -71,6 +74,12 @@ class Disaggregation:
     def devices_of_a_decode_server(self) -> int:
         """Devices that each decode server of ours needs."""
         return devices_of(self.decode_arguments)
+
+    def memory_arguments(self, role: str) -> tuple[str, ...]:
+        """The share of the machine's memory that a server of one side takes."""
+        if self.memory is None:
+            return ()
+        return Shares.arguments(self.memory.rank if role == PRODUCER else self.memory.decode)
 
     def transfer_arguments(self, role: str) -> list[str]:
         """The `--kv-transfer-config` of one side."""

@@ -8,7 +8,9 @@ import socket
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from urllib.parse import urlencode
 
+from vllm_dwdp.entrypoints.launch.admission import ADMISSION_FILE_ENV
 from vllm_dwdp.entrypoints.launch.child import Child
 from vllm_dwdp.entrypoints.launch.control import ALIVE_PATH
 from vllm_dwdp.entrypoints.launch.deadlines import shutdown_timeout_s
@@ -34,6 +36,18 @@ def answers(url: str) -> bool:
     ):
         return bool(response.status == 200)
     return False
+
+
+def admission_file(logs: Path) -> Path:
+    """What says which decode servers get requests; the relay reads it."""
+    return logs.absolute() / f"decode-{os.getpid()}.json"
+
+
+def forget_decode(plan: LaunchPlan, url: str) -> None:
+    """Have the router send nothing to a decode server any more."""
+    asked = f"{plan.url}/remove_worker?{urlencode({'url': url})}"
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        _WITHOUT_PROXY.open(urllib.request.Request(asked, method="POST"), timeout=HEALTH_TIMEOUT_S)
 
 
 def ending_file(logs: Path) -> Path:
@@ -79,7 +93,10 @@ def relay_children(plan: LaunchPlan, logs: Path) -> list[Child]:
             logs / "relay.log",
             is_ready=listens,
             progress=str,
-            environment={ENDING_FILE_ENV: str(ending_file(logs))},
+            environment={
+                ENDING_FILE_ENV: str(ending_file(logs)),
+                ADMISSION_FILE_ENV: str(admission_file(logs)),
+            },
             end_signal=signal.SIGTERM,
         )
     ]

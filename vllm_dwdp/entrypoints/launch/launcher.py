@@ -16,7 +16,6 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_dwdp.config import DwdpConfig
@@ -24,11 +23,13 @@ from vllm_dwdp.distributed.meeting import parse_endpoint
 from vllm_dwdp.distributed.status import query_status
 from vllm_dwdp.entrypoints.doctor.gpus import count_gpus, one_gpu_each
 from vllm_dwdp.entrypoints.launch.child import Child
-from vllm_dwdp.entrypoints.launch.cores import cores_for_each
+from vllm_dwdp.entrypoints.launch.cores import cores_for_each, physical_cores
 from vllm_dwdp.entrypoints.launch.deadlines import default_start_timeout_s, shutdown_timeout_s
+from vllm_dwdp.entrypoints.launch.deployment import Deployment
 from vllm_dwdp.entrypoints.launch.disaggregation import check_nixl
 from vllm_dwdp.entrypoints.launch.forking import forked_ranks, is_vllm_of_ours
 from vllm_dwdp.entrypoints.launch.fronts import (
+    admission_file,
     answers,
     control_children,
     decode_children,
@@ -37,16 +38,14 @@ from vllm_dwdp.entrypoints.launch.fronts import (
     router_child,
 )
 from vllm_dwdp.entrypoints.launch.holding import ExpertHolder, expert_holder
-from vllm_dwdp.entrypoints.launch.pairing import Server, check_pair
 from vllm_dwdp.entrypoints.launch.plan import (
     ROUTER,
     LaunchPlan,
-    api_key,
     check_environment,
     find_program,
 )
 from vllm_dwdp.entrypoints.launch.ports import check_bindable, port_obstacle
-from vllm_dwdp.entrypoints.launch.roster import Entry, Roster, roster
+from vllm_dwdp.entrypoints.launch.roster import Roster, roster
 from vllm_dwdp.entrypoints.launch.routed import ENDING_FILE_ENV
 from vllm_dwdp.entrypoints.launch.server import READY_PATH
 from vllm_dwdp.errors import DwdpConfigError, DwdpError
@@ -93,8 +92,10 @@ def launch(plan: LaunchPlan, logs: Path, report: Callable[[str], None]) -> None:
             raise DwdpConfigError(f"{obstacle}.")
     config = DwdpConfig.from_options(plan.dwdp_options, plan.num_ranks)
     sizes = _decode_devices(plan)
-    gpus = one_gpu_each(plan.num_ranks, os.environ, count_gpus(), sizes)
-    cores = cores_for_each(plan.num_ranks, os.environ, len(sizes))
+    num_gpus = count_gpus()
+    gpus = one_gpu_each(plan.num_ranks, os.environ, num_gpus, sizes)
+    to_divide = [] if num_gpus else physical_cores()
+    cores = cores_for_each(plan.num_ranks, os.environ, sizes, to_divide)
     places = [gpu | own_cores for gpu, own_cores in zip(gpus, cores, strict=True)]
     logs.mkdir(parents=True, exist_ok=True)
     ranks = [_rank_child(plan, config, rank, logs, places[rank]) for rank in range(plan.num_ranks)]
@@ -103,7 +104,7 @@ def launch(plan: LaunchPlan, logs: Path, report: Callable[[str], None]) -> None:
     routers = [router_child(plan, logs)] if plan.has_router else []
     fronts = [*relay_children(plan, logs), *routers, *control_children(plan, logs)]
     groups = plan.num_ranks // config.group_size if plan.holds_experts else 0
-    forks = plan.forks_ranks and is_vllm_of_ours(find_program("vllm")) and not count_gpus()
+    forks = plan.forks_ranks and is_vllm_of_ours(find_program("vllm")) and not num_gpus
     with (
         roster(plan.dwdp_options["rendezvous"]) as servers,
         expert_holder(config, groups, report) as holder,
@@ -118,58 +119,13 @@ def launch(plan: LaunchPlan, logs: Path, report: Callable[[str], None]) -> None:
                 f"{ranks[0].start_timeout_s:.0f} s to start"
             )
             starter.wait_until_ready(interrupted)
-            deployment = Deployment(plan=plan, ranks=ranks, decodes=decodes, fronts=fronts)
+            deployment = Deployment(
+                plan=plan, ranks=ranks, decodes=decodes, fronts=fronts, logs=logs
+            )
             _serve(deployment, holder, servers, report, interrupted)
         finally:
             _end_all([ranks, decodes, fronts], report, ending_file(logs))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Deployment:
-    """What is kept running, by role."""
-
-    plan: LaunchPlan
-    ranks: list[Child]
-    decodes: list[Child]
-    fronts: list[Child]
-
-    @property
-    def servers(self) -> list[Child]:
-        """Those that must serve before clients are let in."""
-        return [*self.ranks, *self.decodes]
-
-    def roster(self) -> list[Entry]:
-        """All of it, for `status`; empty where all that is there meets anyway."""
-        plan = self.plan
-        if plan.disaggregation is None:
-            return []
-        prefill = [_entry("prefill", *each) for each in enumerate(self.ranks)]
-        decode = [_entry("decode", *each) for each in enumerate(self.decodes)]
-        ours = zip([*prefill, *decode], [*plan.rank_urls, *plan.decode_urls], strict=False)
-        elsewhere = [
-            Entry(role="decode", index=index, url=url, pid=None, state="elsewhere")
-            for index, url in enumerate(plan.decode_urls)
-            if index >= len(decode)
-        ]
-        return [entry(url) for entry, url in ours] + elsewhere
-
-    def check_pairs(self) -> None:
-        """Refuse decode servers that cannot use what the ranks compute.
-
-        Raises:
-            DwdpConfigError: one cannot, with the field that differs.
-        """
-        key = api_key(self.plan.arguments, os.environ)
-        for number, url in enumerate(self.plan.decode_urls):
-            for rank, rank_url in enumerate(self.plan.rank_urls):
-                check_pair(
-                    Server(f"rank {rank}", rank_url, key), Server(f"decode {number}", url, key)
-                )
-
-
-def _entry(role: str, index: int, child: Child) -> Callable[[str], Entry]:
-    pid = None if child.process is None else child.process.pid
-    return lambda url: Entry(role=role, index=index, url=url, pid=pid, state=child.state)
+            admission_file(logs).unlink(missing_ok=True)
 
 
 def _serve(
@@ -195,8 +151,11 @@ def _serve(
                     f"{child.name} ended before it ever served: {child.failure or child.state}\n"
                     f"{child.tail()[-TAIL_CHARACTERS:]}"
                 )
+        for line in deployment.admission.poll() if opened else ():
+            report(line)
         servers.write(deployment.roster())
-        if any(child.state != "serving" for child in (*deployment.servers, *fronts)):
+        is_whole = opened and deployment.admission.is_complete
+        if not is_whole or any(c.state != "serving" for c in (*deployment.servers, *fronts)):
             announced = False
         elif not announced and (not plan.has_router or answers(plan.url + ALL_HEALTHY_PATH)):
             report(_all_serve(plan))

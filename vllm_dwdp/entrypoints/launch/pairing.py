@@ -1,19 +1,28 @@
-"""Whether a decode server can use the KV blocks of a rank: looked at before the first request.
+"""Whether a decode server can use the KV blocks of a rank: looked at before it gets requests.
 
 Two looks. First, what both say of themselves over HTTP must agree: so what differs has a name. Then a
 prompt of ours goes the way that every request goes: a rank computes it, the decode server fetches its KV
 blocks, and its figures must say that bytes arrived. Without that a decode server that cannot fetch would
-compute every prompt itself, with the right answers, and nobody would notice.
+compute every prompt itself, with the right answers, and nobody would notice. Where none arrive, what
+both answer at NIXL's side channels says why.
 """
 
 import json
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from vllm_dwdp.compat.frontend.nixl import (
+    Handshake,
+    Question,
+    name_differences,
+    read_handshake,
+)
+from vllm_dwdp.entrypoints.launch.disaggregation import CONNECTOR
 from vllm_dwdp.errors import DwdpConfigError
 
 REQUEST_TIMEOUT_S = 120.0
@@ -25,6 +34,10 @@ CACHE_FIELDS = {"block_size": "--block-size", "cache_dtype": "--kv-cache-dtype"}
 NUM_PROMPT_BLOCKS = 2
 
 _WITHOUT_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class Unfit(DwdpConfigError):
+    """A decode server that is another than the ranks need; no retry changes that."""
 
 
 class Server:
@@ -73,20 +86,49 @@ class Server:
             raise DwdpConfigError(f"{self.name} does not answer {path}: {error}") from error
 
 
-def check_pair(rank: Server, decode: Server) -> None:
+def check_pair(rank: Server, decode: Server, arguments: Sequence[str] = ()) -> None:
     """Refuse a decode server that cannot use the KV blocks of a rank.
 
+    Args:
+        rank: of the pair.
+        decode: of the pair.
+        arguments: of the rank's `vllm serve`, its model first.
+
     Raises:
-        DwdpConfigError: they differ, with the field and both values, or no byte arrives.
+        Unfit: they differ, with the field and both values.
+        DwdpConfigError: one does not answer, or no byte arrives.
     """
     rank_says, decode_says = facts(rank), facts(decode)
     for field, value in rank_says.items():
         if decode_says[field] != value:
-            raise DwdpConfigError(
-                f"{decode.name} cannot decode what {rank.name} computes: {field} is "
-                f"{decode_says[field]!r} there and {value!r} here. Start it with the same."
-            )
-    _prove(rank, decode, rank_says)
+            raise _differ(rank, decode, field, value, decode_says[field])
+    request = _prompt(rank_says)
+    offered = _offer(rank, request)
+    if not offered:
+        raise DwdpConfigError(
+            f"{rank.name} offers no KV blocks: was --kv-transfer-config of launch changed?"
+        )
+    try:
+        if _fetches(decode, request, offered):
+            return
+        problem = DwdpConfigError(
+            f"{decode.name} has fetched no KV blocks from {rank.name}, at "
+            f"{offered.get('remote_host')}:{offered.get('remote_port')}. Its log says why: where NIXL's "
+            "compatibility hash differs, --dtype, the attention backend (KV layout) or "
+            "--speculative-config does; else it may not reach that address."
+        )
+    except DwdpConfigError as error:
+        problem = error
+    for field, here, there in _explain(rank_says, offered, _offer(decode, request), arguments):
+        raise _differ(rank, decode, field, here, there)
+    raise problem
+
+
+def _differ(rank: Server, decode: Server, field: str, here: str, there: str) -> Unfit:
+    return Unfit(
+        f"{decode.name} cannot decode what {rank.name} computes: {field} is "
+        f"{there!r} there and {here!r} here. Start it with the same."
+    )
 
 
 def facts(server: Server) -> dict[str, str]:
@@ -100,31 +142,82 @@ def facts(server: Server) -> dict[str, str]:
     } | {option: labels[label] for label, option in CACHE_FIELDS.items()}
 
 
-def _prove(rank: Server, decode: Server, facts: dict[str, str]) -> None:
-    before = _received(decode)
+def _prompt(facts: dict[str, str]) -> dict[str, Any]:
+    """A request for one token after some blocks that no server has seen before."""
     num_tokens = NUM_PROMPT_BLOCKS * int(facts[CACHE_FIELDS["block_size"]])
     # Of this moment, so that no prefix is cached where the decode server has seen it before.
     first = time.time_ns() % 10_000
     prompt = [1 + int(digit) for digit in f"{first:04}"] + [1] * num_tokens
-    request = {"model": facts["--served-model-name"], "prompt": prompt, "temperature": 0}
-    asked = {"do_remote_decode": True, "do_remote_prefill": False}
-    computed = rank.complete(**request, max_tokens=1, kv_transfer_params=asked)
-    offered = computed.get("kv_transfer_params")
-    if not offered:
-        raise DwdpConfigError(
-            f"{rank.name} offers no KV blocks: was --kv-transfer-config of launch changed?"
-        )
-    decode.complete(**request, max_tokens=1, kv_transfer_params=offered)
+    model = facts["--served-model-name"]
+    return {"model": model, "prompt": prompt, "temperature": 0, "max_tokens": 1}
+
+
+def _offer(server: Server, request: dict[str, Any]) -> dict[str, Any]:
+    """Have a server compute a prompt; what it says of where the KV blocks are, empty if nothing."""
+    params = {"do_remote_decode": True, "do_remote_prefill": False}
+    offered = server.complete(**request, kv_transfer_params=params).get("kv_transfer_params")
+    return dict(offered or {})
+
+
+def _fetches(decode: Server, request: dict[str, Any], offered: dict[str, Any]) -> bool:
+    """Offer blocks to a decode server; whether it counts bytes then."""
+    before = _received(decode)
+    decode.complete(**request, kv_transfer_params=offered)
     deadline = time.monotonic() + FIGURES_TIMEOUT_S
     while _received(decode) <= before:
         if time.monotonic() > deadline:
-            raise DwdpConfigError(
-                f"{decode.name} has fetched no KV blocks from {rank.name}, at "
-                f"{offered.get('remote_host')}:{offered.get('remote_port')}. Its log "
-                "says why: where NIXL's compatibility hash differs, --dtype, the attention backend (KV "
-                "layout) or --speculative-config does; else it may not reach that address."
-            )
+            return False
         time.sleep(0.2)
+    return True
+
+
+def _explain(
+    facts: dict[str, str],
+    ours: dict[str, Any],
+    theirs: dict[str, Any],
+    arguments: Sequence[str],
+) -> Iterator[tuple[str, str, str]]:
+    """What makes a decode server fetch nothing: fields, with the value here and there.
+
+    Args:
+        facts: of both.
+        ours: what the rank offers.
+        theirs: what the decode server would offer; empty where it has no such connector.
+        arguments: of the rank's `vllm serve`.
+    """
+    if not theirs:
+        yield "the kv_connector of --kv-transfer-config", CONNECTOR, "none, or another one"
+        return
+    modes = [str(offered.get("transfer_mode")) for offered in (ours, theirs)]
+    if modes[0] != modes[1]:
+        yield "NIXL's transfer mode", modes[0], modes[1]
+    here, there = _handshake(ours), _handshake(theirs)
+    if here is None or there is None:
+        return
+    if here.backend != there.backend:
+        yield "--attention-backend", here.backend, there.backend
+    elif here.settings_hash != there.settings_hash:
+        question = Question(
+            arguments=arguments,
+            cache_dtype=facts[CACHE_FIELDS["cache_dtype"]],
+            backend=here.backend,
+            transfer_mode=modes[0],
+            hashes=(here.settings_hash, there.settings_hash),
+        )
+        for field, (of_rank, of_decode) in name_differences(question).items():
+            yield field, of_rank, of_decode
+    if here.layout != there.layout:
+        yield "the KV layout (VLLM_KV_CACHE_LAYOUT)", here.layout, there.layout
+    sizes = [str(sum(each.block_bytes)) for each in (here, there)]
+    if sizes[0] != sizes[1]:
+        yield "bytes of a KV block of all layers", sizes[0], sizes[1]
+
+
+def _handshake(offered: dict[str, Any]) -> Handshake | None:
+    """What the server answers at the address that it offers, if that is reached from here."""
+    found = read_handshake(str(offered.get("remote_host")), int(offered.get("remote_port") or 0))
+    is_that_server = found is not None and found.engine_id == offered.get("remote_engine_id")
+    return found if is_that_server else None
 
 
 def _received(server: Server) -> float:

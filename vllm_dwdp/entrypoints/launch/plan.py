@@ -116,6 +116,7 @@ class LaunchPlan:
             *("--distributed-executor-backend", "dwdp"),
             *("--data-parallel-size", str(self.num_ranks), "--data-parallel-rank", str(rank)),
             *("--additional-config", json.dumps(config)),
+            *(self.disaggregation.memory_arguments(PRODUCER) if self.disaggregation else ()),
             *self.arguments,
             *(self.disaggregation.transfer_arguments(PRODUCER) if self.disaggregation else ()),
             *("--middleware", MIDDLEWARE),  # after the user's own: the last one is asked first
@@ -130,6 +131,7 @@ class LaunchPlan:
             *("serve", self.model, "--host", RANK_HOST),
             *("--port", str(self.disaggregation.decode_ports[index])),
             *(("--additional-config", json.dumps(others)) if others else ()),
+            *self.disaggregation.memory_arguments(CONSUMER),
             *self.arguments,
             *self.disaggregation.decode_arguments,
             *self.disaggregation.transfer_arguments(CONSUMER),

@@ -10,6 +10,9 @@ the decode server makes of a request. So what becomes several sequences is not a
 of several prompts all but one would decode another prompt's blocks, and of several samples all but the
 first would read blocks that are free again. The decode server computes these prompts itself.
 
+A decode server that came back gets nothing until it was compared with the ranks again (`admission`). The
+router names it in the id of each request, so that its prompts wait here, or are refused.
+
 A prompt may be asked for twice: computing it has no effect but that its KV blocks are kept for a while,
 and blocks that nobody fetches are freed when their lease ends.
 
@@ -23,12 +26,15 @@ import http.client
 import http.server
 import json
 import os
+import re
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from vllm_dwdp.entrypoints.launch.admission import ADMITTED, GONE, REFUSED, read_admission
 from vllm_dwdp.entrypoints.launch.routed import ENDING_FILE_ENV
 
 HOST = "127.0.0.1"
@@ -36,7 +42,14 @@ HEALTH_TIMEOUT_S = 4.0
 ANSWER_TIMEOUT_S = 1800.0
 """As long as the router itself waits."""
 NOT_PASSED_ON = ("host", "content-length", "connection", "transfer-encoding")
-ENDING = json.dumps({"error": {"message": "This launch ends, and takes nothing new."}}).encode()
+DECODE = re.compile(r"___decode_addr_(.+)_[0-9a-f]+$")
+"""In the id that vllm-router gives a request: the host and port of its decode server."""
+HOLD_S = {GONE: 5.0}
+"""So long waits a prompt for a decode server that is not there."""
+LONGEST_HOLD_S = 60.0
+"""And for one that is being compared."""
+HOLD_INTERVAL_S = 0.05
+ENDS = "This launch ends, and takes nothing new."
 COMPUTE_IT_THERE = json.dumps({"kv_transfer_params": None}).encode()
 """The answer of a rank that has computed nothing: nothing is to be fetched."""
 
@@ -84,6 +97,28 @@ def is_one_sequence(body: bytes) -> bool:
     return not (is_batch or asked.get("use_beam_search") or any(count != 1 for count in samples))
 
 
+def wait_for_decode(request_id: str) -> str:
+    """Wait until the decode server of a request may get it; why it may not, empty if it may."""
+    named = DECODE.search(request_id)
+    begun = time.monotonic()
+    while named is not None:
+        state, reason = read_admission().get(named[1], (ADMITTED, ""))
+        if state == ADMITTED:
+            break
+        if state == REFUSED:
+            return reason
+        if time.monotonic() - begun > HOLD_S.get(state, LONGEST_HOLD_S):
+            return f"The decode server at {named[1]} gets nothing yet; it is {state}."
+        time.sleep(HOLD_INTERVAL_S)
+    return ""
+
+
+def refusal(reason: str) -> Answer:
+    """A 503 that says why."""
+    body = json.dumps({"error": {"message": reason}}).encode()
+    return Answer(status=503, content_type="application/json", body=body)
+
+
 class RelayServer(http.server.ThreadingHTTPServer):
     """Listens in the place of one rank.
 
@@ -120,25 +155,28 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or "0"))
         if self._refuses():
             return
+        if reason := wait_for_decode(self.headers.get("X-Request-Id") or ""):
+            self._answer(refusal(reason))
+            return
         headers = {
             name: value for name, value in self.headers.items() if name.lower() not in NOT_PASSED_ON
         }
-        refusal = None
+        failed = None
         for url in self.server.urls if is_one_sequence(body) else ():
             answer = ask(url, "POST", self.path, body, headers, ANSWER_TIMEOUT_S)
             if answer is not None and answer.status < 500:
                 self._answer(answer)
                 return
-            refusal = answer or refusal
+            failed = answer or failed
         self._answer(
-            refusal or Answer(status=200, content_type="application/json", body=COMPUTE_IT_THERE)
+            failed or Answer(status=200, content_type="application/json", body=COMPUTE_IT_THERE)
         )
 
     def _refuses(self) -> bool:
         """At the end the ranks go first: nobody else would refuse what is new."""
         ends = os.path.exists(os.environ.get(ENDING_FILE_ENV, ""))
         if ends:
-            self._answer(Answer(status=503, content_type="application/json", body=ENDING))
+            self._answer(refusal(ENDS))
         return ends
 
     def _answer(self, answer: Answer) -> None:

@@ -44,6 +44,7 @@ class Server:
         log: file for its output.
         environment: added to ours.
         program: another server that takes a host and a port and answers at `READY_PATH` when it serves.
+        port: to listen at; None takes a free one.
     """
 
     def __init__(
@@ -52,8 +53,9 @@ class Server:
         log: Path,
         environment: dict[str, str],
         program: Sequence[str] = SERVE,
+        port: int | None = None,
     ) -> None:
-        (port,) = free_ports(1)
+        port = free_ports(1)[0] if port is None else port
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
