@@ -414,7 +414,9 @@ def test_running_streams_finish_and_new_requests_are_refused_at_the_end(
         for _ in range(3):
             with pytest.raises(urllib.error.HTTPError) as refused:
                 ask(launch.url, **GREEDY, prompt="something new")
-            assert refused.value.code == 503
+            # The router makes a 500 of a rank's 503, and a second later has nobody to ask.
+            said = refused.value.read().decode()
+            assert "This launch ends" in said or "No available workers" in said, said
         assert not any(stream.done() for stream in streams), "the test shows nothing"
         for stream in streams:
             text, last = stream.result(timeout=120)

@@ -14,6 +14,7 @@ from vllm_dwdp.entrypoints.launch.admission import (
     COMPARING,
     GONE,
     REFUSED,
+    SOMEBODY,
     Admission,
     Candidate,
     read_admission,
@@ -29,7 +30,7 @@ class Servers:
     """Decode servers that do as they are told, and what became of them."""
 
     def __init__(self, folder: Path, count: int) -> None:
-        self.serving = [True] * count
+        self.serving = ["first"] * count
         self.outcome: list[Callable[[], None]] = [lambda: None] * count
         self.has_rank = True
         self.forgotten: list[str] = []
@@ -42,7 +43,7 @@ class Servers:
         return Candidate(
             name=f"decode {index}",
             url=f"http://{PLACE.format(index)}",
-            is_serving=lambda: self.serving[index],
+            identity=lambda: self.serving[index],
             compare=lambda: self.outcome[index] if self.has_rank else None,
         )
 
@@ -62,11 +63,11 @@ class Servers:
         wait_until(has_come, timeout_s=10)
         return news
 
-    def restart(self, index: int = 0) -> None:
-        self.serving[index] = False
+    def restart(self, index: int = 0, after: str = "second") -> None:
+        self.serving[index] = ""
         self.admission.poll()
         assert self.states()[index] == GONE and not self.admission.is_complete
-        self.serving[index] = True
+        self.serving[index] = after
 
 
 def fails(error: DwdpConfigError) -> Callable[[], None]:
@@ -87,6 +88,21 @@ def test_one_that_comes_back_gets_nothing_until_it_was_compared(tmp_path: Path) 
     may_end.set()
     assert servers.news_once(ADMITTED) == ["decode 0: fits the ranks, and gets requests"]
     assert servers.admission.is_complete
+
+
+def test_one_that_was_only_silent_is_not_compared_again(tmp_path: Path) -> None:
+    servers = Servers(tmp_path, 1)
+    servers.outcome[0] = fails(Unfit("compared"))
+    servers.restart(after="first")
+    assert servers.news_once(ADMITTED) == []
+
+
+def test_who_cannot_be_told_from_another_is_compared(tmp_path: Path) -> None:
+    servers = Servers(tmp_path, 1)
+    servers.serving[0] = SOMEBODY
+    servers.admission.admit_all()
+    servers.restart(after=SOMEBODY)
+    assert servers.news_once(ADMITTED) == ["decode 0: fits the ranks, and gets requests"]
 
 
 def test_one_that_goes_while_it_is_compared_is_compared_anew(tmp_path: Path) -> None:

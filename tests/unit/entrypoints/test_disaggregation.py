@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.unit.entrypoints.test_launch import healthy_server, plan
+from vllm_dwdp.entrypoints.cli import launch as cli_launch
 from vllm_dwdp.entrypoints.cli.main import app
 from vllm_dwdp.entrypoints.doctor.gpus import one_gpu_each
 from vllm_dwdp.entrypoints.launch import disaggregation as disagg
@@ -216,6 +217,42 @@ def test_options_that_contradict_each_other(arguments: list[str], problem: str) 
     result = CliRunner().invoke(app, ["launch", "m", *arguments])
     assert isinstance(result.exception, DwdpConfigError)
     assert problem in str(result.exception)
+
+
+UTILIZATION = "--gpu-memory-utilization"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "of_rank", "of_decode"),
+    [
+        (["--decode-servers", "1"], {}, ["0.3000"], ["0.3000"]),
+        (["--decode-servers", "1", "--decode-args", "-tp 2"], {}, ["0.2250"], ["0.2250"]),
+        (["--decode-servers", "1"], {"VLLM_CPU_KVCACHE_SPACE": "2"}, [], []),
+        (["--decode-servers", "1", UTILIZATION, "0.1"], {}, ["0.1"], ["0.1"]),
+        (["--decode-servers", "1", "--decode-args", f"{UTILIZATION} 0.2"], {}, [], ["0.2"]),
+        (["--prefill-only"], {}, [], []),
+    ],
+)
+def test_memory_is_divided_unless_the_user_says_how_much(
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    environment: dict[str, str],
+    of_rank: list[str],
+    of_decode: list[str],
+) -> None:
+    """Of a model whose size nobody knows."""
+    launched: list[Any] = []
+    monkeypatch.setattr(launcher, "launch", lambda plan, logs, report: launched.append(plan))
+    monkeypatch.setattr(cli_launch, "count_gpus", lambda: 0)
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    result = CliRunner().invoke(app, ["launch", "m", *arguments])
+    assert result.exit_code == 0, result.output
+    (made,) = launched
+    assert options(made.rank_command(0), UTILIZATION) == of_rank
+    if made.decode_urls:
+        assert options(made.decode_command(0), UTILIZATION) == of_decode
 
 
 def test_the_key_that_servers_want_to_see() -> None:

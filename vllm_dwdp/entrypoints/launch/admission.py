@@ -23,6 +23,7 @@ from vllm_dwdp.errors import DwdpError
 ADMISSION_FILE_ENV = "DWDP_ADMISSION_FILE"
 """Variable of the relay's environment: the file."""
 GONE, COMPARING, ADMITTED, REFUSED = "gone", "being compared", "admitted", "refused"
+SOMEBODY = "somebody"
 AGAIN_S = 10.0
 """Between two comparisons of a server that did not pass."""
 
@@ -34,7 +35,7 @@ class Candidate:
     Args:
         name: for the terminal.
         url: of it.
-        is_serving: asks whether it answers.
+        identity: asks who answers: empty if nobody does, `SOMEBODY` where that cannot be told.
         compare: makes what compares it with the ranks; None while no rank is there.
         state: one of those above.
         reason: why it was refused.
@@ -44,12 +45,13 @@ class Candidate:
 
     name: str
     url: str
-    is_serving: Callable[[], bool]
+    identity: Callable[[], str]
     compare: Callable[[], Callable[[], None] | None]
     state: str = GONE
     reason: str = ""
     differs: bool = False
     is_forgotten: bool = False
+    _admitted: str = ""
     _again_at: float = 0.0
     _comparison: "_Comparison | None" = None
 
@@ -60,14 +62,21 @@ class Candidate:
 
     def poll(self) -> str:
         """Look at it again; a line if there is news."""
-        if not self.is_serving():
+        now = self.identity()
+        if not now:
             self.state, self.reason, self.differs = GONE, "", False
             self._comparison, self._again_at = None, 0.0
+        elif now == self._admitted != SOMEBODY:
+            self.state = ADMITTED  # it was only silent
         elif self._comparison is not None:
             return self._end_comparison(self._comparison)
         elif self.state != ADMITTED and time.monotonic() >= self._again_at:
             self._begin_comparison()
         return ""
+
+    def admit(self) -> None:
+        """Give it requests."""
+        self.state, self._admitted = ADMITTED, self.identity()
 
     def _begin_comparison(self) -> None:
         if (work := self.compare()) is not None:
@@ -84,6 +93,7 @@ class Candidate:
         self.is_forgotten = self.is_forgotten and not self.differs  # a router may be a new one
         self._again_at = time.monotonic() + AGAIN_S
         if self.state == ADMITTED:
+            self.admit()
             from_when = " once the router is started again" if self.is_forgotten else ""
             self.is_forgotten = False
             return f"{self.name}: fits the ranks, and gets requests{from_when}"
@@ -124,7 +134,7 @@ class Admission:
     def admit_all(self) -> None:
         """Take all of them: they were compared before anybody could ask."""
         for each in self.candidates:
-            each.state = ADMITTED
+            each.admit()
         self._write()
 
     def poll(self) -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
-from vllm_dwdp.entrypoints.launch.admission import Admission, Candidate
+from vllm_dwdp.entrypoints.launch.admission import SOMEBODY, Admission, Candidate
 from vllm_dwdp.entrypoints.launch.child import Child
 from vllm_dwdp.entrypoints.launch.fronts import admission_file, answers, forget_decode
 from vllm_dwdp.entrypoints.launch.pairing import Server, check_pair
@@ -35,12 +35,12 @@ class Deployment:
         )
 
     def _candidate(self, index: int, url: str) -> Candidate:
-        """One of ours is there while its child serves, one elsewhere while it answers."""
+        """One of ours is known by its process, one elsewhere is any that answers."""
         ours = self.decodes[index] if index < len(self.decodes) else None
         return Candidate(
             name=f"decode {index}",
             url=url,
-            is_serving=lambda: ours.state == "serving" if ours else answers(url + READY_PATH),
+            identity=partial(_process_of, ours) if ours else partial(_who_answers, url),
             compare=lambda: self._comparison(index),
         )
 
@@ -88,6 +88,14 @@ class Deployment:
         for index in range(len(self.plan.decode_urls)):
             self._compare(index, range(self.plan.num_ranks))
         self.admission.admit_all()
+
+
+def _process_of(child: Child) -> str:
+    return str(child.process.pid) if child.process and child.state == "serving" else ""
+
+
+def _who_answers(url: str) -> str:
+    return SOMEBODY if answers(url + READY_PATH) else ""
 
 
 def _entry(role: str, index: int, child: Child) -> Callable[[str], Entry]:

@@ -29,6 +29,8 @@ START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 60.0
 READY_PATH = "/health"
 """200 when the engine serves; until then nobody listens at the port."""
+WAKE = ("sh", "-c", 'read -r nothing; kill -s CONT "$@"', "sh")
+"""Wakes the processes that are named after it once nobody can write to its input any more."""
 _DEFAULTS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
@@ -59,6 +61,7 @@ class Server:
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
+        self._waker: subprocess.Popen[bytes] | None = None
         self.command = [*program, *arguments, "--host", "127.0.0.1", "--port", str(port)]
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as output:
@@ -158,12 +161,30 @@ class Server:
         return self.log.read_text(errors="replace")[-8000:]
 
     def suspend(self) -> None:
-        """SIGSTOP for the whole family."""
+        """SIGSTOP for the whole family, until `resume`, or until we have ended, however we did.
+
+        What is stopped does not hear the signal that it gets when its parent ends.
+        """
+        self._let_go()
+        family = [str(self.process.pid), *(str(member.pid) for member in self.processes())]
+        self._waker = subprocess.Popen(
+            [*WAKE, *family],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         self._signal_family(signal.SIGSTOP)
 
     def resume(self) -> None:
         """SIGCONT for the whole family."""
+        self._let_go()
         self._signal_family(signal.SIGCONT)
+
+    def _let_go(self) -> None:
+        """Wake what was suspended."""
+        if self._waker is not None:
+            self._waker.communicate()
+            self._waker = None
 
     def _signal_family(self, sent: signal.Signals) -> None:
         if self.process.poll() is None:
@@ -174,6 +195,7 @@ class Server:
     def kill(self) -> None:
         """SIGKILL for the whole family, ranks first."""
         family = [*self.ranks(), *self.processes()] if self._is_alive() else []
+        self._let_go()
         for member in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.kill()
