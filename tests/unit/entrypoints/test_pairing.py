@@ -197,7 +197,9 @@ def test_a_server_without_the_connector_is_named(monkeypatch: pytest.MonkeyPatch
     assert "the kv_connector of --kv-transfer-config is 'none, or another one' there" in unfit(None)
 
 
-@pytest.mark.parametrize("of_decode", [{}, {"engine_id": "another", "backend": "FLASH"}], ids=["silent", "another"])
+@pytest.mark.parametrize(
+    "of_decode", [{}, {"engine_id": "another", "backend": "FLASH"}], ids=["silent", "another"]
+)
 def test_where_no_side_channel_is_reached_the_candidates_are_named(
     monkeypatch: pytest.MonkeyPatch, of_decode: dict[str, Any]
 ) -> None:
