@@ -20,6 +20,10 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("nixl") is None, reason="NIXL is not installed"),
 ]
 
+WRONG_ON_CPUS = pytest.mark.xfail(
+    reason="vLLM's CPU_MLA backend decodes fetched blocks wrongly; `check_pair` refuses it",
+    strict=True,
+)
 NUM_PROCESSES = 3
 """Two ranks and the decode engine."""
 
@@ -28,7 +32,8 @@ NUM_PROCESSES = 3
     "families",
     [
         pytest.param(["qwen3_moe"], id="one-family"),
-        pytest.param(["mixtral", "gpt_oss", "deepseek_v3"], id="others", marks=pytest.mark.slow),
+        pytest.param(["mixtral", "gpt_oss", "glm4_moe"], id="others", marks=pytest.mark.slow),
+        pytest.param(["deepseek_v3"], id="mla", marks=[pytest.mark.slow, WRONG_ON_CPUS]),
     ],
 )
 def test_a_stock_engine_decodes_what_ranks_computed(

@@ -23,6 +23,11 @@ HANDSHAKE = Handshake(
 )
 
 
+@pytest.fixture(autouse=True)
+def silent_side_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairing, "read_handshake", lambda host, port: None)
+
+
 class Fake(http.server.ThreadingHTTPServer):
     """Says what it is told to, and counts bytes when it is offered blocks and can fetch."""
 
@@ -170,7 +175,7 @@ def test_what_side_channels_say_names_the_field(
 ) -> None:
     channels = Channels(monkeypatch, **of_decode)
     assert re.search(said, unfit())
-    assert channels.asked == [("h", 5600), ("h", 5700)]
+    assert channels.asked[-2:] == [("h", 5600), ("h", 5700)]
 
 
 def test_what_a_hash_hides_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,6 +189,20 @@ def test_what_a_hash_hides_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         *("CPU_ATTN", "auto"),
         "pull",
     )
+
+
+def test_a_backend_that_answers_wrongly_is_refused_though_bytes_arrive(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mla = replace(HANDSHAKE, backend="CPU_MLA")
+    monkeypatch.setattr(pairing, "read_handshake", lambda host, port: mla)
+    decode = Fake(offers=THEIRS)
+    with (
+        pair(Fake(offers=OURS), decode) as servers,
+        pytest.raises(Unfit, match=r"CPU_MLA backend .* other tokens .* without decode servers"),
+    ):
+        check_pair(*servers)
+    assert not decode.asked
 
 
 def test_the_transfer_mode_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,11 @@ CACHE_INFO = "vllm:cache_config_info"
 RECEIVED = "vllm:nixl_bytes_transferred_sum"
 CACHE_FIELDS = {"block_size": "--block-size", "cache_dtype": "--kv-cache-dtype"}
 NUM_PROMPT_BLOCKS = 2
+WRONG_BACKENDS = {
+    "CPU_MLA": "vLLM's CPU_MLA backend (0.32) decodes other tokens from KV blocks that were fetched "
+    "than from its own, also between two stock servers"
+}
+"""Attention backends with which the bytes arrive, and the answers are wrong."""
 
 _WITHOUT_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -107,6 +112,12 @@ def check_pair(rank: Server, decode: Server, arguments: Sequence[str] = ()) -> N
     if not offered:
         raise DwdpConfigError(
             f"{rank.name} offers no KV blocks: was --kv-transfer-config of launch changed?"
+        )
+    seen = _handshake(offered)
+    if seen is not None and seen.backend in WRONG_BACKENDS:
+        raise Unfit(
+            f"{decode.name} cannot decode what {rank.name} computes: {WRONG_BACKENDS[seen.backend]}. "
+            "Serve this model without decode servers, or on GPUs."
         )
     try:
         if _fetches(decode, request, offered):
