@@ -352,6 +352,7 @@ def test_a_rank_that_is_killed_under_load_costs_no_request(
     check_kv_still_moves(launch)
 
 
+@pytest.mark.feature("Disaggregated serving (NIXL): a killed router or relay")
 @pytest.mark.parametrize("name", ["router", "relay"])
 def test_what_is_between_may_be_killed_under_load(
     launch: Disaggregated, expected: dict[str, list[Any]], name: str
@@ -401,6 +402,7 @@ def test_a_decode_server_that_is_killed_loses_its_own_streams_and_comes_back(
     assert choices(ask(launch.url, **GREEDY, prompt=prompt)) == expected
 
 
+@pytest.mark.feature("Disaggregated serving (NIXL): draining")
 def test_running_streams_finish_and_new_requests_are_refused_at_the_end(
     launch: Disaggregated,
 ) -> None:

@@ -138,6 +138,7 @@ def check_answers(url: str, elsewhere: Elsewhere, name: str) -> None:
         wait_until(lambda: elsewhere.fetched() > before)  # noqa: B023
 
 
+@pytest.mark.feature("Disaggregated serving (NIXL): `--decode-url`")
 def test_a_decode_url_is_compared_whenever_it_comes_back(
     elsewhere: Elsewhere, tmp_path: Path
 ) -> None:
@@ -161,6 +162,7 @@ def test_a_decode_url_is_compared_whenever_it_comes_back(
         check_answers(launch.url, elsewhere, "again")
 
 
+@pytest.mark.feature("Disaggregated serving (NIXL): `--prefill-only` behind another router")
 def test_ranks_alone_behind_a_router_of_ones_own(elsewhere: Elsewhere, tmp_path: Path) -> None:
     first, port = free_ports_in_a_row(2), free_ports(1)[0]
     ranks = [f"http://127.0.0.1:{first + rank}" for rank in (0, 1)]

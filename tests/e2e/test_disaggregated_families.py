@@ -28,6 +28,7 @@ NUM_PROCESSES = 3
 """Two ranks and the decode engine."""
 
 
+@pytest.mark.feature("Disaggregated serving (NIXL): several model families")
 @pytest.mark.parametrize(
     "families",
     [
