@@ -5,7 +5,7 @@
 DEVICE ?= cpu
 PY := .venv/bin/python
 
-.PHONY: setup native demo test test-all test-unit test-cuda test-native test-e2e fuzz lint format clean
+.PHONY: setup native demo test test-all test-versions tables test-unit test-cuda test-native test-e2e fuzz lint format clean
 .PHONY: gpu-minutes two-gpu-minutes test-gpu bench-gpu native-gpu
 
 setup:
@@ -18,6 +18,7 @@ demo: setup
 	@$(PY) examples/demo.py
 
 test test-all: setup lint test-native test-unit test-cuda test-e2e
+test-all: test-versions
 
 # Tests marked `slow` are left out, except by test-all.
 CHOSEN := and not slow
@@ -39,6 +40,16 @@ test-native:
 
 test-e2e:
 	$(PY) -m pytest -q $(SIDE_BY_SIDE) -m "e2e $(CHOSEN)" --durations=20 tests/e2e
+
+# The newest vLLM that is tested, over the compiled parts of this environment's.
+OTHER_PY := .venv-0.33/bin/python
+test-versions: test-e2e
+	@$(PY) -m tests.helpers.other_vllm >/dev/null
+	$(OTHER_PY) -m pytest -q $(SIDE_BY_SIDE) -m "compat or every_version" tests
+
+# docs/features.md, docs/models.md and docs/versions.md, from the last results on this machine.
+tables:
+	$(PY) -m tests.tables
 
 # Coverage-guided fuzzing of the messages between ranks; needs `pip install -e .[fuzz]`.
 FUZZ_SECONDS ?= 60

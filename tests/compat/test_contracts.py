@@ -22,25 +22,40 @@ from typing import Any
 import pytest
 
 from tests.compat.syntax import assignments, calls, entries, tree
+from tests.compat.versions import vllm_minor
+from vllm_dwdp.entrypoints.doctor.checks import TESTED_VLLM
 from vllm_dwdp.entrypoints.launch.routed import MIDDLEWARE, Routed
 
 pytestmark = pytest.mark.compat
 
+ROOT = Path(__file__).parents[2]
+
 
 def test_vllm_is_in_the_tested_range() -> None:
-    from packaging.version import Version
-    from vllm.version import __version__
+    first, end = TESTED_VLLM
+    assert first <= vllm_minor() < end
 
-    assert Version("0.32") <= Version(__version__) < Version("0.33")
+
+def test_the_range_of_the_requirements_is_the_one_of_doctor() -> None:
+    import tomllib
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    assert "vllm>={}.{},<{}.{}".format(*TESTED_VLLM[0], *TESTED_VLLM[1]) in extras["cuda"]
 
 
 def test_engine_args_has_every_field_that_is_refused_with_the_neutral_value_as_default() -> None:
     from vllm import EngineArgs
 
+    from vllm_dwdp.compat.frontend.engine_fields import SINCE
     from vllm_dwdp.compat.frontend.refusals import REFUSED
 
     defaults = {field.name: field.default for field in dataclasses.fields(EngineArgs)}
+    later = {name for name, first in SINCE.items() if vllm_minor() < first}
     for field, flag, neutral, _ in REFUSED:
+        if field in later:
+            continue
         assert field in defaults, f"{flag} has gone"
         default = defaults[field]
         if default is not dataclasses.MISSING:
@@ -51,13 +66,15 @@ def test_every_field_of_engine_args_is_in_one_class() -> None:
     """A new flag of vLLM must be looked at; one that has gone must be forgotten."""
     from vllm import EngineArgs
 
-    from vllm_dwdp.compat.frontend.engine_fields import FIELDS
+    from vllm_dwdp.compat.frontend.engine_fields import FIELDS, SINCE
 
     assert list(FIELDS) == ["supported", "refused", "irrelevant", "untested"]
     classified = Counter(name for names in FIELDS.values() for name in names)
     fields = {field.name for field in dataclasses.fields(EngineArgs)}
     assert not fields - set(classified), "in no class of compat/frontend/engine_fields.py"
-    assert not set(classified) - fields, "no longer fields of EngineArgs"
+    expected = {name for name in classified if vllm_minor() >= SINCE.get(name, (0, 0))}
+    assert not expected - fields, "no longer fields of EngineArgs"
+    assert not fields & (set(classified) - expected), "older than `SINCE` says"
     assert not [name for name, count in classified.items() if count > 1], "in two classes"
 
 
@@ -283,7 +300,8 @@ def test_cpu_worker_takes_memory_of_the_node_of_the_first_core_that_it_may_use(
 
     def start_on(core: int) -> None:
         os.sched_setaffinity(0, {core})  # of this thread
-        cpu_worker.CPUWorker(None, 0, 0, "")
+        parallel_config = SimpleNamespace(assigned_physical_gpu_ids=None)
+        cpu_worker.CPUWorker(SimpleNamespace(parallel_config=parallel_config), 0, 0, "")
 
     allowed = sorted(os.sched_getaffinity(0))
     cores = [cpu_resource_utils.LogicalCPUInfo(core, core, 10 + core) for core in allowed]
@@ -296,6 +314,84 @@ def test_cpu_worker_takes_memory_of_the_node_of_the_first_core_that_it_may_use(
         for core in allowed:
             with pytest.raises(NodeChosenError, match=rf"\[{10 + core}\]"):
                 pool.submit(start_on, core).result()
+
+
+def test_devices_of_a_rank_are_memory_nodes_since_033_and_we_hide_them() -> None:
+    """Fails when hiding them can go: rank 1 has no node on a machine of one."""
+    from vllm.utils import cpu_resource_utils
+    from vllm.utils.ompmultiprocessing import OMPProcessManager
+    from vllm.v1.engine import utils
+
+    from vllm_dwdp.compat.worker.cpu import bound_cores
+
+    assert "assigned_physical_gpu_ids" in ast.unparse(tree(utils.CoreEngineProcManager.__init__))
+    takes = list(inspect.signature(cpu_resource_utils.get_visible_memory_node).parameters)
+    assert takes == (["assigned_node_ids"] if vllm_minor() >= (0, 33) else [])
+    absent = max(cpu.numa_node for cpu in cpu_resource_utils.get_allowed_cpu_list()) + 1
+    parallel_config = SimpleNamespace(
+        assigned_physical_gpu_ids=[absent],
+        data_parallel_rank_local=1,
+        local_world_size=1,
+        _api_process_count=1,
+    )
+    config: Any = SimpleNamespace(parallel_config=parallel_config, kv_transfer_config=None)
+    with bound_cores(parallel_config, 1, 2):
+        if takes:
+            assert cpu_resource_utils.get_visible_memory_node([absent]) == []
+            assert OMPProcessManager(config).assigned_node_ids is None
+        assert OMPProcessManager(config).cpu_lists
+    assert parallel_config.assigned_physical_gpu_ids == [absent]
+
+
+def test_a_rank_of_one_process_takes_the_gpu_of_its_place_among_the_ranks_of_its_host() -> None:
+    """Since 0.33 by a function of its own, before inside of `Worker.init_device`."""
+    from vllm.config import ParallelConfig
+    from vllm.v1.worker.gpu_worker import Worker
+
+    if vllm_minor() < (0, 33):
+        assert "data_parallel_rank_local" in ast.unparse(tree(Worker.init_device))
+        return
+    assert "parallel_config.get_local_gpu_index" in calls(Worker.init_device)
+    facts: dict[str, Any] = {
+        "distributed_executor_backend": "vllm_dwdp.executor.executor.DwdpExecutor",
+        "data_parallel_backend": "mp",
+        "nnodes_within_dp": 1,
+        "world_size": 1,
+        "data_parallel_index": 3,
+    }
+    for place, expected in ((0, 0), (1, 1), (None, 3)):
+        rank: Any = SimpleNamespace(**facts, data_parallel_rank_local=place)
+        assert ParallelConfig.get_local_gpu_index(rank, 0) == expected
+
+
+def test_parameters_are_replaced_only_while_a_layer_is_processed() -> None:
+    """Since 0.33 in place where they fit: done later, it would write into what peers read."""
+    import torch
+    import vllm
+    from vllm.model_executor.utils import replace_parameter
+
+    layer = torch.nn.Module()
+    layer.weight = torch.nn.Parameter(torch.zeros(2), requires_grad=False)
+    before = layer.weight.data_ptr()
+    replace_parameter(layer, "weight", torch.ones(2))
+    assert layer.weight.tolist() == [1, 1]
+    assert (layer.weight.data_ptr() == before) == (vllm_minor() >= (0, 33))
+    layers = Path(vllm.__file__).parent / "model_executor" / "layers"
+    callers = {
+        node.name
+        for folder in ("fused_moe", "quantization")
+        for path in (layers / folder).rglob("*.py")
+        if "replace_parameter" in (text := path.read_text())
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef) and "replace_parameter" in calls_in(node)
+    }
+    assert "process_weights_after_loading" in callers
+    per_step = r"__call__|(forward|apply)\w*|prepare|finalize|run|select_experts"
+    assert not [name for name in callers if re.fullmatch(per_step, name)], callers
+
+
+def calls_in(node: ast.FunctionDef) -> set[str]:
+    return {ast.unparse(each.func) for each in ast.walk(node) if isinstance(each, ast.Call)}
 
 
 def test_an_engine_takes_stat_loggers_when_it_is_made() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.compat.index_readers import looked_at, readers, readers_of
+from tests.compat.versions import vllm_minor
 
 pytestmark = pytest.mark.compat
 
@@ -17,10 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def list_of_this_version() -> Path:
-    from vllm.version import __version__
-
-    minor = ".".join(__version__.split(".")[:2])
-    return Path(__file__).with_name(f"index_readers_{minor}.txt")
+    return Path(__file__).with_name("index_readers_{}.{}.txt".format(*vllm_minor()))
 
 
 def test_every_reader_of_a_ranks_place_has_been_looked_at() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.compat.routes import routes, routes_of
+from tests.compat.versions import vllm_minor
 from vllm_dwdp.entrypoints.launch.routed import CONTROL_ROUTES
 
 pytestmark = pytest.mark.compat
@@ -19,6 +20,7 @@ OF_ANY_RANK = {
     *("/v1/chat/completions/derender", "/cohere/v2/chat", "/cohere/v2/chat/render"),
     *("/v1/messages", "/v1/messages/count_tokens", "/v1/messages/render"),
     *("/inference/v1/generate", "/invocations", "/generative_scoring", "/v1/systemone"),
+    "/v1/decisions",
     *("/tokenize", "/detokenize", "/pooling", "/classify", "/v1/embeddings", "/v2/embed"),
     *("/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"),
     *(
@@ -41,6 +43,8 @@ OF_OTHER_SERVERS = {
     *("/clear", "/query", "/register", "/rank/{rank}/initialize", "/ready", "/readyz"),
 }
 """Of key-value stores, and of vLLM's supervisor of several servers."""
+SINCE = {"/v1/decisions": (0, 33)}
+"""Routes that older versions of the range do not have, and the first that has each."""
 
 
 def test_every_route_has_been_looked_at() -> None:
@@ -55,6 +59,7 @@ def test_every_route_has_been_looked_at() -> None:
         STORED_AT_ONE_RANK,
         OF_OTHER_SERVERS,
     )
+    known -= {route for route, first in SINCE.items() if vllm_minor() < first}
     assert not found - known, "new routes; look at them"
     assert not known - found, "routes that have gone"
 

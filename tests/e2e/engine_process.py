@@ -83,9 +83,13 @@ def begin_together(place: Path, case: dict[str, Any], rank: int) -> None:
 def run_case(case: dict[str, Any], rank: int) -> dict[str, Any]:
     """Build the engine, generate greedily one request at a time, and tear everything down.
 
-    `report` names a function whose findings about the worker join the result.
+    `report` names a function whose findings about the worker join the result; `run` one that does all
+    of this in its own way.
     """
     take_place(case, rank)
+    if "run" in case:
+        owner, name = find(case["run"])
+        return {"name": case["name"], "rank": rank} | getattr(owner, name)(case)
     started = time.monotonic()
     engine = make_engine(case)
     try:

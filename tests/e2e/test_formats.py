@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,18 +79,29 @@ def check(ranks: list[dict[str, Any]], reference: dict[str, Any]) -> None:
 
 COPIED = ("fp8_block", "gpt_oss_mxfp4")
 """On every push: an expert's tensors one by one, and fused; two kinds of scale."""
+OTHERS = tuple(name for name in RUNS_HERE if name not in COPIED)
+ROWS = {
+    "bf16_fused": "experts fused in bf16",
+    "fp8_block": "FP8 in blocks",
+    "ct_int8": "compressed-tensors int8",
+    "ct_int4": "compressed-tensors int4",
+    "gptq": "GPTQ int4",
+    "awq": "AWQ int4",
+    "gpt_oss_mxfp4": "MXFP4 of gpt-oss",
+}
+
+
+def rows_of_formats(names: Sequence[str]) -> pytest.MarkDecorator:
+    """A row for each format."""
+    return pytest.mark.feature(*(f"Checkpoint format: {ROWS[name]}" for name in names))
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "names",
     [
-        pytest.param(COPIED, id="two-formats"),
-        pytest.param(
-            tuple(name for name in RUNS_HERE if name not in COPIED),
-            id="other-formats",
-            marks=pytest.mark.slow,
-        ),
+        pytest.param(COPIED, id="two-formats", marks=rows_of_formats(COPIED)),
+        pytest.param(OTHERS, id="other-formats", marks=[pytest.mark.slow, rows_of_formats(OTHERS)]),
     ],
 )
 class TestShared:

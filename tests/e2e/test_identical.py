@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from _pytest.mark import ParameterSet
 
 from gpu_checks.checkpoints import ARCHITECTURES
 from tests.e2e.conftest import Checkpoints, StockEngine
@@ -23,6 +24,27 @@ FAMILIES = [
     pytest.param(ON_PUSH, id="three-families"),
     pytest.param(OTHERS, id="other-families", marks=pytest.mark.slow),
 ]
+ROWS = {
+    "qwen3_moe": "Qwen3-MoE",
+    "qwen3_moe_mixed": "Qwen3-MoE with dense layers between",
+    "qwen2_moe": "Qwen2-MoE",
+    "mixtral": "Mixtral",
+    "olmoe": "OLMoE",
+    "granite_moe": "Granite-MoE",
+    "glm4_moe": "GLM-4-MoE",
+    "gpt_oss": "gpt-oss",
+    "deepseek_v2": "DeepSeek-V2",
+    "deepseek_v3": "DeepSeek-V3",
+}
+
+
+def with_rows(families: ParameterSet) -> ParameterSet:
+    """The parameter, with a row for each family."""
+    (listed,) = families.values
+    marks = [*families.marks, pytest.mark.model(*(ROWS[name] for name in listed))]
+    return pytest.param(listed, id=families.id, marks=marks)
+
+
 Results = dict[str, list[dict[str, Any]]]
 
 
@@ -72,8 +94,9 @@ def test_the_reference_is_not_degenerate(
         assert len({token for tokens in result["tokens"] for token in tokens}) > 5, model
 
 
+@pytest.mark.every_version
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("families", FAMILIES)
+@pytest.mark.parametrize("families", [with_rows(each) for each in FAMILIES])
 def test_two_ranks_direct_and_prefetch(
     stock: StockEngine, checkpoints: Checkpoints, tmp_path: Path, families: dict[str, int]
 ) -> None:
@@ -90,6 +113,9 @@ def test_two_ranks_direct_and_prefetch(
     assert sum(status["late_prefetches"] for status in statuses) > 100, "the delays delayed nothing"
 
 
+@pytest.mark.feature(
+    "Experts that the ranks do not divide, and redundant ones (`experts_per_rank`)"
+)
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("families", "redundant", "redundant_direct"),
@@ -140,6 +166,7 @@ def test_four_ranks_and_uneven_counts(
     run_and_check(stock, tmp_path, cases(checkpoints, families, num_ranks=4, dwdp={}))
 
 
+@pytest.mark.feature("Preemption and aborts in large batches")
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("num_steps", "seed"), [(400, 2), pytest.param(2000, 1, marks=pytest.mark.slow)]

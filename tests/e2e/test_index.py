@@ -61,6 +61,7 @@ def ranks(
     assert not list((folder / "meet").iterdir())
 
 
+@pytest.mark.feature("Sampling without a seed")
 def test_samples_without_a_seed_differ_between_ranks(ranks: list[Server]) -> None:
     """Best-of-n over two ranks would lose half of its samples."""
     prompt = "The capital of France is"

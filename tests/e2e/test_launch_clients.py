@@ -135,6 +135,7 @@ def paused(launch: Launch) -> list[bool]:
     return [ask(url + "/is_paused", method="GET")[1]["is_paused"] for url in launch.ranks]
 
 
+@pytest.mark.feature("`vllm-dwdp launch`: control requests to every rank")
 def test_one_control_request_reaches_every_rank(launch: Launch) -> None:
     done = {"status": 200, "answer": {"status": "paused"}}
     expected = (200, {"status": "paused", "ranks": [done, done]})
@@ -179,6 +180,7 @@ class Stream(threading.Thread):
                     self.end = line.decode().strip()
 
 
+@pytest.mark.feature("`vllm-dwdp launch`: draining")
 def test_running_streams_finish_and_new_requests_are_refused_meanwhile(launch: Launch) -> None:
     """The last test of this launch."""
     streams = [Stream(launch.url) for _ in range(2)]

@@ -15,6 +15,7 @@ NUM_RANKS = 2
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(300 + 60 * NUM_KILLS)]
 
 
+@pytest.mark.feature("`vllm-dwdp launch`: kills cost the others nothing")
 def test_survivors_notice_no_kill_and_nobody_loads_twice(
     checkpoints: Checkpoints, tmp_path: Path
 ) -> None:

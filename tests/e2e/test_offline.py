@@ -68,6 +68,8 @@ def tokens_of(outputs: list[Any]) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
+@pytest.mark.every_version
+@pytest.mark.feature("Offline `LLM` over several ranks: `generate`, `chat`")
 def test_generate_and_chat_in_order(llm: Any, expected: list[list[int]]) -> None:
     warm = [entry["steps"]["direct"] for entry in llm.dwdp_status()]
     prompts = PROMPTS * 5
@@ -96,6 +98,7 @@ def test_a_rank_is_one_process_on_its_own_cores() -> None:
     assert cores == [sorted(split_cores(rank, 2)) for rank in (0, 1)]
 
 
+@pytest.mark.feature("Offline metrics (`get_metrics`)")
 def test_metrics_are_kept_for_each_rank_and_sum_up(llm: Any) -> None:
     before = summed(llm, "vllm:generation_tokens"), summed(llm, "vllm:request_success")
     llm.generate(PROMPTS * 5, params(), use_tqdm=False)
@@ -123,6 +126,7 @@ def interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.feature("Ctrl-C in an offline call")
 @pytest.mark.usefixtures("interruptible")
 def test_after_ctrl_c_the_next_call_returns_its_own_outputs(
     llm: Any, expected: list[list[int]]
@@ -215,6 +219,7 @@ def test_calls_to_a_dead_rank_end_with_its_name(llm: Any) -> None:
         assert time.monotonic() - began < 30
 
 
+@pytest.mark.feature("Worker processes (`executor` `mp`)")
 def test_worker_processes_on_request(
     stock: StockEngine, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,6 +291,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.feature("Containers with 64 MiB of /dev/shm")
 def test_ranks_start_with_the_shared_memory_of_a_container(
     checkpoints: Checkpoints, tmp_path: Path
 ) -> None:

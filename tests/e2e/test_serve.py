@@ -55,11 +55,15 @@ def server(
         yield running
 
 
+@pytest.mark.every_version
+@pytest.mark.feature("`vllm serve --data-parallel-size N`, with several API servers")
+@pytest.mark.feature("torch.compile")
 def test_each_rank_answers_as_stock_vllm_does(server: Server, expected: list[list[int]]) -> None:
     for rank in (0, 1):
         assert [server.tokens(prompt, rank=rank) for prompt in PROMPTS] == expected
 
 
+@pytest.mark.feature("Metrics of each rank on `/metrics`")
 def test_metrics_tell_the_configuration_and_count_remote_bytes(server: Server) -> None:
     for engine in ("0", "1"):
         wait_until(lambda engine=engine: fetched_bytes(server, engine) > 0)
@@ -79,6 +83,7 @@ def fetched_bytes(server: Server, engine: str) -> float:
     return server.metric("vllm:dwdp_fetched_bytes_total", engine=engine) or 0
 
 
+@pytest.mark.feature("Ranks that do not wait for each other")
 def test_one_rank_runs_a_thousand_steps_while_the_other_runs_none(server: Server) -> None:
     before = settled_steps(server)
     with ThreadPoolExecutor(2) as pool:
@@ -109,6 +114,7 @@ def steps(server: Server, engine: str) -> int:
     return int(server.metric("vllm:dwdp_steps_total", engine=engine) or 0)
 
 
+@pytest.mark.feature("Streaming, and clients that hang up")
 def test_aborted_requests_leave_the_ring_in_order(
     server: Server, expected: list[list[int]]
 ) -> None:
@@ -177,6 +183,7 @@ def test_expert_memory_is_stored_once(server: Server) -> None:
     assert 0.95 * (experts + slots) <= shared <= 1.05 * (experts + slots), (shared, experts, slots)
 
 
+@pytest.mark.feature("Mode `replica`: whole copies on independent ranks")
 @pytest.mark.slow
 def test_replicas_answer_as_stock_vllm_does_and_say_so(
     model: str, expected: list[list[int]], tmp_path: Path

@@ -26,6 +26,7 @@ SIMULATED = {
 }
 
 
+@pytest.mark.feature("The CUDA device, over a simulated driver")
 def test_tokens_and_weights_over_simulated_device_memory(
     stock: StockEngine, checkpoints: Checkpoints, tmp_path: Path
 ) -> None:

@@ -249,6 +249,9 @@ def wait_for_line(server: Server, pattern: str) -> re.Match[str]:
     return found
 
 
+@pytest.mark.feature(
+    "External load balancing (`--data-parallel-rank`): ranks are killed and return"
+)
 def test_kills_under_load(ranks: Deployment) -> None:
     dice = random.Random(SEED)
     ranks.wait_until_serving()
@@ -309,6 +312,7 @@ def changed_copy(model: str, folder: Path) -> str:
     return str(changed)
 
 
+@pytest.mark.feature("`vllm-dwdp launch` behind vllm-router")
 def test_launch_restarts_a_killed_rank_behind_the_router(
     checkpoints: Checkpoints, tmp_path: Path
 ) -> None:

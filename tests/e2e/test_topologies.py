@@ -28,6 +28,7 @@ def start(model: str, log: Path, folder: Path, *arguments: str, **dwdp: object) 
     return Server([model, *arguments, *backend], log, {})
 
 
+@pytest.mark.feature("Hybrid load balancing (`--data-parallel-hybrid-lb`)")
 def test_hybrid_nodes_with_one_group_each(checkpoints: Checkpoints, tmp_path: Path) -> None:
     """Four ranks, two front ends, groups of two: the second node's ranks are 2 and 3."""
     model, folder = checkpoints("mixtral", 8), tmp_path / "meet"
@@ -72,6 +73,7 @@ def test_hybrid_nodes_with_one_group_each(checkpoints: Checkpoints, tmp_path: Pa
     assert not list(folder.iterdir())
 
 
+@pytest.mark.feature("One port for each rank (`--data-parallel-multi-port-external-lb`)")
 def test_one_server_for_each_rank_under_vllms_supervisor(
     checkpoints: Checkpoints, tmp_path: Path
 ) -> None:

@@ -92,6 +92,7 @@ def test_stock_vllm_runs_zentorchs_kernel(stock: dict[str, Any]) -> None:
     assert len({token for tokens in stock["tokens"] for token in tokens}) > 20
 
 
+@pytest.mark.feature("zentorch on AMD processors")
 @pytest.mark.parametrize("mode", ["direct", "prefetch"])
 def test_ranks_answer_as_stock_vllm_does(
     python: Path, stock: dict[str, Any], checkpoints: Checkpoints, tmp_path: Path, mode: str

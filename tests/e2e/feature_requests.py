@@ -1,0 +1,159 @@
+"""What `test_features.py` asks of one engine, stock or a rank: every request in one process, in order.
+
+vLLM's own `LLM` runs in the process, so that the same calls make the same batches in every engine.
+"""
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+LONG = "Independent ranks read each other's experts " * 6
+SHORT = "The capital of France is"
+CITIES = ["Paris", "Rome"]
+SETTINGS: dict[str, Any] = {
+    "enforce_eager": True,
+    "max_model_len": 512,
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 64,
+    "kv_cache_memory_bytes": 64 * 2**20,
+    "seed": 0,
+}
+
+
+def run(case: dict[str, Any]) -> dict[str, Any]:
+    """The answers to the requests of a case by name, or the error with which its engine does not start.
+
+    Args:
+        case: `llm` are arguments of `vllm.LLM`, `requests` names of `REQUESTS`.
+    """
+    from vllm import LLM
+    from vllm.compilation.counter import compilation_counter
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    is_rank = case.get("num_ranks", 1) > 1
+    settings = SETTINGS | {"distributed_executor_backend": "dwdp" if is_rank else "uni"}
+    if is_rank:
+        settings["additional_config"] = {"dwdp": case["dwdp"]}
+    before = compilation_counter.clone()
+    try:
+        llm = LLM(case["model"], **(settings | case.get("llm", {})))
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    result: dict[str, Any] = {
+        "answers": {name: REQUESTS[name](llm) for name in case["requests"]},
+        "compiled": {
+            name: number - getattr(before, name)
+            for name, number in vars(compilation_counter).items()
+        },
+    }
+    if is_rank:
+        (result["status"],) = llm.collective_rpc("dwdp_status")
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    gc.collect()
+    cleanup_dist_env_and_memory()
+    return result
+
+
+def generate(llm: Any, prompts: list[str], **params: Any) -> list[Any]:
+    from vllm import SamplingParams
+
+    greedy = {"temperature": 0, "max_tokens": 8, "ignore_eos": True}
+    outputs: list[Any] = llm.generate(prompts, SamplingParams(**(greedy | params)), use_tqdm=False)
+    return outputs
+
+
+def tokens(llm: Any, prompts: list[str], **params: Any) -> list[list[int]]:
+    outputs = generate(llm, prompts, **params)
+    return [list(one.token_ids) for output in outputs for one in output.outputs]
+
+
+def choice(llm: Any) -> Any:
+    from vllm.sampling_params import StructuredOutputsParams
+
+    asked = StructuredOutputsParams(choice=CITIES)
+    outputs = generate(llm, [SHORT], structured_outputs=asked, ignore_eos=False, max_tokens=20)
+    return outputs[0].outputs[0].text
+
+
+def schema(llm: Any) -> Any:
+    from vllm.sampling_params import StructuredOutputsParams
+
+    ranks = {"type": "array", "items": {"enum": ["a", "b"]}, "minItems": 2, "maxItems": 2}
+    asked = StructuredOutputsParams(json=ranks)
+    outputs = generate(llm, [SHORT], structured_outputs=asked, ignore_eos=False, max_tokens=60)
+    return outputs[0].outputs[0].text
+
+
+def logprobs(llm: Any) -> Any:
+    (output,) = generate(llm, [SHORT], logprobs=3)
+    return [numbers(place) for place in output.outputs[0].logprobs]
+
+
+def prompt_logprobs(llm: Any) -> Any:
+    (output,) = generate(llm, [SHORT], prompt_logprobs=2, max_tokens=1)
+    return [numbers(place) if place else None for place in output.prompt_logprobs]
+
+
+def numbers(place: dict[int, Any]) -> list[list[float]]:
+    """Tokens of one place with their log-probabilities and ranks, exactly."""
+    return [[token, float(found.logprob), found.rank] for token, found in place.items()]
+
+
+def several(llm: Any) -> Any:
+    return tokens(llm, [SHORT], n=3, temperature=1.0, seed=7)
+
+
+def beams(llm: Any) -> Any:
+    from vllm.sampling_params import BeamSearchParams
+
+    params = BeamSearchParams(beam_width=3, max_tokens=6, ignore_eos=True)
+    (output,) = llm.beam_search([{"prompt": SHORT}], params)
+    return [[each.tokens, each.cum_logprob] for each in output.sequences]
+
+
+def prefix(llm: Any) -> Any:
+    """The same prompt twice: the second time it is in the cache."""
+    llm.reset_prefix_cache()
+    outputs = [generate(llm, [LONG])[0] for _ in range(2)]
+    return [[output.num_cached_tokens, list(output.outputs[0].token_ids)] for output in outputs]
+
+
+def chunks(llm: Any) -> Any:
+    """A prompt that takes several steps, beside one that decodes meanwhile."""
+    llm.reset_prefix_cache()
+    outputs = generate(llm, [SHORT, LONG])
+    return [[len(output.prompt_token_ids), list(output.outputs[0].token_ids)] for output in outputs]
+
+
+def batch(llm: Any) -> Any:
+    return tokens(llm, [SHORT, "a", LONG[:40]], max_tokens=12)
+
+
+def routed_experts(llm: Any) -> Any:
+    (output,) = generate(llm, [SHORT])
+    found = output.outputs[0].routed_experts
+    return None if found is None else found.tolist()
+
+
+def profile(llm: Any) -> Any:
+    """Tokens of a step that is profiled; the folder tells whether something was written."""
+    llm.start_profile()
+    answered = tokens(llm, [SHORT])
+    llm.stop_profile()
+    return answered
+
+
+REQUESTS: dict[str, Callable[[Any], Any]] = {
+    each.__name__: each
+    for each in (
+        *(choice, schema, logprobs, prompt_logprobs, several, beams, prefix, chunks, batch),
+        *(routed_experts, profile),
+    )
+}
+
+
+def traces(folder: Path) -> list[str]:
+    """Names of what a profiler left in a folder."""
+    return [path.name for path in folder.rglob("*") if path.is_file() and path.stat().st_size]

@@ -1,0 +1,41 @@
+"""The fixture `said`: the sentence of a row is the one that its test has seen."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.tables.rows import plain, rows_of
+
+
+class Said:
+    """Looks for the sentences of a test's rows in what the test caught."""
+
+    def __init__(self, sentences: list[str]) -> None:
+        self._sentences = sentences
+        self.is_asked = False
+
+    def __call__(self, text: object) -> None:
+        """Assert that `text`, an error or what was printed, has every sentence."""
+        self.is_asked = True
+        assert self._sentences, "the test carries no row with refused=... or stock_fails=..."
+        for sentence in self._sentences:
+            assert plain(sentence) in plain(str(text))
+
+
+def sentences_of(item: pytest.Item) -> list[str]:
+    """The sentences of the rows that a test carries."""
+    return [row.sentence for row in rows_of(item.nodeid, item.iter_markers()) if row.sentence]
+
+
+@pytest.fixture
+def said(request: pytest.FixtureRequest) -> Iterator[Said]:
+    """Call it with what was caught; a test that does not is an error."""
+    made = Said(sentences_of(request.node))
+    yield made
+    assert made.is_asked, "nobody looked for the sentence of the row"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A row may have no sentence that nobody looks for."""
+    if sentences_of(item) and "said" not in getattr(item, "fixturenames", ()):
+        pytest.fail("a row with refused=... or stock_fails=... needs the fixture `said`", False)
