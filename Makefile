@@ -43,7 +43,7 @@ test-e2e:
 
 # The newest vLLM that is tested, over the compiled parts of this environment's.
 OTHER_PY := .venv-0.33/bin/python
-test-versions: test-e2e
+test-versions:
 	@$(PY) -m tests.helpers.other_vllm >/dev/null
 	$(OTHER_PY) -m pytest -q $(SIDE_BY_SIDE) -m "compat or every_version" tests
 

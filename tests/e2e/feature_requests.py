@@ -27,25 +27,21 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     Args:
         case: `llm` are arguments of `vllm.LLM`, `requests` names of `REQUESTS`.
     """
+    from torch._dynamo.utils import counters
     from vllm import LLM
-    from vllm.compilation.counter import compilation_counter
     from vllm.distributed import cleanup_dist_env_and_memory
 
     is_rank = case.get("num_ranks", 1) > 1
     settings = SETTINGS | {"distributed_executor_backend": "dwdp" if is_rank else "uni"}
     if is_rank:
         settings["additional_config"] = {"dwdp": case["dwdp"]}
-    before = compilation_counter.clone()
     try:
         llm = LLM(case["model"], **(settings | case.get("llm", {})))
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
     result: dict[str, Any] = {
         "answers": {name: REQUESTS[name](llm) for name in case["requests"]},
-        "compiled": {
-            name: number - getattr(before, name)
-            for name, number in vars(compilation_counter).items()
-        },
+        "compiled": dict(counters["inductor"]),
     }
     if is_rank:
         (result["status"],) = llm.collective_rpc("dwdp_status")

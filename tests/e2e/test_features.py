@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.e2e.conftest import Checkpoints
 from tests.e2e.feature_requests import CITIES, SETTINGS, traces
@@ -19,6 +20,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.every_version, pytest.mark.timeout(60
 
 Answers = dict[str, list[dict[str, Any]]]
 RUN = "tests.e2e.feature_requests:run"
+CACHES = ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR")
 ASKED = [
     *("choice", "schema", "logprobs", "prompt_logprobs", "several", "beams", "prefix", "chunks"),
     *("batch", "profile"),
@@ -143,23 +145,29 @@ def test_dummy_weights(checkpoints: Checkpoints, tmp_path: Path) -> None:
     alike(both, "batch")
 
 
-@pytest.mark.feature("Routed experts in the output (`--enable-return-routed-experts`)")
-def test_routed_experts(checkpoints: Checkpoints, tmp_path: Path) -> None:
+@pytest.mark.feature(
+    "Routed experts in the output (`--enable-return-routed-experts`)",
+    stock_fails="AuxOutput Connector requires Model Runner V2; set VLLM_USE_V2_MODEL_RUNNER=1.",
+)
+def test_routed_experts(checkpoints: Checkpoints, tmp_path: Path, said: Said) -> None:
+    """The CPU worker of vLLM has the other model runner only."""
     model = checkpoints("qwen3_moe", 8)
     llm = {"enable_return_routed_experts": True}
-    both = answered(tmp_path, model, "prefetch", requests=["routed_experts"], llm=llm)
-    assert alike(both, "routed_experts")
-
-
-@pytest.mark.feature(
-    "KV cache in FP8 (`--kv-cache-dtype fp8`)",
-    stock_fails="FP8 KV cache on CPU requires x86 with AVX-512 or AMX.",
-)
-def test_kv_cache_in_fp8(checkpoints: Checkpoints, tmp_path: Path, said: Said) -> None:
-    model = checkpoints("qwen3_moe", 8)
-    both = answered(tmp_path, model, "direct", requests=["batch"], llm={"kv_cache_dtype": "fp8"})
+    both = answered(tmp_path, model, "prefetch", requests=["batch"], llm=llm)
     for result in both["stock"] + both["ranks"]:
         said(result["error"])
+
+
+@pytest.mark.feature("KV cache in FP8 (`--kv-cache-dtype fp8`)")
+def test_kv_cache_in_fp8(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    if not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()):
+        pytest.skip("FP8 KV cache on CPU requires x86 with AVX-512 or AMX.")
+    model = checkpoints("qwen3_moe", 8)
+    eight_bit = answered(
+        tmp_path, model, "direct", requests=["batch", "logprobs"], llm={"kv_cache_dtype": "fp8"}
+    )
+    alike(eight_bit, "batch")
+    alike(eight_bit, "logprobs")
 
 
 @pytest.mark.slow
@@ -167,18 +175,16 @@ def test_kv_cache_in_fp8(checkpoints: Checkpoints, tmp_path: Path, said: Said) -
 def test_a_second_start_finds_what_the_first_has_compiled(
     checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
+    """On CPUs vLLM leaves the cache to torch."""
     model = checkpoints("qwen3_moe", 8)
-    environment = {"VLLM_CACHE_ROOT": str(tmp_path / "cache")}
+    environment = {name: str(tmp_path / name) for name in CACHES}
     case = {"model": model, "run": RUN, "requests": ["batch"], "llm": {"enforce_eager": False}}
-    ranks = case | {"num_ranks": 2, "dwdp": {"mode": "direct"}}
-    (stock,) = run_cases(tmp_path, "stock", [case | {"name": "stock"}], environment)["stock"]
+    ranks = case | {"num_ranks": 2, "dwdp": {"mode": "prefetch"}}
+    (stock,) = run_cases(tmp_path, "stock", [case | {"name": "stock"}])["stock"]
     for start, cached in (("first", False), ("second", True)):
         found = run_cases(tmp_path, start, [ranks | {"name": start}], environment)[start]
         for rank in found:
             assert rank["answers"] == stock["answers"]
             compiled = rank["compiled"]
-            loaded = (
-                compiled["num_compiled_artifacts_loaded"] + compiled["num_aot_artifacts_loaded"]
-            )
-            assert (loaded > 0) == cached, compiled
-            assert (compiled["num_inductor_compiles"] == 0) == cached, compiled
+            assert (compiled.get("fxgraph_cache_hit", 0) > 0) == cached, json.dumps(compiled)
+            assert (compiled.get("fxgraph_cache_miss", 0) == 0) == cached, json.dumps(compiled)

@@ -33,13 +33,14 @@ PROGRAMS = {
 PROGRAM = """#!{python}
 import sys
 from {module} import main
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())
 """
 
 
 def main() -> None:
     done = FOLDER / f"made-{VERSION}"
-    if not done.exists():
+    if not done.exists() or done.stat().st_mtime < Path(__file__).stat().st_mtime:
         make()
         done.touch()
     print(FOLDER / "bin" / "python")
