@@ -29,6 +29,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     """
     from torch._dynamo.utils import counters
     from vllm import LLM
+    from vllm.compilation.counter import compilation_counter
     from vllm.distributed import cleanup_dist_env_and_memory
 
     is_rank = case.get("num_ranks", 1) > 1
@@ -41,7 +42,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}"}
     result: dict[str, Any] = {
         "answers": {name: REQUESTS[name](llm) for name in case["requests"]},
-        "compiled": dict(counters["inductor"]),
+        "compiled": counters["inductor"] | vars(compilation_counter),
     }
     if is_rank:
         (result["status"],) = llm.collective_rpc("dwdp_status")

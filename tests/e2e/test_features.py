@@ -175,7 +175,7 @@ def test_kv_cache_in_fp8(checkpoints: Checkpoints, tmp_path: Path) -> None:
 def test_a_second_start_finds_what_the_first_has_compiled(
     checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
-    """On CPUs vLLM leaves the cache to torch."""
+    """What torch's compiler does is counted: on the second start nothing."""
     model = checkpoints("qwen3_moe", 8)
     environment = {name: str(tmp_path / name) for name in CACHES}
     case = {"model": model, "run": RUN, "requests": ["batch"], "llm": {"enforce_eager": False}}
@@ -186,5 +186,5 @@ def test_a_second_start_finds_what_the_first_has_compiled(
         for rank in found:
             assert rank["answers"] == stock["answers"]
             compiled = rank["compiled"]
-            assert (compiled.get("fxgraph_cache_hit", 0) > 0) == cached, json.dumps(compiled)
-            assert (compiled.get("fxgraph_cache_miss", 0) == 0) == cached, json.dumps(compiled)
+            assert ("pattern_matcher_count" in compiled) != cached, json.dumps(compiled)
+            assert (compiled["num_aot_artifacts_loaded"] > 0) == cached, json.dumps(compiled)

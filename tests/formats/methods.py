@@ -194,4 +194,11 @@ NOT_BUILT: dict[str, str] = {
     "Mxfp8OnlineMoEMethod": PROCESSED_LATER,
     "Nvfp4OnlineMoEMethod": PROCESSED_LATER,
 }
+NOT_BUILT_SINCE: dict[tuple[int, int], dict[str, str]] = {
+    (0, 33): {
+        "INCARKWNA16MoEMethod": "the auto_round_kernel package converts the weights",
+        "QuarkW8A8Mxfp8MoEMethod": "not tried yet; the kernels are those of ModelOpt's MXFP8",
+    }
+}
+"""Likewise, of newer versions only."""
 """Methods of vLLM for which there is no case, and why."""

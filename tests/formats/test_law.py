@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests.compat.versions import vllm_minor
 from tests.e2e.test_formats import RUNS_HERE
 from tests.formats import law, table
 from tests.formats.layers import LAYERS, Choice, make_layer, oracle_modules, subclasses
-from tests.formats.methods import METHODS, NOT_BUILT
+from tests.formats.methods import METHODS, NOT_BUILT, NOT_BUILT_SINCE
 from tests.formats.pairs import pairs_of
 from tests.formats.table import Row
 from tests.helpers.engines import ROOT
@@ -26,12 +27,19 @@ from vllm_dwdp.model_executor.twin import check_same
 pytestmark = pytest.mark.compat
 
 DOCUMENT = ROOT / "docs" / "formats.md"
+NEEDS_AITER = {"ct_mxfp4_fp8", "gpt_oss_mxfp4", "mxfp4", "quark_gpt_oss_mxfp4"}
+"""Methods one of whose kernels has its scales shuffled by a package for AMD GPUs, since 0.33."""
+OF_THE_FIRST_VERSION = pytest.mark.skipif(
+    vllm_minor() >= (0, 33), reason="docs/formats.md and its exceptions are those of vLLM 0.32"
+)
 FOUND: dict[str, list[Row]] = {}
 """Rows by method, for the table that is printed."""
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_experts_can_be_shared(method: str) -> None:
+    if method in NEEDS_AITER and vllm_minor() >= (0, 33):
+        pytest.skip("since 0.33 a kernel for AMD GPUs needs the package aiter")
     rows = FOUND.setdefault(method, list(table.rows_of(method)))
     assert rows
     print("\n".join(map(str, rows)))
@@ -51,9 +59,13 @@ def test_every_method_of_vllm_is_tried_or_named() -> None:
         for kind in subclasses(FusedMoEMethodBase)
         if kind.__module__.startswith(f"{LAYERS}.quantization.")
     }
-    assert found - built - set(NOT_BUILT) == set(), "of this vLLM, and neither tried nor named"
-    assert set(NOT_BUILT) - found == set(), "not of this vLLM"
-    assert not built & set(NOT_BUILT)
+    later = {
+        name for first, names in NOT_BUILT_SINCE.items() for name in names if vllm_minor() >= first
+    }
+    named = set(NOT_BUILT) | later
+    assert found - built - named == set(), "of this vLLM, and neither tried nor named"
+    assert named - found == set(), "not of this vLLM"
+    assert not built & named
 
 
 def method_class(method: str) -> str:
@@ -64,6 +76,7 @@ def method_class(method: str) -> str:
         return type(make_layer(method).quant_method).__name__
 
 
+@OF_THE_FIRST_VERSION
 def test_the_exceptions_are_still_needed() -> None:
     """Of all tables: a pair that is named is found, and needs it."""
     rows = [row for method in METHODS for row in FOUND.get(method) or table.rows_of(method)]
@@ -172,6 +185,7 @@ def test_memory_that_a_kernel_keeps_is_found() -> None:
 # --- the documentation's table ---------------------------------------------------------------------
 
 
+@OF_THE_FIRST_VERSION
 def test_the_documentation_is_what_the_tests_found() -> None:
     rows = [row for method in METHODS for row in FOUND.get(method) or table.rows_of(method)]
     shown = "two ranks that read in place, three that prefetch, one that returns; seven experts"
