@@ -8,6 +8,7 @@
     ├── NativeLibraryError (also ImportError)  the C++ library is missing or does not fit
     ├── DwdpMemoryError (also MemoryError)   a shard, mapping or slot cannot be made
     ├── TransferError                        a copy or an event failed
+    ├── WeightUpdateError                    new weights did not reach every rank of the group
     └── RendezvousError                      ranks could not meet
         ├── JoinTimeoutError (also TimeoutError)  peers never came; names the missing ranks
         ├── PeerMismatchError                a peer holds another model, layout or version
@@ -41,6 +42,10 @@ class DwdpMemoryError(DwdpError, MemoryError):
 
 class TransferError(DwdpError):
     """A copy between ranks failed."""
+
+
+class WeightUpdateError(DwdpError):
+    """New weights were not begun, or did not reach every rank of the group."""
 
 
 class RendezvousError(DwdpError):

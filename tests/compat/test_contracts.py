@@ -402,19 +402,6 @@ def test_an_engine_takes_stat_loggers_when_it_is_made() -> None:
     assert "list(stat_loggers or [])" in dict(assignments(AsyncLLM.__init__)).values()
 
 
-def test_engines_are_asked_to_sleep_through_these_methods_and_pause_before_workers_refuse() -> None:
-    """The second half fails when the wrapper can go."""
-    from vllm.v1.engine.async_llm import AsyncLLM
-    from vllm.v1.engine.core import EngineCore
-    from vllm.v1.engine.llm_engine import LLMEngine
-
-    for engine in (AsyncLLM, LLMEngine):
-        assert list(inspect.signature(engine.sleep).parameters) == ["self", "level", "mode"]
-        assert "self.vllm_config" in dict(assignments(engine.__init__))
-    called = calls(EngineCore.sleep)
-    assert called.index("self.pause_scheduler") < called.index("model_executor.sleep")
-
-
 def test_an_offline_call_adds_requests_and_runs_the_engine_through_these_methods() -> None:
     """The last part fails when the overrides can go: vLLM aborts nothing on an interrupt."""
     from vllm import LLM
@@ -837,7 +824,7 @@ def test_gpu_worker_hooks() -> None:
 
     from vllm_dwdp.executor.gpu_worker import DwdpGPUWorker
 
-    for name in ("load_model", "shutdown", "reload_weights", "sleep"):
+    for name in ("load_model", "shutdown", "reload_weights", "update_weights"):
         assert callable(getattr(Worker, name))
         assert getattr(DwdpGPUWorker, name) is not getattr(Worker, name)
     assert "self.device" in dict(assignments(Worker.init_device))

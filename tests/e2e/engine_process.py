@@ -98,6 +98,8 @@ def run_case(case: dict[str, Any], rank: int) -> dict[str, Any]:
             result |= soak(engine, **case["soak"])
         else:
             result["tokens"] = [generate(engine, n, text) for n, text in enumerate(PROMPTS)]
+        if "updates" in case:
+            result["updates"] = [update(engine, each, rank) for each in case["updates"]]
         worker = engine.model_executor.driver_worker.worker
         if case.get("num_ranks", 1) > 1:
             result["status"] = worker.dwdp_status()
@@ -109,6 +111,36 @@ def run_case(case: dict[str, Any], rank: int) -> dict[str, Any]:
         return result
     finally:
         close_engine(engine)
+
+
+def update(engine: Any, steps: dict[str, Any], rank: int) -> dict[str, Any]:
+    """Renew the weights by calls of a worker, and generate with them; or say why not.
+
+    Args:
+        steps: `calls` of a worker's methods, `[name, keywords]` each, on some of the `ranks` only if
+            given; `kill` names a function that fails on rank `on`, with SIGKILL or as `with` says.
+    """
+    killing = contextlib.nullcontext()
+    if steps.get("on") == rank:
+        fails = {"fail_at": steps["kill"], "fail_with": steps.get("with", "SIGKILL")}
+        killing = failing(fails, 0)
+    said: dict[str, Any] = {"error": "", "refused": "", "tokens": []}
+    try:
+        with killing:
+            calls = steps["calls"] if rank in steps.get("ranks", [rank]) else []
+            for name, keywords in calls:
+                engine.collective_rpc(name, kwargs=keywords)
+        engine.reset_prefix_cache()
+    except Exception as error:
+        said["error"] = f"{type(error).__name__}: {error}"
+    try:
+        said["tokens"] = [generate(engine, n, text) for n, text in enumerate(PROMPTS)]
+    except Exception as error:
+        said["refused"] = f"{type(error).__name__}: {error}"
+        for scheduled in list(engine.engine_core.engine_core.scheduler.requests):
+            engine.abort_request([scheduled], internal=True)
+    said["status"] = engine.collective_rpc("dwdp_status")[0] if rank >= 0 else {}
+    return said
 
 
 def take_place(case: dict[str, Any], rank: int) -> None:

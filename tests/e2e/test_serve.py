@@ -8,8 +8,6 @@ import http.client
 import json
 import re
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -149,29 +147,6 @@ def test_the_log_says_what_each_rank_holds(server: Server) -> None:
     log = server.log.read_text()
     for rank in (0, 1):
         assert log.count(f"DWDP rank {rank} serves in prefetch mode (mode 'prefetch' was") == 1
-
-
-def test_a_refused_sleep_leaves_the_ranks_running(
-    server: Server, expected: list[list[int]]
-) -> None:
-    for _ in range(4):  # each of the two API servers, most likely
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(f"{server.url}/sleep?level=1", data=b"", timeout=60)
-        assert refused.value.code == 400
-        assert b"sleep level 1 is not supported" in refused.value.read()
-    assert json.loads(server.get("/is_sleeping")) == {"is_sleeping": False}
-    for rank in (0, 1):
-        assert server.tokens(PROMPTS[0], rank=rank) == expected[0]
-
-
-def test_sleep_and_reload_are_refused_before_they_start(model: str) -> None:
-    from vllm import EngineArgs
-
-    from vllm_dwdp.errors import DwdpUnsupportedError
-
-    args = EngineArgs(model=model, distributed_executor_backend="dwdp", enable_sleep_mode=True)
-    with pytest.raises(DwdpUnsupportedError, match="--enable-sleep-mode .*peers read"):
-        args.create_engine_config()
 
 
 def test_expert_memory_is_stored_once(server: Server) -> None:

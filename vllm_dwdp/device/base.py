@@ -60,7 +60,7 @@ class Shard(Protocol):
 
     @property
     def is_adopted(self) -> bool:
-        """Whether it is the memory of an earlier life of this rank: whole, and not to be written."""
+        """Whether it is the memory of an earlier life of this rank: whole, as a start finds it."""
 
     def append(self, piece_bytes: Sequence[int]) -> Mapping:
         """The next part of the shard, one range over pieces of these sizes.
@@ -85,7 +85,14 @@ class Shard(Protocol):
         """What `device.digest` makes of every byte, where the bytes are."""
 
     def finish(self) -> None:
-        """The content is final: drop our own writable mappings."""
+        """The content is final until `map_writable`: drop our own writable mappings."""
+
+    def map_writable(self) -> Mapping:
+        """All of a sealed shard, writable for its owner: for new weights; the caller unmaps it.
+
+        Raises:
+            DwdpMemoryError: it cannot be mapped.
+        """
 
     def close(self) -> None:
         """Release it; peers that mapped it keep the memory."""

@@ -88,6 +88,10 @@ class CudaShard:
         while self._mappings:
             self._mappings.pop().unmap()
 
+    def map_writable(self) -> CudaMapping:
+        """As `Shard.map_writable`: every piece once more, as one range."""
+        return self._memory.map_range(list(self.allocations), writable=True)
+
     def close(self) -> None:
         """Drop the mappings and the handles."""
         self.finish()

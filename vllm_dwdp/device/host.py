@@ -28,9 +28,7 @@ from vllm_dwdp.logger import format_gib
 
 PAGE_BYTES = mmap.PAGESIZE
 
-_SEALS = (
-    fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | 0x0010  # F_SEAL_FUTURE_WRITE (Linux 5.1)
-)
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _PROT_NONE = 0
 _MAP_FIXED = 0x10
@@ -138,7 +136,7 @@ class HostShard:
         return mapping
 
     def seal(self) -> None:
-        """From now on nobody can resize the shard or map it writable; we still may fill edges."""
+        """From now on nobody can resize the shard; peers, who get it to read, cannot map it writable."""
         fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
 
     def digest(self) -> bytes:
@@ -153,6 +151,10 @@ class HostShard:
         """Drop our own writable mappings: the content is final."""
         while self._writable:
             self._writable.pop().unmap()
+
+    def map_writable(self) -> Mapping:
+        """As `Shard.map_writable`."""
+        return map_pages(self.fd, 0, self.num_bytes, writable=True)
 
     def export(self) -> Handles:
         """One read-only fd of the whole shard."""
@@ -170,7 +172,8 @@ class HostShard:
 class AdoptedShard:
     """A sealed shard of an earlier life of this rank, with the face of `HostShard`.
 
-    The content is there already and whole; `append` hands out its parts in order, read-only. Owns
+    The content is there already and whole; `append` hands out its parts in order, read-only. Its memory
+    is this rank's own, so `map_writable` opens it anew, to write. Owns
     `fd` once it is made.
 
     Raises:
@@ -218,6 +221,20 @@ class AdoptedShard:
         if self._whole.num_bytes:
             self._whole.unmap()
             self._whole = Mapping(0, 0)
+
+    def map_writable(self) -> Mapping:
+        """As `Shard.map_writable`."""
+        try:
+            fd = os.open(f"/proc/self/fd/{self.fd}", os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise DwdpMemoryError(
+                f"the experts that this rank adopted cannot be opened to write new ones: {error}. "
+                "Restart all ranks of the group with the new weights."
+            ) from error
+        try:
+            return map_pages(fd, 0, self.num_bytes, writable=True)
+        finally:
+            os.close(fd)
 
     def export(self) -> Handles:
         """As `HostShard.export`."""
@@ -338,7 +355,7 @@ def _sealed_file(handles: Handles) -> tuple[int, int]:
     """The descriptor of a shard and its bytes.
 
     Raises:
-        DwdpMemoryError: it is no memfd of that size which nobody can resize or map writable any more.
+        DwdpMemoryError: it is no memfd of that size which nobody can resize any more.
     """
     num_bytes = sum(handles.num_bytes)
     seals, size = 0, 0

@@ -76,6 +76,12 @@ class Dialler:
         answer = self._exchange(peer, self._request(peer, wanted, wants_handles=False))
         return None if answer is None else answer.reply
 
+    def follow(self, peer: int) -> messages.Progress | None:
+        """Ask `peer` how far it is with new weights; None if it does not answer (yet)."""
+        answer = self._exchange(peer, messages.Follow(self.dwdp_rank))
+        reply = None if answer is None else answer.reply
+        return reply if isinstance(reply, messages.Progress) else None
+
     def fetch(self, peer: int, wanted: int) -> PublishedShard | None:
         """Get the shard of `wanted` as `peer` has it, owned by the caller, or None.
 
@@ -106,6 +112,7 @@ class Dialler:
             ready=reply.ready,
             direct_limit=reply.direct_limit,
             limit_in_force=reply.limit_in_force,
+            update=reply.update,
             is_lent=peer != wanted,
         )
 

@@ -9,12 +9,18 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 
+import msgspec
+
 from vllm_dwdp.distributed import messages
 from vllm_dwdp.distributed.fingerprint import Fingerprint, describe
 from vllm_dwdp.distributed.published_shard import PeerState, PublishedShard, agreed_limit
 from vllm_dwdp.errors import PeerMismatchError, RendezvousError
 
 MAX_REASON = 4000
+DONE = 5
+"""Of `weight_agreement.Step`: no update is under way."""
+LOCKED = 2
+"""Of `weight_agreement.Step`: from here on an update may have changed what this rank reads."""
 
 
 class GroupState:
@@ -41,6 +47,7 @@ class GroupState:
         self._refusals: dict[int, str] = {}
         self._generations: dict[int, int] = {}
         self._dead: set[int] = set()
+        self._progress = messages.Progress(started=0, update=0, step=DONE)
 
     @property
     def peer_ranks(self) -> tuple[int, ...]:
@@ -113,7 +120,60 @@ class GroupState:
                 ready=True,
                 direct_limit=shard.direct_limit,
                 limit_in_force=shard.limit_in_force,
+                update=shard.update,
             )
+
+    def progress(self) -> messages.Progress:
+        """How far this rank is with new weights."""
+        with self._lock:
+            return self._progress
+
+    def set_progress(self, progress: messages.Progress) -> None:
+        """Say so from now on."""
+        with self._lock:
+            if progress.failure and not self._progress.failure:
+                self._note(progress.failure)
+            self._progress = progress
+
+    def begin_update(self) -> None:
+        """Every shard of the group is about to be written, so none is whole, and none is lent."""
+        with self._lock:
+            assert self._published is not None
+            self._published = replace(self._published, digest=b"", ready=False)
+            self._held = {
+                rank: replace(held, digest=b"", ready=False) for rank, held in self._held.items()
+            }
+
+    def end_update(
+        self, fingerprint: Fingerprint, layout: bytes, peers: Mapping[int, messages.Progress]
+    ) -> None:
+        """Every shard of the group is whole again, and of these weights."""
+        with self._lock:
+            assert self._published is not None
+            everybody = {self.dwdp_rank: self._progress, **peers}
+            renewed = {
+                rank: replace(
+                    shard,
+                    generation=everybody[rank].generation,
+                    digest=everybody[rank].digest,
+                    layout=layout,
+                    ready=True,
+                    update=self._progress.update,
+                )
+                for rank, shard in {self.dwdp_rank: self._published, **self._held}.items()
+            }
+            self.fingerprint = fingerprint
+            self._published = renewed.pop(self.dwdp_rank)
+            self._held = renewed
+
+    def learn_update(self) -> int:
+        """Take the number of the last update from the peers that we met; returns it."""
+        with self._lock:
+            assert self._published is not None
+            update = max([self._progress.update, *(held.update for held in self._held.values())])
+            self._progress = msgspec.structs.replace(self._progress, update=update)
+            self._published = replace(self._published, update=update)
+        return update
 
     def peer_states(
         self, held: Mapping[int, PublishedShard], alive: set[int]
@@ -190,9 +250,21 @@ class GroupState:
                 f"there is no rank {rank} besides rank {self.dwdp_rank} of {self.group_size}"
             )
         if isinstance(request, messages.Hello | messages.Borrow):
+            if self._progress.failure:
+                return messages.Refused(self._progress.failure[:MAX_REASON])
+            if LOCKED <= self._progress.step < DONE:
+                return messages.Refused(
+                    "the ranks of this group are writing new weights. Start again when they have"
+                )
             differences = self.fingerprint.differences(request.fingerprint)
             if differences:
                 reason = f"the ranks do not serve the same thing: {describe(differences)}"
+                if self._progress.update and "checkpoint_digest" in differences:
+                    reason += (
+                        f". The weights of this group have been updated since it started (update "
+                        f"{self._progress.update}): start with that checkpoint, or, if they came from a "
+                        "trainer, restart all ranks of the group and send them again"
+                    )
                 reason = reason[:MAX_REASON]
                 if rank not in self._held:
                     self._refusals[rank] = reason

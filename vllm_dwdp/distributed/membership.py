@@ -11,6 +11,8 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
+import msgspec
+
 from vllm_dwdp.distributed import messages
 from vllm_dwdp.distributed.dialling import Dialler
 from vllm_dwdp.distributed.endpoint import Endpoint
@@ -21,6 +23,7 @@ from vllm_dwdp.distributed.published_shard import PeerState, PublishedShard, dup
 from vllm_dwdp.distributed.returning import Return
 from vllm_dwdp.distributed.server import Server
 from vllm_dwdp.distributed.status import RankStatus
+from vllm_dwdp.distributed.weight_agreement import WeightAgreement
 from vllm_dwdp.errors import RendezvousError
 
 
@@ -36,6 +39,7 @@ class Membership:
         status: what we say of ourselves.
         returning: what the peers had of our earlier starts when we joined.
         exchange: gets the shards of the peers.
+        weights: agrees with the peers on new weights.
         resources: everything that `close` closes.
     """
 
@@ -46,9 +50,11 @@ class Membership:
         status: RankStatus,
         returning: Return,
         exchange: ShardExchange,
+        weights: WeightAgreement,
         resources: ExitStack,
     ) -> None:
         self.returning = returning
+        self.weights = weights
         self._dialler = dialler
         self._state = state
         self._status = status
@@ -96,7 +102,7 @@ class Membership:
             server = Server(
                 listener,
                 lambda sock: endpoint.greet(sock, group, dwdp_rank),
-                functools.partial(_answer, state, status),
+                functools.partial(_answer, dialler, state, status),
                 status.note_dropped,
                 f"dwdp-membership-{dwdp_rank}",
             )
@@ -104,7 +110,8 @@ class Membership:
             undo.push(dialler.tell_failure)
             returning = Return.ask(dialler)
             exchange = ShardExchange(dialler, state, status, join_timeout_s)
-            return cls(dialler, state, status, returning, exchange, undo.pop_all())
+            weights = WeightAgreement(dialler, state, status, join_timeout_s)
+            return cls(dialler, state, status, returning, exchange, weights, undo.pop_all())
 
     def __enter__(self) -> Self:
         return self
@@ -210,6 +217,19 @@ class Membership:
         """The limit of the group, once `wait_ready` has returned; waits for nobody."""
         return self._state.agree_on_limit()
 
+    def learn_update(self) -> int:
+        """The number of the last update of the group's weights, once `wait_ready` has returned."""
+        return self._state.learn_update()
+
+    def held(self) -> dict[int, PublishedShard]:
+        """The shards of the peers, with descriptors of the caller's own."""
+        return {rank: shard.duplicate() for rank, shard in self._state.held().items()}
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What every peer equals now."""
+        return self._state.fingerprint
+
     def announce_ready(self, digest: bytes) -> None:
         """Let peers map every page: our edge pages are whole, and `digest` covers all of the shard."""
         self._state.announce_ready(digest)
@@ -224,11 +244,14 @@ class Membership:
 
 
 def _answer(
-    state: GroupState, status: RankStatus, request: messages.Request
+    dialler: Dialler, state: GroupState, status: RankStatus, request: messages.Request
 ) -> list[messages.Packet]:
     """Answer one request (in the server's thread)."""
     if isinstance(request, messages.StatusRequest):
         return [(messages.Status(status.content()), ())]
     if isinstance(request, messages.Keep):
         return state.answer_holder(request)
+    if isinstance(request, messages.Follow):
+        progress = msgspec.structs.replace(state.progress(), started=dialler.generation)
+        return [(progress, ())]
     return state.answer(request)

@@ -68,6 +68,12 @@ class Keep(msgspec.Struct, frozen=True, tag=True):
     have: _Generation
 
 
+class Follow(msgspec.Struct, frozen=True, tag=True):
+    """A peer asks how far we are with new weights."""
+
+    dwdp_rank: int
+
+
 class StatusRequest(msgspec.Struct, frozen=True, tag=True):
     """Somebody asks how this rank is."""
 
@@ -82,7 +88,8 @@ class Shard(msgspec.Struct, frozen=True, tag=True):
     `handle_bytes` are the bytes behind each handle; `layout` tells what lies in them, on every rank.
     `ready` is true once its edge pages are whole; `digest` covers all of it then, and is empty before.
     `direct_limit` is the most tokens of a step that reads in place, as the rank proposes it with
-    `ready`, and the group's once `limit_in_force`; None of a rank that has no choice.
+    `ready`, and the group's once `limit_in_force`; None of a rank that has no choice. `update` is the
+    number of the last update of weights that the shard has seen.
     """
 
     dwdp_rank: int
@@ -95,12 +102,29 @@ class Shard(msgspec.Struct, frozen=True, tag=True):
     num_fabric_handles: _Count
     direct_limit: _Tokens | None = None
     limit_in_force: bool = False
+    update: _Generation = 0
 
 
 class Identity(msgspec.Struct, frozen=True, tag=True):
     """What the shard that follows is of, for a holder."""
 
     fingerprint: Fingerprint
+
+
+class Progress(msgspec.Struct, frozen=True, tag=True):
+    """How far we are with new weights (`updating.Step`), in the start of this rank that `started` is.
+
+    `proof` is a digest of the weights and their layout, once they are written; `generation` and `digest`
+    are those of our shard, once it is whole. `failure` is why it cannot become whole any more.
+    """
+
+    started: _Generation
+    update: _Generation
+    step: Annotated[int, msgspec.Meta(ge=0, le=7)]
+    proof: bytes = b""
+    generation: _Generation = 0
+    digest: bytes = b""
+    failure: str = ""
 
 
 class Handles(msgspec.Struct, frozen=True, tag=True):
@@ -132,8 +156,8 @@ class Accepted(msgspec.Struct, frozen=True, tag=True):
     """Noted."""
 
 
-Request = Hello | Borrow | Failed | Keep | StatusRequest
-Reply = NotYet | Identity | Shard | Handles | Refused | Status | Accepted
+Request = Hello | Borrow | Failed | Keep | Follow | StatusRequest
+Reply = NotYet | Identity | Shard | Progress | Handles | Refused | Status | Accepted
 Packet = tuple[Reply, tuple[int, ...]]
 """A message and the descriptors to send beside it."""
 

@@ -15,7 +15,7 @@ class PublishedShard:
 
     Args:
         rank: whose shard.
-        generation: the start of that rank that published it.
+        generation: the start, or the update of weights, of that rank that published it.
         fds: read-only descriptors of its memory, in order.
         fabric_handles: CUDA fabric handles of its memory, in order.
         handle_bytes: bytes behind each handle, in order.
@@ -25,6 +25,7 @@ class PublishedShard:
         direct_limit: the most tokens of a step that reads in place: what its rank proposes, or what the
             group runs with; None if the rank has no choice.
         limit_in_force: whether it is what the group runs with.
+        update: number of the last update of the group's weights; 0 as they were loaded at first.
         is_lent: whether another rank handed it to us, which had it from that rank.
     """
 
@@ -38,6 +39,7 @@ class PublishedShard:
     ready: bool
     direct_limit: int | None = None
     limit_in_force: bool = False
+    update: int = 0
     is_lent: bool = False
 
     def close(self) -> None:
@@ -67,6 +69,7 @@ class PublishedShard:
             len(fabric_handles),
             self.direct_limit,
             self.limit_in_force,
+            self.update,
         )
         return messages.shard_packets(header, fds, fabric_handles)
 

@@ -12,7 +12,6 @@ from vllm_dwdp.compat.frontend.interrupts import engines_without_interrupts
 from vllm_dwdp.compat.frontend.offline import rank_client
 from vllm_dwdp.compat.frontend.own_engines import while_offline_engines_start
 from vllm_dwdp.compat.frontend.ranks import ENDPOINT_ENV
-from vllm_dwdp.compat.frontend.sleeping import refuse_sleep
 from vllm_dwdp.errors import DwdpConfigError
 
 
@@ -59,12 +58,3 @@ class LLM(InterruptibleLLM):
         """Each rank's status: mode, resident and remote bytes, bytes fetched, waits, steps."""
         status: list[dict[str, Any]] = self.collective_rpc("dwdp_status")
         return status
-
-    def sleep(self, level: int = 1, mode: Any = "abort") -> None:
-        """As vLLM's for level 0, which pauses; deeper levels are refused, and the ranks go on.
-
-        Raises:
-            DwdpUnsupportedError: `level` is above 0.
-        """
-        refuse_sleep(level)
-        super().sleep(level=level, mode=mode)

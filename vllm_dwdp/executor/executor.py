@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm.platforms import current_platform
 
-from vllm_dwdp.compat.worker import cpu, independent, remote_code
+from vllm_dwdp.compat.worker import cpu, independent, reloading, remote_code
 from vllm_dwdp.compat.worker.executor import (
     Hooked,
     HookedMultiprocExecutor,
@@ -26,9 +26,18 @@ logger = init_logger(__name__)
 class RankExecutor(Hooked):
     """Runs one rank's worker; knows nothing of the other ranks."""
 
+    def check_weights(self) -> None:
+        """Check that the engine may go on after a pause.
+
+        Raises:
+            WeightUpdateError: an update of the weights failed half-way, or is under way.
+        """
+        self.collective_rpc("check_weights")
+
     @contextmanager
     def starting(self) -> Iterator[None]:
         """While active, the worker finds its rank's config, cores and GPU."""
+        reloading.check_before_resuming()
         independent.restore_model_config(self.vllm_config)
         if self.vllm_config.model_config.trust_remote_code:
             remote_code.install()

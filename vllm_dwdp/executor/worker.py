@@ -1,19 +1,22 @@
-"""What DWDP adds to a vLLM worker: joining the group while the model loads, and refusing to sleep.
+"""What DWDP adds to a vLLM worker: joining the group while the model loads, and new weights with it.
 
 Mixed into the CPU and the GPU worker. Runs in the process of the rank, or of its worker.
 """
 
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 
-from vllm_dwdp.compat.worker import independent
+from vllm_dwdp.compat.worker import independent, reloading
 from vllm_dwdp.device.base import Device
+from vllm_dwdp.distributed.fingerprint import Fingerprint
 from vllm_dwdp.distributed.launch import Seat
 from vllm_dwdp.distributed.membership import Membership
 from vllm_dwdp.errors import DwdpUnsupportedError
-from vllm_dwdp.executor.identity import open_membership
+from vllm_dwdp.executor.identity import make_fingerprint, open_membership
 from vllm_dwdp.logger import init_logger
 from vllm_dwdp.model_executor.costs import ServedModel
 from vllm_dwdp.model_executor.group import ExpertGroup
@@ -88,24 +91,105 @@ class DwdpWorker:
             group, self.expert_group = self.expert_group, None
             group.close()
 
-    def _refuse(self, action: str) -> None:
-        raise DwdpUnsupportedError(
-            f"{action} is not supported with --distributed-executor-backend dwdp: this rank's "
-            "experts are mapped by its peers. Restart the ranks instead."
-        )
+    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's, if the weights of the group are whole.
 
-    def sleep(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: peers read this rank's experts."""
-        self._refuse("sleep mode")
+        Raises:
+            WeightUpdateError: an update failed half-way, or is under way.
+        """
+        self.check_weights()
+        return super().execute_model(*args, **kwargs)  # type: ignore[misc]
 
-    def wake_up(self, *args: Any, **kwargs: Any) -> None:
-        """Refused, as `sleep`."""
-        self._refuse("sleep mode")
+    def check_weights(self) -> None:
+        """Check that this rank may run a forward.
 
-    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: composite tensors are read-only."""
-        self._refuse("reloading weights")
+        Raises:
+            WeightUpdateError: an update failed half-way, or is under way.
+        """
+        if self.expert_group is not None:
+            self.expert_group.weights.check()
+
+    def reload_weights(
+        self,
+        weights_iterator: Any = None,
+        weights_path: str | None = None,
+        is_checkpoint_format: bool = True,
+    ) -> None:
+        """As vLLM's; returns once all ranks of the group have reloaded.
+
+        Raises:
+            DwdpUnsupportedError: the weights are not those of a checkpoint.
+            WeightUpdateError: a rank has not; the sentence says whether this one goes on.
+        """
+        group = self.expert_group
+        given = (weights_iterator, weights_path, is_checkpoint_format)
+        if group is None:
+            super().reload_weights(*given)  # type: ignore[misc]
+            return
+        if not is_checkpoint_format:
+            raise DwdpUnsupportedError(
+                "reload_weights(is_checkpoint_format=False) writes into the tensors of kernels, and "
+                "those of the experts lie in the memory of several ranks. Give weights as a checkpoint "
+                "has them."
+            )
+        from_checkpoint = weights_iterator is None
+        self._begin_update(self.get_model(), from_checkpoint=from_checkpoint)  # type: ignore[attr-defined]
+        with self._failing_group(group):
+            super().reload_weights(*given)  # type: ignore[misc]
+        group.weights.finish(self._fingerprint if from_checkpoint else None)
+
+    def start_weight_update(self) -> None:
+        """As vLLM's; returns once all ranks of the group have paused for it."""
+        self._start_transfer(self.get_model(), super().start_weight_update)  # type: ignore[misc, attr-defined]
+
+    def start_draft_weight_update(self) -> None:
+        """As `start_weight_update`, for the drafter."""
+        model = self.get_draft_model()  # type: ignore[attr-defined]
+        self._start_transfer(model, super().start_draft_weight_update)  # type: ignore[misc]
+
+    def _start_transfer(self, model: torch.nn.Module | None, start: Callable[[], None]) -> None:
+        group = self.expert_group
+        self._check_weight_transfer_engine()  # type: ignore[attr-defined]
+        if group is None or model is None:
+            start()
+            return
+        self._begin_update(model, from_checkpoint=False)
+        with self._failing_group(group):
+            start()
 
     def update_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Refused, as `reload_weights`."""
-        self._refuse("updating weights")
+        """As vLLM's."""
+        with self._failing_group(self.expert_group):
+            super().update_weights(*args, **kwargs)  # type: ignore[misc]
+
+    def finish_weight_update(self) -> None:
+        """As vLLM's; returns once all ranks of the group serve the new weights."""
+        with self._failing_group(self.expert_group):
+            super().finish_weight_update()  # type: ignore[misc]
+        if self.expert_group is not None:
+            self.expert_group.weights.finish()
+
+    def _begin_update(self, model: torch.nn.Module, *, from_checkpoint: bool) -> None:
+        assert self.expert_group is not None
+        building = partial(
+            reloading.building,
+            self.vllm_config,  # type: ignore[attr-defined]
+            self.device,  # type: ignore[attr-defined]
+        )
+        self.expert_group.weights.begin(model, building, from_checkpoint=from_checkpoint)
+
+    @contextmanager
+    def _failing_group(self, group: ExpertGroup | None) -> Iterator[None]:
+        """While active, an error during an update is the group's."""
+        try:
+            yield
+        except BaseException as error:
+            if group is not None and group.weights.is_under_way:
+                group.weights.fail(error)
+            raise
+
+    def _fingerprint(self) -> Fingerprint:
+        assert self.expert_group is not None
+        page_bytes = self.expert_group.membership.fingerprint.page_bytes
+        vllm_config = self.vllm_config  # type: ignore[attr-defined]
+        return make_fingerprint(self.seat.launch.config, vllm_config, page_bytes)

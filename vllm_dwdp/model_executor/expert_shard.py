@@ -4,7 +4,7 @@ Owns the shard that the device made and the list of layers. Nothing here knows o
 thread.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -104,6 +104,7 @@ class ExpertShard:
         """
         sharded = next(entry for entry in self.layers if entry.layer is layer)
         sharded.facts = processed.facts()
+        sharded.replicated = dict(processed.tensors.replicated)
         shared, sharded.private = self._divide(processed.tensors.per_expert)
         processed.hand_over(shared, sharded.private, partial(self._publish_rows, sharded))
         self.published.append(sharded)
@@ -200,21 +201,29 @@ class ExpertShard:
         raws: list[RawParameters] = [entry.layer.raw for entry in self.layers]
         return self.read_bytes() / max(1, sum(raw.checkpoint_bytes for raw in raws))
 
-    def fill_edges(self, layout: ModelLayout, peers: dict[int, PeerMemory]) -> None:
+    def fill_edges(self, layout: ModelLayout, peers: Mapping[int, PeerMemory]) -> None:
         """Copy the bytes that neighbours own on our first and last pages; the shard is whole then.
 
         Memory of an earlier life has them already.
         """
         if self.is_adopted:
             return
-        for sharded, layer in zip(self.published, layout.layers, strict=True):
+        mapping = self.memory.map_writable()
+        try:
+            self.copy_edges(layout, peers, mapping.address)
+        finally:
+            mapping.unmap()
+
+    def copy_edges(self, layout: ModelLayout, peers: Mapping[int, PeerMemory], base: int) -> None:
+        """Copy those bytes into the shard, all of which is writable from address `base` on."""
+        for layer in layout.layers:
             for index, weight in enumerate(layer.weights):
-                pages = weight.shard_pages(self.dwdp_rank)
                 for edge in weight.edges(self.dwdp_rank):
-                    offset = layer.shard_offset(index, edge.source_rank, edge.span.start)
+                    start = edge.span.start
                     self.device.copy(
-                        sharded.weights[index].mapping.address + edge.span.start - pages.start,
-                        peers[edge.source_rank].address + offset,
+                        base + layer.shard_offset(index, self.dwdp_rank, start),
+                        peers[edge.source_rank].address
+                        + layer.shard_offset(index, edge.source_rank, start),
                         len(edge.span),
                     )
 

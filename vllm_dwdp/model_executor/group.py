@@ -11,6 +11,7 @@ from vllm_dwdp.distributed.launch import Seat
 from vllm_dwdp.distributed.membership import Membership
 from vllm_dwdp.layout.model import ModelLayout
 from vllm_dwdp.model_executor.forwards import Forwards
+from vllm_dwdp.model_executor.renewal import WeightRenewal
 from vllm_dwdp.model_executor.start_cost import StartCost
 from vllm_dwdp.model_executor.views import ExpertViews
 
@@ -24,6 +25,7 @@ class ExpertGroup:
         layout: of all experts over the group.
         views: how the layers see all experts.
         forwards: counts what ran.
+        weights: renews them, together with the group.
         rejoin_seconds: how long the start took that adopted a shard; 0 if it loaded its experts.
         read_bytes: of the checkpoint's large expert tensors, read for it.
         read_share: the part of them that this is.
@@ -40,6 +42,7 @@ class ExpertGroup:
         layout: ModelLayout,
         views: ExpertViews,
         forwards: Forwards,
+        weights: WeightRenewal,
         rejoin_seconds: float | None,
         read_bytes: int,
         read_share: float,
@@ -52,6 +55,7 @@ class ExpertGroup:
         self.layout = layout
         self.views = views
         self.forwards = forwards
+        self.weights = weights
         self._rejoin_seconds = rejoin_seconds
         self._read_bytes = read_bytes
         self._read_share = read_share
@@ -79,7 +83,7 @@ class ExpertGroup:
         """A JSON-compatible snapshot for `/metrics` and `vllm-dwdp status`."""
         return {
             "rank": self.seat.rank,
-            "state": self._state,
+            "state": "refusing" if self.weights.refusal else self._state,
             "group": self.seat.group,
             "dwdp_rank": self.seat.dwdp_rank,
             "group_size": self.seat.launch.config.group_size,
@@ -89,6 +93,8 @@ class ExpertGroup:
             "break_even_tokens": self.views.policy.break_even_tokens,
             "pid": os.getpid(),
             "generation": self.membership.generation,
+            "weight_update": self.membership.weights.update,
+            "weights": self.membership.fingerprint.checkpoint_digest,
             "adopted": self._rejoin_seconds is not None,
             "rejoin_seconds": self._rejoin_seconds or 0.0,
             **self._start_status(),

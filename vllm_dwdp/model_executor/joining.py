@@ -41,6 +41,7 @@ from vllm_dwdp.model_executor.expert_shard import ExpertShard
 from vllm_dwdp.model_executor.forwards import couple
 from vllm_dwdp.model_executor.group import ExpertGroup
 from vllm_dwdp.model_executor.peers import PeerShards, other_layout
+from vllm_dwdp.model_executor.renewal import WeightRenewal
 from vllm_dwdp.model_executor.start_cost import StartCost
 from vllm_dwdp.model_executor.views import bind_views
 from vllm_dwdp.prefetch.mode_policy import ModePolicy
@@ -116,6 +117,7 @@ def join_group(
             layout=loaded.layout,
             views=views,
             forwards=forwards,
+            weights=WeightRenewal(device, membership, loaded.shard, loaded.layout, views),
             rejoin_seconds=seconds if loaded.shard.is_adopted else None,
             read_bytes=loaded.shard.read_bytes(),
             read_share=loaded.shard.read_share(),
@@ -197,6 +199,7 @@ def meet_peers(
     membership.announce_ready(digest)
     peers.map_all(membership.wait_ready())
     policy = choose_policy(config, device, costs, membership.agree_on_limit())
+    membership.learn_update()
     shard.private_tensors(loaded.layout).complete(peers.mapped)
     logger.info(
         "DWDP rank %d met its %d peers in %.1f s",

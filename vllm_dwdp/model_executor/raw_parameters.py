@@ -26,9 +26,17 @@ class RawParameters:
         layer: vLLM's, built for all experts; large parameters give their memory up at once.
         num_experts: of the layer.
         resident: experts whose rows are loaded; none if they are in memory already.
+        lazily: whether large parameters take memory only when something is loaded.
     """
 
-    def __init__(self, layer: torch.nn.Module, num_experts: int, resident: ExpertRange) -> None:
+    def __init__(
+        self,
+        layer: torch.nn.Module,
+        num_experts: int,
+        resident: ExpertRange,
+        *,
+        lazily: bool = False,
+    ) -> None:
         self.num_experts = num_experts
         self.resident = resident
         self.read_bytes = 0
@@ -45,7 +53,9 @@ class RawParameters:
         self.whole_bytes = sum(parameter.nbytes for parameter in self.large.values())
         """Bytes of large parameters of all experts, which they take while they are processed."""
         for parameter in self.large.values():
-            parameter.data = parameter.data.new_empty(len(resident), *parameter.shape[1:])
+            parameter.data = parameter.data.new_empty(0, *parameter.shape[1:])
+        if not lazily:
+            self.take_room()
 
     def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         """All parameters that are not processed yet, by name."""
@@ -57,8 +67,19 @@ class RawParameters:
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes of large parameters that this rank keeps."""
-        return sum(parameter.nbytes for parameter in self.large.values())
+        """Bytes of large parameters that this rank keeps once they are loaded."""
+        return self.whole_bytes // self.num_experts * len(self.resident)
+
+    @property
+    def loaded(self) -> dict[tuple[str, str], set[int]]:
+        """Which experts were loaded, by parameter and the part of it."""
+        return self._loaded
+
+    def take_room(self) -> None:
+        """Make room for the resident rows of large parameters, if there is none yet."""
+        for parameter in self.large.values():
+            if len(parameter) != len(self.resident):
+                parameter.data = parameter.data.new_empty(len(self.resident), *parameter.shape[1:])
 
     def load(
         self,
@@ -75,6 +96,7 @@ class RawParameters:
         Args:
             loaded_weight: of expert `expert_id`, or of all, along its first dimension.
         """
+        self.take_room()
         name = self._names.get(id(param), weight_name)
         is_whole = expert_id is None or self._has_all_experts(param, loaded_weight)
         experts = (
@@ -123,6 +145,7 @@ class RawParameters:
 
         Returns the storages; once the layer is processed they hold its own tensors, or are gone.
         """
+        self.take_room()
         watched = []
         while self.large:
             name, parameter = self.large.popitem()

@@ -80,6 +80,15 @@ class PrefetchRings:
         for ring in self._driven:
             ring.begin_forward()
 
+    def synchronize(self) -> None:
+        """Block until no copy reads a peer."""
+        self.queue.drain()
+
+    def forget(self) -> None:
+        """The layers have new weights, and no forward runs: the next one fetches all of them."""
+        for ring in self.rings:
+            ring.forget()
+
     def counters(self) -> list[RingCounters]:
         """A snapshot of each ring."""
         return [ring.counters() for ring in self.rings]

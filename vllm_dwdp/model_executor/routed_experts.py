@@ -70,6 +70,8 @@ class DwdpRoutedExperts:
     ring_position: RingPosition | None = None
     layer_name: str
     raw: RawParameters
+    make_twin: Callable[..., Any]
+    """Builds a stock layer with the same arguments, of a class with these mixins."""
 
     def __init__(
         self,
@@ -88,7 +90,7 @@ class DwdpRoutedExperts:
             given = (layer_name, params_dtype, config, quant_config, expert_map_manager)
             return cls(*given, *args, **kwargs)
 
-        make_twin = moe.stock_twin(stock, moe_config, build)
+        self.make_twin = moe.stock_twin(stock, moe_config, build)
         super().__init__(  # type: ignore[call-arg]
             layer_name, params_dtype, moe_config, quant_config, expert_map_manager, *args, **kwargs
         )
@@ -97,7 +99,7 @@ class DwdpRoutedExperts:
         self.raw = RawParameters(self, num_experts, registry.loads(num_experts))
         self._twin: tuple[LayerTwin, ...] = ()  # a tuple: no module of the model
         if registry.needs_proof(self):
-            self._twin = (LayerTwin(make_twin(), self),)
+            self._twin = (LayerTwin(self.make_twin(), self),)
         moe.around_processing(self, self._process)
         registry.add_layer(self)
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from vllm_dwdp.device.base import Mapping
 from vllm_dwdp.layout.composite import WeightLayout
 from vllm_dwdp.layout.placement import Placement
@@ -35,6 +37,7 @@ class ShardedLayer:
         run_index: its place in the order in which layers were built, and run.
         weights: its composite tensors, in the order of the shard.
         private: small per-expert tensors, which every rank has whole.
+        replicated: other tensors of the layer, by path.
         facts: what every rank's layer must have in common, by path.
     """
 
@@ -44,4 +47,5 @@ class ShardedLayer:
     run_index: int
     weights: list[ShardedWeight] = field(default_factory=list)
     private: list[ExpertRows] = field(default_factory=list)
+    replicated: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
     facts: dict[str, str] = field(default_factory=dict)

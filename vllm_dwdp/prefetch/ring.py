@@ -107,6 +107,11 @@ class Ring:
         """Block until no copy is queued or running."""
         self._queue.drain()
 
+    def forget(self) -> None:
+        """The layers have new weights: what lies in the slots is fetched again. No forward runs."""
+        self.synchronize()
+        self._schedule.forget()
+
     def close(self) -> None:
         """Let running copies finish: the slots may go afterwards."""
         self.synchronize()

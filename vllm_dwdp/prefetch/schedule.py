@@ -78,6 +78,10 @@ class SlotSchedule:
         """The slot that `layer` uses."""
         return layer % self.num_slots
 
+    def forget(self) -> None:
+        """What the slots hold is out of date; nothing reads them, and no copy is under way."""
+        self._holds = [None] * self.num_slots
+
     def fills_at_begin(self) -> Sequence[Fill]:
         """Layers to fetch when a forward begins: the first ones, where the slots lack them.
 

@@ -7,11 +7,9 @@ from typing import Any
 import pytest
 from vllm.v1.engine import utils
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.llm_engine import LLMEngine
 
-from vllm_dwdp.compat.frontend import sleeping, startup, stat_logger
+from vllm_dwdp.compat.frontend import startup, stat_logger
 from vllm_dwdp.compat.frontend.backend import EXECUTOR_CLS
-from vllm_dwdp.errors import DwdpUnsupportedError
 
 LAUNCH: Any = SimpleNamespace(config=SimpleNamespace(shares_experts=True))
 
@@ -37,22 +35,6 @@ def test_only_an_engine_that_runs_dwdp_is_given_our_stat_logger(
     assert make(config("mp"), False, ["theirs"]).stat_loggers == ["theirs"]
     theirs, ours = make(config(EXECUTOR_CLS["uni"]), False, stat_loggers=["theirs"]).stat_loggers
     assert (theirs, ours.__name__) == ("theirs", "DwdpStatLogger")
-
-
-@pytest.mark.parametrize("engine_class", [AsyncLLM, LLMEngine])
-def test_only_an_engine_that_runs_dwdp_refuses_to_sleep(
-    engine_class: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    slept: list[int] = []
-    for each in (AsyncLLM, LLMEngine):
-        monkeypatch.setattr(each, "sleep", lambda self, level=1, mode="abort": slept.append(level))
-    sleeping.install()
-    engine_class.sleep(SimpleNamespace(vllm_config=config("mp")))
-    ours = SimpleNamespace(vllm_config=config(EXECUTOR_CLS["uni"]))
-    engine_class.sleep(ours, level=0, mode="keep")
-    with pytest.raises(DwdpUnsupportedError, match="sleep level 1"):
-        engine_class.sleep(ours)
-    assert slept == [1, 0]
 
 
 def test_only_the_start_of_dwdp_engines_is_ended_by_signals(

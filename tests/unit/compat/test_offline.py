@@ -18,8 +18,6 @@ from vllm_dwdp.compat.frontend import offline
 from vllm_dwdp.compat.frontend.interruptible import aborted_if_cut_short
 from vllm_dwdp.compat.frontend.interrupts import blocked_interrupts, uninterrupted
 from vllm_dwdp.compat.frontend.offline import RankClient
-from vllm_dwdp.compat.frontend.sleeping import refuse_sleep
-from vllm_dwdp.errors import DwdpUnsupportedError
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -193,12 +191,3 @@ def test_a_process_that_is_started_with_interrupts_blocked_never_gets_one() -> N
     finally:
         deaf.terminate()
     assert deaf.wait(timeout=10) == -signal.SIGTERM
-
-
-def test_pausing_is_not_sleeping() -> None:
-    refuse_sleep(0)
-    for level in (1, 2):
-        with pytest.raises(
-            DwdpUnsupportedError, match=rf"sleep level {level} .*The engine goes on"
-        ):
-            refuse_sleep(level)

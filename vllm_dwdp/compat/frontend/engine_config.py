@@ -8,7 +8,7 @@ comes before a process starts. Runs in each front-end process (the command line,
 from collections.abc import Callable
 from typing import Any
 
-from vllm_dwdp.compat.frontend import own_engines, sleeping, startup, stat_logger
+from vllm_dwdp.compat.frontend import own_engines, startup, stat_logger
 from vllm_dwdp.compat.frontend.backend import BACKEND, WORKER_CLS, executor_cls, offline_size
 from vllm_dwdp.compat.frontend.model_refusals import refuse_unsupported_model
 from vllm_dwdp.compat.frontend.ranks import (
@@ -109,4 +109,3 @@ def _install_front_end(launch: DwdpLaunch) -> None:
     if offline_size() is None:
         own_engines.install()
         stat_logger.install(launch)
-        sleeping.install()

@@ -76,18 +76,6 @@ REFUSED = (
     ),
     ("ubatch_size", "--ubatch-size", 0, "dual-batch overlap is not supported. Leave it out."),
     (
-        "enable_sleep_mode",
-        "--enable-sleep-mode",
-        False,
-        "peers read this rank's experts while it would sleep. Leave it out.",
-    ),
-    (
-        "weight_transfer_config",
-        "--weight-transfer-config",
-        None,
-        "shared experts cannot be replaced while they are served. Leave it out.",
-    ),
-    (
         "enable_lora",
         "--enable-lora",
         False,

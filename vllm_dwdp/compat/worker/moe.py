@@ -57,8 +57,10 @@ def find_foreign_layers(model: torch.nn.Module, replacement: type) -> list[str]:
 
 def stock_twin(
     stock: type, moe_config: Any, build: Callable[[type, Any], Any]
-) -> Callable[[], Any]:
+) -> Callable[..., Any]:
     """How to build a stock layer with the config that a layer is about to be built with.
+
+    What is returned takes mixins, which go before vLLM's class.
 
     Args:
         stock: vLLM's class.
@@ -66,8 +68,8 @@ def stock_twin(
         build: makes a layer of a class with a config.
     """
     kept = copy.copy(moe_config)
-    twin = type(f"{stock.__name__}Twin", (stock,), {})  # the registry replaces classes by name
-    return lambda: build(twin, copy.copy(kept))
+    name = f"{stock.__name__}Twin"  # the registry replaces classes by name
+    return lambda *mixins: build(type(name, (*mixins, stock), {}), copy.copy(kept))
 
 
 def around_processing(layer: Any, process: Callable[[Callable[[], None]], None]) -> None:

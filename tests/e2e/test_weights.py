@@ -1,0 +1,211 @@
+"""New weights for ranks that serve: all ranks answer as stock vLLM with the new checkpoint, or refuse.
+
+Stock vLLM 0.32 itself reloads experts wrongly on a CPU, so what is compared with is a stock engine that
+was started with the new checkpoint.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpu_checks.quantised import make_quantised_checkpoint
+from tests.e2e.conftest import Checkpoints, StockEngine
+from tests.e2e.matrix import run_cases
+from tests.helpers import cpu_gates
+from tests.helpers.engines import fork
+from tests.helpers.weight_files import parts_of
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+GATES = {"prepare": "tests.helpers.cpu_gates:open_gates"}
+TRANSFER = {
+    "prepare": "tests.helpers.weight_files:register",
+    "engine_args": {"weight_transfer_config": {"backend": "files"}},
+}
+AGREE = "vllm_dwdp.distributed.weight_agreement:WeightAgreement.agree"
+WRITE = "vllm_dwdp.model_executor.incoming:ModelUpdate.finish"
+
+
+@pytest.fixture(scope="module")
+def old(checkpoints: Checkpoints) -> str:
+    return checkpoints("qwen3_moe", 7)
+
+
+@pytest.fixture(scope="module")
+def new(checkpoints: Checkpoints) -> str:
+    return checkpoints("qwen3_moe", 7, seed=1)
+
+
+@pytest.fixture(scope="module")
+def tokens(old: str, new: str, stock: StockEngine) -> dict[str, list[list[int]]]:
+    """What stock vLLM answers, by checkpoint."""
+    return {model: result["tokens"] for model, result in stock.all([old, new]).items()}
+
+
+def reload(path: str) -> dict[str, Any]:
+    return {"calls": [["reload_weights", {"weights_path": path}]]}
+
+
+def case(name: str, model: str, *updates: dict[str, Any], **more: Any) -> dict[str, Any]:
+    dwdp = {"mode": name.partition("-")[0], "join_timeout_s": more.pop("join_timeout_s", 60)}
+    return {
+        "name": name,
+        "model": model,
+        "num_ranks": 2,
+        "dwdp": dwdp,
+        "updates": list(updates),
+    } | more
+
+
+def transfer(model: str) -> dict[str, Any]:
+    """What a trainer calls: the weights in two chunks."""
+    chunks = [
+        ["update_weights", {"update_info": {"folder": model, "parts": parts}}]
+        for parts in parts_of(model)
+    ]
+    return {"calls": [["start_weight_update", {}], *chunks, ["finish_weight_update", {}]]}
+
+
+@pytest.mark.feature("reload_weights")
+@pytest.mark.feature("weight transfer (start, update, finish)")
+def test_all_ranks_serve_the_new_weights(
+    old: str, new: str, tokens: dict[str, list[list[int]]], tmp_path: Path
+) -> None:
+    cases = [
+        case("direct", old, reload(new), reload(old)),
+        case("prefetch", old, reload(new), {"calls": [["reload_weights", {}]]}),
+        case("prefetch-sent", old, transfer(new), reload(old), **TRANSFER),
+    ]
+    wanted = {"direct": (new, old), "prefetch": (new, new), "prefetch-sent": (new, old)}
+    for name, ranks in run_cases(tmp_path, "reloaded", cases).items():
+        for rank in ranks:
+            assert rank["tokens"] == tokens[old]
+            for number, (said, model) in enumerate(
+                zip(rank["updates"], wanted[name], strict=True), 1
+            ):
+                where = (name, rank["rank"], number, said["error"], said["refused"])
+                assert not said["error"], where
+                assert said["tokens"] == tokens[model], where
+                assert said["status"]["weight_update"] == number, where
+                assert said["status"]["state"] == "serving", where
+        assert ranks[0]["weights"] == ranks[1]["weights"]
+        assert len({rank["updates"][0]["status"]["weights"] for rank in ranks}) == 1
+        first, last = (said["status"]["weights"] for said in ranks[0]["updates"])
+        assert first.startswith("update ") == (name == "prefetch-sent")
+        assert (first == last) == (name == "prefetch")
+
+
+@pytest.mark.skipif(cpu_gates.why_not() is not None, reason=str(cpu_gates.why_not()))
+@pytest.mark.parametrize(
+    "formats",
+    [
+        pytest.param(("fp8_block", "gpt_oss_mxfp4"), id="two-formats"),
+        pytest.param(
+            ("bf16_fused", "ct_int8", "ct_int4", "gptq", "awq"),
+            id="other-formats",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_quantised_experts_are_processed_and_written_anew(
+    formats: tuple[str, ...], stock: StockEngine, tmp_path: Path
+) -> None:
+    made = {
+        (name, seed): str(
+            make_quantised_checkpoint(tmp_path / f"{name}-{seed}", name, 7, seed=seed)
+        )
+        for name in formats
+        for seed in (0, 1)
+    }
+    stocks = stock.all([made[name, 1] for name in formats], **GATES)
+    cases = [
+        GATES | case(f"{mode}-{name}", made[name, 0], reload(made[name, 1]))
+        for name, mode in zip(formats, ("prefetch", "direct") * 3, strict=False)
+    ]
+    for name, ranks in run_cases(tmp_path, "quantised", cases).items():
+        expected = stocks[made[name.partition("-")[2], 1]]
+        for rank in ranks:
+            said = rank["updates"][0]
+            assert (said["error"], said["refused"]) == ("", ""), name
+            assert said["tokens"] == expected["tokens"] != rank["tokens"], name
+            assert rank["weights"] == expected["weights"], name
+
+
+def test_a_rank_that_fails_leaves_the_group_refusing_until_an_update_succeeds(
+    old: str, new: str, tokens: dict[str, list[list[int]]], tmp_path: Path
+) -> None:
+    fails = {"kill": WRITE, "with": "RuntimeError", "on": 1}
+    alone = reload(new) | {"ranks": [0]}
+    unequal = transfer(new)
+    unequal["calls"][1][1]["update_info"]["folder"] = old
+    by_hand = {
+        "calls": [
+            ["start_weight_update", {}],
+            ["update_weights", {"update_info": {"folder": new, "in_place": True}}],
+            ["finish_weight_update", {}],
+        ]
+    }
+    cases = [
+        case("direct-fails", old, reload(new) | fails, reload(new)),
+        case("prefetch-in-place", old, by_hand, unequal, reload(new), **TRANSFER),
+        case("direct-alone", old, alone, join_timeout_s=3),
+    ]
+    found = run_cases(tmp_path, "failed", cases)
+    for rank in found["direct-fails"]:
+        failed, repaired = rank["updates"]
+        assert "injected at" in failed["error"]
+        assert "the update of the weights failed on rank" in failed["refused"]
+        assert (
+            "Repeat the update on all ranks; if one of them has died, restart" in failed["refused"]
+        )
+        assert failed["status"]["state"] == "refusing"
+        assert repaired["tokens"] == tokens[new], repaired
+    for rank in found["prefetch-in-place"]:
+        failed, mixture, repaired = rank["updates"]
+        assert "no weights came by way of the model's load_weights" in failed["error"]
+        assert "refuses to serve" in failed["refused"]
+        assert not mixture["error"], "the same mixture on all ranks is the trainer's business"
+        assert repaired["tokens"] == tokens[new], repaired
+    for rank in found["direct-alone"]:
+        (said,) = rank["updates"]
+        assert said["tokens"] == tokens[old], "nothing was written"
+        if rank["rank"] == 0:
+            assert "ranks [1] of group 0 did not pause for new weights within" in said["error"]
+            assert "this rank goes on with the weights that it has" in said["error"]
+
+
+def test_a_rank_that_dies_half_way_leaves_the_other_refusing(
+    old: str, new: str, tokens: dict[str, list[list[int]]], tmp_path: Path
+) -> None:
+    killed = case("prefetch", old, reload(new) | {"kill": AGREE, "on": 1})
+    (rank,) = run_cases(tmp_path, "killed", [killed], expected_codes=[0, -9])["prefetch"]
+    (said,) = rank["updates"]
+    assert "rank 1 of group 0 is dead" in said["error"]
+    assert "if one of them has died, restart all ranks of the group" in said["refused"]
+    again = run_cases(tmp_path, "again", [case("prefetch", new)])["prefetch"]
+    assert [rank["tokens"] for rank in again] == [tokens[new]] * 2
+
+
+def test_a_rank_that_starts_again_after_an_update_adopts_new_weights_or_is_refused(
+    old: str, new: str, tokens: dict[str, list[list[int]]], tmp_path: Path
+) -> None:
+    results, log = tmp_path / "results.json", tmp_path / "lives.log"
+    process = fork(["-m", "tests.e2e.weight_lives", str(results), old, new], log)
+    try:
+        assert process.wait(timeout=380) == 0, log.read_text()[-6000:]
+    finally:
+        process.kill()
+    found = json.loads(results.read_text())
+    assert found["killed"]["code"] == -9
+    refused = found["with old"]["error"]
+    assert refused.startswith(
+        "PeerMismatchError: rank 1 of group 0: the ranks do not serve the same"
+    )
+    assert "have been updated since it started (update 1): start with that checkpoint" in refused
+    back = found["with new"]
+    assert back["status"]["adopted"] and back["status"]["weight_update"] == 1, back
+    assert back["status"]["read_expert_bytes"] == 0
+    assert back["tokens"] == found["survivor"]["tokens"] == tokens[new][:2]
+    assert not any(back["left"].values()) and not any(found["survivor"]["left"].values())

@@ -1,0 +1,115 @@
+"""vLLM's reloading of weights in place: what it leaves to us, and what it must not touch.
+
+vLLM puts each module back to the form in which it was built, loads and processes it, and copies the
+result into the tensors that serve. Expert layers are ours: a new layer stands in the tree instead of the
+serving one while weights come, and takes them.
+
+Private names used: `reload.layerwise.get_layerwise_info`, `LayerReloadingInfo.load_numel_total`,
+`.kernel_tensors`, `_place_kernel_tensors`, `EngineCore.resume_scheduler`.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+NamedTensor = tuple[str, torch.Tensor]
+
+
+@contextmanager
+def building(vllm_config: Any, device: torch.device) -> Iterator[None]:
+    """While active, layers can be built as when the model was loaded."""
+    from vllm.config import set_current_vllm_config
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    with (
+        set_current_vllm_config(vllm_config),
+        set_default_torch_dtype(vllm_config.model_config.dtype),
+        device,
+    ):
+        yield
+
+
+def exchange(model: torch.nn.Module, others: Mapping[torch.nn.Module, torch.nn.Module]) -> None:
+    """Put other modules in the places of those that are keys."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child in others:
+                parent._modules[name] = others[child]
+
+
+def hide(layer: torch.nn.Module) -> None:
+    """vLLM's reload, when it begins, takes this layer for one that it has begun, and leaves it alone."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    for module in layer.modules():
+        get_layerwise_info(module).load_numel_total = 0
+
+
+def show(layer: torch.nn.Module) -> None:
+    """The reload has begun; when it ends, it takes a hidden layer for one that it has finished."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    for module in layer.modules():
+        get_layerwise_info(module).reset()
+
+
+def abandon(model: torch.nn.Module) -> None:
+    """End a reload that failed: every module has the tensors again that it served with."""
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    for module in model.modules():
+        info = layerwise.get_layerwise_info(module)
+        if info.can_load() and info.kernel_tensors is not None:
+            layerwise._place_kernel_tensors(module, info)
+        info.reset()
+
+
+@contextmanager
+def watched_loading(
+    model: Any, begin: Callable[[], None], watch: Callable[[str, torch.Tensor], None]
+) -> Iterator[None]:
+    """While active, `watch` sees every tensor of a checkpoint that the model is given.
+
+    Args:
+        begin: called before the model is given some.
+    """
+    stock = model.load_weights
+
+    def load_weights(weights: Iterable[NamedTensor], *args: Any, **kwargs: Any) -> Any:
+        begin()
+        return stock(_seen(weights, watch), *args, **kwargs)
+
+    model.load_weights = load_weights
+    try:
+        yield
+    finally:
+        del model.load_weights
+
+
+def _seen(
+    weights: Iterable[NamedTensor], watch: Callable[[str, torch.Tensor], None]
+) -> Iterator[NamedTensor]:
+    for name, tensor in weights:
+        watch(name, tensor)
+        yield name, tensor
+
+
+def check_before_resuming() -> None:
+    """From now on, an engine of this process asks its workers before it goes on after a pause."""
+    from vllm.v1.engine.core import EngineCore
+
+    stock: Any = EngineCore.resume_scheduler
+    if hasattr(stock, "dwdp_stock"):
+        return
+
+    @functools.wraps(stock)
+    def resume_scheduler(self: Any) -> None:
+        if hasattr(self.model_executor, "check_weights"):
+            self.model_executor.check_weights()
+        stock(self)
+
+    resume_scheduler.dwdp_stock = stock  # type: ignore[attr-defined]
+    EngineCore.resume_scheduler = resume_scheduler  # type: ignore[method-assign]

@@ -1,0 +1,246 @@
+"""How the ranks of a group renew their weights together: all pause, all write, all agree, all go on.
+
+::
+
+    this rank    PAUSED ------> LOCKED ------> (writes) WRITTEN ------> (edges) WHOLE ------> DONE
+    waits until        all PAUSED      all LOCKED           all WRITTEN            all WHOLE
+
+Nobody writes before everybody has said LOCKED, so no peer reads an expert while it changes. Nobody goes
+on before everybody's memory is whole and was written from the same weights. A rank that is only PAUSED
+may give up, for nobody can have written then; from LOCKED on, whoever cannot go on refuses to serve,
+because memory that it reads may be old and new in parts.
+
+Every wait has a deadline, and ends at once if a peer died, started anew, or failed. Runs in the thread
+of the rank's worker, between forwards. `GroupState` answers the peers meanwhile.
+"""
+
+import time
+from collections.abc import Mapping
+from enum import IntEnum
+
+from vllm_dwdp.distributed import messages
+from vllm_dwdp.distributed.dialling import Dialler
+from vllm_dwdp.distributed.fingerprint import Fingerprint
+from vllm_dwdp.distributed.group_state import GroupState
+from vllm_dwdp.distributed.status import LOOK_TIMEOUT_S, RankStatus
+from vllm_dwdp.distributed.waiting import Wait
+from vllm_dwdp.errors import WeightUpdateError
+
+POLL_INTERVAL_S = 0.02
+
+GOES_ON = (
+    "Nothing was written, and this rank goes on with the weights that it has. Start the update on all "
+    "ranks of the group at about the same time, with all of them running."
+)
+REPAIR = (
+    "The ranks of the group may hold different weights, so this rank refuses to serve. Repeat the "
+    "update on all ranks; if one of them has died, restart all ranks of the group, with the new "
+    "checkpoint."
+)
+
+
+class Step(IntEnum):
+    """How far a rank is with an update."""
+
+    WITHDRAWN = 0
+    """It has given up before anybody wrote."""
+    PAUSED = 1
+    """It runs no forward."""
+    LOCKED = 2
+    """It has seen everybody pause, and stays so until the end."""
+    WRITTEN = 3
+    """Its resident experts and its replicated tensors are new."""
+    WHOLE = 4
+    """So is all of its shard."""
+    DONE = 5
+    """It serves."""
+
+
+class WeightAgreement:
+    """One rank's side of an update; `lock`, `agree`, `complete` and `finish` follow each other.
+
+    Args:
+        dialler: reaches the peers.
+        state: what this rank answers.
+        status: learns what we wait for.
+        timeout_s: deadline of each wait.
+    """
+
+    def __init__(
+        self, dialler: Dialler, state: GroupState, status: RankStatus, timeout_s: float
+    ) -> None:
+        self._dialler = dialler
+        self._state = state
+        self._status = status
+        self._timeout_s = timeout_s
+        self._starts: dict[int, int] = {}
+
+    @property
+    def update(self) -> int:
+        """Number of the update that is under way, or was tried last."""
+        return self._state.progress().update
+
+    @property
+    def refusal(self) -> str:
+        """Why this rank must not serve; empty if it may."""
+        return self._state.progress().failure
+
+    def lock(self) -> None:
+        """Return once every rank of the group has paused for the same update; this one must have.
+
+        Raises:
+            WeightUpdateError: one has not. The sentence says whether this rank may go on as it was.
+        """
+        before = self._state.progress()
+        self._starts = {}
+        self._go_to(before.update + 1, Step.PAUSED)
+        try:
+            self._wait(Step.PAUSED, "pause for new weights")
+            self._go_to(self.update, Step.LOCKED)
+            self._wait(Step.LOCKED, "lock their experts")
+        except _NothingWritten as error:
+            self._go_to(self.update, Step.WITHDRAWN, failure=before.failure)
+            advice = GOES_ON if not before.failure else REPAIR
+            raise WeightUpdateError(
+                f"the update of the weights was not begun: {error}. {advice}"
+            ) from None
+        except BaseException as error:
+            self.fail(error)
+            raise WeightUpdateError(self.refusal) from error
+        self._state.begin_update()
+
+    def agree(self, proof: bytes) -> None:
+        """Return once every rank has written its experts, from the same weights.
+
+        Args:
+            proof: a digest of the weights and of their layout.
+        """
+        self._go_to(self.update, Step.WRITTEN, proof=proof)
+        for rank, peer in self._wait(Step.WRITTEN, "write their experts").items():
+            if peer.proof != proof:
+                raise WeightUpdateError(
+                    f"rank {rank} of group {self._dialler.group} has written other weights than this "
+                    f"one: their digests are {peer.proof.hex()[:12]} there and {proof.hex()[:12]} here. "
+                    "Send every rank the same"
+                )
+
+    def complete(self, digest: bytes) -> Mapping[int, messages.Progress]:
+        """Return once every rank's shard is whole; what they say of it, by rank.
+
+        Args:
+            digest: of all of our shard, which is whole.
+        """
+        proof = self._state.progress().proof
+        generation = max(time.time_ns(), self._dialler.generation + 1)
+        self._go_to(self.update, Step.WHOLE, proof=proof, generation=generation, digest=digest)
+        return self._wait(Step.WHOLE, "complete their shared pages")
+
+    def finish(
+        self, fingerprint: Fingerprint, layout: bytes, peers: Mapping[int, messages.Progress]
+    ) -> None:
+        """Serve, lend and return with the new weights from now on.
+
+        Args:
+            fingerprint: of a rank that starts with these weights.
+            layout: identity of what lies in the shards of the group.
+            peers: what `complete` returned.
+        """
+        self._dialler.fingerprint = fingerprint
+        self._state.end_update(fingerprint, layout, peers)
+        self._go_to(self.update, Step.DONE)
+
+    def fail(self, error: BaseException) -> None:
+        """Refuse to serve until a later update or a new start, and tell whoever asks."""
+        said = str(error) or type(error).__name__
+        reason = (
+            f"the update of the weights failed on rank {self._dialler.dwdp_rank}: {said}. {REPAIR}"
+        )
+        progress = self._state.progress()
+        self._go_to(progress.update, Step(progress.step), failure=reason)
+
+    def _go_to(
+        self,
+        update: int,
+        step: Step,
+        *,
+        proof: bytes = b"",
+        generation: int = 0,
+        digest: bytes = b"",
+        failure: str = "",
+    ) -> None:
+        self._state.set_progress(
+            messages.Progress(
+                started=self._dialler.generation,
+                update=update,
+                step=step,
+                proof=proof,
+                generation=generation,
+                digest=digest,
+                failure=failure,
+            )
+        )
+
+    def _wait(self, step: Step, purpose: str) -> dict[int, messages.Progress]:
+        """Return what every peer says once all have come as far as `step`."""
+        dialler = self._dialler
+        who = f"DWDP rank {dialler.dwdp_rank} of group {dialler.group}"
+        wait = Wait(who, dialler.peer_ranks, purpose, self._timeout_s)
+        self._status.doing = dialler.wait = wait
+        reached: dict[int, messages.Progress] = {}
+        try:
+            while wait.missing:
+                for rank in sorted(wait.missing):
+                    peer = self._hear(rank, step)
+                    if peer is not None:
+                        reached[rank] = peer
+                        wait.missing -= {rank}
+                if step is Step.PAUSED and any(
+                    peer.update != self.update for peer in reached.values()
+                ):  # ours has a later number by now: all say it again
+                    wait.missing, reached = frozenset(dialler.peer_ranks), {}
+                if wait.missing and wait.left_s < 0:
+                    raise self._missed(
+                        step,
+                        f"ranks {sorted(wait.missing)} of group {dialler.group} did not {purpose} "
+                        f"within dwdp join_timeout_s={self._timeout_s:g}",
+                    )
+                wait.notice()
+                if wait.missing:
+                    time.sleep(POLL_INTERVAL_S)
+        finally:
+            dialler.wait = None
+            self._status.doing = "has new weights"
+        return reached
+
+    def _hear(self, rank: int, step: Step) -> messages.Progress | None:
+        """What a peer says if it has come as far as `step`, else None.
+
+        Raises:
+            WeightUpdateError: it never will.
+        """
+        peer, name = self._dialler.follow(rank), f"rank {rank} of group {self._dialler.group}"
+        if peer is None:
+            group = self._dialler.group
+            if rank in self._dialler.endpoint.listening(group, [rank], LOOK_TIMEOUT_S):
+                return None
+            raise self._missed(step, f"{name} is dead")
+        if self._starts.setdefault(rank, peer.started) != peer.started:
+            raise self._missed(step, f"{name} has started anew meanwhile")
+        is_under_way = Step.PAUSED <= peer.step <= Step.WHOLE and not peer.failure
+        if step is Step.PAUSED and (late := peer.update - self.update + (not is_under_way)) > 0:
+            # It has counted updates that this rank has not seen, or not begun.
+            self._go_to(self.update + late, Step.PAUSED)
+        if peer.update != self.update:
+            return None
+        if peer.step == Step.WITHDRAWN:
+            raise _NothingWritten(f"{name} gave it up")
+        if peer.failure:
+            raise self._missed(step, f"{name}: {peer.failure.removesuffix(REPAIR).strip(' .')}")
+        return peer if peer.step >= step else None
+
+    def _missed(self, step: Step, why: str) -> WeightUpdateError:
+        return _NothingWritten(why) if step is Step.PAUSED else WeightUpdateError(why)
+
+
+class _NothingWritten(WeightUpdateError):
+    """The update ends before any rank can have written."""
