@@ -124,7 +124,7 @@ def update(engine: Any, steps: dict[str, Any], rank: int) -> dict[str, Any]:
     if steps.get("on") == rank:
         fails = {"fail_at": steps["kill"], "fail_with": steps.get("with", "SIGKILL")}
         killing = failing(fails, 0)
-    said: dict[str, Any] = {"error": "", "refused": "", "tokens": []}
+    said: dict[str, Any] = {"error": "", "refused": "", "resume": "", "tokens": []}
     try:
         with killing:
             calls = steps["calls"] if rank in steps.get("ranks", [rank]) else []
@@ -139,6 +139,10 @@ def update(engine: Any, steps: dict[str, Any], rank: int) -> dict[str, Any]:
         said["refused"] = f"{type(error).__name__}: {error}"
         for scheduled in list(engine.engine_core.engine_core.scheduler.requests):
             engine.abort_request([scheduled], internal=True)
+    try:
+        engine.engine_core.engine_core.resume_scheduler()
+    except Exception as error:
+        said["resume"] = f"{type(error).__name__}: {error}"
     said["status"] = engine.collective_rpc("dwdp_status")[0] if rank >= 0 else {}
     return said
 

@@ -17,7 +17,6 @@ import pytest
 from tests.e2e.conftest import Checkpoints, StockEngine
 from tests.e2e.engine_process import PROMPTS
 from vllm_dwdp.compat.frontend.ranks import ENDPOINT_ENV
-from vllm_dwdp.errors import DwdpUnsupportedError
 
 pytestmark = [
     pytest.mark.e2e,
@@ -164,14 +163,27 @@ def wait_for_rest(llm: Any) -> list[bool]:
     return [now == then for now, then in zip(steps(), before, strict=True)]
 
 
-def test_a_refused_sleep_leaves_the_engines_running(llm: Any, expected: list[list[int]]) -> None:
-    with pytest.raises(DwdpUnsupportedError, match="sleep level 1 .*The engine goes on"):
-        llm.sleep()
-    assert not llm.llm_engine.is_sleeping()
-    assert tokens_of(llm.generate(PROMPTS, params(), use_tqdm=False)) == expected
+@pytest.mark.feature("sleep and wake_up")
+@pytest.mark.feature("reload_weights")
+def test_ranks_sleep_get_new_weights_and_wake_up(
+    llm: Any, expected: list[list[int]], stock: StockEngine, checkpoints: Checkpoints
+) -> None:
+    """As a trainer does it. On a CPU sleeping is pausing, in stock vLLM too: no memory is released."""
+    old, new = checkpoints("qwen3_moe", 8), checkpoints("qwen3_moe", 8, seed=1)
+    for level in (1, 2):
+        llm.sleep(level=level)
+        assert llm.llm_engine.is_sleeping()
+        llm.wake_up(tags=["weights"])
+        assert llm.llm_engine.is_sleeping()
+        model = new if level == 1 else old
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": model})
+        llm.wake_up()
+        assert not llm.llm_engine.is_sleeping()
+        tokens = tokens_of(llm.generate(PROMPTS, params(), use_tqdm=False))
+        assert tokens == (stock(new)["tokens"] if level == 1 else expected)
+        assert [status["weight_update"] for status in llm.dwdp_status()] == [level] * 2
     llm.sleep(level=0)
-    assert llm.llm_engine.is_sleeping()
-    llm.wake_up()
+    llm.wake_up(tags=["scheduling"])
     assert tokens_of(llm.generate(PROMPTS, params(), use_tqdm=False)) == expected
 
 
@@ -182,8 +194,6 @@ def wrapped() -> set[str]:
 
     found = {
         "AsyncLLM.__init__": async_llm.AsyncLLM.__init__,
-        "AsyncLLM.sleep": async_llm.AsyncLLM.sleep,
-        "LLMEngine.sleep": llm_engine.LLMEngine.sleep,
         "StatLoggerManager": llm_engine.StatLoggerManager,
         "StatLoggerManager.record": llm_engine.StatLoggerManager.record,
         "load_stat_logger_plugin_factories": async_llm.load_stat_logger_plugin_factories,

@@ -8,6 +8,7 @@ import http.client
 import json
 import re
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,14 +24,13 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 DWDP = ("--distributed-executor-backend", "dwdp", "--data-parallel-size", "2")
 SETTLED_S = 2.5
 """Longer than two of the polls that fill the metrics."""
+SHAPE = {"hidden_size": 320, "moe_intermediate_size": 704, "num_hidden_layers": 4}
 PROMPTS = [f"prompt {index} " * (1 + 7 * index) for index in range(6)]
 
 
 @pytest.fixture(scope="module")
 def model(checkpoints: Checkpoints) -> str:
-    return checkpoints(
-        "qwen3_moe", 64, hidden_size=320, moe_intermediate_size=704, num_hidden_layers=4
-    )
+    return checkpoints("qwen3_moe", 64, **SHAPE)
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +156,39 @@ def test_expert_memory_is_stored_once(server: Server) -> None:
     slots = server.metric("vllm:dwdp_slot_bytes") or 0
     assert experts > 0 and slots > 0
     assert 0.95 * (experts + slots) <= shared <= 1.05 * (experts + slots), (shared, experts, slots)
+
+
+@pytest.mark.feature("/pause, /resume, /sleep, /wake_up, /collective_rpc")
+def test_new_weights_and_sleep_over_http(
+    server: Server, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    new = checkpoints("qwen3_moe", 64, seed=1, **SHAPE)
+    with serving(tmp_path / "stock.log", new, "--max-num-batched-tokens", "64") as stock:
+        renewed = [stock.tokens(prompt) for prompt in PROMPTS[:3]]
+    post(server, "/pause")
+    assert json.loads(server.get("/is_paused")) == {"is_paused": True}
+    post(server, "/collective_rpc", method="reload_weights", kwargs={"weights_path": new})
+    post(server, "/resume")
+    for rank in (0, 1):
+        assert [server.tokens(prompt, rank=rank) for prompt in PROMPTS[:3]] == renewed
+        wait_until(
+            lambda rank=rank: server.metric("vllm:dwdp_weight_update", engine=str(rank)) == 1
+        )
+    for level in (1, 2):
+        post(server, f"/sleep?level={level}")
+        assert json.loads(server.get("/is_sleeping")) == {"is_sleeping": True}
+        post(server, "/wake_up")
+        assert server.tokens(PROMPTS[0], rank=1) == renewed[0]
+
+
+def post(server: Server, path: str, **content: object) -> None:
+    request = urllib.request.Request(
+        server.url + path,
+        data=json.dumps(content).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        assert answer.status == 200, answer.read()
 
 
 @pytest.mark.feature("Mode `replica`: whole copies on independent ranks")

@@ -61,10 +61,8 @@ def case(name: str, model: str, *updates: dict[str, Any], **more: Any) -> dict[s
 
 def transfer(model: str) -> dict[str, Any]:
     """What a trainer calls: the weights in two chunks."""
-    chunks = [
-        ["update_weights", {"update_info": {"folder": model, "parts": parts}}]
-        for parts in parts_of(model)
-    ]
+    infos = [{"folder": model, "parts": parts} for parts in parts_of(model)]
+    chunks = [["update_weights", {"update_info": info}] for info in infos]
     return {"calls": [["start_weight_update", {}], *chunks, ["finish_weight_update", {}]]}
 
 
@@ -86,7 +84,7 @@ def test_all_ranks_serve_the_new_weights(
                 zip(rank["updates"], wanted[name], strict=True), 1
             ):
                 where = (name, rank["rank"], number, said["error"], said["refused"])
-                assert not said["error"], where
+                assert (said["error"], said["resume"]) == ("", ""), where
                 assert said["tokens"] == tokens[model], where
                 assert said["status"]["weight_update"] == number, where
                 assert said["status"]["state"] == "serving", where
@@ -160,6 +158,7 @@ def test_a_rank_that_fails_leaves_the_group_refusing_until_an_update_succeeds(
         assert (
             "Repeat the update on all ranks; if one of them has died, restart" in failed["refused"]
         )
+        assert failed["resume"] == failed["refused"], "after a pause the engine stays paused"
         assert failed["status"]["state"] == "refusing"
         assert repaired["tokens"] == tokens[new], repaired
     for rank in found["prefetch-in-place"]:
@@ -204,8 +203,11 @@ def test_a_rank_that_starts_again_after_an_update_adopts_new_weights_or_is_refus
         "PeerMismatchError: rank 1 of group 0: the ranks do not serve the same"
     )
     assert "have been updated since it started (update 1): start with that checkpoint" in refused
-    back = found["with new"]
+    back, survivor = found["with new"], found["survivor"]
     assert back["status"]["adopted"] and back["status"]["weight_update"] == 1, back
     assert back["status"]["read_expert_bytes"] == 0
-    assert back["tokens"] == found["survivor"]["tokens"] == tokens[new][:2]
-    assert not any(back["left"].values()) and not any(found["survivor"]["left"].values())
+    assert back["tokens"] == survivor["first"]["tokens"] == tokens[new][:2]
+    for said in (back["second"], survivor["second"]):
+        assert (said["error"], said["status"]["weight_update"]) == ("", 2), said
+        assert said["tokens"] == tokens[old][:2], "memory that was adopted can be written anew"
+    assert not any(back["left"].values()) and not any(survivor["left"].values())

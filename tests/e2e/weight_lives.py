@@ -20,7 +20,7 @@ from vllm_dwdp.entrypoints.launch.ports import free_ports
 
 
 def serve_updated(new: str, ready: Path, done: Path, case: dict[str, Any]) -> dict[str, Any]:
-    """Start, renew the weights with the group, answer again once `done` exists."""
+    """Start, renew the weights with the group, and once more, to the first ones, when `done` exists."""
     rank = int(os.environ["VLLM_DP_RANK"])
     engine = make_engine(case)
     first = update(engine, {"calls": [["reload_weights", {"weights_path": new}]]}, rank)
@@ -31,17 +31,18 @@ def serve_updated(new: str, ready: Path, done: Path, case: dict[str, Any]) -> di
     deadline = time.monotonic() + 2 * LIFE_TIMEOUT_S
     while not done.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    tokens = [generate(engine, index, text) for index, text in enumerate(PROMPTS)]
+    second = update(engine, {"calls": [["reload_weights", {"weights_path": case["model"]}]]}, rank)
     close_engine(engine)
-    return {"first": first, "tokens": tokens}
+    return {"first": first, "second": second}
 
 
-def serve_and_update(new: str, case: dict[str, Any]) -> dict[str, Any]:
+def serve_and_update(old: str, done: Path, case: dict[str, Any]) -> dict[str, Any]:
     """Start with what a peer kept, then take part in one more update."""
     engine = make_engine(case)
     tokens = [generate(engine, index, text) for index, text in enumerate(PROMPTS)]
     status = engine.model_executor.driver_worker.worker.dwdp_status()
-    second = update(engine, {"calls": [["reload_weights", {"weights_path": new}]]}, 0)
+    done.touch()
+    second = update(engine, {"calls": [["reload_weights", {"weights_path": old}]]}, 0)
     close_engine(engine)
     return {"tokens": tokens, "status": status, "second": second}
 
@@ -55,7 +56,8 @@ def main(results: Path, old: str, new: str) -> None:
         found = {"killed": stage.start("killed", 0, port, work).end()}
         found["with old"] = stage.start("with old", 0, port, serve_once).end()
         stage.model = new
-        found["with new"] = stage.start("with new", 0, port, serve_once).end()
+        work = partial(serve_and_update, old, done)
+        found["with new"] = stage.start("with new", 0, port, work).end()
         done.touch()
         found["survivor"] = survivor.end()
         results.write_text(json.dumps(found))

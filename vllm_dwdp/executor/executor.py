@@ -32,7 +32,7 @@ class RankExecutor(Hooked):
         Raises:
             WeightUpdateError: an update of the weights failed half-way, or is under way.
         """
-        self.collective_rpc("check_weights")
+        self.collective_rpc("check_weights")  # type: ignore[attr-defined]
 
     @contextmanager
     def starting(self) -> Iterator[None]:

@@ -149,9 +149,8 @@ class DwdpWorker:
 
     def _start_transfer(self, model: torch.nn.Module | None, start: Callable[[], None]) -> None:
         group = self.expert_group
-        self._check_weight_transfer_engine()  # type: ignore[attr-defined]
-        if group is None or model is None:
-            start()
+        if group is None or model is None or self.weight_transfer_engine is None:  # type: ignore[attr-defined]
+            start()  # for itself, or to say what is missing
             return
         self._begin_update(model, from_checkpoint=False)
         with self._failing_group(group):

@@ -50,7 +50,7 @@ class RawParameters:
             kind = self.large if self._is_large(parameter) else self.small
             kind[name] = parameter
         self._names = {id(each): name for name, each in (self.large | self.small).items()}
-        self.whole_bytes = sum(parameter.nbytes for parameter in self.large.values())
+        self.whole_bytes: int = sum(parameter.nbytes for parameter in self.large.values())
         """Bytes of large parameters of all experts, which they take while they are processed."""
         for parameter in self.large.values():
             parameter.data = parameter.data.new_empty(0, *parameter.shape[1:])

@@ -135,6 +135,7 @@ def test_nobody_is_answered_any_more_when_the_ring_goes() -> None:
         layout=unused,
         views=unused,
         forwards=unused,
+        weights=unused,
         rejoin_seconds=None,
         read_bytes=1,
         read_share=0.5,

@@ -45,6 +45,14 @@ class RankMetrics:
                 "digested_bytes", "Bytes digested at start, of own shards and of lent ones."
             ),
             "saved_bytes": _gauge("saved_bytes", "Bytes saved against a full replica."),
+            "weight_update": _gauge(
+                "weight_update",
+                "Number of the update that this engine's weights come from; 0: those of its start.",
+            ),
+            "refuses": _gauge(
+                "refuses",
+                "1 if an update of the weights failed half-way, so that it must not serve.",
+            ),
             "generation_seconds": _gauge(
                 "generation_seconds",
                 "Unix time at which this engine's rank started (its generation).",
@@ -86,6 +94,7 @@ class RankMetrics:
         status = status | {
             "generation_seconds": status.get("generation", 0) / 1e9,
             "last_failure_seconds": status.get("last_failure_at", 0.0),
+            "refuses": status.get("state") == "refusing",
         }
         for name, gauge in self._gauges.items():
             if name in status:

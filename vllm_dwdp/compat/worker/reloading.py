@@ -112,4 +112,4 @@ def check_before_resuming() -> None:
         stock(self)
 
     resume_scheduler.dwdp_stock = stock  # type: ignore[attr-defined]
-    EngineCore.resume_scheduler = resume_scheduler  # type: ignore[method-assign]
+    EngineCore.resume_scheduler = resume_scheduler

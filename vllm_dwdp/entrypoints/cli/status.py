@@ -47,7 +47,8 @@ def status(
 
     Of a launch with decode servers these are shown as well.
 
-    Exits 1 if there is none, if one is dead (also if only its peers say so), or does not answer.
+    Exits 1 if there is none, if one is dead (also if only its peers say so), does not answer, or refuses
+    to serve.
     """
     ranks = find_ranks(
         rendezvous, secret_file=secret_file or None, group_size=group_size, num_groups=groups
@@ -92,6 +93,8 @@ def _sentences(entry: dict[str, Any]) -> Iterator[str]:
         )
     if entry.get("policy"):
         yield f"{rank} serves in {entry['mode']} mode: {entry['policy']}{_hidden_from(entry)}"
+    if entry.get("weight_update"):
+        yield f"{rank} has the weights of update {entry['weight_update']} ({entry['weights'][:19]})"
     if entry.get("doing"):
         yield f"{rank} {entry['doing']}"
     if seconds := entry.get("start_seconds"):
@@ -188,11 +191,11 @@ def _server_row(entry: Entry) -> list[str]:
 
 
 def needs_attention(ranks: list[dict[str, Any]]) -> bool:
-    """Say whether nobody is there, a rank is dead or silent, or one that answers has lost a peer.
+    """Say whether nobody is there, a rank is dead, silent or refuses, or one has lost a peer.
 
     A dead rank's socket may have been tidied away: then only its peers know of it.
     """
     ranks = [entry for entry in ranks if entry["dwdp_rank"] != HOLDER]
     states = [entry["state"] for entry in ranks]
     states += [state for entry in ranks for state in entry.get("peers", {}).values()]
-    return not ranks or not {"dead", "not answering"}.isdisjoint(states)
+    return not ranks or not {"dead", "not answering", "refusing"}.isdisjoint(states)
