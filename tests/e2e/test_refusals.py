@@ -68,6 +68,10 @@ def test_dwdp_options(checkpoints: Checkpoints, dwdp: Any, message: str) -> None
         ({"load_format": "ipc_cache"}, r"--load-format ipc_cache cannot .*Leave it out"),
         ({"enable_eplb": True}, r'--enable-eplb cannot .*"experts_per_rank"'),
         ({"enable_dbo": True}, r"--enable-dbo cannot .*Leave it out"),
+        (
+            {"weight_transfer_config": {"backend": "sparse_nccl"}},
+            r"--weight-transfer-config with backend 'sparse_nccl' cannot .*Use nccl or ipc",
+        ),
         ({"enable_lora": True}, r"--enable-lora cannot .*Merge the adapter"),
         ({"data_parallel_backend": "ray"}, r"--data-parallel-backend ray cannot"),
         ({"worker_cls": "my.Worker"}, r"--worker-cls my.Worker cannot"),

@@ -138,6 +138,15 @@ class DwdpWorker:
             super().reload_weights(*given)  # type: ignore[misc]
         group.weights.finish(self._fingerprint if from_checkpoint else None)
 
+    def reset_weights(self) -> None:
+        """Refused where experts are shared: vLLM's zeroes them in place."""
+        if self.expert_group is not None:
+            raise DwdpUnsupportedError(
+                "reset_weights zeroes the tensors of a model in place, and those of the experts lie in the "
+                "memory of several ranks. Reload the weights instead."
+            )
+        super().reset_weights()  # type: ignore[misc]
+
     def start_weight_update(self) -> None:
         """As vLLM's; returns once all ranks of the group have paused for it."""
         self._start_transfer(self.get_model(), super().start_weight_update)  # type: ignore[misc, attr-defined]

@@ -71,10 +71,6 @@ _IRRELEVANT = {
         lora_target_modules enable_tower_connector_lora specialize_active_lora
         enable_mixed_moe_lora_format enable_moe_shared_loras max_lora_cls_labels
     """,
-    "tunes sleep mode": """
-        sleep_mode_backend sleep_mode_offload_cudagraph sleep_preserve_parameter_names
-        enable_nccl_comm_suspend
-    """,
     "tunes offloading": """
         offload_backend cpu_offload_params offload_num_in_group offload_prefetch_step offload_params
     """,
@@ -87,6 +83,10 @@ _UNTESTED = {
         max_cudagraph_capture_size optimization_level performance_mode enable_flashinfer_autotune
         jit_monitor_mode jit_monitor_verbose cudagraph_metrics async_scheduling
         enable_cumem_allocator
+    """,
+    "sleep mode, which vLLM has on GPUs only": """
+        enable_sleep_mode sleep_mode_backend sleep_mode_offload_cudagraph sleep_preserve_parameter_names
+        enable_nccl_comm_suspend
     """,
     "models built or read in other ways": """
         model_impl model_class_overrides model_weights hf_config_path hf_overrides config_format

@@ -106,8 +106,12 @@ REFUSED = (
 REFUSED_VALUES = {
     "worker_cls": "every worker class but our own",
     "load_format": "`ipc_cache`; the tests run `auto`, and no other value",
+    "weight_transfer_config": "backends that write past `load_weights`; the tests run one of their own",
 }
 """Fields of EngineArgs that are refused with some values."""
+
+WRITE_IN_PLACE = ("sparse_nccl", "sharded_rdt", "nccl_m2n", "modelexpress")
+"""Backends of weight transfers that write into the tensors of kernels, not by `load_weights`."""
 
 
 def refuse_unsupported_device(device_type: str) -> None:
@@ -158,6 +162,13 @@ def _refused_values(args: Any) -> Iterator[tuple[str, str]]:
             "it maps every expert of the weight cache, past the reader that a rank limits to its "
             "own. Leave it out: a rank that comes back takes its experts from its peers.",
         )
+    transfer = _transfer_backend(args.weight_transfer_config)
+    if transfer in WRITE_IN_PLACE:
+        yield (
+            f"--weight-transfer-config with backend {transfer!r}",
+            "it writes into the tensors of a model, and those of the experts lie in the memory of several "
+            "ranks. Use nccl or ipc, which give each rank the tensors of a checkpoint.",
+        )
     backend = (args.additional_config or {}).get(DECODE_BACKEND)
     if backend is not None:
         yield (
@@ -165,6 +176,13 @@ def _refused_values(args: Any) -> Iterator[tuple[str, str]]:
             "such a kernel keeps the addresses of expert weights, which change from layer to layer. "
             f"Leave {DECODE_BACKEND} out.",
         )
+
+
+def _transfer_backend(config: Any) -> str | None:
+    """The backend of weight transfers, if there is one; vLLM takes a dictionary, too."""
+    if isinstance(config, dict):
+        return config.get("backend", "nccl")
+    return getattr(config, "backend", None)
 
 
 def refuse_several_hosts_on_cpu(rendezvous: str) -> None:
