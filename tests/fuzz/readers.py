@@ -54,6 +54,8 @@ def read_request(data: bytes) -> None:
         return
     if isinstance(request, messages.Keep):
         packets = STATE.answer_holder(request)
+    elif isinstance(request, messages.Follow):
+        packets = [(STATE.progress(), ())]
     else:
         packets = STATE.answer(request)
     if isinstance(request, messages.Borrow):
@@ -137,10 +139,12 @@ def write_corpus(folder: Path) -> None:
         messages.Borrow(2, 1, fingerprint(), 1),
         messages.Failed(1, 1, "reason"),
         messages.Keep(1),
+        messages.Follow(1),
         messages.StatusRequest(),
         messages.NotYet(),
         messages.Identity(fingerprint()),
         HEADER,
+        messages.Progress(1, 2, 3, b"proof", 4, b"digest", "failure"),
         messages.Handles(0, (b"f" * 64,) * 3),
         messages.Refused("reason"),
         messages.Status({"a": [1, {"b": None}], "c": 1.5}),

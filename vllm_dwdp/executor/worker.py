@@ -142,8 +142,8 @@ class DwdpWorker:
         """Refused where experts are shared: vLLM's zeroes them in place."""
         if self.expert_group is not None:
             raise DwdpUnsupportedError(
-                "reset_weights zeroes the tensors of a model in place, and those of the experts lie in the "
-                "memory of several ranks. Reload the weights instead."
+                "reset_weights zeroes the tensors of a model in place, and those of the experts lie in "
+                "the memory of several ranks. Reload the weights instead."
             )
         super().reset_weights()  # type: ignore[misc]
 

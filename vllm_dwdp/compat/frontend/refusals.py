@@ -166,8 +166,8 @@ def _refused_values(args: Any) -> Iterator[tuple[str, str]]:
     if transfer in WRITE_IN_PLACE:
         yield (
             f"--weight-transfer-config with backend {transfer!r}",
-            "it writes into the tensors of a model, and those of the experts lie in the memory of several "
-            "ranks. Use nccl or ipc, which give each rank the tensors of a checkpoint.",
+            "it writes into the tensors of a model, and those of the experts lie in the memory of "
+            "several ranks. Use nccl or ipc, which give each rank the tensors of a checkpoint.",
         )
     backend = (args.additional_config or {}).get(DECODE_BACKEND)
     if backend is not None:
