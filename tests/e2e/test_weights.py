@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from gpu_checks.fake import fake_cuda_environment
 from gpu_checks.quantised import make_quantised_checkpoint
+from tests.e2e import test_simulated_cuda as simulated
 from tests.e2e.conftest import Checkpoints, StockEngine
 from tests.e2e.matrix import run_cases
 from tests.helpers import cpu_gates
@@ -129,6 +131,36 @@ def test_quantised_experts_are_processed_and_written_anew(
             assert (said["error"], said["refused"]) == ("", ""), name
             assert said["tokens"] == expected["tokens"] != rank["tokens"], name
             assert rank["weights"] == expected["weights"], name
+
+
+def test_experts_in_simulated_device_memory(
+    checkpoints: Checkpoints, stock: StockEngine, tmp_path: Path
+) -> None:
+    """Own pieces mapped once more, both views of `auto`, experts that several ranks keep."""
+    made = {
+        (name, seed): checkpoints(name, 7, seed=seed, **simulated.SHAPE)
+        for name in ("gpt_oss", "mixtral")
+        for seed in (0, 1)
+    }
+    stocks = stock.all([made["gpt_oss", 1], made["mixtral", 1]])
+    options = {
+        "gpt_oss": {"mode": "auto", "direct_max_tokens": 8},
+        "mixtral": {"mode": "prefetch", "experts_per_rank": 4},
+    }
+    cases = [
+        case(f"auto-{name}", made[name, 0], reload(made[name, 1]), num_ranks=3, dwdp=dwdp)
+        | simulated.SIMULATED
+        for name, dwdp in options.items()
+    ]
+    environment = fake_cuda_environment() | {"DWDP_DEBUG_POISON": "1"}
+    for name, ranks in run_cases(tmp_path, "simulated", cases, environment).items():
+        expected = stocks[made[name.removeprefix("auto-"), 1]]
+        for rank in ranks:
+            said = rank["updates"][0]
+            assert (said["error"], said["refused"]) == ("", ""), name
+            assert said["tokens"] == expected["tokens"] != rank["tokens"], name
+            assert rank["weights"] == expected["weights"], name
+            assert not any(rank["cuda_left"].values()), (name, rank["cuda_left"])
 
 
 def test_a_rank_that_fails_leaves_the_group_refusing_until_an_update_succeeds(

@@ -112,7 +112,7 @@ class Identity(msgspec.Struct, frozen=True, tag=True):
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
-    """How far we are with new weights (`updating.Step`), in the start of this rank that `started` is.
+    """How far we are with new weights (`weight_agreement.Step`), in our start of number `started`.
 
     `proof` is a digest of the weights and their layout, once they are written; `generation` and `digest`
     are those of our shard, once it is whole. `failure` is why it cannot become whole any more.

@@ -18,10 +18,12 @@ import time
 from collections.abc import Mapping
 from enum import IntEnum
 
+import msgspec
+
 from vllm_dwdp.distributed import messages
 from vllm_dwdp.distributed.dialling import Dialler
 from vllm_dwdp.distributed.fingerprint import Fingerprint
-from vllm_dwdp.distributed.group_state import GroupState
+from vllm_dwdp.distributed.group_state import MAX_REASON, GroupState
 from vllm_dwdp.distributed.status import LOOK_TIMEOUT_S, RankStatus
 from vllm_dwdp.distributed.waiting import Wait
 from vllm_dwdp.errors import WeightUpdateError
@@ -92,6 +94,7 @@ class WeightAgreement:
             WeightUpdateError: one has not. The sentence says whether this rank may go on as it was.
         """
         before = self._state.progress()
+        self._let_peers_finish(before.update)
         self._starts = {}
         self._go_to(before.update + 1, Step.PAUSED)
         try:
@@ -147,11 +150,12 @@ class WeightAgreement:
         """
         self._dialler.fingerprint = fingerprint
         self._state.end_update(fingerprint, layout, peers)
-        self._go_to(self.update, Step.DONE)
+        # The rest stays: a peer may hear of it only now.
+        self._state.set_progress(msgspec.structs.replace(self._state.progress(), step=Step.DONE))
 
     def fail(self, error: BaseException) -> None:
         """Refuse to serve until a later update or a new start, and tell whoever asks."""
-        said = str(error) or type(error).__name__
+        said = (str(error) or type(error).__name__)[:MAX_REASON].removesuffix(REPAIR).rstrip(" .")
         reason = (
             f"the update of the weights failed on rank {self._dialler.dwdp_rank}: {said}. {REPAIR}"
         )
@@ -179,6 +183,17 @@ class WeightAgreement:
                 failure=failure,
             )
         )
+
+    def _let_peers_finish(self, update: int) -> None:
+        """Say how the last update ended for this rank until every peer has heard it, or is dead."""
+        dialler, deadline = self._dialler, time.monotonic() + self._timeout_s
+        for rank in dialler.peer_ranks:
+            while time.monotonic() < deadline:
+                peer = dialler.follow(rank)
+                is_behind = peer is not None and peer.update == update and not peer.failure
+                if peer is None or not is_behind or not Step.LOCKED <= peer.step < Step.DONE:
+                    break
+                time.sleep(POLL_INTERVAL_S)
 
     def _wait(self, step: Step, purpose: str) -> dict[int, messages.Progress]:
         """Return what every peer says once all have come as far as `step`."""

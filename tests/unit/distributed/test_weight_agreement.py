@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import msgspec
 import pytest
@@ -159,6 +160,19 @@ def test_whoever_fails_leaves_all_others_refusing_until_an_update_succeeds(
         else:
             with pytest.raises(PeerMismatchError, match="restart all ranks of the group"):
                 ranks.join(1, checkpoint_digest="new")
+
+
+def test_one_update_follows_another_at_once() -> None:
+    """A rank that is done begins the next while others still have to hear that it is."""
+    with group() as ranks:
+
+        def five_times(number: int) -> None:
+            for _ in range(5):
+                ranks.update(number)
+
+        works = {f"rank{number}": partial(five_times, number) for number in range(NUM_RANKS)}
+        assert ranks.update_all(**works) == [None] * NUM_RANKS
+        assert [rank.weights.update for rank in ranks.ranks] == [5] * NUM_RANKS
 
 
 def test_other_weights_on_one_rank_are_found_before_anybody_serves() -> None:
