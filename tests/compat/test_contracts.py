@@ -815,7 +815,8 @@ def test_layers_are_built_and_processed_inside_of_vllms_config_context(
     makers = {
         path.stem for path in package.rglob("*.py") if re.search(makes_kernels, path.read_text())
     }
-    assert makers == {"routed_experts", "twin"}, "which do it when vLLM processes a layer"
+    during_an_update = {"incoming"}  # in `reloading.building`, which sets the config
+    assert makers - during_an_update == {"routed_experts", "twin"}, "when vLLM processes a layer"
 
 
 def test_gpu_worker_hooks() -> None:
