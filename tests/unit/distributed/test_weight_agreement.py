@@ -10,10 +10,12 @@ from functools import partial
 import msgspec
 import pytest
 
+from tests.helpers.waiting import wait_until
 from tests.unit.distributed.test_messages import fingerprint
 from vllm_dwdp.distributed import messages
 from vllm_dwdp.distributed.meeting import make_abstract_endpoint
 from vllm_dwdp.distributed.membership import Membership
+from vllm_dwdp.distributed.weight_agreement import Step
 from vllm_dwdp.errors import PeerMismatchError, WeightUpdateError
 
 NUM_RANKS = 3
@@ -196,6 +198,23 @@ def test_nothing_is_written_before_all_have_paused() -> None:
         errors = ranks.update_all(rank1=lambda: None)
         assert "rank 1 of group 0 is dead" in str(errors[0])
         assert {0, 2} <= ranks.serving and not ranks.wrote
+
+
+def test_a_rank_that_gives_up_after_others_saw_it_pause_serves_on_and_so_do_they() -> None:
+    with group() as ranks:
+        weights = ranks.ranks[1].weights
+        weights._go_to(1, Step.PAUSED)
+        others = [ranks.pool.submit(ranks.update, number) for number in (0, 2)]
+        wait_until(
+            lambda: all(ranks.ranks[n]._state.progress().step == Step.LOCKED for n in (0, 2))
+        )
+        weights._go_to(1, Step.WITHDRAWN)
+        for other in others:
+            with pytest.raises(WeightUpdateError, match="not begun: rank 1 of group 0 gave it up"):
+                other.result(timeout=TIMEOUT_S)
+        assert ranks.serving == {0, 1, 2} and not ranks.wrote
+        assert not any(rank.weights.refusal for rank in ranks.ranks)
+        assert ranks.update_all() == [None] * NUM_RANKS
 
 
 def test_ranks_that_counted_different_updates_find_one_number() -> None:
