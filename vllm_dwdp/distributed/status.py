@@ -60,7 +60,7 @@ class RankStatus:
         facts |= self.provider()
         if "peers" not in facts:
             facts["peers"] = {str(rank): state.state for rank, state in self.peers().items()}
-        if facts["state"] != "starting":
+        if facts["state"] not in ("starting", "updating"):
             del facts["doing"]
         return facts
 

@@ -83,6 +83,12 @@ class WeightAgreement:
         return self._state.progress().update
 
     @property
+    def is_under_way(self) -> bool:
+        """Whether this rank pauses for an update, or takes part in one."""
+        progress = self._state.progress()
+        return Step.PAUSED <= progress.step < Step.DONE and not progress.failure
+
+    @property
     def refusal(self) -> str:
         """Why this rank must not serve; empty if it may."""
         return self._state.progress().failure

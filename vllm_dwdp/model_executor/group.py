@@ -83,7 +83,7 @@ class ExpertGroup:
         """A JSON-compatible snapshot for `/metrics` and `vllm-dwdp status`."""
         return {
             "rank": self.seat.rank,
-            "state": "refusing" if self.weights.refusal else self._state,
+            "state": self._shown_state(),
             "group": self.seat.group,
             "dwdp_rank": self.seat.dwdp_rank,
             "group_size": self.seat.launch.config.group_size,
@@ -105,6 +105,11 @@ class ExpertGroup:
             **self._memory_status(),
             **self._prefetch_status(),
         }
+
+    def _shown_state(self) -> str:
+        if self.weights.refusal:
+            return "refusing"
+        return "updating" if self.membership.weights.is_under_way else self._state
 
     def _start_status(self) -> dict[str, Any]:
         return {

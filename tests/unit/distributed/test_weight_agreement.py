@@ -208,6 +208,9 @@ def test_a_rank_that_gives_up_after_others_saw_it_pause_serves_on_and_so_do_they
         wait_until(
             lambda: all(ranks.ranks[n]._state.progress().step == Step.LOCKED for n in (0, 2))
         )
+        doing = [ranks.ranks[n].status()["doing"] for n in (0, 2)]
+        assert all(said.startswith("waits for ranks [1] to lock their experts") for said in doing)
+        assert all(rank.weights.is_under_way for rank in ranks.ranks)
         weights._go_to(1, Step.WITHDRAWN)
         for other in others:
             with pytest.raises(WeightUpdateError, match="not begun: rank 1 of group 0 gave it up"):
