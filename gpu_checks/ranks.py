@@ -134,6 +134,7 @@ def fingerprint(size: int, page_bytes: int) -> Any:
         **same,
         group_size=size,
         experts_per_rank=0,
+        tensor_slice="0 of 1",
         page_bytes=page_bytes,
         vllm_version="none",
         plugin_version="none",

@@ -15,10 +15,19 @@ from vllm_dwdp.device.limits import release_free_heap
 
 
 class SimulatedCudaMemory(CudaMemory):
-    """The CUDA device with torch's CPU tensors over its (host) addresses."""
+    """The CUDA device with torch's CPU tensors over its (host) addresses.
 
-    def __init__(self) -> None:
-        super().__init__(0, torch_device=torch.device("cpu"), clear_cache=release_free_heap)
+    Args:
+        carries_fds: whether file descriptors reach the peers; else fabric handles must.
+    """
+
+    def __init__(self, *, carries_fds: bool = True) -> None:
+        super().__init__(
+            0,
+            torch_device=torch.device("cpu"),
+            clear_cache=release_free_heap,
+            carries_fds=carries_fds,
+        )
         self._compute = ComputeStream()
 
     def make_queue(self) -> "SynchronousQueue":

@@ -285,6 +285,46 @@ def test_cpu_binding_variable_and_its_parser() -> None:
         assert f"self.{name}" in made, name
 
 
+def test_each_worker_process_starts_inside_of_the_setting_of_its_cores() -> None:
+    from vllm.utils.ompmultiprocessing import OMPProcessManager
+    from vllm.v1.executor import multiproc_executor
+
+    assert multiproc_executor.OMPProcessManager is OMPProcessManager, "looked up by name"
+    assert list(inspect.signature(OMPProcessManager.configure_omp_envs).parameters) == [
+        "self",
+        "rank",
+        "local_rank",
+    ]
+    source = inspect.getsource(multiproc_executor.MultiprocExecutor._init_executor)
+    start = source.index(".configure_omp_envs(")
+    assert start < source.index("WorkerProc.make_worker_process(", start)
+
+
+def test_a_layers_config_says_into_how_many_slices_it_is_cut() -> None:
+    from vllm.model_executor.layers.fused_moe.config import (
+        FusedMoEConfig,
+        FusedMoEParallelConfig,
+    )
+
+    assert "moe_parallel_config" in FusedMoEConfig.__dataclass_fields__
+    assert "tp_size" in FusedMoEParallelConfig.__dataclass_fields__
+
+
+def test_ray_reserves_the_resource_that_the_platform_names() -> None:
+    from vllm.platforms import current_platform
+    from vllm.v1.engine import utils
+
+    assert current_platform.ray_device_key == "", "the CPU build has none: ours can go"
+    for method in ("create_dp_placement_groups", "add_dp_placement_groups"):
+        source = inspect.getsource(getattr(utils.CoreEngineActorManager, method))
+        assert "device_str = current_platform.ray_device_key" in source
+    launching = inspect.getsource(utils.launch_core_engines)
+    assert 'parallel_config.data_parallel_backend == "ray"' in launching
+    assert "vllm_config.model_config.is_moe" in inspect.getsource(
+        utils.CoreEngineActorManager.__init__
+    ), "chooses the actor of independent ranks"
+
+
 def test_cpu_worker_takes_memory_of_the_node_of_the_first_core_that_it_may_use(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

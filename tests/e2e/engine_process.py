@@ -7,6 +7,7 @@ style.
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import importlib
 import json
@@ -100,13 +101,7 @@ def run_case(case: dict[str, Any], rank: int) -> dict[str, Any]:
             result["tokens"] = [generate(engine, n, text) for n, text in enumerate(PROMPTS)]
         if "updates" in case:
             result["updates"] = [update(engine, each, rank) for each in case["updates"]]
-        worker = engine.model_executor.driver_worker.worker
-        if case.get("num_ranks", 1) > 1:
-            result["status"] = worker.dwdp_status()
-        result["weights"] = digest_of_weights(worker)
-        if "report" in case:
-            owner, name = find(case["report"])
-            result |= getattr(owner, name)(worker)
+        result |= findings_of_workers(engine, case)
         result["seconds"] = time.monotonic() - started
         return result
     finally:
@@ -145,6 +140,26 @@ def update(engine: Any, steps: dict[str, Any], rank: int) -> dict[str, Any]:
         said["resume"] = f"{type(error).__name__}: {error}"
     said["status"] = engine.collective_rpc("dwdp_status")[0] if rank >= 0 else {}
     return said
+
+
+def findings_of_workers(engine: Any, case: dict[str, Any]) -> dict[str, Any]:
+    """Status, digests and report of the engine's worker; of several a list of all, as `workers`."""
+    report = functools.partial(findings_of_worker, case)
+    executor = engine.model_executor
+    if hasattr(executor, "driver_worker"):
+        return report(executor.driver_worker)
+    return {"workers": executor.collective_rpc(report)}
+
+
+def findings_of_worker(case: dict[str, Any], wrapper: Any) -> dict[str, Any]:
+    worker = wrapper.worker
+    found: dict[str, Any] = {"weights": digest_of_weights(worker)}
+    if case.get("num_ranks", 1) > 1:
+        found["status"] = worker.dwdp_status()
+    if "report" in case:
+        owner, name = find(case["report"])
+        found |= getattr(owner, name)(worker)
+    return found
 
 
 def take_place(case: dict[str, Any], rank: int) -> None:
@@ -286,17 +301,23 @@ def make_engine(case: dict[str, Any]) -> Any:
         "enable_chunked_prefill": True,
         "enable_prefix_caching": True,
         "kv_cache_memory_bytes": 64 * 2**20,
-        "distributed_executor_backend": "dwdp" if dwdp else "uni",
+        "distributed_executor_backend": "dwdp" if dwdp else stock_backend(case),
         "additional_config": {"dwdp": case["dwdp"]} if dwdp else {},
     }
     args = EngineArgs(model=case["model"], **(settings | case.get("engine_args", {})))
     vllm_config = args.create_engine_config()
+    if args.tensor_parallel_size > 1:
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # this process has imported vLLM
     return LLMEngine(
         vllm_config,
         executor_class=Executor.get_class(vllm_config),
         log_stats=False,
         multiprocess_mode=False,
     )
+
+
+def stock_backend(case: dict[str, Any]) -> str:
+    return "mp" if case.get("engine_args", {}).get("tensor_parallel_size", 1) > 1 else "uni"
 
 
 def generate(engine: Any, index: int, text: str, **options: Any) -> list[int]:

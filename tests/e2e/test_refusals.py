@@ -53,8 +53,26 @@ def test_dwdp_options(checkpoints: Checkpoints, dwdp: Any, message: str) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tensor_parallel_size": 2}, r"--tensor-parallel-size 2 .*Use --data-parallel-size"),
-        ({"pipeline_parallel_size": 2}, r"--pipeline-parallel-size 2 .*Use --data-parallel-size"),
+        pytest.param(
+            {"pipeline_parallel_size": 2},
+            r"--pipeline-parallel-size 2 cannot .* a rank runs every layer\. Use --tensor-parallel-size",
+            marks=pytest.mark.feature("Pipeline parallelism (refused)"),
+        ),
+        pytest.param(
+            {"tensor_parallel_size": 2, "prefill_context_parallel_size": 2},
+            r"--prefill-context-parallel-size 2 cannot .* keeps all of a sequence .* Leave it out",
+            marks=pytest.mark.feature("Context parallelism (refused)"),
+        ),
+        pytest.param(
+            {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
+            r"--decode-context-parallel-size 2 cannot .* keeps all of a sequence .* Leave it out",
+            marks=pytest.mark.feature("Context parallelism (refused)"),
+        ),
+        pytest.param(
+            {"tensor_parallel_size": 2, "enable_expert_parallel": True},
+            r"--enable-expert-parallel cannot .*Leave it out",
+            marks=pytest.mark.feature("Expert parallelism (refused)"),
+        ),
         (
             {"enable_expert_parallel": True},
             r"--enable-expert-parallel cannot .*Leave it out, or give --no-enable-expert-parallel",
@@ -73,7 +91,11 @@ def test_dwdp_options(checkpoints: Checkpoints, dwdp: Any, message: str) -> None
             r"--weight-transfer-config with backend 'sparse_nccl' cannot .*Use nccl or ipc",
         ),
         ({"enable_lora": True}, r"--enable-lora cannot .*Merge the adapter"),
-        ({"data_parallel_backend": "ray"}, r"--data-parallel-backend ray cannot"),
+        pytest.param(
+            {"nnodes": 2, "master_addr": "127.0.0.1"},
+            r"--nnodes 2 cannot .*start each node's ranks with --data-parallel-start-rank instead",
+            marks=pytest.mark.feature("Several nodes by --nnodes (refused)"),
+        ),
         ({"worker_cls": "my.Worker"}, r"--worker-cls my.Worker cannot"),
         ({"data_parallel_rank": 1}, r"rendezvous is missing.*unix:///"),
         ({"data_parallel_size": 16}, r"group_size=16 is larger than the 8 experts.* set it to 8,"),
@@ -167,22 +189,41 @@ def test_a_device_without_an_implementation(
 
 
 @pytest.mark.parametrize(
-    ("dwdp", "executor"),
+    ("dwdp", "num_workers", "executor"),
     [
-        ({}, "DwdpExecutor"),
-        ({"executor": "uni"}, "DwdpExecutor"),
-        ({"executor": "mp"}, "DwdpMultiprocExecutor"),
+        ({}, 1, "DwdpExecutor"),
+        ({"executor": "uni"}, 1, "DwdpExecutor"),
+        ({"executor": "mp"}, 1, "DwdpMultiprocExecutor"),
+        ({}, 2, "DwdpMultiprocExecutor"),
     ],
 )
-def test_the_executor_is_named_by_the_option(
-    checkpoints: Checkpoints, dwdp: dict[str, str], executor: str
+def test_the_executor_is_named_by_the_option_and_the_number_of_workers(
+    checkpoints: Checkpoints, dwdp: dict[str, str], num_workers: int, executor: str
 ) -> None:
-    config = configure(checkpoints("qwen3_moe"), dwdp)
+    model = checkpoints("qwen3_moe", num_attention_heads=4, num_key_value_heads=2)
+    config = configure(model, dwdp, tensor_parallel_size=num_workers)
     chosen = config.parallel_config.distributed_executor_backend
     assert chosen == f"vllm_dwdp.executor.executor.{executor}"
     assert config.additional_config == {"dwdp": {"mode": "auto"}}, (
         "only what changes the graph is hashed"
     )
+
+
+@pytest.mark.parametrize(
+    ("dwdp", "backend"),
+    [({"executor": "uni"}, "dwdp"), ({}, "vllm_dwdp.executor.executor.DwdpExecutor")],
+)
+def test_several_workers_do_not_fit_into_the_engines_process(
+    checkpoints: Checkpoints, dwdp: dict[str, str], backend: str
+) -> None:
+    message = r"executor='uni' runs the only worker .*--tensor-parallel-size 2 makes 2 .* to 'mp'"
+    with pytest.raises(DwdpConfigError, match=message):
+        configure(
+            checkpoints("qwen3_moe"),
+            dwdp,
+            tensor_parallel_size=2,
+            distributed_executor_backend=backend,
+        )
 
 
 def test_an_executor_may_be_chosen_by_its_dotted_name(checkpoints: Checkpoints) -> None:

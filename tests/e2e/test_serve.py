@@ -57,6 +57,7 @@ def server(
 @pytest.mark.feature("`vllm serve --data-parallel-size N`, with several API servers")
 @pytest.mark.feature("torch.compile")
 def test_each_rank_answers_as_stock_vllm_does(server: Server, expected: list[list[int]]) -> None:
+    assert len(server.processes("APIServer")) == 2
     for rank in (0, 1):
         assert [server.tokens(prompt, rank=rank) for prompt in PROMPTS] == expected
 

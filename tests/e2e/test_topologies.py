@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import Checkpoints
+from tests.e2e.conftest import Checkpoints, StockEngine
+from tests.e2e.engine_process import PROMPTS as STOCK_PROMPTS
 from tests.helpers.waiting import wait_until
 from vllm_dwdp.entrypoints.launch.ports import free_ports
 from vllm_dwdp.entrypoints.launch.server import Server
@@ -29,9 +30,12 @@ def start(model: str, log: Path, folder: Path, *arguments: str, **dwdp: object) 
 
 
 @pytest.mark.feature("Hybrid load balancing (`--data-parallel-hybrid-lb`)")
-def test_hybrid_nodes_with_one_group_each(checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_hybrid_nodes_with_one_group_each(
+    stock: StockEngine, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
     """Four ranks, two front ends, groups of two: the second node's ranks are 2 and 3."""
     model, folder = checkpoints("mixtral", 8), tmp_path / "meet"
+    expected = stock(model)["tokens"]
     nodes = [
         start(
             model,
@@ -40,7 +44,7 @@ def test_hybrid_nodes_with_one_group_each(checkpoints: Checkpoints, tmp_path: Pa
             *EAGER,
             *("--max-model-len", "512", "--data-parallel-size", "4"),
             *("--data-parallel-size-local", "2", "--data-parallel-start-rank", str(2 * node)),
-            *("--data-parallel-hybrid-lb",),
+            *("--data-parallel-hybrid-lb", "--max-num-seqs", "1", "--max-num-batched-tokens", "64"),
             group_size=2,
         )
         for node in (0, 1)
@@ -48,10 +52,10 @@ def test_hybrid_nodes_with_one_group_each(checkpoints: Checkpoints, tmp_path: Pa
     try:
         for node in nodes:
             node.wait_until_ready()
-        expected = nodes[0].tokens(PROMPTS[2], rank=0)
         for node in nodes:
             for rank in (0, 1):
-                assert node.tokens(PROMPTS[2], rank=rank) == expected
+                found = [node.tokens(each, rank=rank, max_tokens=12) for each in STOCK_PROMPTS]
+                assert found == expected
             assert not node.processes("DPCoordinator") and not node.processes("APIServer")
         assert sorted(path.name for path in folder.iterdir()) == [
             "g0-r0.sock",

@@ -37,6 +37,7 @@ class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
     quantization: str
     group_size: int
     experts_per_rank: int
+    tensor_slice: str
     page_bytes: int
     vllm_version: str
     plugin_version: str

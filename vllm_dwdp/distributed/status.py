@@ -1,6 +1,6 @@
 """What a rank says of itself when it is asked, and the question."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm_dwdp.distributed import messages
@@ -63,6 +63,40 @@ class RankStatus:
         if facts["state"] not in ("starting", "updating"):
             del facts["doing"]
         return facts
+
+
+_WORST_FIRST = ("dead", "missing", "published", "ready")
+_ADDED = ("_bytes", "late_prefetches", "dropped_connections")
+_LATEST = ("_seconds", "generation", "last_failure_at")
+
+
+def status_of_rank(workers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The status of a rank whose workers have a slice of every tensor each, in order of their slices.
+
+    Bytes and counts of copies add up. Of times that pass for all of them the longest is the rank's, and
+    a peer is what the worst off of its workers is. The rest is the first worker's.
+    """
+    found = dict(workers[0])
+    if len(workers) == 1:
+        return found
+    for name in found:
+        values = [worker[name] for worker in workers if worker.get(name) is not None]
+        if name == "peers":
+            found[name] = _by_key(values, _worst)
+        elif name.endswith(_ADDED):
+            found[name] = _by_key(values, sum) if name == "fetched_bytes" else sum(values)
+        elif name.endswith(_LATEST) and values:
+            found[name] = _by_key(values, max) if name == "start_seconds" else max(values)
+    return found | {"group": workers[0]["group"] // len(workers)}
+
+
+def _by_key(values: list[dict[str, Any]], combine: Callable[[list[Any]], Any]) -> dict[str, Any]:
+    keys = dict.fromkeys(key for value in values for key in value)
+    return {key: combine([value[key] for value in values if key in value]) for key in keys}
+
+
+def _worst(states: list[str]) -> str:
+    return min(states, key=_WORST_FIRST.index)
 
 
 def query_status(endpoint: Endpoint, group: int, rank: int, timeout_s: float) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""The executors behind `--distributed-executor-backend dwdp`: one worker per independent rank.
+"""The executors behind `--distributed-executor-backend dwdp`: the workers of an independent rank.
 
-They run in the engine process of each rank, and add to vLLM's only what must happen before the worker
-starts: the real model config back in place, and the rank's own cores or GPU.
+They run in the engine process of each rank, and add to vLLM's only what must happen before a worker
+starts: the real model config back in place, and the rank's own cores or GPUs.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +24,7 @@ logger = init_logger(__name__)
 
 
 class RankExecutor(Hooked):
-    """Runs one rank's worker; knows nothing of the other ranks."""
+    """Runs one rank's workers; knows nothing of the other ranks."""
 
     def check_weights(self) -> None:
         """Check that the engine may go on after a pause.
@@ -36,7 +36,7 @@ class RankExecutor(Hooked):
 
     @contextmanager
     def starting(self) -> Iterator[None]:
-        """While active, the worker finds its rank's config, cores and GPU."""
+        """While active, a worker finds its rank's config, cores and GPU."""
         reloading.check_before_resuming()
         independent.restore_model_config(self.vllm_config)
         if self.vllm_config.model_config.trust_remote_code:
@@ -45,17 +45,15 @@ class RankExecutor(Hooked):
             yield
             return
         seat = independent.seat_of(self.vllm_config)
-        with cpu.bound_cores(self.parallel_config, seat.core_slot, seat.num_core_slots):
-            cores = cpu.cores_of_worker(self.vllm_config)
-            if cores is None:
-                yield
-                return
-            logger.info("DWDP rank %d computes on cores %s", seat.rank, cores)
-            with self.confined(cores):
+        with cpu.bound_cores(self.parallel_config, seat.core_slots, seat.num_core_slots):
+            found = cpu.cores_of_workers(self.vllm_config)
+            for each, cores in zip(seat.of_tensor_ranks, found, strict=False):
+                logger.info("DWDP rank %s computes on cores %s", each.name, cores)
+            with self.confined(found) if found else nullcontext():
                 yield
 
-    def confined(self, cores: Sequence[int]) -> AbstractContextManager[None]:
-        """What keeps the worker on `cores`, and takes its memory from their node."""
+    def confined(self, cores: Sequence[Sequence[int]]) -> AbstractContextManager[None]:
+        """What keeps each worker on its `cores`, and takes its memory from their node."""
         raise NotImplementedError
 
 
@@ -65,13 +63,17 @@ class DwdpExecutor(RankExecutor, HookedUniProcExecutor):
     _computing: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @contextmanager
-    def confined(self, cores: Sequence[int]) -> Iterator[None]:
+    def confined(self, cores: Sequence[Sequence[int]]) -> Iterator[None]:
         """This process, for good."""
+        (cores_of_worker,) = cores
+        self._confine(cores_of_worker)
+        yield
+
+    def _confine(self, cores: Sequence[int]) -> None:
         cpu.confine_this_thread(cores)
         cpu.compute_on(cores)
         if len(cores) > 1:
             self._computing = partial(on_core, cores[0])
-        yield
 
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM's, on the first core of the rank: each of the others has a thread of its own."""
@@ -80,8 +82,12 @@ class DwdpExecutor(RankExecutor, HookedUniProcExecutor):
 
 
 class DwdpMultiprocExecutor(RankExecutor, HookedMultiprocExecutor):
-    """Runs the rank's worker in a process of its own, and leaves the engine's to the scheduler."""
+    """Runs each worker of the rank in a process of its own, and leaves the engine's to the scheduler.
 
-    def confined(self, cores: Sequence[int]) -> AbstractContextManager[None]:
-        """This thread, while it starts the worker, which inherits it."""
-        return cpu.confined_thread(cores)
+    With tensor parallelism inside of the rank there are several. vLLM ends all of them, and the engine,
+    when one dies.
+    """
+
+    def confined(self, cores: Sequence[Sequence[int]]) -> AbstractContextManager[None]:
+        """This thread, while it starts a worker, which inherits it."""
+        return cpu.confined_workers()

@@ -8,7 +8,6 @@ from typing import Any
 import vllm.version
 
 import vllm_dwdp
-from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.distributed.fingerprint import Fingerprint, checkpoint_digest
 from vllm_dwdp.distributed.launch import Seat
 from vllm_dwdp.distributed.membership import Membership
@@ -30,16 +29,16 @@ def open_membership(seat: Seat, vllm_config: Any, page_bytes: int) -> Membership
         group=seat.group,
         dwdp_rank=seat.dwdp_rank,
         group_size=seat.launch.config.group_size,
-        fingerprint=make_fingerprint(seat.launch.config, vllm_config, page_bytes),
+        fingerprint=make_fingerprint(seat, vllm_config, page_bytes),
         join_timeout_s=seat.launch.config.join_timeout_s,
     )
-    membership.describe_by(lambda: {"rank": seat.rank, "mode": seat.launch.config.mode})
+    membership.describe_by(lambda: seat.status() | {"mode": seat.launch.config.mode})
     return membership
 
 
-def make_fingerprint(config: DwdpConfig, vllm_config: Any, page_bytes: int) -> Fingerprint:
+def make_fingerprint(seat: Seat, vllm_config: Any, page_bytes: int) -> Fingerprint:
     """Everything that must be equal on every rank of a group."""
-    model = vllm_config.model_config
+    config, model = seat.launch.config, vllm_config.model_config
     return Fingerprint(
         model=str(model.model),
         revision=str(model.revision),
@@ -49,6 +48,7 @@ def make_fingerprint(config: DwdpConfig, vllm_config: Any, page_bytes: int) -> F
         quantization=str(model.quantization),
         group_size=config.group_size,
         experts_per_rank=config.experts_per_rank or 0,
+        tensor_slice=seat.tensor_slice,
         page_bytes=page_bytes,
         vllm_version=vllm.version.__version__,
         plugin_version=vllm_dwdp.__version__,

@@ -24,24 +24,25 @@ def announce_cores(group: ExpertGroup, cores: set[int]) -> None:
     group.membership.describe_by(status)
     if os.environ.get(BIND_ENV) == "nobind":
         return
-    for rank, theirs in cores_of_others(group.seat).items():
+    for other, theirs in cores_of_others(group.seat).items():
         if common := sorted(cores & theirs):
             logger.warning(
-                "DWDP ranks %d and %d both compute on cores %s and slow each other down. Give each rank "
+                "DWDP ranks %s and %s both compute on cores %s and slow each other down. Give each rank "
                 "cores of its own (taskset, a container's cpuset, %s), or use fewer ranks",
-                group.seat.rank,
-                rank,
+                group.seat.name,
+                other.name,
                 common,
                 BIND_ENV,
             )
 
 
-def cores_of_others(seat: Seat) -> dict[int, set[int]]:
-    """The cores of each rank of this deployment that tells; one that comes later asks us."""
+def cores_of_others(seat: Seat) -> dict[Seat, set[int]]:
+    """The cores of each worker of this deployment that tells; one that comes later asks us."""
     found = {}
-    for rank in set(range(seat.launch.ranks.total)) - {seat.rank}:
-        other = seat.launch.seat(rank)
+    for other in seat.launch.all_seats:
+        if other == seat:
+            continue
         with contextlib.suppress(OSError, DwdpError):
             status = query_status(seat.launch.endpoint, other.group, other.dwdp_rank, TIMEOUT_S)
-            found[rank] = set(status.get("cores", ()))
+            found[other] = set(status.get("cores", ()))
     return found

@@ -36,8 +36,11 @@ class DwdpWorker:
 
     @property
     def seat(self) -> Seat:
-        """Which rank this is, and what the front end decided."""
-        return independent.seat_of(self.vllm_config)  # type: ignore[attr-defined]
+        """Which worker of which rank this is, and what the front end decided.
+
+        vLLM numbers the workers of an engine; without pipeline stages that is the tensor rank.
+        """
+        return independent.seat_of(self.vllm_config, self.rank)  # type: ignore[attr-defined]
 
     def open_membership(self, undo: ExitStack) -> tuple[Device, Membership]:
         """Open the device and begin to answer the group; `undo` closes both."""
@@ -71,6 +74,7 @@ class DwdpWorker:
             config=config,
             max_num_batched_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
             max_model_len=model.max_model_len,
+            tensor_parallel_size=vllm_config.parallel_config.tensor_parallel_size,
         )
 
     def compile_or_warm_up_model(self) -> Any:

@@ -40,11 +40,13 @@ class ServedModel:
         config: of the text model, as in its config.json.
         max_num_batched_tokens: vLLM's limit of a step.
         max_model_len: the longest sequence.
+        tensor_parallel_size: workers that share the compute of a step.
     """
 
     config: Mapping[str, Any]
     max_num_batched_tokens: int
     max_model_len: int
+    tensor_parallel_size: int = 1
 
     def shape(self) -> ModelShape | None:
         """Its sizes; None where its config has none that we know."""
@@ -143,9 +145,11 @@ def costs_from(
         extra_experts=max(0, num_resident - even),
     )
     planned = layer_costs(model, min(served.max_model_len, PROMPT_TOKENS))
-    return replace(
-        bare, compute_seconds=planned.compute_seconds, beside_copies=planned.beside_copies
-    )
+
+    def compute_seconds(num_tokens: int) -> float:
+        return planned.compute_seconds(num_tokens) / served.tensor_parallel_size
+
+    return replace(bare, compute_seconds=compute_seconds, beside_copies=planned.beside_copies)
 
 
 def hardware_of(speeds: Speeds) -> Hardware:

@@ -82,11 +82,8 @@ class ExpertGroup:
     def status(self) -> dict[str, Any]:
         """A JSON-compatible snapshot for `/metrics` and `vllm-dwdp status`."""
         return {
-            "rank": self.seat.rank,
+            **self.seat.status(),
             "state": self._shown_state(),
-            "group": self.seat.group,
-            "dwdp_rank": self.seat.dwdp_rank,
-            "group_size": self.seat.launch.config.group_size,
             "mode": self.views.policy.name,
             "policy": self.views.policy.reason,
             "direct_max_tokens": self.views.policy.limit,

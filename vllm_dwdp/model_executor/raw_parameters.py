@@ -26,6 +26,7 @@ class RawParameters:
         layer: vLLM's, built for all experts; large parameters give their memory up at once.
         num_experts: of the layer.
         resident: experts whose rows are loaded; none if they are in memory already.
+        num_slices: into which tensor parallelism cuts a large tensor, of which the layer has one.
         lazily: whether large parameters take memory only when something is loaded.
     """
 
@@ -34,15 +35,17 @@ class RawParameters:
         layer: torch.nn.Module,
         num_experts: int,
         resident: ExpertRange,
+        num_slices: int = 1,
         *,
         lazily: bool = False,
     ) -> None:
         self.num_experts = num_experts
         self.resident = resident
+        self._num_slices = num_slices
         self.read_bytes = 0
         """Bytes of large parameters that were read from the checkpoint."""
         self.checkpoint_bytes = 0
-        """Bytes of large parameters that the checkpoint has, of all experts."""
+        """Bytes of large parameters that the checkpoint has, of all experts; of our slice."""
         self.small: dict[str, torch.nn.Parameter] = {}
         self.large: dict[str, torch.nn.Parameter] = {}
         self._loaded: dict[tuple[str, str], set[int]] = {}
@@ -104,14 +107,14 @@ class RawParameters:
         )
         self._loaded.setdefault((name, str(shard_id)), set()).update(experts)
         if name in self.large:
-            self.checkpoint_bytes += loaded_weight.nbytes
+            self.checkpoint_bytes += loaded_weight.nbytes // self._num_slices
             if is_whole:
                 loaded_weight = self._resident_part(loaded_weight)
             elif experts.start in self.resident:
                 expert_id = experts.start - self.resident.start
             else:
                 loaded_weight = loaded_weight[:0]
-            self.read_bytes += loaded_weight.nbytes
+            self.read_bytes += loaded_weight.nbytes // self._num_slices
             if not loaded_weight.numel():
                 return True if return_success else None
         return stock(param, loaded_weight, weight_name, shard_id, expert_id, return_success)

@@ -96,7 +96,9 @@ class DwdpRoutedExperts:
         )
         moe.check_method(self)
         num_experts = moe_config.num_experts
-        self.raw = RawParameters(self, num_experts, registry.loads(num_experts))
+        self.raw = RawParameters(
+            self, num_experts, registry.loads(num_experts), moe.num_slices(moe_config)
+        )
         self._twin: tuple[LayerTwin, ...] = ()  # a tuple: no module of the model
         if registry.needs_proof(self):
             self._twin = (LayerTwin(self.make_twin(), self),)

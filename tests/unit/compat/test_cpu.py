@@ -38,9 +38,8 @@ def config_of(**parallel: Any) -> Any:
 
 def bind(config: Any, slot: int, num_slots: int) -> tuple[set[int], set[int], int]:
     """The cores of the thread that binds itself and of one that it starts, and its OpenMP threads."""
-    with cpu.bound_cores(config.parallel_config, slot, num_slots):
-        cores = cpu.cores_of_worker(config)
-        if cores is not None:
+    with cpu.bound_cores(config.parallel_config, [slot], num_slots):
+        for cores in cpu.cores_of_workers(config):
             cpu.confine_this_thread(cores)
             cpu.compute_on(cores)
     return os.sched_getaffinity(0), inherited(), torch.get_num_threads()
@@ -94,7 +93,7 @@ def test_devices_are_no_memory_nodes_while_a_worker_starts(
     if binding is not None:
         monkeypatch.setenv(cpu.BIND_ENV, binding)
     parallel = config_of().parallel_config
-    with cpu.bound_cores(parallel, 1, 2):
+    with cpu.bound_cores(parallel, [1], 2):
         assert parallel.assigned_physical_gpu_ids is None
     assert parallel.assigned_physical_gpu_ids == [1]
     assert parallel.data_parallel_rank_local == 1

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -58,11 +59,11 @@ def sink(monkeypatch: pytest.MonkeyPatch, said: list[tuple[int, str]]) -> Iterat
     poller.close()
 
 
-def rank(**status: Any) -> Membership:
+def rank(group: int = 1, **status: Any) -> Membership:
     """Rank 2 of the deployment, which is the first of the second group."""
     member = Membership.join(
         LAUNCH.endpoint,
-        group=1,
+        group=group,
         dwdp_rank=0,
         group_size=2,
         fingerprint=fingerprint(),
@@ -94,6 +95,26 @@ def test_an_outage_is_said_once_and_so_is_its_end(sink: Sink, said: list[tuple[i
     assert levels == (logging.WARNING, logging.INFO) * 2 + (logging.WARNING,)
     assert "DWDP rank 2 does not report its metrics" in texts[0] and "does not listen" in texts[0]
     assert texts[1] == "DWDP rank 2 reports its metrics again"
+
+
+def test_workers_of_a_rank_are_one_engine(
+    monkeypatch: pytest.MonkeyPatch, said: list[tuple[int, str]]
+) -> None:
+    """Ranks of two workers: those of rank 2 are in groups 2 and 3."""
+    monkeypatch.setattr(polling, "INTERVAL_S", 0.02)
+    sink = Sink()
+    poller = polling.StatusPoller(replace(LAUNCH, tensor_parallel_size=2), [2], sink)
+    try:
+        with rank(group=2, resident_expert_bytes=3):
+            wait_until(lambda: bool(said))
+            assert "DWDP rank 2 (tensor rank 1) does not report its metrics" in said[0][1]
+            with rank(group=3, resident_expert_bytes=4):
+                wait_until(lambda: bool(sink.seen))
+    finally:
+        poller.close()
+    engine, status = sink.seen[0]
+    assert engine == 2
+    assert status["resident_expert_bytes"] == 7 and status["group"] == 1
 
 
 def test_a_rank_that_has_no_experts_yet_is_no_outage(

@@ -37,6 +37,7 @@ def parallel(size: int, **changes: Any) -> SimpleNamespace:
         "data_parallel_rank_local": 0,
         "data_parallel_external_lb": False,
         "data_parallel_hybrid_lb": False,
+        "data_parallel_backend": "mp",
     }
     return SimpleNamespace(**facts | changes)
 
@@ -58,6 +59,13 @@ def front_end(num_servers: int = 1, number: int = -1, **changes: Any) -> SimpleN
             RankSpan(2, 2, 4),
             True,
         ),
+        (
+            4,
+            parallel(4, data_parallel_size_local=2, data_parallel_backend="ray"),
+            False,
+            RankSpan(0, 4, 4),
+            False,
+        ),  # Ray starts them, also on other hosts
         (1, parallel(1), False, RankSpan(0, 4, 4), False),  # one offline LLM of four ranks
         (1, parallel(4, data_parallel_rank=3), False, RankSpan(3, 1, 4), True),  # SPMD
         (
@@ -116,7 +124,7 @@ def test_ranks_divide_the_cores_of_their_front_end_or_of_all(
     args, config = SimpleNamespace(data_parallel_size=given), SimpleNamespace(parallel_config=made)
     span = find_ranks(args, config, 4, headless=False).span
     launch = DwdpLaunch(config=CONFIG, ranks=span, endpoint=make_abstract_endpoint())
-    assert [(seat.core_slot, seat.num_core_slots) for seat in launch.seats] == slots
+    assert [(*seat.core_slots, seat.num_core_slots) for seat in launch.seats] == slots
 
 
 @pytest.mark.parametrize(

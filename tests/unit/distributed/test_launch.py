@@ -1,6 +1,7 @@
 """What the front end decides, and how it reaches the processes of the ranks."""
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,29 @@ def test_a_front_end_in_the_middle_knows_the_seats_of_its_ranks() -> None:
     assert [seat.group for seat in launch.seats] == [2, 2]
     assert [seat.dwdp_rank for seat in launch.seats] == [0, 1]
     assert launch.seat(5) == launch.seats[1]
+
+
+def test_workers_of_one_tensor_rank_are_a_group() -> None:
+    launch = replace(launch_at(make_abstract_endpoint()), tensor_parallel_size=3)
+    places = [(seat.rank, seat.group, seat.dwdp_rank, seat.tensor_slice) for seat in launch.seats]
+    assert places == [
+        (4, 6, 0, "0 of 3"),
+        (4, 7, 0, "1 of 3"),
+        (4, 8, 0, "2 of 3"),
+        (5, 6, 1, "0 of 3"),
+        (5, 7, 1, "1 of 3"),
+        (5, 8, 1, "2 of 3"),
+    ]
+    everybody = launch.all_seats
+    assert len({(seat.group, seat.dwdp_rank) for seat in everybody}) == len(everybody) == 24
+    for group in range(12):
+        members = [seat for seat in everybody if seat.group == group]
+        assert [seat.dwdp_rank for seat in members] == [0, 1]
+        assert len({seat.tensor_rank for seat in members}) == 1
+    slots = [slot for rank in range(8) for slot in launch.seat(rank).core_slots]
+    assert slots == list(range(24)) and launch.seat(0).num_core_slots == 24
+    assert launch.seats[4].name == "5 (tensor rank 1)"
+    assert launch_at(make_abstract_endpoint()).seats[1].name == "5"
 
 
 def test_a_launch_reaches_another_process_as_it_is(endpoint: Endpoint) -> None:

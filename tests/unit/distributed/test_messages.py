@@ -27,6 +27,7 @@ def fingerprint(**changes: object) -> Fingerprint:
         "quantization": "None",
         "group_size": 2,
         "experts_per_rank": 0,
+        "tensor_slice": "0 of 1",
         "page_bytes": 4096,
         "vllm_version": "0.32.0",
         "plugin_version": "0.1.0",

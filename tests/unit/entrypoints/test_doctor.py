@@ -275,6 +275,31 @@ def test_launch_gives_each_rank_one_gpu() -> None:
         one_gpu_each(9, {}, 4)
 
 
+@pytest.mark.feature("Tensor parallelism inside a rank")
+def test_a_rank_of_several_workers_gets_gpus_in_a_row() -> None:
+    """Workers of one tensor rank are equally far apart, as `judge_gpus` assumes."""
+    given = one_gpu_each(2, {}, 8, [1], gpus_of_a_rank=3)
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in given] == ["0,1,2", "3,4,5", "6"]
+    with pytest.raises(DwdpConfigError, match=r"has 4 GPUs, and every rank needs 3 of its own"):
+        one_gpu_each(2, {}, 4, gpus_of_a_rank=3)
+
+
+@pytest.mark.feature("Tensor parallelism inside a rank")
+def test_only_gpus_of_one_tensor_rank_must_read_each_other() -> None:
+    """Two ranks on GPUs 0, 1 and 2, 3: experts travel between 0 and 2, and between 1 and 3."""
+    pairs = frozenset({(0, 2), (1, 3)})
+    assert topology().pairs(gpus_of_a_rank=2) == sorted(pairs)
+    findings = judge_gpus(topology(readable=pairs, linked=frozenset({(0, 2)})), 2, 2)
+    assert verdicts(findings) == {"NVLink": "warning"}
+    assert [finding.seen for finding in findings if finding.check in ("peer access", "NVLink")] == [
+        "all 2 pairs read each other",
+        "only PCIe between 1 and 3",
+    ]
+    assert verdicts(judge_gpus(topology(), 3, 2)) == {"GPU": "warning"}
+    (number, *_) = judge_gpus(topology(), 3, 2)
+    assert number.advice.startswith("3 ranks need 2 each")
+
+
 def test_dockers_shared_memory_is_too_small_for_worker_processes() -> None:
     docker = judge_worker_queues(64 * 2**20)
     assert docker.verdict == "problem"
@@ -283,9 +308,15 @@ def test_dockers_shared_memory_is_too_small_for_worker_processes() -> None:
 
 
 def test_shared_memory_matters_to_worker_processes_only() -> None:
-    def checked(executor: str) -> list[str]:
-        findings = examine(group_size=2, expert_bytes=0, executor=executor)
+    def checked(executor: str, tensor_parallel_size: int = 1) -> list[str]:
+        findings = examine(
+            group_size=2,
+            expert_bytes=0,
+            executor=executor,
+            tensor_parallel_size=tensor_parallel_size,
+        )
         return [finding.check for finding in findings]
 
     assert "shared memory" not in checked("uni")
     assert "shared memory" in checked("mp")
+    assert "shared memory" in checked("uni", 2)

@@ -264,6 +264,30 @@ def test_the_question_what_a_rank_does_is_put_where_the_ranks_meet(tmp_path: Pat
     assert ask() == ""
 
 
+def test_of_several_workers_the_first_that_starts_is_quoted(tmp_path: Path) -> None:
+    options = {"group_size": 2, "rendezvous": f"unix://{tmp_path}/meet"}
+    config = DwdpConfig.from_options(options, 4)
+    ask = launch.rank_progress(config, rank=3, num_workers=2)
+    place = parse_endpoint(options["rendezvous"])
+    facts = {"group_size": 2, "fingerprint": fingerprint(), "join_timeout_s": 0.3}
+    with (
+        Membership.join(place, group=2, dwdp_rank=1, **facts) as first,
+        Membership.join(place, group=3, dwdp_rank=1, **facts) as second,
+    ):
+        first.describe_by(lambda: {"state": "warming up"})
+        assert ask() == "loads its experts"
+        second.describe_by(lambda: {"state": "warming up"})
+        assert ask() == "has its experts and warms up"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "size"),
+    [([], 1), (["-tp", "2"], 2), (["--tensor_parallel_size=4", "--seed", "3"], 4)],
+)
+def test_how_many_workers_a_rank_has(arguments: list[str], size: int) -> None:
+    assert plan(arguments=tuple(arguments)).tensor_parallel_size == size
+
+
 def test_a_rank_that_shares_nothing_is_not_asked(tmp_path: Path) -> None:
     options = {"mode": "replica", "rendezvous": f"unix://{tmp_path}/meet"}
     assert launch.rank_progress(DwdpConfig.from_options(options, 2), rank=1)() == ""

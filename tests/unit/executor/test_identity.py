@@ -9,12 +9,21 @@ import pytest
 
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.distributed.fingerprint import Fingerprint
+from vllm_dwdp.distributed.launch import DwdpLaunch, RankSpan, Seat
+from vllm_dwdp.distributed.meeting import make_abstract_endpoint
 from vllm_dwdp.executor import identity
 
-CONFIG = DwdpConfig(group_size=2)
+LAUNCH = DwdpLaunch(
+    config=DwdpConfig(group_size=2),
+    ranks=RankSpan(0, 2, 2),
+    endpoint=make_abstract_endpoint(),
+    tensor_parallel_size=2,
+)
 
 
-def fingerprint_of(model: str, load_format: str = "auto", **config: Any) -> Fingerprint:
+def fingerprint_of(
+    model: str, load_format: str = "auto", seat: Seat = LAUNCH.seats[0], **config: Any
+) -> Fingerprint:
     commit = config.pop("commit", None)
     content = {"_name_or_path": model, "text_config": {"_name_or_path": model}, **config}
     hf_config = SimpleNamespace(to_json_string=lambda use_diff: json.dumps(content))
@@ -26,7 +35,7 @@ def fingerprint_of(model: str, load_format: str = "auto", **config: Any) -> Fing
     vllm_config = SimpleNamespace(
         model_config=model_config, load_config=SimpleNamespace(load_format=load_format)
     )
-    return identity.make_fingerprint(CONFIG, vllm_config, 4096)
+    return identity.make_fingerprint(seat, vllm_config, 4096)
 
 
 def folder_with(folder: Path, content: bytes, name: str = "model.safetensors") -> str:
@@ -49,6 +58,14 @@ def test_other_weights_or_another_config_are_not(name: str, tmp_path: Path) -> N
     assert set(first.differences(other)) == {"checkpoint_digest"}
     config = fingerprint_of(str(tmp_path / "a"), hidden_size=16)
     assert set(first.differences(config)) == {"config_digest"}
+
+
+def test_only_workers_of_one_tensor_rank_have_the_same() -> None:
+    first, second, peer, _ = (
+        fingerprint_of("org/model", seat=seat, commit="1a") for seat in LAUNCH.seats
+    )
+    assert first.differences(peer) == {}
+    assert first.differences(second) == {"tensor_slice": ("0 of 2", "1 of 2")}
 
 
 def test_two_commits_of_a_name_on_a_hub_differ() -> None:

@@ -41,22 +41,31 @@ def a_larger_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterato
     torch.set_num_threads(before)
 
 
-def seat_of_server(rank: int) -> Seat:
+def seat_of_server(rank: int, num_workers: int = 1) -> Seat:
     """The seat of a rank that is a server of its own, as its front end finds it in this process."""
     facts = {"data_parallel_size": NUM_RANKS, "data_parallel_size_local": 1}
-    parallel = SimpleNamespace(**facts, data_parallel_rank=rank)
+    parallel = SimpleNamespace(**facts, data_parallel_rank=rank, data_parallel_backend="mp")
     args = SimpleNamespace(data_parallel_size=NUM_RANKS)
     span = find_ranks(
         args, SimpleNamespace(parallel_config=parallel), NUM_RANKS, headless=False
     ).span
     config = DwdpConfig(group_size=NUM_RANKS)
-    launch = DwdpLaunch(config=config, ranks=span, endpoint=make_abstract_endpoint())
+    launch = DwdpLaunch(
+        config=config,
+        ranks=span,
+        endpoint=make_abstract_endpoint(),
+        tensor_parallel_size=num_workers,
+    )
     return launch.seat(rank)
 
 
 def make(executor_class: Any, seat: Seat) -> Any:
     executor = executor_class.__new__(executor_class)
-    facts = {"local_world_size": 1, "data_parallel_rank_local": 0, "_api_process_count": 1}
+    facts = {
+        "local_world_size": seat.launch.tensor_parallel_size,
+        "data_parallel_rank_local": 0,
+        "_api_process_count": 1,
+    }
     executor.parallel_config = SimpleNamespace(**facts, assigned_physical_gpu_ids=None)
     executor.vllm_config = SimpleNamespace(
         parallel_config=executor.parallel_config,
@@ -123,20 +132,41 @@ def test_ranks_that_are_told_to_share_a_cpuset_divide_it(monkeypatch: pytest.Mon
     assert found == [first, second, first, second], "more ranks than cores"
 
 
-def test_a_worker_process_inherits_the_ranks_cores_and_the_engine_stays_free(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("num_workers", "share", "expected"),
+    [
+        (1, True, [{max(ALLOWED)}]),
+        (2, False, [{min(ALLOWED)}, {max(ALLOWED)}]),
+        (
+            2,
+            True,
+            [{min(ALLOWED)}, {max(ALLOWED)}],
+        ),  # four ranks of two: the third and fourth of eight
+    ],
+)
+def test_each_worker_process_inherits_its_own_cores_and_the_engine_stays_free(
+    monkeypatch: pytest.MonkeyPatch, num_workers: int, share: bool, expected: list[set[int]]
 ) -> None:
-    """vLLM takes the worker's memory from the node of the first core that it may use."""
-    monkeypatch.setenv(SHARED_CORES_ENV, "1")
+    """vLLM takes a worker's memory from the node of the first core that it may use."""
+    from vllm.v1.executor import multiproc_executor
+
+    if share:
+        monkeypatch.setenv(SHARED_CORES_ENV, "1")
     monkeypatch.setattr(independent, "seat_of", lambda config: config.seat)
 
-    def run() -> tuple[set[int], str, set[int]]:
-        with make(DwdpMultiprocExecutor, seat_of_server(1)).starting():
-            of_worker, bound = inherited(), os.environ[cpu.BIND_ENV]
-        return of_worker, bound, os.sched_getaffinity(0)
+    def run() -> tuple[list[set[int]], list[str], set[int]]:
+        executor = make(DwdpMultiprocExecutor, seat_of_server(1, num_workers))
+        found, threads = [], []
+        with executor.starting():
+            manager = multiproc_executor.OMPProcessManager(executor.vllm_config)
+            for rank in range(num_workers):
+                with manager.configure_omp_envs(rank=rank, local_rank=rank):
+                    found.append(inherited())
+                    threads.append(os.environ["OMP_NUM_THREADS"])
+        assert multiproc_executor.OMPProcessManager is not type(manager)
+        return found, threads, os.sched_getaffinity(0)
 
-    core = max(ALLOWED)
-    assert in_confined_thread(run) == ({core}, str(core), ALLOWED)
+    assert in_confined_thread(run) == (expected, ["1"] * num_workers, ALLOWED)
 
 
 def test_nothing_is_bound_where_the_user_wants_that(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,3 +181,14 @@ def test_nothing_is_bound_where_the_user_wants_that(monkeypatch: pytest.MonkeyPa
         return during, executor.execute_model()
 
     assert in_confined_thread(run) == (ALLOWED, ALLOWED)
+
+    def run_workers() -> list[set[int]]:
+        from vllm.v1.executor import multiproc_executor
+
+        executor = make(DwdpMultiprocExecutor, seat_of_server(1, 2))
+        with executor.starting():
+            manager = multiproc_executor.OMPProcessManager(executor.vllm_config)
+            with manager.configure_omp_envs(rank=1, local_rank=1):
+                return [inherited()]
+
+    assert in_confined_thread(run_workers) == [ALLOWED]

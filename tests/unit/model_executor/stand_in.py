@@ -97,7 +97,9 @@ class Loaded:
     ) -> None:
         self.shard = ExpertShard(DwdpConfig(group_size=2), rank, HostDevice(), adopted)
         stock = type("Stock", (Stock,), {"make_method": method})
-        config = SimpleNamespace(num_experts=NUM_EXPERTS)
+        config = SimpleNamespace(
+            num_experts=NUM_EXPERTS, moe_parallel_config=SimpleNamespace(tp_size=1)
+        )
         self.bias = torch.nn.Parameter(torch.ones(NUM_EXPERTS), requires_grad=False)
         self.layer: Any = shard_layer_class(stock, self.shard)(
             "experts", torch.bfloat16, config, None, SimpleNamespace(), self.bias

@@ -47,17 +47,19 @@ def served(config: dict[str, Any], max_num_batched_tokens: int = 8192) -> Served
     )
 
 
-def measured(config: dict[str, Any], gpu: str = "gb200", ranks: int = 4) -> LayerCosts:
+def measured(
+    config: dict[str, Any], gpu: str = "gb200", ranks: int = 4, num_workers: int = 1
+) -> LayerCosts:
     shape = shape_of(config)
     resident = -(-shape.num_experts // ranks)
     return costs_from(
         speeds_of(find_hardware(gpu)),
-        served(config),
+        replace(served(config), tensor_parallel_size=num_workers),
         group_size=ranks,
         num_experts=shape.num_experts,
         num_resident=resident,
         experts_per_token=shape.experts_per_token,
-        remote_bytes=int((shape.num_experts - resident) * shape.expert_bytes),
+        remote_bytes=int((shape.num_experts - resident) * shape.expert_bytes) // num_workers,
     )
 
 
@@ -72,6 +74,15 @@ def test_a_start_and_the_planner_say_the_same_of_the_same_machine(
     planned = tokens_of(break_even_tokens(model, 8192))
     assert found.break_even_tokens == pytest.approx(planned, rel=0.002), "bytes are whole numbers"
     assert found.direct_max_tokens == pytest.approx(tokens_of(direct_crossover(model)), abs=1)
+
+
+def test_workers_of_a_rank_share_its_compute() -> None:
+    """Each copies its slice over its own links, beside half of the compute: the break-even stays."""
+    alone = measured(R1_NVFP4)
+    slice_ = measured(R1_NVFP4, num_workers=2)
+    assert slice_.remote_bytes == alone.remote_bytes // 2
+    assert slice_.compute_seconds(4096) == pytest.approx(alone.compute_seconds(4096) / 2)
+    assert slice_.break_even_tokens == alone.break_even_tokens
 
 
 def test_the_published_chunks_lie_on_either_side_of_the_break_even() -> None:

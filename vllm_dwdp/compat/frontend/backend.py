@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from vllm_dwdp.errors import DwdpConfigError
+
 BACKEND = "dwdp"
 EXECUTOR_CLS = {
     "uni": "vllm_dwdp.executor.executor.DwdpExecutor",
@@ -23,11 +25,24 @@ def is_chosen(args: Any) -> bool:
     return chosen == BACKEND or chosen in EXECUTOR_CLS.values()
 
 
-def executor_cls(executor: str | None, chosen: Any) -> str:
-    """The executor's dotted name: of the option, of what the user chose by that name, or the default."""
+def executor_cls(executor: str | None, chosen: Any, num_workers: int = 1) -> str:
+    """The executor's dotted name: of the option, of what the user chose by that name, or the default.
+
+    Args:
+        num_workers: of a rank; several have a process each.
+
+    Raises:
+        DwdpConfigError: several workers were to run in the engine's process.
+    """
     if executor is None and chosen in EXECUTOR_CLS.values():
-        return str(chosen)
-    return EXECUTOR_CLS[executor or "uni"]
+        executor = next(name for name, dotted in EXECUTOR_CLS.items() if dotted == chosen)
+    if executor == "uni" and num_workers > 1:
+        raise DwdpConfigError(
+            "dwdp executor='uni' runs the only worker of a rank in the engine's process, and "
+            f"--tensor-parallel-size {num_workers} makes {num_workers} workers. Leave executor out, or "
+            "set it to 'mp'."
+        )
+    return EXECUTOR_CLS[executor or ("uni" if num_workers == 1 else "mp")]
 
 
 _offline_size: int | None = None

@@ -17,6 +17,7 @@ from vllm_dwdp.compat.frontend.ranks import (
     forget_ranks_at_exit,
     uncouple,
 )
+from vllm_dwdp.compat.frontend.ray_ranks import check_ray
 from vllm_dwdp.compat.frontend.refusals import refuse_unsupported, refuse_unsupported_device
 from vllm_dwdp.compat.worker import independent, remote_code
 from vllm_dwdp.compat.worker.attributes import replaced
@@ -43,6 +44,7 @@ def create_dwdp_config(args: Any, build_stock: Callable[[], Any], *, headless: b
     refuse_unsupported_device(device)
     _warn_where_untested(device)
     refuse_unsupported(args)
+    check_ray(args)
     size = offline_size() or max(args.data_parallel_size, _spmd_size())
     config = DwdpConfig.parse((args.additional_config or {}).get(BACKEND, {}), size)
     if config.shares_experts and (config.mode == "prefetch" or device == "cuda"):
@@ -53,12 +55,15 @@ def create_dwdp_config(args: Any, build_stock: Callable[[], Any], *, headless: b
     refuse_unsupported_model(vllm_config, config, size)
     started = find_ranks(args, vllm_config, size, headless=headless)
     endpoint = choose_endpoint(args, config, started)
-    launch = DwdpLaunch(config=config, ranks=started.span, endpoint=endpoint)
+    num_workers = args.tensor_parallel_size
+    launch = DwdpLaunch(
+        config=config, ranks=started.span, endpoint=endpoint, tensor_parallel_size=num_workers
+    )
     independent.plant(vllm_config, launch)
     uncouple(vllm_config.parallel_config, started)
     if device == "cpu" and args.gpu_memory_utilization == type(args).gpu_memory_utilization:
-        # On the CPU this is a share of the host's memory, which the ranks divide.
-        vllm_config.cache_config.gpu_memory_utilization /= size
+        # On the CPU this is a share of the host's memory, which the workers divide.
+        vllm_config.cache_config.gpu_memory_utilization /= size * num_workers
     _install_front_end(launch)
     return vllm_config
 
@@ -94,7 +99,7 @@ def _build(args: Any, config: DwdpConfig, device: str, build_stock: Callable[[],
     with replaced(
         args,
         distributed_executor_backend=executor_cls(
-            config.executor, args.distributed_executor_backend
+            config.executor, args.distributed_executor_backend, args.tensor_parallel_size
         ),
         worker_cls=WORKER_CLS[device],
         additional_config=dict(args.additional_config or {}) | hashed,

@@ -18,9 +18,9 @@ from vllm_dwdp.compat.frontend.refusals import REFUSED, REFUSED_VALUES
 _SUPPORTED = {
     "run by the tests": """
         model served_model_name seed max_model_len enforce_eager additional_config
-        distributed_executor_backend data_parallel_size data_parallel_size_local
+        distributed_executor_backend tensor_parallel_size data_parallel_size data_parallel_size_local
         data_parallel_rank data_parallel_start_rank data_parallel_hybrid_lb
-        data_parallel_external_lb _api_process_count _api_process_rank
+        data_parallel_external_lb data_parallel_backend _api_process_count _api_process_rank
         enable_prefix_caching enable_chunked_prefill max_num_batched_tokens max_num_seqs
         gpu_memory_utilization kv_cache_memory_bytes num_gpu_blocks_override disable_log_stats
     """,
@@ -52,11 +52,9 @@ _SUPPORTED = {
 }
 
 _IRRELEVANT = {
-    "tunes tensor, pipeline or context parallelism": """
+    "tunes pipeline or context parallelism, Ray's workers, or a rank over several hosts": """
         dcp_comm_backend dcp_q_replicate dcp_kv_cache_interleave_size cp_kv_cache_interleave_size
-        enable_hc_sp enable_batch_sharded_sampling disable_custom_all_reduce
-        max_parallel_loading_workers ray_workers_use_nsight master_addr master_port node_rank
-        distributed_timeout_seconds cpu_distributed_timeout_seconds
+        enable_hc_sp ray_workers_use_nsight master_addr master_port node_rank
     """,
     "tunes expert parallelism": """
         enable_ep_weight_filter all2all_backend eplb_config expert_placement_strategy
@@ -97,6 +95,10 @@ _UNTESTED = {
     "several models, or other uses of one": """
         speculative_config spec_method spec_model spec_tokens runner convert pooler_config
         enable_prompt_embeds
+    """,
+    "tunes tensor parallelism": """
+        enable_batch_sharded_sampling disable_custom_all_reduce max_parallel_loading_workers
+        distributed_timeout_seconds cpu_distributed_timeout_seconds
     """,
     "looks into layers or steps": """
         enable_return_routed_experts return_sampling_mask aux_output_config enable_trace_replay

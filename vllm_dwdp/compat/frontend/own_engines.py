@@ -1,4 +1,4 @@
-"""A front end that starts all the ranks it serves: any but that of headless nodes.
+"""A front end that starts all the ranks it serves: any but that of headless nodes, or of Ray.
 
 Stock vLLM couples front ends in external and hybrid load balancing: each engine shakes hands with the
 front end of rank 0, and each client listens to its coordinator. Here a front end waits for its own
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from vllm_dwdp.compat.frontend import coordinator, waiting_engine
+from vllm_dwdp.compat.frontend import coordinator, ray_ranks, waiting_engine
 from vllm_dwdp.compat.worker import independent
 from vllm_dwdp.compat.worker.attributes import replaced
 
@@ -49,6 +49,8 @@ def _stock(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _starts_its_ranks(vllm_config: Any) -> bool:
+    if ray_ranks.are_started(vllm_config):
+        return False
     parallel = vllm_config.parallel_config
     starts_all = 1 < parallel.data_parallel_size == parallel.data_parallel_size_local
     return independent.is_planted(vllm_config) and (parallel.local_engines_only or starts_all)
@@ -57,7 +59,11 @@ def _starts_its_ranks(vllm_config: Any) -> bool:
 def _launching(stock: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stock)
     def launch_core_engines(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
-        launch = launch_own_engines if _starts_its_ranks(vllm_config) else stock
+        launch = stock
+        if _starts_its_ranks(vllm_config):
+            launch = launch_own_engines
+        elif ray_ranks.are_started(vllm_config):
+            launch = ray_ranks.launching(stock)
         return launch(vllm_config, *args, **kwargs)
 
     launch_core_engines.dwdp_stock = stock  # type: ignore[attr-defined]

@@ -4,8 +4,8 @@ import threading
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from vllm_dwdp.distributed.launch import DwdpLaunch
-from vllm_dwdp.distributed.status import query_status
+from vllm_dwdp.distributed.launch import DwdpLaunch, Seat
+from vllm_dwdp.distributed.status import query_status, status_of_rank
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.logger import init_logger
 
@@ -54,23 +54,28 @@ class StatusPoller:
                 self._poll(engine)
 
     def _poll(self, engine: int) -> None:
-        seat, endpoint = self._launch.seat(engine), self._launch.endpoint
-        try:
-            status = query_status(endpoint, seat.group, seat.dwdp_rank, timeout_s=TIMEOUT_S)
-        except (DwdpError, OSError) as error:
-            self._note_silence(engine, seat.rank, error)
-            return
+        workers = []
+        for seat in self._launch.seats_of([engine]):
+            try:
+                workers.append(self._ask(seat))
+            except (DwdpError, OSError) as error:
+                self._note_silence(engine, seat, error)
+                return
         if engine in self._silent:
             self._silent.remove(engine)
-            logger.info("DWDP rank %d reports its metrics again", seat.rank)
-        if "resident_expert_bytes" in status:
-            self._sink.update(engine, status)
+            logger.info("DWDP rank %d reports its metrics again", engine)
+        if all("resident_expert_bytes" in status for status in workers):
+            self._sink.update(engine, status_of_rank(workers))
 
-    def _note_silence(self, engine: int, rank: int, error: Exception) -> None:
+    def _ask(self, seat: Seat) -> dict[str, Any]:
+        endpoint = self._launch.endpoint
+        return query_status(endpoint, seat.group, seat.dwdp_rank, timeout_s=TIMEOUT_S)
+
+    def _note_silence(self, engine: int, seat: Seat, error: Exception) -> None:
         if engine not in self._silent:
             self._silent.add(engine)
             logger.warning(
-                "DWDP rank %d does not report its metrics, which stay as they are until it does: %s",
-                rank,
+                "DWDP rank %s does not report its metrics, which stay as they are until it does: %s",
+                seat.name,
                 error,
             )

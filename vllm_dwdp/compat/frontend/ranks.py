@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_dwdp.compat.frontend.ray_ranks import RAY
 from vllm_dwdp.compat.frontend.refusals import refuse_several_hosts_on_cpu
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.device.limits import is_confined
@@ -45,7 +46,8 @@ def find_ranks(args: Any, vllm_config: Any, size: int, *, headless: bool) -> Sta
             one_by_one=True,
             spmd_name=f"spmd-{envs.VLLM_DP_MASTER_IP}-{envs.VLLM_DP_MASTER_PORT}",
         )
-    count = parallel.data_parallel_size_local if parallel.data_parallel_size > 1 else size
+    starts_all = parallel.data_parallel_size == 1 or parallel.data_parallel_backend == RAY
+    count = size if starts_all else parallel.data_parallel_size_local
     span = RankSpan(first, count, size, own_cores=_has_own_cores(count, size))
     return StartedRanks(span=span, one_by_one=headless or count < size)
 

@@ -11,28 +11,22 @@ DECODE_BACKEND = "decode_backend"
 
 REFUSED = (
     (
-        "tensor_parallel_size",
-        "--tensor-parallel-size",
-        1,
-        "a rank is one device. Use --data-parallel-size for more devices.",
-    ),
-    (
         "pipeline_parallel_size",
         "--pipeline-parallel-size",
         1,
-        "a rank runs every layer. Use --data-parallel-size for more devices.",
+        "a rank runs every layer. Use --tensor-parallel-size or --data-parallel-size for more devices.",
     ),
     (
         "prefill_context_parallel_size",
         "--prefill-context-parallel-size",
         1,
-        "a rank is one device. Leave it out.",
+        "a rank keeps all of a sequence on each of its devices. Leave it out.",
     ),
     (
         "decode_context_parallel_size",
         "--decode-context-parallel-size",
         1,
-        "a rank is one device. Leave it out.",
+        "a rank keeps all of a sequence on each of its devices. Leave it out.",
     ),
     (
         "enable_expert_parallel",
@@ -94,12 +88,6 @@ REFUSED = (
         "experts already live in shared memory. Leave it out.",
     ),
     ("nnodes", "--nnodes", 1, "start each node's ranks with --data-parallel-start-rank instead."),
-    (
-        "data_parallel_backend",
-        "--data-parallel-backend",
-        "mp",
-        "only processes started by vLLM itself were ever tried. Leave it out.",
-    ),
 )
 """(field of EngineArgs, flag, value that means "off", why and what to do)."""
 

@@ -35,8 +35,8 @@ def split_cores(slot: int, num_slots: int) -> list[int]:
 
 
 @contextmanager
-def bound_cores(parallel_config: Any, slot: int, num_slots: int) -> Iterator[None]:
-    """While active, vLLM binds what it starts to a rank's share of the cores of this process.
+def bound_cores(parallel_config: Any, slots: Sequence[int], num_slots: int) -> Iterator[None]:
+    """While active, vLLM binds the workers that it starts to their shares of the cores of this process.
 
     What the user put into `VLLM_CPU_OMP_THREADS_BIND` is left to vLLM. The devices that vLLM gave the
     rank are hidden, because 0.33 takes them for memory nodes: the node is that of the cores.
@@ -46,8 +46,8 @@ def bound_cores(parallel_config: Any, slot: int, num_slots: int) -> Iterator[Non
         with replaced(parallel_config, assigned_physical_gpu_ids=None):
             yield
         return
-    cores = split_cores(slot, num_slots)
-    os.environ[BIND_ENV] = ",".join(map(str, cores))
+    shares = [split_cores(slot, num_slots) for slot in slots]
+    os.environ[BIND_ENV] = "|".join(",".join(map(str, cores)) for cores in shares)
     try:
         with replaced(
             parallel_config, assigned_physical_gpu_ids=None, data_parallel_rank_local=None
@@ -60,18 +60,15 @@ def bound_cores(parallel_config: Any, slot: int, num_slots: int) -> Iterator[Non
             os.environ[BIND_ENV] = before
 
 
-def cores_of_worker(vllm_config: Any) -> list[int] | None:
-    """The cores that vLLM gives the only worker of an engine; None if it shall bind nothing.
+def cores_of_workers(vllm_config: Any) -> list[list[int]]:
+    """The cores that vLLM gives each worker of an engine; none at all if it shall bind nothing.
 
     Call while `bound_cores` is active.
     """
     from vllm.utils.ompmultiprocessing import OMPProcessManager
 
     manager = OMPProcessManager(vllm_config)
-    if manager.skip_setup:
-        return None
-    (cores,) = manager.cpu_lists
-    return list(cores)
+    return [list(cores) for cores in manager.cpu_lists]
 
 
 def confine_this_thread(cores: Sequence[int]) -> None:
@@ -90,6 +87,29 @@ def confine_this_thread(cores: Sequence[int]) -> None:
             f"{BIND_ENV}={os.environ[BIND_ENV]!r} gives this rank the cores {cores}, and its process "
             f"may use none but {sorted(os.sched_getaffinity(0))}. Name some of those, or leave it out."
         ) from error
+
+
+@contextmanager
+def confined_workers() -> Iterator[None]:
+    """While active, each worker process that vLLM starts inherits the cores that vLLM gives it.
+
+    vLLM tells them to its OpenMP runtime only, which has the worker's first thread on its first core.
+
+    Raises:
+        DwdpConfigError: as `confine_this_thread`.
+    """
+    from vllm.utils.ompmultiprocessing import OMPProcessManager
+    from vllm.v1.executor import multiproc_executor
+
+    class ConfiningManager(OMPProcessManager):
+        @contextmanager
+        def configure_omp_envs(self, rank: int, local_rank: int) -> Iterator[None]:
+            own = confined_thread(self.cpu_lists[local_rank])
+            with super().configure_omp_envs(rank, local_rank), own:
+                yield
+
+    with replaced(multiproc_executor, OMPProcessManager=ConfiningManager):
+        yield
 
 
 @contextmanager

@@ -94,6 +94,11 @@ def complete(layer: Any, stock: Callable[[Any], None]) -> None:
     layer._ensure_moe_quant_config_init()  # else a first forward would make tensors that nobody moves
 
 
+def num_slices(moe_config: Any) -> int:
+    """Into how many slices tensor parallelism cuts the experts of a layer with this config."""
+    return int(moe_config.moe_parallel_config.tp_size)
+
+
 def kernel_identity(layer: Any) -> str:
     """The quantisation method of a layer, and the kernel that it chose."""
     method = layer.quant_method

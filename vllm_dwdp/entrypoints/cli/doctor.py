@@ -21,11 +21,17 @@ def doctor(
     executor: Annotated[
         Executor, typer.Option(help="The dwdp option executor that the ranks will have.")
     ] = "uni",
+    tensor_parallel_size: Annotated[
+        int, typer.Option(min=1, help="Workers, and GPUs, of a rank.")
+    ] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Check this machine and say what to change. Exits 1 if something would stop a start."""
     findings = checks.examine(
-        group_size=group_size, expert_bytes=int(expert_gib * 2**30), executor=executor
+        group_size=group_size,
+        expert_bytes=int(expert_gib * 2**30),
+        executor=executor,
+        tensor_parallel_size=tensor_parallel_size,
     )
     if as_json:
         print_json([finding.as_dict() for finding in findings])

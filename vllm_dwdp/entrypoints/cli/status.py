@@ -73,7 +73,7 @@ def status(
 def _row(entry: dict[str, Any]) -> list[str]:
     return [
         str(entry["group"]),
-        "holder" if entry["dwdp_rank"] == HOLDER else str(entry["dwdp_rank"]),
+        _rank(entry),
         str(entry["state"]),
         _clock(entry.get("generation", 0) / 1e9),
         str(entry.get("pid", "")),
@@ -82,6 +82,14 @@ def _row(entry: dict[str, Any]) -> list[str]:
         str(sum(entry.get("steps", {}).values())),
         " ".join(f"{peer}:{state}" for peer, state in entry.get("peers", {}).items()),
     ]
+
+
+def _rank(entry: dict[str, Any]) -> str:
+    """The rank's place in its group; with tensor parallelism also which of its workers this is."""
+    if entry["dwdp_rank"] == HOLDER:
+        return "holder"
+    is_slice = entry.get("tensor_parallel_size", 1) > 1
+    return str(entry["dwdp_rank"]) + (f" (tensor rank {entry['tensor_rank']})" if is_slice else "")
 
 
 def _sentences(entry: dict[str, Any]) -> Iterator[str]:

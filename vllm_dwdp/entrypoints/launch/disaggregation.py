@@ -7,6 +7,7 @@ costs time and no request.
 
 import importlib.util
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -26,8 +27,9 @@ SIDE_CHANNEL_PORT_ENV = "VLLM_NIXL_SIDE_CHANNEL_PORT"
 SIDE_CHANNEL_HOST_ENV = "VLLM_NIXL_SIDE_CHANNEL_HOST"
 
 _TRANSFER = "--kv-transfer-config"
+TENSOR_PARALLEL = "--tensor-parallel-size"
 _SIZES = {
-    "--tensor-parallel-size": ("-tp",),
+    TENSOR_PARALLEL: ("-tp",),
     "--pipeline-parallel-size": ("-pp",),
     "--data-parallel-size": ("-dp",),
 }
@@ -70,11 +72,6 @@ class Disaggregation:
         """The URLs of all decode servers, those that launch starts first."""
         return [f"http://127.0.0.1:{port}" for port in self.decode_ports] + list(self.decode_urls)
 
-    @property
-    def devices_of_a_decode_server(self) -> int:
-        """Devices that each decode server of ours needs."""
-        return devices_of(self.decode_arguments)
-
     def memory_arguments(self, role: str) -> tuple[str, ...]:
         """The share of the machine's memory that a server of one side takes."""
         if self.memory is None:
@@ -99,21 +96,24 @@ def devices_of(arguments: Sequence[str]) -> int:
     Raises:
         DwdpConfigError: a size is no positive number.
     """
-    found = dict.fromkeys(_SIZES, 1)
+    return math.prod(size_of(arguments, name) for name in _SIZES)
+
+
+def size_of(arguments: Sequence[str], name: str) -> int:
+    """The value of an option of `_SIZES` among arguments for `vllm serve`; the last one counts.
+
+    Raises:
+        DwdpConfigError: it is no positive number.
+    """
+    size = 1
     for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
         given, separator, value = argument.partition("=")
-        for name, short in _SIZES.items():
-            if given.replace("_", "-") == name or given in short:
-                text = value if separator else following
-                if not text.isdecimal() or int(text) == 0:
-                    raise DwdpConfigError(
-                        f"--decode-args: {given} {text!r} must be a positive number."
-                    )
-                found[name] = int(text)
-    product = 1
-    for size in found.values():
-        product *= size
-    return product
+        if given.replace("_", "-") == name or given in _SIZES[name]:
+            text = value if separator else following
+            if not text.isdecimal() or int(text) == 0:
+                raise DwdpConfigError(f"{given} {text!r} must be a positive number.")
+            size = int(text)
+    return size
 
 
 def split_decode_arguments(text: str) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vllm_dwdp.config import DwdpConfig
+from vllm_dwdp.distributed.launch import place_in_group
 from vllm_dwdp.distributed.meeting import parse_endpoint
 from vllm_dwdp.distributed.status import query_status
 from vllm_dwdp.entrypoints.doctor.gpus import count_gpus, one_gpu_each
@@ -26,7 +27,7 @@ from vllm_dwdp.entrypoints.launch.child import Child
 from vllm_dwdp.entrypoints.launch.cores import cores_for_each, physical_cores
 from vllm_dwdp.entrypoints.launch.deadlines import default_start_timeout_s, shutdown_timeout_s
 from vllm_dwdp.entrypoints.launch.deployment import Deployment
-from vllm_dwdp.entrypoints.launch.disaggregation import check_nixl
+from vllm_dwdp.entrypoints.launch.disaggregation import check_nixl, devices_of
 from vllm_dwdp.entrypoints.launch.forking import forked_ranks, is_vllm_of_ours
 from vllm_dwdp.entrypoints.launch.fronts import (
     admission_file,
@@ -92,10 +93,10 @@ def launch(plan: LaunchPlan, logs: Path, report: Callable[[str], None]) -> None:
             raise DwdpConfigError(f"{obstacle}.")
     config = DwdpConfig.from_options(plan.dwdp_options, plan.num_ranks)
     sizes = _decode_devices(plan)
-    num_gpus = count_gpus()
-    gpus = one_gpu_each(plan.num_ranks, os.environ, num_gpus, sizes)
+    workers, num_gpus = plan.tensor_parallel_size, count_gpus()
+    gpus = one_gpu_each(plan.num_ranks, os.environ, num_gpus, sizes, workers)
     to_divide = [] if num_gpus else physical_cores()
-    cores = cores_for_each(plan.num_ranks, os.environ, sizes, to_divide)
+    cores = cores_for_each(plan.num_ranks, os.environ, sizes, to_divide, workers)
     places = [gpu | own_cores for gpu, own_cores in zip(gpus, cores, strict=True)]
     logs.mkdir(parents=True, exist_ok=True)
     ranks = [_rank_child(plan, config, rank, logs, places[rank]) for rank in range(plan.num_ranks)]
@@ -103,7 +104,7 @@ def launch(plan: LaunchPlan, logs: Path, report: Callable[[str], None]) -> None:
     decodes = decode_children(plan, logs, places[plan.num_ranks :], within_s)
     routers = [router_child(plan, logs)] if plan.has_router else []
     fronts = [*relay_children(plan, logs), *routers, *control_children(plan, logs)]
-    groups = plan.num_ranks // config.group_size if plan.holds_experts else 0
+    groups = plan.num_ranks // config.group_size * workers if plan.holds_experts else 0
     forks = plan.forks_ranks and is_vllm_of_ours(find_program("vllm")) and not num_gpus
     with (
         roster(plan.dwdp_options["rendezvous"]) as servers,
@@ -174,7 +175,7 @@ def _decode_devices(plan: LaunchPlan) -> list[int]:
     if plan.disaggregation is None:
         return []
     count = len(plan.disaggregation.decode_ports)
-    return [plan.disaggregation.devices_of_a_decode_server] * count
+    return [devices_of((*plan.arguments, *plan.disaggregation.decode_arguments))] * count
 
 
 def _end_all(groups: list[list[Child]], report: Callable[[str], None], ending: Path) -> None:
@@ -216,7 +217,7 @@ def _rank_child(
         lambda: plan.rank_command(rank),
         logs / f"rank{rank}.log",
         is_ready=lambda: answers(plan.rank_url(rank) + READY_PATH),
-        progress=rank_progress(config, rank),
+        progress=rank_progress(config, rank, plan.tensor_parallel_size),
         environment=environment | plan.rank_environment | {ENDING_FILE_ENV: str(ending_file(logs))},
         obstacle=lambda: port_obstacle(rank, plan.rank_host, plan.rank_ports[rank]),
         start_timeout_s=start_timeout_s(plan, config),
@@ -232,10 +233,11 @@ def start_timeout_s(plan: LaunchPlan, config: DwdpConfig) -> float:
     return default_start_timeout_s(plan.model, config.join_timeout_s)
 
 
-def rank_progress(config: DwdpConfig, rank: int) -> Callable[[], str]:
+def rank_progress(config: DwdpConfig, rank: int, num_workers: int = 1) -> Callable[[], str]:
     """Make the question what a starting rank does, which is put to it where the ranks meet.
 
-    The answer is empty until the rank loads its experts, and always if it shares none.
+    The answer is empty until the rank loads its experts, and always if it shares none. Of several
+    workers the first that still starts is quoted.
 
     Raises:
         DwdpConfigError: the rendezvous is no meeting place, or its secret cannot be used.
@@ -243,13 +245,20 @@ def rank_progress(config: DwdpConfig, rank: int) -> Callable[[], str]:
     if not config.shares_experts or config.rendezvous is None:
         return str
     place = parse_endpoint(config.rendezvous, config.group_size, config.rendezvous_secret_file)
-    group, dwdp_rank = divmod(rank, config.group_size)
+    workers = [
+        place_in_group(rank, config.group_size, tensor_rank, num_workers)
+        for tensor_rank in range(num_workers)
+    ]
 
     def ask() -> str:
-        with contextlib.suppress(OSError, DwdpError):
-            status = query_status(place, group, dwdp_rank, timeout_s=STATUS_TIMEOUT_S)
-            return str(status.get("doing", "has its experts and warms up"))
-        return ""
+        said = ""
+        for group, dwdp_rank in workers:
+            with contextlib.suppress(OSError, DwdpError):
+                status = query_status(place, group, dwdp_rank, timeout_s=STATUS_TIMEOUT_S)
+                if "doing" in status:
+                    return str(status["doing"])
+                said = "has its experts and warms up"
+        return said
 
     return ask
 

@@ -9,7 +9,13 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from vllm_dwdp.entrypoints.launch.disaggregation import CONSUMER, PRODUCER, Disaggregation
+from vllm_dwdp.entrypoints.launch.disaggregation import (
+    CONSUMER,
+    PRODUCER,
+    TENSOR_PARALLEL,
+    Disaggregation,
+    size_of,
+)
 from vllm_dwdp.entrypoints.launch.ports import free_ports
 from vllm_dwdp.entrypoints.launch.routed import CONTROL_URL_ENV, MIDDLEWARE, RANK_URLS_ENV, ROUTED
 from vllm_dwdp.entrypoints.launch.server import READY_PATH
@@ -136,6 +142,15 @@ class LaunchPlan:
             *self.disaggregation.decode_arguments,
             *self.disaggregation.transfer_arguments(CONSUMER),
         ]
+
+    @property
+    def tensor_parallel_size(self) -> int:
+        """Workers of each rank, and GPUs where there are any.
+
+        Raises:
+            DwdpConfigError: the user's is no positive number.
+        """
+        return size_of(self.arguments, TENSOR_PARALLEL)
 
     @property
     def decode_urls(self) -> list[str]:
