@@ -55,6 +55,9 @@ class LLM(InterruptibleLLM):
             super().__init__(model, **kwargs)
 
     def dwdp_status(self) -> list[dict[str, Any]]:
-        """Each rank's status: mode, resident and remote bytes, bytes fetched, waits, steps."""
+        """Each rank's status: mode, resident and remote bytes, bytes fetched, waits, steps.
+
+        Of ranks with several workers (`tensor_parallel_size`) one for each worker, of its slice.
+        """
         status: list[dict[str, Any]] = self.collective_rpc("dwdp_status")
         return status

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from vllm_dwdp.compat.worker import independent, reloading
+from vllm_dwdp.compat.worker.signals import end_with_engine, vllm_watches_engine
 from vllm_dwdp.device.base import Device
 from vllm_dwdp.distributed.fingerprint import Fingerprint
 from vllm_dwdp.distributed.launch import Seat
@@ -29,6 +30,10 @@ class DwdpWorker:
     """Mixin over `vllm.v1.worker.gpu_worker.Worker` and its subclasses."""
 
     expert_group: ExpertGroup | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        end_with_engine()
+        super().__init__(*args, **kwargs)
 
     def make_device(self) -> Device:
         """Open the device that holds this rank's experts."""
@@ -79,6 +84,7 @@ class DwdpWorker:
 
     def compile_or_warm_up_model(self) -> Any:
         """As vLLM's; the rank serves afterwards."""
+        vllm_watches_engine()
         times = super().compile_or_warm_up_model()  # type: ignore[misc]
         if self.expert_group is not None:
             self.expert_group.announce_warm()

@@ -1,18 +1,24 @@
 """What SIGINT and SIGTERM do while a rank starts."""
 
+import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from typing import Any
 
+import psutil
 import pytest
 
 from vllm_dwdp.compat.worker.signals import (
     SIGNALS,
     EndedBySignal,
+    end_with_engine,
     ended_by_signals,
     records_signals_only,
+    vllm_watches_engine,
 )
 
 
@@ -68,3 +74,36 @@ def test_an_engine_process_is_told_from_the_process_of_a_user() -> None:
     assert records_signals_only()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     assert not records_signals_only()
+
+
+FORK = multiprocessing.get_context("fork")
+
+
+def worker(watched_by_vllm: bool, told: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    end_with_engine()
+    if watched_by_vllm:
+        vllm_watches_engine()
+    told.send(os.getpid())
+    time.sleep(60)
+
+
+def engine(watched_by_vllm: bool, told: Any) -> None:
+    end_with_engine()  # it is no worker
+    FORK.Process(target=worker, args=(watched_by_vllm, told), daemon=True).start()
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("watched_by_vllm", [False, True])
+def test_a_worker_that_starts_ends_with_its_engine(watched_by_vllm: bool) -> None:
+    """It may wait minutes for its peers, and would keep its place among them."""
+    hears, told = FORK.Pipe(duplex=False)
+    process = FORK.Process(target=engine, args=(watched_by_vllm, told))
+    process.start()
+    started = psutil.Process(hears.recv())
+    process.kill()
+    process.join()
+    gone, alive = psutil.wait_procs([started], timeout=1 if watched_by_vllm else 20)
+    for each in alive:
+        each.kill()
+    assert bool(alive) == watched_by_vllm and len(gone) + len(alive) == 1

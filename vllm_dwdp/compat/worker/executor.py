@@ -56,8 +56,14 @@ class HookedUniProcExecutor(Hooked, UniProcExecutor):
 
 
 class HookedMultiprocExecutor(Hooked, MultiprocExecutor):
-    """The worker in a process of its own."""
+    """Each worker in a process of its own, which vLLM ends if the start does not succeed.
+
+    Signals end a start at once, as in one process.
+    """
 
     def _init_executor(self) -> None:
-        with self.starting():
+        with ExitStack() as undo:
+            if records_signals_only():
+                undo.enter_context(ended_by_signals())
+            undo.enter_context(self.starting())
             super()._init_executor()

@@ -1,14 +1,20 @@
 """SIGINT and SIGTERM while a rank starts: vLLM defers them, and a DWDP rank may wait minutes for a peer.
 
-Used in the front end, which waits for its engines, and in the engine process, which waits for its peers.
+Used in the front end, which waits for its engines, in the engine process, which waits for its peers or
+its workers, and in worker processes, which wait for their peers.
 """
 
+import ctypes
+import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class EndedBySignal(SystemExit):
@@ -52,3 +58,28 @@ def records_signals_only() -> bool:
     SIGINT raises KeyboardInterrupt.
     """
     return callable(signal.getsignal(signal.SIGTERM))
+
+
+def end_with_engine() -> None:
+    """Let a worker process end when its engine does, also by SIGKILL, until `vllm_watches_engine`.
+
+    Call in the worker's main thread. vLLM's own watch begins once a worker has loaded its model.
+    """
+    engine = _engine()
+    if engine is None:
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGTERM))
+    if os.getppid() != engine.pid:  # it had ended before the kernel was asked
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def vllm_watches_engine() -> None:
+    """Undo `end_with_engine`: the kernel means the thread of the engine, which may end before it."""
+    if _engine() is not None:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(0))
+
+
+def _engine() -> Any:
+    """The engine's process, of a worker in one of its own; None where both are one."""
+    is_worker = multiprocessing.current_process().daemon
+    return multiprocessing.parent_process() if is_worker else None
