@@ -65,15 +65,12 @@ class DwdpExecutor(RankExecutor, HookedUniProcExecutor):
     @contextmanager
     def confined(self, cores: Sequence[Sequence[int]]) -> Iterator[None]:
         """This process, for good."""
-        (cores_of_worker,) = cores
-        self._confine(cores_of_worker)
+        (own,) = cores
+        cpu.confine_this_thread(own)
+        cpu.compute_on(own)
+        if len(own) > 1:
+            self._computing = partial(on_core, own[0])
         yield
-
-    def _confine(self, cores: Sequence[int]) -> None:
-        cpu.confine_this_thread(cores)
-        cpu.compute_on(cores)
-        if len(cores) > 1:
-            self._computing = partial(on_core, cores[0])
 
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM's, on the first core of the rank: each of the others has a thread of its own."""
