@@ -4,6 +4,7 @@ Fields are found whatever a family calls them. Quantisation has a module of its 
 """
 
 import json
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from vllm_dwdp.errors import DwdpConfigError
 from vllm_dwdp.planner.checked import shown, whole
 
 FULL_EVERY = 4
-"""One of so many Llama-4 layers sees all keys, where config.json does not say which."""
+"""One of so many layers of Llama-4 and Qwen3-Next sees all keys, where nothing says which."""
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -41,11 +42,32 @@ def _read_object(file: Path) -> dict[str, Any]:
     return content
 
 
+DBRX_NAMES = {
+    "d_model": "hidden_size",
+    "n_heads": "num_attention_heads",
+    "n_layers": "num_hidden_layers",
+    "kv_n_heads": "num_key_value_heads",
+    "ffn_hidden_size": "intermediate_size",
+}
+"""DBRX' names of common fields."""
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the config with DBRX' nested parts, and their names, brought to the common form."""
+    parts = [config.get("attn_config"), config.get("ffn_config")]
+    if not all(isinstance(part, dict) for part in parts):
+        return config
+    named = config | parts[0] | parts[1]  # type: ignore[operator]
+    return {DBRX_NAMES.get(name, name): value for name, value in named.items()} | {
+        "model_type": config.get("model_type")
+    }
+
+
 class ConfigFields:
     """Whole numbers and lists of layers in a config; what is null counts as not given."""
 
     def __init__(self, config: dict[str, Any]) -> None:
-        self.config = config
+        self.config = _flat(config)
         self.model_type = str(config.get("model_type", ""))
         self.architecture = self._architecture()
 
@@ -81,6 +103,33 @@ class ConfigFields:
         if default is None:
             raise DwdpConfigError(f"{self.architecture}: config.json has no {' or '.join(names)}.")
         return default
+
+    def most(self, *names: str, default: int | None = None) -> int:
+        """Return the first of these that is given; of a list (one number per layer or kind) the largest.
+
+        Raises:
+            DwdpConfigError: as `first`.
+        """
+        for name in names:
+            value = self.config.get(name)
+            if isinstance(value, list) and value:
+                return max(whole(f"{self.named(name)}: an entry", each, 0) for each in value)
+            if value is not None:
+                return self.first(name, default=default)
+        return self.first(*names, default=default)
+
+    @property
+    def num_layers(self) -> int:
+        """The number of layers; NemotronH lists them only."""
+        for name in ("layers_block_type", "hybrid_override_pattern"):
+            if self.config.get("num_hidden_layers") is None and self.config.get(name):
+                return len(self.config[name])
+        return self.first("num_hidden_layers", "num_layers")
+
+    @property
+    def attentions_per_layer(self) -> int:
+        """How often a layer attends; LongCat's do twice, with a feed-forward after each."""
+        return 2 if self.model_type.startswith("longcat_flash") else 1
 
     def layers(self, name: str, num_layers: int) -> tuple[int, ...]:
         """Return a list of layer numbers, empty if it is not given.
@@ -128,21 +177,32 @@ def moe_layers(fields: ConfigFields, num_layers: int) -> tuple[int, ...]:
 
     Follows the families: `moe_layers` or `interleave_moe_layer_step` (Llama-4), `decoder_sparse_step`
     and `mlp_only_layers` (Qwen), `first_k_dense_replace` and `moe_layer_freq` (DeepSeek, GLM; a
-    frequency, or a list of 0 and 1).
+    frequency, or a list of 0 and 1), `mlp_layer_types` (as transformers writes them), the kinds of
+    NemotronH's layers, `expert_layer_period` (Jamba), `moe_layer_start_index` (ERNIE),
+    `num_dense_layers` (LFM2).
     """
     if listed := fields.layers("moe_layers", num_layers):
         return listed
-    dense_first = fields.first("first_k_dense_replace", default=0)
-    every = fields.first("decoder_sparse_step", "interleave_moe_layer_step", default=1, low=1)
-    dense = set(fields.layers("mlp_only_layers", num_layers))
-    has_experts = _by_frequency(fields, num_layers)
-    return tuple(
-        layer
-        for layer in range(num_layers)
-        if layer >= dense_first
-        and (layer + 1) % every == 0
-        and has_experts[layer]
-        and layer not in dense
+    if types := fields.per_layer("mlp_layer_types", num_layers):
+        return tuple(layer for layer, kind in enumerate(types) if kind != "dense")
+    for name in ("layers_block_type", "hybrid_override_pattern"):
+        kinds = fields.config.get(name) or ()
+        if found := tuple(layer for layer, kind in enumerate(kinds) if kind in ("moe", "E")):
+            return found
+    return tuple(layer for layer in range(num_layers) if _has_experts(fields, layer, num_layers))
+
+
+def _has_experts(fields: ConfigFields, layer: int, num_layers: int) -> bool:
+    dense_first = fields.first("first_k_dense_replace", "num_dense_layers", default=0)
+    steps = ("decoder_sparse_step", "interleave_moe_layer_step", "moe_layer_interval")
+    period = fields.first("expert_layer_period", default=1, low=1)
+    return (
+        layer >= max(dense_first, fields.most("moe_layer_start_index", default=0))
+        and layer <= fields.most("moe_layer_end_index", default=num_layers)
+        and (layer + 1) % fields.first(*steps, default=1, low=1) == 0
+        and layer % period == fields.first("expert_layer_offset", default=0) % period
+        and _by_frequency(fields, num_layers)[layer]
+        and layer not in fields.layers("mlp_only_layers", num_layers)
     )
 
 
@@ -155,20 +215,82 @@ def _by_frequency(fields: ConfigFields, num_layers: int) -> list[bool]:
     return [layer % frequency == 0 for layer in range(num_layers)]
 
 
-def narrow_layers(fields: ConfigFields, num_layers: int) -> tuple[float, int, bool]:
-    """Return the share of layers that see a window or a chunk, its tokens, and whether it is a chunk."""
-    types = fields.per_layer("layer_types", num_layers)
-    chunk = fields.first("attention_chunk_size", default=0)
-    window = fields.first("sliding_window", default=0)
-    if types:
-        narrow = sum(kind in ("sliding_attention", "chunked_attention") for kind in types)
-        is_chunk = bool(chunk) and "chunked_attention" in types
-    elif chunk:
-        narrow, is_chunk = sum(_rotary_layers(fields, num_layers)), True
-    else:
-        narrow, is_chunk = 0, False
-    size = chunk if is_chunk else window or chunk
-    return (narrow / num_layers, size, is_chunk) if size and narrow else (0.0, 0, False)
+class LayerKind(Enum):
+    """What a layer keeps of a sequence."""
+
+    FULL = "keys and values of every token"
+    WINDOW = "those of the last tokens"
+    CHUNK = "those of a chunk"
+    STATE = "a state"
+    NONE = "nothing"
+
+
+NAMED_KINDS = {
+    LayerKind.FULL: ("full_attention", "attention", "indexed_attention", "hybrid", "*"),
+    LayerKind.WINDOW: ("sliding_attention", "hybrid_sliding"),
+    LayerKind.CHUNK: ("chunked_attention",),
+    LayerKind.STATE: ("linear_attention", "mamba", "conv", "M"),
+    LayerKind.NONE: ("moe", "mlp", "E", "-"),
+}
+"""What configs call them, by layer or as letters (NemotronH)."""
+
+
+def layer_kinds(fields: ConfigFields, num_layers: int) -> list[LayerKind]:
+    """Say what every layer keeps, as the families say it.
+
+    A list of names (`layer_types`, NemotronH's `layers_block_type` or `hybrid_override_pattern`), of 0
+    and 1 (MiMo's `hybrid_layer_pattern`), of layer numbers (Kimi's `linear_attn_config`), or a period
+    (Qwen3-Next's `full_attention_interval`, Jamba's `attn_layer_period`, Llama-4's rotary layers).
+
+    Raises:
+        DwdpConfigError: a kind is unknown, or a list does not fit the layers.
+    """
+    for name in ("layers_block_type", "layer_types"):
+        if named := fields.per_layer(name, num_layers):
+            return [_named_kind(fields, name, each) for each in named]
+    if letters := fields.config.get("hybrid_override_pattern"):
+        return [_named_kind(fields, "hybrid_override_pattern", each) for each in str(letters)]
+    if listed := fields.per_layer("hybrid_layer_pattern", num_layers):
+        return [LayerKind.WINDOW if each == 1 else LayerKind.FULL for each in listed]
+    return _periodic_kinds(fields, num_layers)
+
+
+def _named_kind(fields: ConfigFields, field: str, name: object) -> LayerKind:
+    for kind, names in NAMED_KINDS.items():
+        if name in names:
+            return kind
+    raise DwdpConfigError(
+        f"{fields.named(field)} has {shown(name)}, a kind of layer whose KV cache is unknown here. vLLM "
+        "logs the size of its KV cache at start: plan with that."
+    )
+
+
+def _periodic_kinds(fields: ConfigFields, num_layers: int) -> list[LayerKind]:
+    layers = range(num_layers)
+    inner = fields.config.get("linear_attn_config")
+    if isinstance(inner, dict):
+        full = {layer - 1 for layer in inner.get("full_attn_layers") or ()}  # counted from 1
+        return [LayerKind.FULL if layer in full else LayerKind.STATE for layer in layers]
+    if fields.config.get("linear_num_key_heads") is not None:
+        every = fields.first("full_attention_interval", default=FULL_EVERY, low=1)
+        return [LayerKind.STATE if (layer + 1) % every else LayerKind.FULL for layer in layers]
+    if fields.config.get("attn_layer_period") is not None:
+        period, offset = fields.first("attn_layer_period"), fields.first("attn_layer_offset", low=0)
+        return [LayerKind.FULL if layer % period == offset else LayerKind.STATE for layer in layers]
+    if fields.first("attention_chunk_size", default=0):
+        rotary = _rotary_layers(fields, num_layers)
+        return [LayerKind.CHUNK if each else LayerKind.FULL for each in rotary]
+    return [LayerKind.FULL] * num_layers
+
+
+def narrow_size(fields: ConfigFields, kind: LayerKind) -> int:
+    """Return the tokens that a layer keeps at most; 0 for all."""
+    if kind is LayerKind.CHUNK:
+        return fields.first("attention_chunk_size", "sliding_window", default=0)
+    if kind is LayerKind.WINDOW:
+        names = ("sliding_window", "sliding_window_size", "attention_chunk_size")
+        return fields.first(*names, default=0)
+    return 0
 
 
 def _rotary_layers(fields: ConfigFields, num_layers: int) -> list[bool]:

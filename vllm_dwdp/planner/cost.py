@@ -238,12 +238,12 @@ class CostModel:
     def _outside_experts(self, step: Step) -> LayerSeconds:
         """Time attention and the memory-bound rest of any layer."""
         shape = self.shape
-        keys = shape.keys_seen(step.mean_keys)
+        keys = shape.kv_cache.keys_seen(step.mean_keys)
         readings = step.num_tokens / max(1.0, min(step.num_tokens, step.tokens_per_reading))
         attention = self._operator(
             2 * step.num_tokens * keys * shape.core_dim,
             self.hardware.flops(16) * self.efficiency.attention,
-            readings * keys * shape.kv_elements * shape.kv_bits / 8,
+            readings * shape.kv_cache.read_bytes(step.mean_keys),
         )
         other_bytes = (
             self.efficiency.other_passes * step.num_tokens * shape.hidden_size * OTHER_BYTES

@@ -8,7 +8,9 @@ from typing import Any
 
 from vllm_dwdp.errors import DwdpConfigError
 from vllm_dwdp.planner.checked import shown
-from vllm_dwdp.planner.checkpoint import ConfigFields, moe_layers, narrow_layers
+from vllm_dwdp.planner.checkpoint import ConfigFields, LayerKind, layer_kinds, moe_layers
+from vllm_dwdp.planner.feed_forward import feed_forwards
+from vllm_dwdp.planner.kv_cache import KV_HEADS, KvCache, kv_cache
 from vllm_dwdp.planner.quantisation import FORMATS, UNQUANTISED, Precision, Quantisation
 from vllm_dwdp.prefetch.schedule import NUM_SLOTS
 
@@ -27,16 +29,14 @@ class ModelShape:
         expert_params: of one routed expert.
         shared_params: of the shared experts of a layer.
         dense_mlp_params: of the feed-forward of a layer without experts.
-        attention_params: linear weights of one layer's attention.
+        attention_params: linear weights of a layer's attention, or of what stands in its place, in the
+            mean over the layers.
         core_dim: sum over query heads of key and value head sizes: a query and a key cost
             `2 * core_dim` operations.
-        kv_elements: of the KV cache, per token and layer.
+        kv_cache: what every layer keeps of a sequence.
         embedding_params: embeddings and head, in 16 bits.
         hidden_size: of the residual stream.
         expert_precision, shared_precision, dense_mlp_precision, attention_precision: of the weights.
-        kv_bits: of an element of the KV cache.
-        sliding_share, sliding_window: part of the layers whose tokens see at most so many keys.
-        sliding_is_chunk: these see what their chunk holds so far, half of it in the mean.
     """
 
     name: str
@@ -49,17 +49,13 @@ class ModelShape:
     dense_mlp_params: int
     attention_params: int
     core_dim: int
-    kv_elements: int
+    kv_cache: KvCache
     embedding_params: int
     hidden_size: int
     expert_precision: Precision
     shared_precision: Precision = _UNQUANTISED
     dense_mlp_precision: Precision = _UNQUANTISED
     attention_precision: Precision = _UNQUANTISED
-    kv_bits: float = UNQUANTISED.bits
-    sliding_share: float = 0.0
-    sliding_window: int = 0
-    sliding_is_chunk: bool = False
 
     @property
     def num_moe_layers(self) -> int:
@@ -112,16 +108,9 @@ class ModelShape:
         )
         return bits / 8
 
-    def keys_seen(self, mean_keys: float) -> float:
-        """Return the keys that a query meets in a layer, in the mean over the layers."""
-        narrow = self.sliding_window / 2 if self.sliding_is_chunk else self.sliding_window
-        return mean_keys * (1 - self.sliding_share) + min(mean_keys, narrow) * self.sliding_share
-
     def kv_bytes_per_token(self, context_tokens: float) -> float:
-        """Return the bytes of the KV cache, all layers, per token of a sequence of `context_tokens`."""
-        seen = min(1.0, self.sliding_window / max(1.0, context_tokens))
-        layers = self.num_layers * (1.0 - self.sliding_share + self.sliding_share * seen)
-        return layers * self.kv_elements * self.kv_bits / 8
+        """Return the bytes of a sequence of `context_tokens`, states and windows with it, per token."""
+        return self.kv_cache.sequence_bytes(context_tokens) / max(1.0, context_tokens)
 
 
 def dense_beside(layers: Sequence[int], num_layers: int) -> tuple[tuple[float, int], ...]:
@@ -158,7 +147,7 @@ def shape_of(
     kv_dtype: str | None = None,
     dense_dtype: str | None = None,
 ) -> ModelShape:
-    """Read the shape of DeepSeek-V2/V3, Qwen2/3-MoE, gpt-oss, Mixtral, GLM-4-MoE, Llama-4 and the like.
+    """Read the shape of a model, whatever its family calls its fields.
 
     Args:
         config: of the text model.
@@ -171,32 +160,34 @@ def shape_of(
     fields = ConfigFields(config)
     num_experts, experts_per_token = _routing(fields)
     hidden = fields.first("hidden_size")
-    num_layers = fields.first("num_hidden_layers")
+    num_layers = fields.num_layers
     with_experts = moe_layers(fields, num_layers)
     if not with_experts:
         raise DwdpConfigError(f"{fields.architecture}: config.json leaves no layer with experts.")
-    expert_size, shared_size, dense_size = _feed_forward_sizes(fields)
-    attention = (_gqa if config.get("kv_lora_rank") is None else _mla)(fields, hidden)
+    sizes = feed_forwards(fields, num_layers, with_experts)
+    attention_params, core_dim = (_gqa if config.get("kv_lora_rank") is None else _mla)(
+        fields, hidden
+    )
     quantisation = Quantisation.of(config.get("quantization_config"))
     experts, dense = (
         _override("--expert-dtype", expert_dtype),
         _override("--dense-dtype", dense_dtype),
     )
-    kv_cache = _override("--kv-dtype", kv_dtype)
+    kv_type = _override("--kv-dtype", kv_dtype)
     without_experts = sorted(set(range(num_layers)) - set(with_experts))
-    sliding_share, sliding_window, sliding_is_chunk = narrow_layers(fields, num_layers)
+    cache = kv_cache(fields, num_layers, kv_type.bits if kv_type else quantisation.kv_bits)
     return ModelShape(
         name=fields.architecture,
         num_layers=num_layers,
         moe_layers=with_experts,
         num_experts=num_experts,
         experts_per_token=experts_per_token,
-        expert_params=3 * hidden * expert_size,
-        shared_params=3 * hidden * shared_size,
-        attention_params=attention[0],
-        core_dim=attention[1],
-        kv_elements=attention[2],
-        dense_mlp_params=3 * hidden * dense_size,
+        expert_params=sizes.expert,
+        shared_params=sizes.shared,
+        attention_params=_mean_attention(fields, cache, attention_params),
+        core_dim=core_dim,
+        kv_cache=cache,
+        dense_mlp_params=sizes.dense,
         embedding_params=(1 if config.get("tie_word_embeddings") else 2)
         * fields.first("vocab_size")
         * hidden,
@@ -205,22 +196,29 @@ def shape_of(
         shared_precision=dense or quantisation.precision("shared", with_experts),
         dense_mlp_precision=dense or quantisation.precision("dense", without_experts),
         attention_precision=dense or quantisation.precision("attention", range(num_layers)),
-        kv_bits=kv_cache.bits if kv_cache else quantisation.kv_bits,
-        sliding_share=sliding_share,
-        sliding_window=sliding_window,
-        sliding_is_chunk=sliding_is_chunk,
     )
+
+
+def _mean_attention(fields: ConfigFields, cache: KvCache, attention_params: int) -> int:
+    """Return the linear weights of a layer that is no feed-forward, in the mean over all layers."""
+    kinds = layer_kinds(fields, len(cache.layers))
+    of_kind = {LayerKind.NONE: 0, LayerKind.STATE: 0}
+    whole = sum(of_kind.get(kind, attention_params) for kind in kinds) * fields.attentions_per_layer
+    return round((whole + sum(layer.state.params for layer in cache.layers)) / len(kinds))
 
 
 def _routing(fields: ConfigFields) -> tuple[int, int]:
     """Return the experts of a layer, and how many of them a token is routed to."""
-    num_experts = fields.first("n_routed_experts", "num_experts", "num_local_experts", default=0)
+    num_experts = fields.most(
+        "n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts", default=0
+    )
     if num_experts < 2:
         raise DwdpConfigError(
             f"{fields.architecture} has no routed experts: there is nothing to share, and vLLM runs "
             "the data-parallel ranks of a dense model independently."
         )
-    per_token = fields.first("num_experts_per_tok", "experts_per_token", "moe_top_k")
+    names = ("num_experts_per_tok", "experts_per_token", "num_experts_per_token")
+    per_token = fields.most(*names, "moe_top_k", "moe_topk", "moe_k", "top_k_experts")
     if per_token > num_experts:
         raise DwdpConfigError(
             f"{fields.architecture}: config.json routes a token to {per_token} of {num_experts} "
@@ -229,19 +227,10 @@ def _routing(fields: ConfigFields) -> tuple[int, int]:
     return num_experts, per_token
 
 
-def _feed_forward_sizes(fields: ConfigFields) -> tuple[int, int, int]:
-    """Return the intermediate sizes of a routed expert, shared experts, a layer without experts."""
-    expert = fields.first("moe_intermediate_size", default=0) or fields.first("intermediate_size")
-    num_shared = fields.first("n_shared_experts", default=int("llama4" in fields.model_type))
-    shared = fields.first("shared_expert_intermediate_size", default=0) or expert * num_shared
-    dense = fields.first("intermediate_size_mlp", "intermediate_size", default=0)
-    return expert, shared, dense
-
-
-def _mla(fields: ConfigFields, hidden: int) -> tuple[int, int, int]:
-    """Multi-head latent attention: parameters, core size, KV elements per token."""
+def _mla(fields: ConfigFields, hidden: int) -> tuple[int, int]:
+    """Multi-head latent attention: parameters and core size."""
     heads = fields.first("num_attention_heads")
-    nope, rope = fields.first("qk_nope_head_dim"), fields.first("qk_rope_head_dim")
+    nope, rope = fields.first("qk_nope_head_dim"), fields.first("qk_rope_head_dim", low=0)
     value, latent = fields.first("v_head_dim"), fields.first("kv_lora_rank")
     query_rank = fields.first("q_lora_rank", default=0)
     query = (
@@ -250,16 +239,16 @@ def _mla(fields: ConfigFields, hidden: int) -> tuple[int, int, int]:
         else hidden * heads * (nope + rope)
     )
     key_value = hidden * (latent + rope) + latent * heads * (nope + value)
-    return query + key_value + heads * value * hidden, heads * (nope + rope + value), latent + rope
+    return query + key_value + heads * value * hidden, heads * (nope + rope + value)
 
 
-def _gqa(fields: ConfigFields, hidden: int) -> tuple[int, int, int]:
-    """Grouped-query attention: parameters, core size, KV elements per token."""
+def _gqa(fields: ConfigFields, hidden: int) -> tuple[int, int]:
+    """Grouped-query attention: parameters and core size."""
     heads = fields.first("num_attention_heads")
-    groups = fields.first("num_key_value_heads", default=heads)
+    groups = fields.first(*KV_HEADS, default=heads)
     size = fields.first("head_dim", default=max(1, hidden // heads), low=1)
     parameters = 2 * hidden * heads * size + 2 * hidden * groups * size
-    return parameters, 2 * heads * size, 2 * groups * size
+    return parameters, 2 * heads * size
 
 
 def _override(option: str, dtype: str | None) -> Precision | None:

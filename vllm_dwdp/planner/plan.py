@@ -23,6 +23,7 @@ from vllm_dwdp.planner.estimates import (
     replica_kv_bytes,
     speedups,
 )
+from vllm_dwdp.planner.kv_cache import KvCache
 from vllm_dwdp.planner.traffic import Traffic
 
 DECODE_HEAVY = 4
@@ -90,18 +91,29 @@ def make_plan(model: CostModel, traffic: Traffic) -> Plan:
 def _memory(model: CostModel, traffic: Traffic) -> list[Figure]:
     topic, sizes = "memory per rank", memory_bytes(model)
     context = traffic.input_tokens + traffic.output_tokens
-    per_token = model.shape.kv_bytes_per_token(context)
     weights = model.shape.experts_bytes + model.shape.dense_bytes
     return [
         _figure(topic, "resident experts", sizes.experts / 1e9, "GB", "config"),
         _figure(topic, "prefetch slots", sizes.slots / 1e9, "GB", "config"),
         _figure(topic, "dense weights", sizes.dense / 1e9, "GB", "config"),
         _figure(topic, "KV cache", sizes.kv_cache / 1e9, "GB", "spec"),
-        _figure(topic, "KV cache per token", per_token / 1e3, "kB", "config"),
+        *_per_sequence(topic, model.shape.kv_cache),
         _figure(topic, "tokens that fit the KV cache", kv_tokens(model, context), "tokens", "spec"),
         _figure(topic, "weights of a full replica", weights / 1e9, "GB", "config"),
         _figure(topic, "KV cache of a full replica", replica_kv_bytes(model) / 1e9, "GB", "spec"),
     ]  # fmt: skip
+
+
+def _per_sequence(topic: str, cache: KvCache) -> Iterator[Figure]:
+    """Say what grows with a sequence, and what every sequence needs besides."""
+    num = f"{cache.num_full} of {len(cache.layers)} layers"
+    yield _figure(topic, f"KV cache per token, {num}", cache.token_bytes / 1e3, "kB", "config")
+    if cache.window_bytes:
+        what = f"KV cache per sequence, windows of {cache.window_tokens:,} tokens, at most"
+        yield _figure(topic, what, cache.window_bytes / 1e6, "MB", "config")
+    if cache.state_bytes:
+        what = f"KV cache per sequence, states of {cache.num_states} layers"
+        yield _figure(topic, what, cache.state_bytes / 1e6, "MB", "config")
 
 
 def _times(model: CostModel, traffic: Traffic) -> list[Figure]:

@@ -99,6 +99,57 @@ def test_the_frequency_of_layers_with_experts(change: dict[str, Any], expected: 
 
 
 @pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"mlp_layer_types": ["dense"] + ["sparse"] * 47}, range(1, 48)),
+        ({"expert_layer_period": 2, "expert_layer_offset": 1}, range(1, 48, 2)),
+        ({"moe_layer_start_index": 2, "moe_layer_end_index": 46}, range(2, 47)),
+        ({"decoder_sparse_step": None, "moe_layer_interval": 2}, range(1, 48, 2)),
+        ({"num_dense_layers": 2}, range(2, 48)),
+        ({"layers_block_type": ["attention", "moe"] * 24}, range(1, 48, 2)),
+    ],
+)  # fmt: skip
+def test_how_families_say_which_layers_have_experts(
+    change: dict[str, Any], expected: range
+) -> None:
+    assert shape_of(QWEN3_30B | change).moe_layers == tuple(expected)
+
+
+def test_the_names_of_dbrx() -> None:
+    shape = shape_of(
+        {
+            "model_type": "dbrx",
+            "d_model": 6144,
+            "n_heads": 48,
+            "n_layers": 40,
+            "vocab_size": 100352,
+            "attn_config": {"kv_n_heads": 8, "model_type": ""},
+            "ffn_config": {"ffn_hidden_size": 10752, "moe_num_experts": 16, "moe_top_k": 4},
+        }
+    )
+    assert (shape.num_experts, shape.experts_per_token, shape.num_moe_layers) == (16, 4, 40)
+    assert (shape.experts_bytes + shape.dense_bytes) / 2 == pytest.approx(132e9, rel=0.01)
+    assert shape.kv_cache.token_bytes == 40 * 2 * 8 * 128 * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "attribute", "expected"),
+    [
+        ({"moe_intermediate_size": None, "expert_ffn_hidden_size": 64}, "expert_params", 3 * 2048 * 64),
+        ({"moe_intermediate_size": [64, 32]}, "expert_params", 3 * 2048 * 64),
+        ({"moe_latent_size": 256}, "expert_params", 3 * 256 * 768),
+        ({"shared_intermediate_size": 96}, "shared_params", 3 * 2048 * 96),
+        ({"moe_num_shared_experts": 2}, "shared_params", 3 * 2048 * 2 * 768),
+        ({"mlp_hidden_act": "relu2"}, "expert_params", 2 * 2048 * 768),
+    ],
+)  # fmt: skip
+def test_how_families_say_the_sizes_of_feed_forwards(
+    change: dict[str, Any], attribute: str, expected: int
+) -> None:
+    assert getattr(shape_of(QWEN3_30B | change), attribute) == expected
+
+
+@pytest.mark.parametrize(
     ("config", "share"),
     [
         ({"attention_chunk_size": 8192}, 0.75),
@@ -112,10 +163,12 @@ def test_the_frequency_of_layers_with_experts(change: dict[str, Any], expected: 
 def test_chunked_attention(config: dict[str, Any], share: float) -> None:
     """As Llama-4's published configs say it: by layers without rotary embedding, or not at all."""
     shape = shape_of(LLAMA4_MAVERICK | config)
-    assert shape.sliding_share == share
+    narrow = sum(layer.window > 0 for layer in shape.kv_cache.layers)
+    assert narrow == share * shape.num_layers
     full = 65536 * (1 - share)
-    assert shape.keys_seen(65536) == pytest.approx(full + share * 4096), "half a chunk in the mean"
-    assert shape.keys_seen(100) == 100
+    seen = shape.kv_cache.keys_seen
+    assert seen(65536) == pytest.approx(full + share * 4096), "half a chunk in the mean"
+    assert seen(100) == 100
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def test_mxfp4_of_the_experts_only() -> None:
     assert gpt_oss.expert_bits == 4.25
     assert gpt_oss.attention_bits == 16
     assert gpt_oss.experts_bytes + gpt_oss.dense_bytes == pytest.approx(65e9, rel=0.05)
-    assert gpt_oss.sliding_share == 0.5
+    assert gpt_oss.kv_cache.num_full == gpt_oss.num_layers / 2
     all_layers_see_all = shape_of(GPT_OSS_120B | {"layer_types": None})
     assert gpt_oss.kv_bytes_per_token(65536) < 0.51 * all_layers_see_all.kv_bytes_per_token(65536)
 
@@ -49,7 +49,7 @@ def test_nvfp4_of_modelopt_and_its_older_file(tmp_path: Path) -> None:
     }
     (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": older}))
     old = shape_of(read_config(tmp_path))
-    assert old.kv_bits == 8
+    assert old.kv_cache.kv_bits == 8
     assert old.attention_bits == 4.5
     assert old.dense_mlp_bits == pytest.approx((16 + 2 * 4.5) / 3), "one of three was left out"
 
@@ -65,7 +65,7 @@ def test_compressed_tensors_reads_its_group_and_regexes() -> None:
         kv_cache_scheme={"num_bits": 8, "type": "float"},
     )
     assert found.expert_bits == pytest.approx(4.125)
-    assert (found.attention_bits, found.kv_bits) == (16, 8)
+    assert (found.attention_bits, found.kv_cache.kv_bits) == (16, 8)
     fp8 = shape(
         LLAMA4_MAVERICK,
         quant_method="compressed-tensors",

@@ -1,0 +1,62 @@
+"""The parameters of routed experts, of shared ones, and of feed-forwards without experts. Pure."""
+
+from typing import NamedTuple
+
+from vllm_dwdp.planner.checkpoint import ConfigFields, LayerKind, layer_kinds
+
+UNGATED = ("relu2",)
+"""Activations of a feed-forward of two matrices; others have a third, for the gate."""
+
+
+class FeedForwards(NamedTuple):
+    """Parameters.
+
+    Args:
+        expert: of one routed expert.
+        shared: of what an MoE layer computes for every token besides.
+        dense: of a layer without routed experts, in the mean over these.
+    """
+
+    expert: int
+    shared: int
+    dense: int
+
+
+def feed_forwards(
+    fields: ConfigFields, num_layers: int, with_experts: tuple[int, ...]
+) -> FeedForwards:
+    """Read the sizes, by the names that the families have for them."""
+    hidden = fields.first("hidden_size")
+    matrices = 2 if fields.config.get("mlp_hidden_act") in UNGATED else 3
+    names = ("moe_intermediate_size", "expert_ffn_hidden_size", "expert_hidden_dim")
+    expert = fields.most(*names, default=0) or fields.first("intermediate_size")
+    dense_names = ("prefix_dense_intermediate_size", "intermediate_size_mlp", "ffn_hidden_size")
+    dense = fields.first(*dense_names, "intermediate_size", default=0)
+    num_shared = fields.first(
+        "n_shared_experts",
+        "num_shared_experts",
+        "moe_num_shared_experts",
+        "num_shared_expert",
+        default=int("llama4" in fields.model_type),
+    )
+    shared_names = ("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size")
+    shared = (
+        fields.most(*shared_names, "shared_intermediate_size", default=0) or expert * num_shared
+    )
+    if fields.attentions_per_layer > 1:
+        shared += fields.attentions_per_layer * dense
+    latent = fields.first("moe_latent_size", default=0) or hidden
+    return FeedForwards(
+        expert=matrices * latent * expert,
+        shared=matrices * hidden * shared,
+        dense=round(matrices * hidden * dense * _dense_share(fields, num_layers, with_experts)),
+    )
+
+
+def _dense_share(fields: ConfigFields, num_layers: int, with_experts: tuple[int, ...]) -> float:
+    """Return the part of the layers without experts that are a feed-forward, or have one."""
+    kinds = layer_kinds(fields, num_layers)
+    without = set(range(num_layers)) - set(with_experts)
+    if LayerKind.NONE not in kinds:
+        return 1.0
+    return sum(kinds[layer] is LayerKind.NONE for layer in without) / max(1, len(without))

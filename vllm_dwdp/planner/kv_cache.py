@@ -1,0 +1,177 @@
+"""What each layer keeps of a sequence: keys and values, a latent, a window of them, or a state. Pure.
+
+vLLM keeps one of these per layer (its `KVCacheSpec`): `FullAttentionSpec` and `MLAAttentionSpec` grow
+with the sequence, `SlidingWindowSpec` and `ChunkedLocalAttentionSpec` do so up to a size, `MambaSpec` is
+the same for every sequence. Layers that read the cache of an earlier one, and layers without attention,
+keep nothing.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from vllm_dwdp.planner.checkpoint import ConfigFields, LayerKind, layer_kinds, narrow_size
+from vllm_dwdp.planner.states import NO_STATE, LayerState, layer_state
+
+INDEX_GROUP, INDEX_SCALE_BYTES = 128, 4
+"""An indexer keeps a key in FP8, and a scale for each so many of its elements."""
+KV_HEADS = ("num_key_value_heads", "num_attention_groups")
+KV_FIELDS = {
+    LayerKind.FULL: (("num_global_key_value_heads",), ("global_head_dim",), ()),
+    LayerKind.WINDOW: (("swa_num_key_value_heads",), ("swa_head_dim",), ("swa_v_head_dim",)),
+}
+"""Heads, and the sizes of keys and values, where layers of a kind have their own (Gemma 4, MiMo)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCache:
+    """What one layer keeps of a sequence; nothing, if nothing is given.
+
+    Args:
+        elements: of keys and values, or of their latent, per token.
+        index_bytes: per token, of a sparse indexer's keys; their type is their own.
+        window: the most tokens kept; 0 for all.
+        is_chunk: the window is a chunk, of which a token sees half in the mean.
+        state: of a sequence of any length.
+    """
+
+    elements: int = 0
+    index_bytes: int = 0
+    window: int = 0
+    is_chunk: bool = False
+    state: LayerState = NO_STATE
+
+    def token_bytes(self, kv_bits: float) -> float:
+        """Return the bytes of a token that is kept."""
+        return self.elements * kv_bits / 8 + self.index_bytes
+
+    def keys_seen(self, mean_keys: float) -> float:
+        """Return the keys that a query meets, where those of all tokens would be `mean_keys`."""
+        if not self.elements:
+            return 0.0
+        narrow = self.window / 2 if self.is_chunk else self.window
+        return min(mean_keys, narrow) if self.window else mean_keys
+
+
+@dataclass(frozen=True)
+class KvCache:
+    """What all layers keep.
+
+    Args:
+        layers: of the model, in order.
+        kv_bits: of an element of keys and values.
+    """
+
+    layers: tuple[LayerCache, ...]
+    kv_bits: float
+
+    @cached_property
+    def token_bytes(self) -> float:
+        """The bytes per token of the layers that keep every token."""
+        return sum(layer.token_bytes(self.kv_bits) for layer in self.layers if not layer.window)
+
+    @cached_property
+    def window_bytes(self) -> float:
+        """The bytes per sequence, at most, of the layers that keep a window or a chunk."""
+        return sum(layer.window * layer.token_bytes(self.kv_bits) for layer in self.layers)
+
+    @cached_property
+    def window_tokens(self) -> int:
+        """The tokens of the largest window; 0 if there is none."""
+        return max(layer.window for layer in self.layers)
+
+    @cached_property
+    def state_bytes(self) -> float:
+        """The bytes per sequence, of any length, of the layers that keep a state."""
+        return sum(layer.state.num_bytes for layer in self.layers)
+
+    @cached_property
+    def num_full(self) -> int:
+        """The number of layers that keep every token."""
+        return sum(bool(layer.elements) and not layer.window for layer in self.layers)
+
+    @cached_property
+    def num_states(self) -> int:
+        """The number of layers that keep a state."""
+        return sum(layer.state.num_bytes > 0 for layer in self.layers)
+
+    def sequence_bytes(self, tokens: float) -> float:
+        """Return the bytes of a sequence of so many tokens."""
+        windows = sum(
+            min(tokens, layer.window) * layer.token_bytes(self.kv_bits) for layer in self.layers
+        )
+        return tokens * self.token_bytes + windows + self.state_bytes
+
+    def keys_seen(self, mean_keys: float) -> float:
+        """Return the keys that a query meets in a layer, in the mean over the layers."""
+        return sum(layer.keys_seen(mean_keys) for layer in self.layers) / len(self.layers)
+
+    def read_bytes(self, mean_keys: float) -> float:
+        """Return what a query reads in a layer, in the mean; a state is written back too."""
+        keys = sum(
+            layer.keys_seen(mean_keys) * layer.token_bytes(self.kv_bits) for layer in self.layers
+        )
+        return (keys + 2 * self.state_bytes) / len(self.layers)
+
+
+def kv_cache(fields: ConfigFields, num_layers: int, kv_bits: float) -> KvCache:
+    """Read what every layer keeps.
+
+    Args:
+        kv_bits: of an element of keys and values.
+
+    Raises:
+        DwdpConfigError: a layer is of a kind, or keeps a state, that is unknown here.
+    """
+    own_until = num_layers - fields.first("num_kv_shared_layers", default=0)
+    kinds = layer_kinds(fields, num_layers)[:own_until]
+    layers = [_layer_cache(fields, kind, layer, num_layers) for layer, kind in enumerate(kinds)]
+    shared = [LayerCache()] * (num_layers - len(layers))
+    return KvCache((*layers, *shared), kv_bits)
+
+
+def _layer_cache(fields: ConfigFields, kind: LayerKind, layer: int, num_layers: int) -> LayerCache:
+    if kind is LayerKind.NONE:
+        return LayerCache()
+    if kind is LayerKind.STATE:
+        return LayerCache(state=layer_state(fields))
+    window = narrow_size(fields, kind)
+    return LayerCache(
+        elements=_elements(fields, kind, layer, num_layers),
+        index_bytes=_index_bytes(fields, layer, num_layers),
+        window=window,
+        is_chunk=kind is LayerKind.CHUNK and bool(window),
+    )
+
+
+def _elements(fields: ConfigFields, kind: LayerKind, layer: int, num_layers: int) -> int:
+    """Count what a layer of attention keeps of a token."""
+    if fields.config.get("kv_lora_rank") is not None:
+        latent = fields.first("kv_lora_rank") + fields.first("qk_rope_head_dim", low=0)
+        return latent * fields.attentions_per_layer
+    own = _own_fields(fields, layer, num_layers)
+    heads_names, size_names, value_names = KV_FIELDS.get(kind, ((), (), ()))
+    num_heads = fields.first("num_attention_heads")
+    heads = own.first(*heads_names, *KV_HEADS, default=num_heads, low=1)
+    derived = max(1, fields.first("hidden_size") // num_heads)
+    size = own.first(*size_names, "head_dim", default=derived, low=1)
+    return heads * (size + own.first(*value_names, "v_head_dim", default=size, low=1))
+
+
+def _own_fields(fields: ConfigFields, layer: int, num_layers: int) -> ConfigFields:
+    """Let a layer's own entry of `per_layer_config` (Gemma 4) win; its keys are padded numbers."""
+    listed: Any = fields.config.get("per_layer_config")
+    if not isinstance(listed, dict):
+        return fields
+    width = len(str(num_layers - 1))
+    own = listed.get(f"{layer:0{width}}") or listed.get(str(layer)) or {}
+    return ConfigFields(fields.config | own) if isinstance(own, dict) else fields
+
+
+def _index_bytes(fields: ConfigFields, layer: int, num_layers: int) -> int:
+    """Count what a sparse indexer keeps of a token (DeepSeek-V3.2); layers may share one (GLM-5)."""
+    size = fields.first("index_head_dim", default=0)
+    types = fields.per_layer("indexer_types", num_layers)
+    if not size or (types and types[layer] != "full"):
+        return 0
+    return size + size // INDEX_GROUP * INDEX_SCALE_BYTES
