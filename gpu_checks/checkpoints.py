@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from transformers.models.aria.image_processing_pil_aria import AriaImageProcessorPil
 
+from gpu_checks.families import FAMILIES, IMAGE_TOKEN
 from vllm_dwdp.entrypoints.bench.checkpoints import COMMON, qwen3_moe, write_checkpoint
 
 DERIVED_HEADS = {key: value for key, value in COMMON.items() if key != "head_dim"}
@@ -151,6 +153,10 @@ ARCHITECTURES: dict[str, Callable[[int], transformers.PretrainedConfig]] = {
 }
 
 
+PUBLISHED_AS = {"phimoe": "PhiMoEForCausalLM"}
+"""What published configs call an architecture, where transformers calls it otherwise."""
+
+
 def make_checkpoint(
     folder: Path, architecture: str, num_experts: int = 8, seed: int = 0, **overrides: Any
 ) -> Path:
@@ -158,19 +164,43 @@ def make_checkpoint(
 
     Args:
         folder: created if absent; a folder that holds a finished checkpoint is kept as it is.
-        architecture: a key of `ARCHITECTURES`.
+        architecture: a key of `ARCHITECTURES` or `FAMILIES`.
         num_experts: routed experts per MoE layer.
         seed: of the weights.
         overrides: fields of the Hugging Face config, e.g. `hidden_size=1024`.
     """
-    return write_checkpoint(folder, ARCHITECTURES[architecture](num_experts), seed, **overrides)
+    builder = (ARCHITECTURES | FAMILIES)[architecture]
+    write_checkpoint(folder, builder(num_experts), seed, **overrides)
+    if architecture in PUBLISHED_AS:
+        file = folder / "config.json"
+        config = json.loads(file.read_text()) | {"architectures": [PUBLISHED_AS[architecture]]}
+        file.write_text(json.dumps(config, indent=2))
+    if architecture == "aria":
+        _save_processor(folder)
+    return folder
+
+
+def _save_processor(folder: Path) -> None:
+    """Let the tokenizer of a checkpoint know a token for images, and write what prepares them."""
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(
+        folder, extra_special_tokens={"image_token": IMAGE_TOKEN}
+    )
+    images = AriaImageProcessorPil(max_image_size=490, min_image_size=70)
+    transformers.AriaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        chat_template=tokenizer.chat_template,
+        size_conversion={490: 128},
+    ).save_pretrained(folder)
 
 
 def main() -> None:
     """Write one: `FOLDER --architecture qwen3_moe --experts 8`."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--architecture", choices=sorted(ARCHITECTURES), default="qwen3_moe")
+    parser.add_argument(
+        "--architecture", choices=sorted(ARCHITECTURES | FAMILIES), default="qwen3_moe"
+    )
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--config", type=json.loads, default={}, help="JSON overrides")
     options = parser.parse_args()

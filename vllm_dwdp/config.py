@@ -117,7 +117,7 @@ class DwdpConfig:
         if data_parallel_size % self.group_size:
             problem = f"does not divide --data-parallel-size {data_parallel_size}"
         elif largest is not None and self.group_size > largest:
-            problem = f"is larger than the {largest} experts of a layer"
+            problem = f"is larger than the {_counted(largest)} of a layer"
         else:
             return
         fitting = [
@@ -125,7 +125,7 @@ class DwdpConfig:
             for size in range(1, data_parallel_size + 1)
             if not data_parallel_size % size and (largest is None or size <= largest)
         ]
-        bound = "" if largest is None else f" and is at most the {largest} experts of a layer"
+        bound = "" if largest is None else f" and is at most the {_counted(largest)} of a layer"
         raise DwdpConfigError(
             f"dwdp group_size={self.group_size} {problem}; set it to {fitting[-1]}, the largest that "
             f"divides --data-parallel-size {data_parallel_size}{bound}, or to one of {fitting} "
@@ -142,6 +142,10 @@ class DwdpConfig:
     def shares_experts(self) -> bool:
         """Whether ranks hold experts for each other at all."""
         return self.mode != "replica" and self.group_size > 1
+
+
+def _counted(num_experts: int) -> str:
+    return "1 expert" if num_experts == 1 else f"{num_experts} experts"
 
 
 def _check_integer(name: str, value: object, smallest: int, otherwise: str = "") -> None:

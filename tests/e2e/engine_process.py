@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def run_case(case: dict[str, Any], rank: int) -> dict[str, Any]:
         if "soak" in case:
             result |= soak(engine, **case["soak"])
         else:
-            result["tokens"] = [generate(engine, n, text) for n, text in enumerate(PROMPTS)]
+            result["tokens"] = [ask(engine, case, n, text) for n, text in enumerate(PROMPTS)]
         if "updates" in case:
             result["updates"] = [update(engine, each, rank) for each in case["updates"]]
         result |= findings_of_workers(engine, case)
@@ -170,7 +171,7 @@ def take_place(case: dict[str, Any], rank: int) -> None:
 
 
 def run_failing_case(case: dict[str, Any], rank: int) -> dict[str, Any]:
-    """A start that does not succeed; report the error and what is left.
+    """A start that may not succeed; report the error, if there is one, and what is left.
 
     `fail_at` names a function that fails on rank 0, by `fail_with` or else an exception; `replace`
     a name and its value.
@@ -178,17 +179,19 @@ def run_failing_case(case: dict[str, Any], rank: int) -> dict[str, Any]:
     gc.collect()
     before = footprint()
     error = ""
+    result: dict[str, Any] = {}
     peak = PeakMemory()
     with replaced(case["replace"]) if "replace" in case else failing(case, rank):
         try:
-            run_case(case, rank)
+            result = run_case(case, rank)
         except BaseException as caught:
-            error = f"{type(caught).__name__}: {caught}"
+            line = traceback.extract_tb(caught.__traceback__)[-1].line
+            error = f"{type(caught).__name__}: {caught} ({line})"
     from vllm.distributed import cleanup_dist_env_and_memory
 
     gc.collect()
     cleanup_dist_env_and_memory()
-    return {
+    return result | {
         "name": case["name"],
         "rank": rank,
         "error": error,
@@ -320,7 +323,37 @@ def stock_backend(case: dict[str, Any]) -> str:
     return "mp" if case.get("engine_args", {}).get("tensor_parallel_size", 1) > 1 else "uni"
 
 
-def generate(engine: Any, index: int, text: str, **options: Any) -> list[int]:
+def ask(engine: Any, case: dict[str, Any], index: int, text: str) -> list[Any]:
+    """A case's answer to one prompt: tokens, or a vector of a model that pools (`pooling`).
+
+    `image_token` stands for a picture, which then comes before the prompt.
+    """
+    if "pooling" in case:
+        return pool(engine, index, text, case["pooling"])
+    if "image_token" not in case:
+        return generate(engine, index, text)
+    import numpy
+    from PIL import Image
+
+    pixels = numpy.random.default_rng(index).integers(0, 256, (64, 48, 3), dtype=numpy.uint8)
+    given = {"image": Image.fromarray(pixels)}
+    return generate(
+        engine, index, {"prompt": case["image_token"] + text, "multi_modal_data": given}
+    )
+
+
+def pool(engine: Any, index: int, text: str, task: str) -> list[float]:
+    from vllm import PoolingParams
+
+    engine.add_request(f"request-{index}", text, PoolingParams(task=task))
+    vector: list[float] = []
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            vector = output.outputs.data.float().flatten().tolist()
+    return vector
+
+
+def generate(engine: Any, index: int, text: Any, **options: Any) -> list[int]:
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, **options)

@@ -130,6 +130,25 @@ def test_the_group_size_that_is_named_is_accepted(
     configure(model, {"group_size": int(named[1])}, data_parallel_size=size)
 
 
+@pytest.mark.model("Odd shape: one expert")
+def test_one_expert_is_shared_by_nobody(checkpoints: Checkpoints) -> None:
+    """Refused where ranks would share it; every rank may hold it."""
+    model = checkpoints("qwen3_moe", 1, num_experts_per_tok=1)
+    with pytest.raises(DwdpConfigError, match=r"larger than the 1 expert of .* set it to 1,"):
+        configure(model, data_parallel_size=2)
+    configure(model, {"group_size": 1}, data_parallel_size=2)
+    configure(model, {"mode": "replica"}, data_parallel_size=2)
+
+
+@pytest.mark.model("Odd shape: fewer experts than ranks")
+def test_fewer_experts_than_ranks(checkpoints: Checkpoints) -> None:
+    """Refused with the size that is left; groups of that size share them."""
+    model = checkpoints("qwen3_moe", 2)
+    with pytest.raises(DwdpConfigError, match=r"group_size=4 is larger .* set it to 2,"):
+        configure(model)
+    configure(model, {"group_size": 2})
+
+
 def test_a_replica_deployment_may_have_more_ranks_than_experts(checkpoints: Checkpoints) -> None:
     configure(checkpoints("qwen3_moe", 2), {"mode": "replica"}, data_parallel_size=3)
 
@@ -147,6 +166,7 @@ def test_a_decode_kernel_that_keeps_addresses_of_experts(checkpoints: Checkpoint
         arguments.create_engine_config()
 
 
+@pytest.mark.model("Odd shape: experts in the config, and in no layer")
 @pytest.mark.parametrize(
     ("architecture", "overrides", "rules"),
     [

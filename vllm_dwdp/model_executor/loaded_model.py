@@ -28,7 +28,8 @@ def check_layers(model: torch.nn.Module, layers: Sequence[ShardedLayer]) -> None
     if not layers:
         raise DwdpUnsupportedError(
             f"{type(model).__name__} has built no layer with routed experts, though its config "
-            "counts experts, so there is nothing to share. Use stock vLLM for it."
+            "counts experts, so there is nothing to share: leave --distributed-executor-backend dwdp "
+            "out."
         )
     unpublished = [entry.layer.layer_name for entry in layers if not entry.weights]
     if unpublished:

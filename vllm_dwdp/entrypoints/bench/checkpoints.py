@@ -80,7 +80,7 @@ def _save_model(folder: Path, config: transformers.PretrainedConfig, seed: int) 
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = _class_for(config).from_config(config)
     finally:
         torch.set_default_dtype(default)
     with torch.no_grad():
@@ -89,6 +89,15 @@ def _save_model(folder: Path, config: transformers.PretrainedConfig, seed: int) 
                 # Large enough that every expert and every token visibly changes the output.
                 parameter.normal_(0.0, 0.15 if "expert" in name or "mlp" in name else 0.08)
     model.save_pretrained(folder)
+
+
+def _class_for(config: transformers.PretrainedConfig) -> Any:
+    """The automatic class of a whole model: one that generates or classifies, or has a vision tower."""
+    if hasattr(config, "vision_config"):
+        return transformers.AutoModelForImageTextToText
+    if any("SequenceClassification" in name for name in config.architectures or ()):
+        return transformers.AutoModelForSequenceClassification
+    return transformers.AutoModelForCausalLM
 
 
 def _save_tokenizer(folder: Path) -> None:

@@ -1,0 +1,22 @@
+"""What vLLM keeps of a sequence in each layer, as its own specification says it; for `report`."""
+
+import math
+from typing import Any
+
+
+def report(worker: Any) -> dict[str, Any]:
+    """What each layer keeps: elements and bytes per token, a window, or a state's elements."""
+    return {
+        "kv_layers": {name: describe(spec) for name, spec in worker.get_kv_cache_spec().items()}
+    }
+
+
+def describe(spec: Any) -> dict[str, int]:
+    """One layer's specification, without padding, which depends on the other layers."""
+    from vllm.v1.kv_cache_interface import MambaSpec
+
+    if isinstance(spec, MambaSpec):
+        convolution, *recurrent = (math.prod(shape) for shape in spec.shapes)
+        return {"convolution": convolution, "recurrent": sum(recurrent)}
+    window = getattr(spec, "sliding_window", None) or getattr(spec, "attention_chunk_size", None)
+    return {"token_bytes": spec.real_page_size_bytes // spec.block_size, "window": window or 0}

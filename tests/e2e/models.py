@@ -1,0 +1,242 @@
+"""The table of models: every architecture of vLLM's registry that has experts, and what is known of it.
+
+`MODELS` have a small checkpoint and are run. `UNTRIED` have none: what stands in the way is said.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from gpu_checks.checkpoints import ARCHITECTURES
+from gpu_checks.families import FAMILIES, IMAGE_TOKEN
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A checkpoint of a family, and what stock vLLM does with it on CPUs.
+
+    Args:
+        row: of docs/models.md.
+        architecture: its name in vLLM's registry.
+        checkpoint: in `ARCHITECTURES` or `FAMILIES`, if it is not called as the model.
+        num_experts, overrides: of the checkpoint.
+        engine_args: beside those of every test engine.
+        asked: what else a case of `engine_process` says, e.g. how it is asked.
+        stock_error: what stock vLLM says; empty if it serves the model.
+        needs: a package that vLLM imports for it and that may be absent.
+        window_added: tokens that vLLM keeps beyond the window that the config says.
+        on_push: run by `make test` too.
+    """
+
+    row: str
+    architecture: str
+    checkpoint: str = ""
+    num_experts: int = 8
+    overrides: dict[str, Any] = field(default_factory=dict)
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    asked: dict[str, Any] = field(default_factory=dict)
+    stock_error: str = ""
+    needs: str = ""
+    window_added: int = 0
+    on_push: bool = False
+
+
+def _model(row: str, architecture: str, **others: Any) -> Model:
+    return Model(row=f"{row} ({architecture})", architecture=architecture, **others)
+
+
+TEXT_ONLY = {"limit_mm_per_prompt": {"image": 0, "video": 0}}
+ONLY_SOFTMAX = 'assert self.scoring_func == "softmax"'
+NO_SPARSE = "Sparse Attention is not supported on CPU"
+
+MODELS = {
+    "qwen3_moe": _model("Qwen3-MoE", "Qwen3MoeForCausalLM"),
+    "qwen2_moe": _model("Qwen2-MoE", "Qwen2MoeForCausalLM"),
+    "mixtral": _model("Mixtral", "MixtralForCausalLM"),
+    "olmoe": _model("OLMoE", "OlmoeForCausalLM"),
+    "granite_moe": _model("Granite-3-MoE", "GraniteMoeForCausalLM"),
+    "glm4_moe": _model("GLM-4.5", "Glm4MoeForCausalLM"),
+    "gpt_oss": _model("gpt-oss", "GptOssForCausalLM"),
+    "deepseek_v2": _model("DeepSeek-V2", "DeepseekV2ForCausalLM"),
+    "deepseek_v3": _model("DeepSeek-V3, R1", "DeepseekV3ForCausalLM"),
+    "kimi_k2": _model("Kimi-K2", "DeepseekV3ForCausalLM"),
+    "dbrx": _model("DBRX", "DbrxForCausalLM", stock_error="experts.w13_weight"),
+    "afmoe": _model("Trinity (AFMoE)", "AfmoeForCausalLM"),
+    "axk1": _model("A.X-K1", "AXK1ForCausalLM"),
+    "cohere2_moe": _model("Command-A MoE", "Cohere2MoeForCausalLM", window_added=1),
+    "deepseek_v32": _model(
+        "DeepSeek-V3.2, sparse attention", "DeepseekV32ForCausalLM", stock_error=NO_SPARSE
+    ),
+    "ernie4_5_moe": _model("ERNIE-4.5", "Ernie4_5_MoeForCausalLM"),
+    "exaone_moe": _model("K-EXAONE", "ExaoneMoeForCausalLM"),
+    "gemma4": _model("Gemma-4 26B-A4B", "Gemma4ForCausalLM"),
+    "gemma4_shared_kv": _model("Gemma-4, layers that share keys", "Gemma4ForCausalLM"),
+    "glm4_moe_lite": _model("GLM-4.7-Flash", "Glm4MoeLiteForCausalLM"),
+    "glm_moe_dsa": _model("GLM-5, sparse attention", "GlmMoeDsaForCausalLM", stock_error=NO_SPARSE),
+    "granite_moe_hybrid": _model(
+        "Granite-4-H, hybrid", "GraniteMoeHybridForCausalLM", on_push=True
+    ),
+    "granite_moe_shared": _model("Granite-MoE-Shared", "GraniteMoeSharedForCausalLM"),
+    "granite_moe_swa": _model("Granite-MoE-SWA", "GraniteMoeSWAForCausalLM"),
+    "hy_v3": _model("Hunyuan-3", "HYV3ForCausalLM"),
+    "jamba": _model("Jamba, hybrid", "JambaForCausalLM", stock_error="Dimension out of range"),
+    "kimi_linear": _model(
+        "Kimi-Linear, hybrid",
+        "KimiLinearForCausalLM",
+        engine_args={"enable_prefix_caching": False},
+        stock_error="'_lib_fn_wrapper' object has no attribute 'get'",
+    ),
+    "lfm2_moe": _model("LFM2-MoE, hybrid", "Lfm2MoeForCausalLM"),
+    "laguna": _model("Laguna", "LagunaForCausalLM", stock_error=ONLY_SOFTMAX),
+    "llama4_text": _model("Llama-4, text", "Llama4ForCausalLM"),
+    "mellum": _model("Mellum", "MellumForCausalLM"),
+    "minimax_m2": _model("MiniMax-M2", "MiniMaxM2ForCausalLM", stock_error=ONLY_SOFTMAX),
+    "mimo_v2_flash": _model("MiMo-V2-Flash", "MiMoV2FlashForCausalLM"),
+    "nemotron_h": _model(
+        "Nemotron-3, hybrid",
+        "NemotronHForCausalLM",
+        stock_error="is_act_and_mul=False is supported only for CUDA",
+    ),
+    "phimoe": _model("Phi-3.5-MoE", "PhiMoEForCausalLM"),
+    "qwen3_next": _model("Qwen3-Next, hybrid", "Qwen3NextForCausalLM", on_push=True),
+    "qwen3_vl_moe": _model(
+        "Qwen3-VL-MoE, text",
+        "Qwen3VLMoeForConditionalGeneration",
+        engine_args=TEXT_ONLY,
+        needs="torchvision",
+    ),
+    "qwen3_5_moe": _model(
+        "Qwen3.5-MoE, text",
+        "Qwen3_5MoeForConditionalGeneration",
+        engine_args=TEXT_ONLY,
+        needs="torchvision",
+        stock_error="expect x to be transposed",
+    ),
+    "flex_olmo": _model("FlexOlmo, Transformers back end", "FlexOlmoForCausalLM"),
+    "hunyuan_v1_moe": _model("Hunyuan-A13B, Transformers back end", "HunYuanMoEV1ForCausalLM"),
+    "olmoe_transformers": _model(
+        "OLMoE, --model-impl transformers",
+        "TransformersMoEForCausalLM",
+        checkpoint="olmoe",
+        engine_args={"model_impl": "transformers"},
+    ),
+    "olmoe_transformers_embeds": _model(
+        "OLMoE that embeds, --model-impl transformers",
+        "TransformersMoEEmbeddingModel",
+        checkpoint="olmoe",
+        engine_args={"model_impl": "transformers", "runner": "pooling", "convert": "embed"},
+        asked={"pooling": "embed"},
+    ),
+    "qwen3_moe_transformers_classifies": _model(
+        "Qwen3-MoE that classifies, --model-impl transformers",
+        "TransformersMoEForSequenceClassification",
+        checkpoint="qwen3_moe_classifier",
+        engine_args={"model_impl": "transformers", "runner": "pooling"},
+        asked={"pooling": "classify"},
+        stock_error="There is no module or parameter named 'score'",
+    ),
+    "qwen3_5_moe_text": _model(
+        "Qwen3.5-MoE, text model alone",
+        "Qwen3_5MoeForCausalLM",
+        needs="torchvision",
+        stock_error="expect x to be transposed",
+    ),
+    "aria": _model(
+        "Aria, with an image",
+        "AriaForConditionalGeneration",
+        engine_args={
+            "max_num_batched_tokens": 512,
+            "mm_processor_kwargs": {"max_image_size": 490},
+        },
+        asked={"image_token": IMAGE_TOKEN},
+    ),
+    "qwen3_moe_embeds": _model(
+        "Qwen3-MoE that embeds, --convert embed",
+        "Qwen3MoeForCausalLM",
+        checkpoint="qwen3_moe",
+        engine_args={"runner": "pooling", "convert": "embed"},
+        asked={"pooling": "embed"},
+        on_push=True,
+    ),
+    "qwen3_moe_classifier": _model(
+        "Qwen3-MoE that classifies or rewards",
+        "Qwen3MoeForCausalLM",
+        engine_args={"runner": "pooling"},
+        asked={"pooling": "classify"},
+    ),
+    "all_experts": _model(
+        "Odd shape: every token to all experts",
+        "Qwen3MoeForCausalLM",
+        checkpoint="qwen3_moe",
+        num_experts=4,
+        overrides={"num_experts_per_tok": 4},
+    ),
+    "hy_v4": _model(
+        "Hunyuan-4, sparse attention",
+        "HYV4ForCausalLM",
+        stock_error="no valid sparse MLA backend is available",
+    ),
+    "minimax_m3": _model("MiniMax-M3", "MiniMaxM3SparseForCausalLM", stock_error=ONLY_SOFTMAX),
+}
+"""By name."""
+
+assert {model.checkpoint or name for name, model in MODELS.items()} <= set(ARCHITECTURES | FAMILIES)
+
+_PUBLISHED = "transformers has no such model; its code is published with its weights"
+_TORCHVISION = "its processor needs torchvision, which the test environment lacks"
+UNTRIED: dict[str, str] = {
+    "BailingMoeForCausalLM": _PUBLISHED,
+    "BailingMoeV2ForCausalLM": _PUBLISHED,
+    "BailingMoeV2_5ForCausalLM": _PUBLISHED,
+    "BailingMoeV3ForCausalLM": _PUBLISHED,
+    "BailingMoeV3VLForConditionalGeneration": _PUBLISHED,
+    "ClefOmniForJointSchema": _PUBLISHED,
+    "ColQwen3_5": _PUBLISHED,
+    "Cosmos3EdgeForConditionalGeneration": _TORCHVISION,
+    "DeepseekForCausalLM": _PUBLISHED,
+    "DeepseekV4ForCausalLM": "its published format (compress_ratios, FP8) is not transformers'",
+    "DeepseekV41ForCausalLM": _PUBLISHED,
+    "DiffusionGemmaForBlockDiffusion": "it generates by diffusion of blocks, which needs a GPU",
+    "Dots3NoteForCausalLM": _PUBLISHED,
+    "EmbeddingGemma2Model": "no published one has experts; its text model is Gemma-4's",
+    "Ernie4_5_VLMoeForConditionalGeneration": _TORCHVISION,
+    "Gemma4ForConditionalGeneration": _TORCHVISION,
+    "Gemma4UnifiedForConditionalGeneration": _TORCHVISION,
+    "Glm5NextForCausalLM": _PUBLISHED,
+    "Glm5NextForConditionalGeneration": _TORCHVISION,
+    "InklingForCausalLM": "vLLM wants the special tokens of its own tokenizer",
+    "InklingForConditionalGeneration": _TORCHVISION,
+    "InternS1ProForConditionalGeneration": _PUBLISHED,
+    "InternS2MobiusForConditionalGeneration": _PUBLISHED,
+    "InternS2PreviewForConditionalGeneration": _PUBLISHED,
+    "JambaForSequenceClassification": "its text model is Jamba",
+    "K2HorizonForCausalLM": _PUBLISHED,
+    "KimiK3ForConditionalGeneration": _PUBLISHED,
+    "Llama4ForConditionalGeneration": _TORCHVISION,
+    "LongcatFlashForCausalLM": "transformers writes weights of its zero experts, vLLM has none",
+    "LongcatFlashNgramForCausalLM": _PUBLISHED,
+    "MiMoV2ForCausalLM": _PUBLISHED,
+    "MiMoV2OmniForCausalLM": _PUBLISHED,
+    "MiniCPMV4_6ForConditionalGeneration": _TORCHVISION,
+    "MiniCPMV4_7ForConditionalGeneration": _TORCHVISION,
+    "MistralLarge3ForCausalLM": "Mistral's own format; its layers are DeepSeek-V3's",
+    "NemotronH_Nano_Omni_Reasoning_V3": _PUBLISHED,
+    "NemotronH_Nano_VL_V2": _PUBLISHED,
+    "NemotronH_Omni_Reasoning_V3": _TORCHVISION,
+    "NemotronH_Super_Omni_Reasoning_V3": _PUBLISHED,
+    "OpenAIPrivacyFilterForTokenClassification": "it labels tokens; its layers are gpt-oss'",
+    "PanguEmbeddedForCausalLM": "published ones have no experts",
+    "PanguProMoEV2ForCausalLM": _PUBLISHED,
+    "PanguUltraMoEForCausalLM": _PUBLISHED,
+    "Param2MoEForCausalLM": _PUBLISHED,
+    "Qwen3OmniMoeForConditionalGeneration": _TORCHVISION,
+    "Qwen3_5ForCausalLM": "published ones have no experts",
+    "Qwen3_5ForConditionalGeneration": "published ones have no experts",
+    "Qwen4ExpForCausalLM": "vLLM imports torchvision for it, which the test environment lacks",
+    "Qwen4ExpForConditionalGeneration": _TORCHVISION,
+    "SarvamMLAForCausalLM": _PUBLISHED,
+    "SarvamMoEForCausalLM": _PUBLISHED,
+    "Step3TextForCausalLM": _PUBLISHED,
+    "Step3p5ForCausalLM": _PUBLISHED,
+    "TransformersMultiModalMoEForCausalLM": _TORCHVISION,
+}
+"""Architectures without a checkpoint here, and why."""

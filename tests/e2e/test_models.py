@@ -1,0 +1,209 @@
+"""Every family of models answers on two ranks as one stock engine, and the planner knows its KV cache.
+
+Most run with `make test-all` only; many checkpoints share one engine process per rank.
+"""
+
+import importlib.util
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e import uneven_experts
+from tests.e2e.conftest import Checkpoints, StockEngine
+from tests.e2e.matrix import run_cases
+from tests.e2e.models import MODELS, UNTRIED, Model
+from tests.helpers.moe_registry import architectures_with_experts
+from vllm_dwdp.planner.checkpoint import read_config
+from vllm_dwdp.planner.kv_cache import LayerCache
+from vllm_dwdp.planner.model_shape import shape_of
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+
+PER_PROCESS = 6
+"""Checkpoints that one engine process runs after each other."""
+RACES = {"DWDP_DEBUG_POISON": "1", "DWDP_DEBUG_MAX_DELAY_US": "3000"}
+REPORT = {"fails": True, "report": "tests.e2e.kv_layers:report"}
+
+
+def lacks(model: Model) -> bool:
+    return bool(model.needs) and importlib.util.find_spec(model.needs) is None
+
+
+def rows(*, served: bool) -> list[Any]:
+    """One test per model, which names its row of the table."""
+    return [
+        pytest.param(
+            name,
+            id=name,
+            marks=[
+                pytest.mark.model(model.row),
+                *([] if model.on_push else [pytest.mark.slow]),
+                *([pytest.mark.skip(f"{model.needs} is not installed")] if lacks(model) else []),
+            ],
+        )
+        for name, model in MODELS.items()
+        if bool(model.stock_error) != served
+    ]
+
+
+@dataclass
+class Outcomes:
+    """Results of stock engines and of two ranks, run for several models when one is asked for."""
+
+    folder: Path
+    checkpoints: Checkpoints
+    stock_engine: StockEngine
+    _ranks: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def stock(self, name: str) -> dict[str, Any]:
+        settings = self._settings(name)
+        alike = [other for other in self._together(name) if self._settings(other) == settings]
+        paths = [self.path(other) for other in alike]
+        return self.stock_engine.all(paths, **settings, **REPORT)[self.path(name)]
+
+    def ranks(self, name: str, mode: str) -> list[dict[str, Any]]:
+        key = f"{name}@{mode}"
+        if key not in self._ranks:
+            modes = ("direct", "prefetch")
+            cases = [self._case(each, mode) for each in self._together(name) for mode in modes]
+            self._ranks |= run_cases(self.folder, f"ranks-{len(self._ranks)}", cases, RACES)
+        return self._ranks[key]
+
+    def _together(self, name: str) -> list[str]:
+        if MODELS[name].stock_error:
+            return [name]  # what it imported until it failed may be in the way of others
+        alike = [
+            each
+            for each, model in MODELS.items()
+            if model.on_push == MODELS[name].on_push and not model.stock_error and not lacks(model)
+        ]
+        start = alike.index(name) // PER_PROCESS * PER_PROCESS
+        return alike[start : start + PER_PROCESS]
+
+    def _case(self, name: str, mode: str) -> dict[str, Any]:
+        return {
+            "name": f"{name}@{mode}",
+            "model": self.path(name),
+            "num_ranks": 2,
+            "dwdp": {"mode": mode, "join_timeout_s": 60},
+            "fails": True,
+        } | self._settings(name)
+
+    def _settings(self, name: str) -> dict[str, Any]:
+        return {"engine_args": MODELS[name].engine_args} | MODELS[name].asked
+
+    def path(self, name: str) -> str:
+        model = MODELS[name]
+        return self.checkpoints(model.checkpoint or name, model.num_experts, **model.overrides)
+
+
+@pytest.fixture(scope="module")
+def outcomes(
+    tmp_path_factory: pytest.TempPathFactory, checkpoints: Checkpoints, stock: StockEngine
+) -> Outcomes:
+    return Outcomes(tmp_path_factory.mktemp("models"), checkpoints, stock)
+
+
+@pytest.mark.parametrize("name", rows(served=True))
+def test_two_ranks_answer_as_stock(outcomes: Outcomes, name: str) -> None:
+    expected = outcomes.stock(name)
+    assert not expected["error"], f"stock vLLM does not serve it: {expected['error']}"
+    assert len({token for tokens in expected["tokens"] for token in tokens}) > 5, "degenerate"
+    for mode in ("direct", "prefetch"):
+        ranks = outcomes.ranks(name, mode)
+        assert len(ranks) == 2
+        for found in ranks:
+            where = f"{name}, {mode}, rank {found['rank']}"
+            assert not found["error"], f"{where}: {found['error']}"
+            assert found["weights"] == expected["weights"], f"{where}: other weights"
+            assert found["tokens"] == expected["tokens"], f"{where}: other tokens"
+            status = found["status"]
+            assert status["mode"] == mode
+            assert status["remote_expert_bytes"] > 0, f"{where}: DWDP did not run"
+            if mode == "prefetch":
+                fetched = sum(status["fetched_bytes"].values())
+                assert fetched > 0.9 * status["remote_expert_bytes"]
+
+
+@pytest.mark.parametrize("name", rows(served=False))
+def test_stock_does_not_serve_it_on_cpus(outcomes: Outcomes, name: str) -> None:
+    """When this fails, stock vLLM has learned it: take `stock_error` away."""
+    error = outcomes.stock(name)["error"]
+    assert MODELS[name].stock_error in error, error or "stock vLLM serves it"
+
+
+@pytest.mark.parametrize("name", rows(served=True))
+def test_the_planner_counts_the_kv_cache_as_vllm_does(outcomes: Outcomes, name: str) -> None:
+    expected = outcomes.stock(name)["kv_layers"].values()
+    cache = shape_of(read_config(Path(outcomes.path(name)))).kv_cache
+    added = MODELS[name].window_added
+    assert kept(described(layer, cache.kv_bits, added) for layer in cache.layers) == kept(expected)
+
+
+def described(layer: LayerCache, kv_bits: float, window_added: int) -> dict[str, int]:
+    """A layer of the planner in the words of `kv_layers.describe`."""
+    if layer.state.num_bytes:
+        return {"convolution": layer.state.convolution, "recurrent": layer.state.recurrent}
+    window = layer.window + window_added if layer.window else 0
+    return {"token_bytes": int(layer.token_bytes(kv_bits)), "window": window}
+
+
+def kept(layers: Iterable[dict[str, int]]) -> dict[str, Any]:
+    """What layers keep together: bytes per token by window (0: of every token), and states."""
+    per_token: dict[int, int] = {}
+    states = []
+    for layer in layers:
+        if "recurrent" in layer:
+            states.append((layer["convolution"], layer["recurrent"]))
+        elif layer["token_bytes"]:
+            window = layer["window"]
+            per_token[window] = per_token.get(window, 0) + layer["token_bytes"]
+    return {"bytes per token by window": per_token, "states": sorted(states)}
+
+
+@pytest.mark.slow
+@pytest.mark.model("Odd shape: layers with different numbers of experts")
+def test_layers_with_different_numbers_of_experts(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    model = uneven_experts.take_experts_away(Path(checkpoints("qwen3_moe")), tmp_path / "uneven")
+    case = {"model": model} | uneven_experts.REPLACE
+    ((expected,),) = run_cases(tmp_path, "stock", [case | {"name": "stock"}]).values()
+    cases = [
+        case | {"name": mode, "num_ranks": 2, "dwdp": {"mode": mode}}
+        for mode in ("direct", "prefetch")
+    ]
+    for mode, ranks in run_cases(tmp_path, "ranks", cases, RACES).items():
+        for found in ranks:
+            assert found["weights"] == expected["weights"], mode
+            assert found["tokens"] == expected["tokens"], mode
+            assert found["status"]["remote_expert_bytes"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.model("Odd shape: a family whose config leaves no layer with experts")
+def test_no_layer_with_experts_is_seen_when_the_model_is_built(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """Where the front end does not know a family's rule, the rank says it before anything is shared."""
+    model = checkpoints("ernie4_5_moe", moe_layer_start_index=5)
+    case = {"name": "none", "model": model, "num_ranks": 2, "dwdp": {}, "fails": True}
+    (ranks,) = run_cases(tmp_path, "none", [case]).values()
+    for found in ranks:
+        assert "has built no layer with routed experts" in found["error"]
+        assert "leave --distributed-executor-backend dwdp out" in found["error"]
+
+
+def test_every_architecture_with_experts_is_in_the_table() -> None:
+    found = architectures_with_experts()
+    assert len(found) > 90, "the search finds them"
+    tried = {model.architecture for model in MODELS.values()}
+    classes = {found.get(each) for each in tried}
+    unknown = {
+        each
+        for each, cls in found.items()
+        if each not in tried | set(UNTRIED) and cls not in classes
+    }
+    assert not unknown, "new in this vLLM: give each a checkpoint, or say why it has none"
+    assert not tried & set(UNTRIED), "they are tried"
