@@ -76,9 +76,11 @@ class PrefetchRings:
         self._resources.close()
 
     def begin_forward(self) -> None:
-        """A forward of the target model starts."""
-        for ring in self._driven:
-            ring.begin_forward()
+        """A forward of the target model starts; a drafter's ring is begun by its own first wait.
+
+        Nobody knows whether the drafter will run after it.
+        """
+        self._driven[0].begin_forward()
 
     def synchronize(self) -> None:
         """Block until no copy reads a peer."""

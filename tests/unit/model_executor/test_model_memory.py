@@ -60,6 +60,16 @@ def test_each_ring_has_as_many_and_as_large_slots_as_its_own_layers_need() -> No
     )
 
 
+def test_a_forward_of_the_target_begins_no_copies_for_its_drafter() -> None:
+    """Which may never run, and takes what it needs at its own first wait if it does."""
+    with rank_0([R1_NVFP4] * 3 + [R1_BF16]) as mapper:
+        rings = PrefetchRings(mapper, [[0, 1, 2], [3]], 2**40)
+        for _ in range(2):
+            rings.begin_forward()
+            assert [counter.fills for counter in rings.counters()] == [2, 0]
+        rings.close()
+
+
 @pytest.mark.parametrize("num_layers", [1, 2, 4])
 def test_the_planner_counts_the_slots_that_a_rank_has(num_layers: int) -> None:
     shape = r1_on_gb200().shape
