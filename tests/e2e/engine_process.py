@@ -85,8 +85,8 @@ def begin_together(place: Path, case: dict[str, Any], rank: int) -> None:
 def run_case(case: dict[str, Any], rank: int) -> dict[str, Any]:
     """Build the engine, generate greedily one request at a time, and tear everything down.
 
-    `report` names a function whose findings about the worker join the result; `run` one that does all
-    of this in its own way.
+    `drive` names a function that does the work with the engine instead; `report` one whose findings
+    about the worker join the result; `run` one that does all of this in its own way.
     """
     take_place(case, rank)
     if "run" in case:
@@ -98,6 +98,9 @@ def run_case(case: dict[str, Any], rank: int) -> dict[str, Any]:
         result: dict[str, Any] = {"name": case["name"], "rank": rank}
         if "soak" in case:
             result |= soak(engine, **case["soak"])
+        elif "drive" in case:
+            owner, name = find(case["drive"])
+            result |= getattr(owner, name)(engine, case)
         else:
             result["tokens"] = [ask(engine, case, n, text) for n, text in enumerate(PROMPTS)]
         if "updates" in case:
@@ -314,7 +317,7 @@ def make_engine(case: dict[str, Any]) -> Any:
     return LLMEngine(
         vllm_config,
         executor_class=Executor.get_class(vllm_config),
-        log_stats=False,
+        log_stats=case.get("log_stats", False),
         multiprocess_mode=False,
     )
 

@@ -90,7 +90,6 @@ def test_dwdp_options(checkpoints: Checkpoints, dwdp: Any, message: str) -> None
             {"weight_transfer_config": {"backend": "sparse_nccl"}},
             r"--weight-transfer-config with backend 'sparse_nccl' cannot .*Use nccl or ipc",
         ),
-        ({"enable_lora": True}, r"--enable-lora cannot .*Merge the adapter"),
         pytest.param(
             {"nnodes": 2, "master_addr": "127.0.0.1"},
             r"--nnodes 2 cannot .*start each node's ranks with --data-parallel-start-rank instead",

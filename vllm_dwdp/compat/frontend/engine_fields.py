@@ -23,6 +23,7 @@ _SUPPORTED = {
         data_parallel_external_lb data_parallel_backend _api_process_count _api_process_rank
         enable_prefix_caching enable_chunked_prefill max_num_batched_tokens max_num_seqs
         gpu_memory_utilization kv_cache_memory_bytes num_gpu_blocks_override disable_log_stats
+        enable_lora max_loras max_lora_rank speculative_config
     """,
     "names the model's files; ranks compare what they found": """
         revision code_revision hf_token download_dir ignore_patterns use_tqdm_on_load
@@ -64,11 +65,6 @@ _IRRELEVANT = {
         dp_sync_interval disable_nccl_for_dp_synchronization fault_tolerance_config
         dbo_decode_token_threshold dbo_prefill_token_threshold
     """,
-    "tunes LoRA": """
-        max_loras max_lora_rank default_mm_loras fully_sharded_loras max_cpu_loras lora_dtype
-        lora_target_modules enable_tower_connector_lora specialize_active_lora
-        enable_mixed_moe_lora_format enable_moe_shared_loras max_lora_cls_labels
-    """,
     "tunes offloading": """
         offload_backend cpu_offload_params offload_num_in_group offload_prefetch_step offload_params
     """,
@@ -93,12 +89,17 @@ _UNTESTED = {
         pt_load_map_location worker_extension_cls scheduler_cls engram_config diffusion_config
     """,
     "several models, or other uses of one": """
-        speculative_config spec_method spec_model spec_tokens runner convert pooler_config
+        spec_method spec_model spec_tokens runner convert pooler_config
         enable_prompt_embeds
     """,
     "tunes tensor parallelism": """
         enable_batch_sharded_sampling disable_custom_all_reduce max_parallel_loading_workers
         distributed_timeout_seconds cpu_distributed_timeout_seconds
+    """,
+    "adapters of other kinds": """
+        default_mm_loras fully_sharded_loras max_cpu_loras lora_dtype lora_target_modules
+        enable_tower_connector_lora specialize_active_lora enable_mixed_moe_lora_format
+        enable_moe_shared_loras max_lora_cls_labels
     """,
     "looks into layers or steps": """
         enable_return_routed_experts return_sampling_mask aux_output_config enable_trace_replay

@@ -70,12 +70,6 @@ REFUSED = (
     ),
     ("ubatch_size", "--ubatch-size", 0, "dual-batch overlap is not supported. Leave it out."),
     (
-        "enable_lora",
-        "--enable-lora",
-        False,
-        "LoRA wraps the expert layers that DWDP replaces. Merge the adapter into the checkpoint.",
-    ),
-    (
         "cpu_offload_gb",
         "--cpu-offload-gb",
         0,
