@@ -42,3 +42,10 @@ def other_kernel(layer: Any, stock: Callable[[Any], None]) -> None:
     if os.environ["VLLM_DP_RANK"] == "1":
         kernel = layer.quant_method.moe_kernel.fused_experts
         kernel.__class__ = type("OtherExperts", (type(kernel),), {})
+
+
+def loses_a_drafters_expert(layer: Any, stock: Callable[[Any], None]) -> None:
+    """The last expert of a drafter's layer, behind three of the target, adds nothing."""
+    if ".layers.3." in layer.layer_name:
+        layer.w2_weight.data[-1].zero_()
+    _stock(layer, stock)
