@@ -13,14 +13,19 @@ console = Console(markup=False, emoji=False)
 """Prints what ranks and users wrote as it is: `[/models/x]` is a path."""
 
 
-def show(title: str, headings: Iterable[str], rows: Iterable[Sequence[str | Text]]) -> None:
-    """Print a table; strings as they are, whatever brackets they hold."""
-    table = Table(title=Text(title, style="table.title"))
+def table(title: str, headings: Iterable[str], rows: Iterable[Sequence[str | Text]]) -> Table:
+    """Make a table; strings as they are, whatever brackets they hold."""
+    made = Table(title=Text(title, style="table.title"))
     for heading in headings:
-        table.add_column(Text(heading), overflow="fold")
+        made.add_column(Text(heading), overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
-    console.print(table)
+        made.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+    return made
+
+
+def show(title: str, headings: Iterable[str], rows: Iterable[Sequence[str | Text]]) -> None:
+    """Print a table, as `table` makes it."""
+    console.print(table(title, headings, rows))
 
 
 def say(*sentences: str) -> None:

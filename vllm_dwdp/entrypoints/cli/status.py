@@ -15,6 +15,7 @@ from vllm_dwdp.distributed.status import query_status
 from vllm_dwdp.distributed.tcp import TcpEndpoint
 from vllm_dwdp.distributed.unix import UnixEndpoint
 from vllm_dwdp.entrypoints.cli.options import AsJson
+from vllm_dwdp.entrypoints.cli.watch import watch
 from vllm_dwdp.entrypoints.launch.fronts import answers
 from vllm_dwdp.entrypoints.launch.roster import Entry, read_roster
 from vllm_dwdp.entrypoints.launch.server import READY_PATH
@@ -42,6 +43,12 @@ def status(
     secret_file: Annotated[str, typer.Option(help="For tcp://: the shared secret.")] = "",
     group_size: Annotated[int, typer.Option(min=1, help="For tcp://: ranks of a group.")] = 1,
     groups: Annotated[int, typer.Option(min=1, help="For tcp://: groups.")] = 1,
+    watching: Annotated[
+        bool, typer.Option("--watch", help="Look again until Ctrl-C, with rates per second.")
+    ] = False,
+    interval: Annotated[
+        float, typer.Option(min=0.1, help="For --watch: seconds between two looks.")
+    ] = 2.0,
 ) -> None:
     """Show every rank that meets there, and holders: state, generation, memory, peers and last failure.
 
@@ -50,9 +57,20 @@ def status(
     Exits 1 if there is none, if one is dead (also if only its peers say so), does not answer, or refuses
     to serve.
     """
-    ranks = find_ranks(
-        rendezvous, secret_file=secret_file or None, group_size=group_size, num_groups=groups
-    )
+
+    def find() -> list[dict[str, Any]]:
+        return find_ranks(
+            rendezvous, secret_file=secret_file or None, group_size=group_size, num_groups=groups
+        )
+
+    if watching:
+        if as_json:
+            raise DwdpConfigError(
+                "--json is for scripts, which look once: leave out --watch, and ask again."
+            )
+        watch(find, f"ranks at {rendezvous}", interval)
+        return
+    ranks = find()
     servers = find_servers(rendezvous)
     if as_json:
         print_json(ranks + [asdict(each) for each in servers])
