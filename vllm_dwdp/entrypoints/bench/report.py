@@ -165,4 +165,6 @@ def _throughput_title(ratios: Sequence[Ratio]) -> str:
         for r in ratios
         if (r.load, r.figure) == (EVEN_SATURATED, "tokens_per_s")
     ]
+    if not said:
+        return "dwdp over the other deployments"
     return f"Tokens/s of dwdp on even, saturated traffic: {' and '.join(said)}"
