@@ -5,7 +5,7 @@ weights where it cannot be downloaded), asks both at once, shows what they share
 while the other answers on, and waits for its return. Ends 0, or 1 with the last words of the log.
 
     DEMO_LOGS=folder     for the servers' logs; by default in the cache folder
-    DEMO_SVG=file.svg    takes a picture of what the terminal showed
+    DEMO_SVG=file.svg    takes a picture of what it shows
 """
 
 import contextlib
@@ -39,7 +39,6 @@ NUM_EXPERTS = 4
 NUM_RANKS = 2
 RANDOM_SHAPE = {"hidden_size": 512, "moe_intermediate_size": 256, "num_hidden_layers": 8}
 LOGS = Path(os.environ.get("DEMO_LOGS") or speaking_model.cache_folder() / "demo-logs")
-KV_CACHE_BYTES = 256 * 2**20
 LAUNCH = (sys.executable, "-m", "vllm_dwdp.entrypoints.cli.main", "launch")
 START_TIMEOUT_S = 280
 RETURN_TIMEOUT_S = 120
@@ -60,7 +59,9 @@ does it pay off?    .venv/bin/vllm-dwdp plan --model MODEL/config.json --gpu gb2
 how it works        docs/design.md
 what was measured   docs/performance.md"""
 
-console = Console(record="DEMO_SVG" in os.environ, highlight=False)
+PICTURE = os.environ.get("DEMO_SVG", "")
+# Moving pictures would be recorded frame by frame.
+console = Console(record=bool(PICTURE), force_terminal=False if PICTURE else None, highlight=False)
 Report = Callable[[str], None]
 
 
@@ -87,11 +88,11 @@ def main() -> int:
     console.print()
     console.print(Panel(Text(WHERE_TO_GO), title="where to go next", expand=False))
     console.print(f"done in {time.monotonic() - started:.0f} s; no process left behind")
-    if "DEMO_SVG" in os.environ:
+    if PICTURE:
         picture = console.export_svg(title="make demo")
         # Fonts from a server of somebody else's: who looks at the picture shall not ask for them.
         picture = re.sub(r"@font-face \{.*?\}", "", picture, flags=re.DOTALL)
-        Path(os.environ["DEMO_SVG"]).write_text(picture)
+        Path(PICTURE).write_text(picture)
     return 0
 
 
@@ -137,7 +138,6 @@ class Launch:
     def __init__(self, model: Path) -> None:
         arguments = [str(model), "--ranks", str(NUM_RANKS), "--logs", str(LOGS)]
         arguments += ["--served-model-name", "demo", "--max-model-len", "1024", "--enforce-eager"]
-        arguments += ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES)]
         settings = {"COLUMNS": "400", "VLLM_LOGGING_COLOR": "0"}
         self.server = Server(arguments, LOGS / "launch.log", settings, program=LAUNCH)
         self._shown = 0
@@ -306,8 +306,8 @@ def show_shared(launch: Launch) -> None:
     used = sum(proportional_set_bytes(rank["pid"]) for rank in ranks)
     saved = sum(rank["saved_bytes"] for rank in ranks)
     console.print(
-        f"  memory of both ranks: {mib(used)} measured (proportional set size); "
-        f"as two full replicas {mib(used + saved)}"
+        f"  memory of both ranks: {mib(used)} measured (proportional set size, with 1 GiB "
+        f"of KV cache each); as two full replicas {mib(used + saved)}"
     )
 
 
