@@ -1,4 +1,4 @@
-"""A decode server that launch did not start: behind launch's router, and behind one of our own.
+"""A decode server that launch did not start, behind launch's router.
 
 It is a stock server at one port, started again with other settings; it computes the references itself,
 as it is asked without a rank.
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import urllib.error
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,9 +22,7 @@ from tests.e2e.conftest import Checkpoints
 from tests.e2e.test_disaggregated import COMMON, GREEDY, ask, choices, metric
 from tests.helpers.waiting import wait_until
 from vllm_dwdp.entrypoints.launch.disaggregation import CONNECTOR, CONSUMER, SIDE_CHANNEL_PORT_ENV
-from vllm_dwdp.entrypoints.launch.fronts import answers
-from vllm_dwdp.entrypoints.launch.plan import ROUTER, find_program
-from vllm_dwdp.entrypoints.launch.ports import free_ports, free_ports_in_a_row
+from vllm_dwdp.entrypoints.launch.ports import free_ports
 from vllm_dwdp.entrypoints.launch.server import Server
 
 pytestmark = [
@@ -160,28 +158,3 @@ def test_a_decode_url_is_compared_whenever_it_comes_back(
         elsewhere.start()
         launch.line("^decode 0: fits the ranks, and gets requests")
         check_answers(launch.url, elsewhere, "again")
-
-
-@pytest.mark.feature("Disaggregated serving (NIXL): `--prefill-only` behind another router")
-def test_ranks_alone_behind_a_router_of_ones_own(elsewhere: Elsewhere, tmp_path: Path) -> None:
-    first, port = free_ports_in_a_row(2), free_ports(1)[0]
-    ranks = [f"http://127.0.0.1:{first + rank}" for rank in (0, 1)]
-    with launched(elsewhere.model, tmp_path, first, "--prefill-only") as launch, ExitStack() as end:
-        log = end.enter_context((tmp_path / "router.log").open("wb"))
-        router = subprocess.Popen(
-            [
-                *(find_program(ROUTER), "--host", "127.0.0.1", "--port", str(port)),
-                *("--policy", "round_robin", "--prometheus-port", str(free_ports(1)[0])),
-                *("--vllm-pd-disaggregation", "--kv-connector", "nixl"),
-                *(word for url in ranks for word in ("--prefill", url)),
-                *("--decode", elsewhere.url),
-            ],
-            stdout=log,
-            stderr=log,
-        )
-        end.callback(router.wait, timeout=20)
-        end.callback(router.kill)
-        url = f"http://127.0.0.1:{port}"
-        wait_until(lambda: answers(url + "/readiness"), timeout_s=60)
-        check_answers(url, elsewhere, "a router")
-        launch.check_expert_bytes()
