@@ -90,6 +90,11 @@ class ModelUpdate:
                 if entry.layer in modules
             }
         self._begun: list[Any] = []
+        plain = reloading.plain_layers(model)
+        incoming = [module for layer in self._places for module in layer.modules()]
+        self._hidden = [*plain, *incoming]
+        for module in self._hidden:
+            reloading.hide(module)
         with ExitStack() as undo:
             undo.callback(self._put_back)
             reloading.exchange(model, {e.layer: new for new, (_, e) in self._places.items()})
@@ -100,13 +105,12 @@ class ModelUpdate:
         resident = entry.placement.resident[self._shard.dwdp_rank]
         layer.raw = RawParameters(layer, entry.placement.num_experts, resident, lazily=True)
         object.__setattr__(layer, "model_update", self)
-        reloading.hide(layer)
         return layer
 
     def begin_loading(self) -> None:
         """vLLM's reload has begun, and weights come."""
-        for layer in self._places:
-            reloading.show(layer)
+        for module in self._hidden:
+            reloading.show(module)
 
     def before_loading(self, layer: Any) -> None:
         """Something comes for `layer`: write those layers that have all they need.

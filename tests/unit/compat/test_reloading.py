@@ -87,6 +87,21 @@ def test_a_reload_that_is_given_up_leaves_nothing_to_the_next(model: Model) -> N
     assert weight.tolist() == [5.0] * 4
 
 
+def test_what_a_model_copies_past_its_loaders_arrives(model: Model) -> None:
+    """As gpt-oss does its sinks; stock vLLM's reload loses it."""
+    weight = model.dense.weight
+    plain = reloading.plain_layers(model)
+    assert plain == [model.dense, model.experts]
+    for module in plain:
+        reloading.hide(module)
+    initialize_layerwise_reload(model)
+    for module in plain:
+        reloading.show(module)
+    model.dense.weight.data.copy_(torch.full((4,), 6.0))
+    finalize_layerwise_reload(model, CONFIG)
+    assert model.dense.weight is weight and weight.tolist() == [6.0] * 4
+
+
 def test_an_engine_asks_its_workers_before_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.v1.engine.core import EngineCore
 

@@ -40,20 +40,36 @@ def exchange(model: torch.nn.Module, others: Mapping[torch.nn.Module, torch.nn.M
                 parent._modules[name] = others[child]
 
 
+def plain_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Modules with tensors that are served as they are loaded: norms, attention sinks.
+
+    vLLM's reload has them on no device meanwhile, so that what a model copies into them past their
+    loaders, as gpt-oss does its sinks, is lost. Loaded in place it is not.
+    """
+    from vllm.model_executor.layers.attention import is_deferred_attention_layer
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+
+    return [
+        module
+        for module in model.modules()
+        if next(module.parameters(recurse=False), None) is not None
+        and not isinstance(getattr(module, "quant_method", None), QuantizeMethodBase)
+        and not is_deferred_attention_layer(module)
+    ]
+
+
 def hide(layer: torch.nn.Module) -> None:
     """vLLM's reload, when it begins, takes this layer for one that it has begun, and leaves it alone."""
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-    for module in layer.modules():
-        get_layerwise_info(module).load_numel_total = 0
+    get_layerwise_info(layer).load_numel_total = 0
 
 
 def show(layer: torch.nn.Module) -> None:
     """The reload has begun; when it ends, it takes a hidden layer for one that it has finished."""
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-    for module in layer.modules():
-        get_layerwise_info(module).reset()
+    get_layerwise_info(layer).reset()
 
 
 def abandon(model: torch.nn.Module) -> None:
