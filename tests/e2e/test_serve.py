@@ -159,6 +159,7 @@ def test_expert_memory_is_stored_once(server: Server) -> None:
     assert 0.95 * (experts + slots) <= shared <= 1.05 * (experts + slots), (shared, experts, slots)
 
 
+@pytest.mark.slow
 @pytest.mark.feature("/pause, /resume, /sleep, /wake_up, /collective_rpc")
 def test_new_weights_and_sleep_over_http(
     server: Server, checkpoints: Checkpoints, tmp_path: Path

@@ -133,6 +133,7 @@ def test_quantised_experts_are_processed_and_written_anew(
             assert rank["weights"] == expected["weights"], name
 
 
+@pytest.mark.slow
 def test_experts_in_simulated_device_memory(
     checkpoints: Checkpoints, stock: StockEngine, tmp_path: Path
 ) -> None:
