@@ -27,9 +27,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     Args:
         case: `llm` are arguments of `vllm.LLM`, `requests` names of `REQUESTS`.
     """
-    from torch._dynamo.utils import counters
     from vllm import LLM
-    from vllm.compilation.counter import compilation_counter
     from vllm.distributed import cleanup_dist_env_and_memory
 
     is_rank = case.get("num_ranks", 1) > 1
@@ -40,10 +38,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         llm = LLM(case["model"], **(settings | case.get("llm", {})))
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
-    result: dict[str, Any] = {
-        "answers": {name: REQUESTS[name](llm) for name in case["requests"]},
-        "compiled": counters["inductor"] | vars(compilation_counter),
-    }
+    result: dict[str, Any] = {"answers": {name: REQUESTS[name](llm) for name in case["requests"]}}
     if is_rank:
         (result["status"],) = llm.collective_rpc("dwdp_status")
     llm.llm_engine.engine_core.shutdown()

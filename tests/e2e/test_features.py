@@ -20,7 +20,6 @@ pytestmark = [pytest.mark.e2e, pytest.mark.every_version, pytest.mark.timeout(60
 
 Answers = dict[str, list[dict[str, Any]]]
 RUN = "tests.e2e.feature_requests:run"
-CACHES = ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR")
 ASKED = [
     *("choice", "schema", "logprobs", "prompt_logprobs", "several", "beams", "prefix", "chunks"),
     *("batch", "profile"),
@@ -168,23 +167,3 @@ def test_kv_cache_in_fp8(checkpoints: Checkpoints, tmp_path: Path) -> None:
     )
     alike(eight_bit, "batch")
     alike(eight_bit, "logprobs")
-
-
-@pytest.mark.slow
-@pytest.mark.feature("torch.compile, with cache hits on the second start")
-def test_a_second_start_finds_what_the_first_has_compiled(
-    checkpoints: Checkpoints, tmp_path: Path
-) -> None:
-    """What torch's compiler does is counted: on the second start nothing."""
-    model = checkpoints("qwen3_moe", 8)
-    environment = {name: str(tmp_path / name) for name in CACHES}
-    case = {"model": model, "run": RUN, "requests": ["batch"], "llm": {"enforce_eager": False}}
-    ranks = case | {"num_ranks": 2, "dwdp": {"mode": "prefetch"}}
-    (stock,) = run_cases(tmp_path, "stock", [case | {"name": "stock"}])["stock"]
-    for start, cached in (("first", False), ("second", True)):
-        found = run_cases(tmp_path, start, [ranks | {"name": start}], environment)[start]
-        for rank in found:
-            assert rank["answers"] == stock["answers"]
-            compiled = rank["compiled"]
-            assert ("pattern_matcher_count" in compiled) != cached, json.dumps(compiled)
-            assert (compiled["num_aot_artifacts_loaded"] > 0) == cached, json.dumps(compiled)

@@ -294,6 +294,7 @@ def test_the_command_ends_with_the_error_and_a_non_zero_exit(checkpoints: Checkp
     assert "dwdp mode='swift' is unknown; choose one of auto, direct, prefetch, replica" in last
 
 
+@pytest.mark.feature("torch.compile: all ranks and starts have one cache key")
 def test_every_rank_and_every_start_share_one_compile_cache(checkpoints: Checkpoints) -> None:
     """vLLM names the cache by a hash of the configuration: no rank, name or timeout is in it.
 

@@ -126,7 +126,7 @@ def _introduction(results: Results) -> str:
     )
     return (
         "Each row is made true by tests: `yes` says that all of them passed with that version of vLLM, "
-        f"`-` that they are not run with it.\nLast runs: {of_which}. [Versions](versions.md) has more."
+        f"`-` that they have not run with it.\nLast runs: {of_which}. [Versions](versions.md) has more."
     )
 
 
