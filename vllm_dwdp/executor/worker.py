@@ -210,4 +210,4 @@ class DwdpWorker:
         assert self.expert_group is not None
         page_bytes = self.expert_group.membership.fingerprint.page_bytes
         vllm_config = self.vllm_config  # type: ignore[attr-defined]
-        return make_fingerprint(self.seat.launch.config, vllm_config, page_bytes)
+        return make_fingerprint(self.seat, vllm_config, page_bytes)
