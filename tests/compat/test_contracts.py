@@ -375,7 +375,7 @@ def test_devices_of_a_rank_are_memory_nodes_since_033_and_we_hide_them() -> None
         _api_process_count=1,
     )
     config: Any = SimpleNamespace(parallel_config=parallel_config, kv_transfer_config=None)
-    with bound_cores(parallel_config, 1, 2):
+    with bound_cores(parallel_config, [1], 2):
         if takes:
             assert cpu_resource_utils.get_visible_memory_node([absent]) == []
             assert OMPProcessManager(config).assigned_node_ids is None

@@ -56,22 +56,18 @@ def test_dwdp_options(checkpoints: Checkpoints, dwdp: Any, message: str) -> None
         pytest.param(
             {"pipeline_parallel_size": 2},
             r"--pipeline-parallel-size 2 cannot .* a rank runs every layer\. Use --tensor-parallel-size",
-            marks=pytest.mark.feature("Pipeline parallelism (refused)"),
         ),
         pytest.param(
             {"tensor_parallel_size": 2, "prefill_context_parallel_size": 2},
             r"--prefill-context-parallel-size 2 cannot .* keeps all of a sequence .* Leave it out",
-            marks=pytest.mark.feature("Context parallelism (refused)"),
         ),
         pytest.param(
             {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
             r"--decode-context-parallel-size 2 cannot .* keeps all of a sequence .* Leave it out",
-            marks=pytest.mark.feature("Context parallelism (refused)"),
         ),
         pytest.param(
             {"tensor_parallel_size": 2, "enable_expert_parallel": True},
             r"--enable-expert-parallel cannot .*Leave it out",
-            marks=pytest.mark.feature("Expert parallelism (refused)"),
         ),
         (
             {"enable_expert_parallel": True},
@@ -93,7 +89,6 @@ def test_dwdp_options(checkpoints: Checkpoints, dwdp: Any, message: str) -> None
         pytest.param(
             {"nnodes": 2, "master_addr": "127.0.0.1"},
             r"--nnodes 2 cannot .*start each node's ranks with --data-parallel-start-rank instead",
-            marks=pytest.mark.feature("Several nodes by --nnodes (refused)"),
         ),
         ({"worker_cls": "my.Worker"}, r"--worker-cls my.Worker cannot"),
         ({"data_parallel_rank": 1}, r"rendezvous is missing.*unix:///"),

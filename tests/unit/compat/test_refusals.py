@@ -13,6 +13,7 @@ NEUTRAL: dict[str, Any] = {
     "worker_cls": "auto",
     "load_format": "auto",
     "additional_config": {},
+    "weight_transfer_config": None,
 }
 IPC_CACHE = (
     "--load-format ipc_cache cannot be used with --distributed-executor-backend dwdp: it maps every "

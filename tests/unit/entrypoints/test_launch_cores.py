@@ -28,7 +28,7 @@ def test_ranks_divide_the_cores_or_get_those_that_are_named_for_them(
 
 
 def test_a_rank_of_several_workers_gets_a_list_for_each() -> None:
-    found = cores_for_each(2, {BIND_ENV: "0|1|2-3|4|5"}, num_decode=1, workers_of_a_rank=2)
+    found = cores_for_each(2, {BIND_ENV: "0|1|2-3|4|5"}, decode_workers=[1], workers_of_a_rank=2)
     assert [each[BIND_ENV] for each in found] == ["0|1", "2-3|4", "5"]
     with pytest.raises(DwdpConfigError, match=r"one list for each of the 2 workers of each rank"):
         cores_for_each(2, {BIND_ENV: "0|1"}, workers_of_a_rank=2)
