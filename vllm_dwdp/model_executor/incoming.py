@@ -9,6 +9,7 @@ while no forward runs.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,39 +22,9 @@ from vllm_dwdp.layout.model import ModelLayout
 from vllm_dwdp.model_executor.expert_shard import TIMES_WHOLE, ExpertShard
 from vllm_dwdp.model_executor.expert_tensors import ExpertRows
 from vllm_dwdp.model_executor.processed_layer import ProcessedLayer
-from vllm_dwdp.model_executor.raw_parameters import RawParameters
+from vllm_dwdp.model_executor.raw_parameters import LoadsRawParameters, RawParameters
 from vllm_dwdp.model_executor.relocation import detach
 from vllm_dwdp.model_executor.sharded_layer import ShardedLayer
-
-
-class IncomingExperts:
-    """Mixin over a vLLM routed-experts class: takes new weights, and never runs."""
-
-    model_update: "ModelUpdate"
-    raw: RawParameters
-
-    def weight_loader(
-        self,
-        param: torch.nn.Parameter,
-        loaded_weight: torch.Tensor,
-        weight_name: str,
-        shard_id: str,
-        expert_id: int | None = None,
-        return_success: bool = False,
-    ) -> Any:
-        """vLLM's, for what this rank keeps of `loaded_weight`."""
-        self.model_update.before_loading(self)
-        return self.raw.load(
-            super().weight_loader,  # type: ignore[misc]
-            param,
-            loaded_weight,
-            weight_name,
-            shard_id,
-            expert_id,
-            return_success,
-        )
-
-    weight_loader.supports_moe_loading = True  # type: ignore[attr-defined]
 
 
 class ModelUpdate:
@@ -101,10 +72,14 @@ class ModelUpdate:
             self._resources = undo.pop_all()
 
     def _make_incoming(self, entry: ShardedLayer) -> Any:
-        layer = entry.layer.make_twin(IncomingExperts)
+        layer = entry.layer.make_twin(LoadsRawParameters)
         resident = entry.placement.resident[self._shard.dwdp_rank]
-        layer.raw = RawParameters(layer, entry.placement.num_experts, resident, lazily=True)
-        object.__setattr__(layer, "model_update", self)
+        layer.raw = RawParameters(
+            layer,
+            entry.placement.num_experts,
+            resident,
+            before_loading=partial(self._before_loading, layer),
+        )
         return layer
 
     def begin_loading(self) -> None:
@@ -112,7 +87,7 @@ class ModelUpdate:
         for module in self._hidden:
             reloading.show(module)
 
-    def before_loading(self, layer: Any) -> None:
+    def _before_loading(self, layer: Any) -> None:
         """Something comes for `layer`: write those layers that have all they need.
 
         Raises:

@@ -27,7 +27,8 @@ class RawParameters:
         num_experts: of the layer.
         resident: experts whose rows are loaded; none if they are in memory already.
         num_slices: into which tensor parallelism cuts a large tensor, of which the layer has one.
-        lazily: whether large parameters take memory only when something is loaded.
+        before_loading: called before something is loaded; where given, large parameters take no memory
+            sooner.
     """
 
     def __init__(
@@ -37,11 +38,12 @@ class RawParameters:
         resident: ExpertRange,
         num_slices: int = 1,
         *,
-        lazily: bool = False,
+        before_loading: Callable[[], None] | None = None,
     ) -> None:
         self.num_experts = num_experts
         self.resident = resident
         self._num_slices = num_slices
+        self._before_loading = before_loading
         self.read_bytes = 0
         """Bytes of large parameters that were read from the checkpoint."""
         self.checkpoint_bytes = 0
@@ -57,7 +59,7 @@ class RawParameters:
         """Bytes of large parameters of all experts, which they take while they are processed."""
         for parameter in self.large.values():
             parameter.data = parameter.data.new_empty(0, *parameter.shape[1:])
-        if not lazily:
+        if before_loading is None:
             self.take_room()
 
     def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
@@ -99,6 +101,8 @@ class RawParameters:
         Args:
             loaded_weight: of expert `expert_id`, or of all, along its first dimension.
         """
+        if self._before_loading is not None:
+            self._before_loading()
         self.take_room()
         name = self._names.get(id(param), weight_name)
         is_whole = expert_id is None or self._has_all_experts(param, loaded_weight)
@@ -176,3 +180,31 @@ def rows_of_zeros(parameter: torch.nn.Parameter, num_experts: int) -> torch.Tens
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a contiguous tensor; some types of few bits cannot be copied as they are."""
     return tensor.view(-1).view(torch.uint8)
+
+
+class LoadsRawParameters:
+    """Mixin over a vLLM routed-experts class: loads what `raw` keeps."""
+
+    raw: RawParameters
+
+    def weight_loader(
+        self,
+        param: torch.nn.Parameter,
+        loaded_weight: torch.Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int | None = None,
+        return_success: bool = False,
+    ) -> Any:
+        """Load what this rank keeps of `loaded_weight`, as vLLM's loader does."""
+        return self.raw.load(
+            super().weight_loader,  # type: ignore[misc]
+            param,
+            loaded_weight,
+            weight_name,
+            shard_id,
+            expert_id,
+            return_success,
+        )
+
+    weight_loader.supports_moe_loading = True  # type: ignore[attr-defined]

@@ -18,7 +18,7 @@ from vllm_dwdp.device.base import Device
 from vllm_dwdp.layout.placement import ExpertRange
 from vllm_dwdp.model_executor import ops
 from vllm_dwdp.model_executor.processed_layer import ProcessedLayer
-from vllm_dwdp.model_executor.raw_parameters import RawParameters
+from vllm_dwdp.model_executor.raw_parameters import LoadsRawParameters, RawParameters
 from vllm_dwdp.model_executor.twin import LayerTwin, check_same
 
 
@@ -63,13 +63,13 @@ class Binding:
     ring_position: RingPosition | None
 
 
-class DwdpRoutedExperts:
+class DwdpRoutedExperts(LoadsRawParameters):
     """Mixin over a vLLM routed-experts class; see the module docstring."""
 
     dwdp_registry: ShardRegistry
+    dwdp_stock: type
     ring_position: RingPosition | None = None
     layer_name: str
-    raw: RawParameters
     make_twin: Callable[..., Any]
     """Builds a stock layer with the same arguments, of a class with these mixins."""
 
@@ -84,13 +84,12 @@ class DwdpRoutedExperts:
         **kwargs: Any,
     ) -> None:
         registry = self.dwdp_registry
-        stock = type(self).__mro__[2]
 
         def build(cls: type, config: Any) -> Any:
             given = (layer_name, params_dtype, config, quant_config, expert_map_manager)
             return cls(*given, *args, **kwargs)
 
-        self.make_twin = moe.stock_twin(stock, moe_config, build)
+        self.make_twin = moe.stock_twin(self.dwdp_stock, moe_config, build)
         super().__init__(  # type: ignore[call-arg]
             layer_name, params_dtype, moe_config, quant_config, expert_map_manager, *args, **kwargs
         )
@@ -129,28 +128,6 @@ class DwdpRoutedExperts:
             )
         registry.publish_layer(self, processed)
 
-    def weight_loader(
-        self,
-        param: torch.nn.Parameter,
-        loaded_weight: torch.Tensor,
-        weight_name: str,
-        shard_id: str,
-        expert_id: int | None = None,
-        return_success: bool = False,
-    ) -> Any:
-        """vLLM's, for what this rank keeps of `loaded_weight`."""
-        return self.raw.load(
-            super().weight_loader,  # type: ignore[misc]
-            param,
-            loaded_weight,
-            weight_name,
-            shard_id,
-            expert_id,
-            return_success,
-        )
-
-    weight_loader.supports_moe_loading = True  # type: ignore[attr-defined]
-
     def use(self, binding: Binding) -> None:
         """Serve from `binding` from now on; the memory behind it must outlive the layer."""
         for tensor, placed in binding.tensors:
@@ -186,4 +163,5 @@ def _replacement_name(stock: type) -> str:
 
 def shard_layer_class(stock: type, registry: ShardRegistry) -> type:
     """The class that vLLM builds in place of `stock` while `registry`'s rank loads a model."""
-    return type(_replacement_name(stock), (DwdpRoutedExperts, stock), {"dwdp_registry": registry})
+    own = {"dwdp_registry": registry, "dwdp_stock": stock}
+    return type(_replacement_name(stock), (DwdpRoutedExperts, stock), own)
