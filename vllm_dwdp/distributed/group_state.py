@@ -13,14 +13,11 @@ import msgspec
 
 from vllm_dwdp.distributed import messages
 from vllm_dwdp.distributed.fingerprint import Fingerprint, describe
+from vllm_dwdp.distributed.messages import Step
 from vllm_dwdp.distributed.published_shard import PeerState, PublishedShard, agreed_limit
 from vllm_dwdp.errors import PeerMismatchError, RendezvousError
 
 MAX_REASON = 4000
-DONE = 5
-"""Of `weight_agreement.Step`: no update is under way."""
-LOCKED = 2
-"""Of `weight_agreement.Step`: from here on an update may have changed what this rank reads."""
 
 
 class GroupState:
@@ -47,7 +44,7 @@ class GroupState:
         self._refusals: dict[int, str] = {}
         self._generations: dict[int, int] = {}
         self._dead: set[int] = set()
-        self._progress = messages.Progress(started=0, update=0, step=DONE)
+        self._progress = messages.Progress(started=0, update=0, step=Step.DONE)
 
     @property
     def peer_ranks(self) -> tuple[int, ...]:
@@ -252,7 +249,7 @@ class GroupState:
         if isinstance(request, messages.Hello | messages.Borrow):
             if self._progress.failure:
                 return messages.Refused(self._progress.failure[:MAX_REASON])
-            if LOCKED <= self._progress.step < DONE:
+            if Step.LOCKED <= self._progress.step < Step.DONE:
                 return messages.Refused(
                     "the ranks of this group are writing new weights. Start again when they have"
                 )

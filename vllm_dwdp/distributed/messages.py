@@ -10,6 +10,7 @@ Never pickle: a peer's bytes are data.
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from enum import IntEnum
 from typing import Annotated, Any
 
 import msgspec
@@ -111,8 +112,25 @@ class Identity(msgspec.Struct, frozen=True, tag=True):
     fingerprint: Fingerprint
 
 
+class Step(IntEnum):
+    """How far a rank is with new weights (`weight_agreement`)."""
+
+    WITHDRAWN = 0
+    """It has given up before anybody wrote."""
+    PAUSED = 1
+    """It runs no forward."""
+    LOCKED = 2
+    """It has seen everybody pause, and stays so until the end."""
+    WRITTEN = 3
+    """Its resident experts and its replicated tensors are new."""
+    WHOLE = 4
+    """So is all of its shard."""
+    DONE = 5
+    """It serves."""
+
+
 class Progress(msgspec.Struct, frozen=True, tag=True):
-    """How far we are with new weights (`weight_agreement.Step`), in our start of number `started`.
+    """How far we are with new weights, in our start of number `started`.
 
     `proof` is a digest of the weights and their layout, once they are written; `generation` and `digest`
     are those of our shard, once it is whole. `failure` is why it cannot become whole any more.
@@ -120,7 +138,7 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
 
     started: _Generation
     update: _Generation
-    step: Annotated[int, msgspec.Meta(ge=0, le=7)]
+    step: Step
     proof: bytes = b""
     generation: _Generation = 0
     digest: bytes = b""

@@ -16,7 +16,6 @@ of the rank's worker, between forwards. `GroupState` answers the peers meanwhile
 
 import time
 from collections.abc import Mapping
-from enum import IntEnum
 
 import msgspec
 
@@ -24,6 +23,7 @@ from vllm_dwdp.distributed import messages
 from vllm_dwdp.distributed.dialling import Dialler
 from vllm_dwdp.distributed.fingerprint import Fingerprint
 from vllm_dwdp.distributed.group_state import MAX_REASON, GroupState
+from vllm_dwdp.distributed.messages import Step
 from vllm_dwdp.distributed.status import LOOK_TIMEOUT_S, RankStatus
 from vllm_dwdp.distributed.waiting import Wait
 from vllm_dwdp.errors import WeightUpdateError
@@ -39,23 +39,6 @@ REPAIR = (
     "update on all ranks; if one of them has died, restart all ranks of the group, with the new "
     "checkpoint."
 )
-
-
-class Step(IntEnum):
-    """How far a rank is with an update."""
-
-    WITHDRAWN = 0
-    """It has given up before anybody wrote."""
-    PAUSED = 1
-    """It runs no forward."""
-    LOCKED = 2
-    """It has seen everybody pause, and stays so until the end."""
-    WRITTEN = 3
-    """Its resident experts and its replicated tensors are new."""
-    WHOLE = 4
-    """So is all of its shard."""
-    DONE = 5
-    """It serves."""
 
 
 class WeightAgreement:
@@ -166,7 +149,7 @@ class WeightAgreement:
             f"the update of the weights failed on rank {self._dialler.dwdp_rank}: {said}. {REPAIR}"
         )
         progress = self._state.progress()
-        self._go_to(progress.update, Step(progress.step), failure=reason)
+        self._go_to(progress.update, progress.step, failure=reason)
 
     def _go_to(
         self,

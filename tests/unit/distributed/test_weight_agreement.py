@@ -15,7 +15,7 @@ from tests.unit.distributed.test_messages import fingerprint
 from vllm_dwdp.distributed import messages
 from vllm_dwdp.distributed.meeting import make_abstract_endpoint
 from vllm_dwdp.distributed.membership import Membership
-from vllm_dwdp.distributed.weight_agreement import Step
+from vllm_dwdp.distributed.messages import Step
 from vllm_dwdp.errors import PeerMismatchError, WeightUpdateError
 
 NUM_RANKS = 3

@@ -227,6 +227,7 @@ UTILIZATION = "--gpu-memory-utilization"
     [
         (["--decode-servers", "1"], {}, ["0.3000"], ["0.3000"]),
         (["--decode-servers", "1", "--decode-args", "-tp 2"], {}, ["0.2250"], ["0.2250"]),
+        (["--decode-servers", "1", "-tp", "2"], {}, ["0.1500"], ["0.1500"]),
         (["--decode-servers", "1"], {"VLLM_CPU_KVCACHE_SPACE": "2"}, [], []),
         (["--decode-servers", "1", UTILIZATION, "0.1"], {}, ["0.1"], ["0.1"]),
         (["--decode-servers", "1", "--decode-args", f"{UTILIZATION} 0.2"], {}, [], ["0.2"]),

@@ -14,10 +14,12 @@ from vllm_dwdp.entrypoints.launch import launcher
 from vllm_dwdp.entrypoints.launch.deadlines import model_bytes
 from vllm_dwdp.entrypoints.launch.disaggregation import (
     SIDE_CHANNEL_PORT_ENV,
+    TENSOR_PARALLEL,
     Disaggregation,
     check_side_channel,
     check_url,
     devices_of,
+    size_of,
     split_decode_arguments,
     take_transfer_config,
 )
@@ -99,12 +101,18 @@ def launch(
         urls = tuple(check_url(url) for url in decode_url or ())
         check_side_channel(os.environ, host, urls, prefill_only)
         for_decode = split_decode_arguments(decode_args)
+        of_each_decode = [devices_of((*arguments, *for_decode))] * decode_servers
         disaggregation = _disaggregation(
             ranks,
-            decode_servers,
+            of_each_decode,
             Disaggregation(
                 decode_arguments=for_decode,
-                memory=_memory(model, ranks, decode_servers, arguments, for_decode),
+                memory=_memory(
+                    model,
+                    ranks * size_of(arguments, TENSOR_PARALLEL),
+                    of_each_decode,
+                    (*arguments, *for_decode),
+                ),
                 decode_urls=urls,
                 side_channel_ports=(),
                 transfer=transfer,
@@ -138,24 +146,24 @@ def launch(
 
 
 def _memory(
-    model: str, ranks: int, num_decode: int, arguments: Sequence[str], for_decode: Sequence[str]
+    model: str, rank_workers: int, of_each_decode: Sequence[int], arguments: Sequence[str]
 ) -> Shares | None:
     """What each process takes of the machine's memory; None where vLLM or the user decides."""
-    if not num_decode or count_gpus() or says_how_much((*arguments, *for_decode), os.environ):
+    if not of_each_decode or count_gpus() or says_how_much(arguments, os.environ):
         return None
-    workers = [devices_of(for_decode)] * num_decode
     total_bytes = psutil.virtual_memory().total
-    return divide_memory(ranks, workers, model_bytes(model) or 0, total_bytes)
+    return divide_memory(rank_workers, of_each_decode, model_bytes(model) or 0, total_bytes)
 
 
-def _disaggregation(ranks: int, num_decode: int, asked: Disaggregation) -> Disaggregation:
+def _disaggregation(
+    ranks: int, of_each_decode: Sequence[int], asked: Disaggregation
+) -> Disaggregation:
     """What was asked for, with ports that are free."""
-    found = free_ports(ranks + num_decode)
+    found = free_ports(ranks + len(of_each_decode))
     first = os.environ.get(SIDE_CHANNEL_PORT_ENV, "")
     channels = [int(first) if first.isdecimal() else free_ports_in_a_row(ranks, found)]
     taken = {*found, *range(channels[0], channels[0] + ranks)}
-    for _ in range(num_decode):
-        width = devices_of(asked.decode_arguments)  # at most: one for each engine of its own
+    for width in of_each_decode:  # at most: one port for each engine of its own
         channels.append(free_ports_in_a_row(width, taken))
         taken |= set(range(channels[-1], channels[-1] + width))
     return replace(

@@ -33,6 +33,7 @@ def cores_for_each(
         environment: the user's.
         decode_workers: processes that compute, of each decode server.
         cores: to divide, in order; empty where GPUs compute.
+        workers_of_a_rank: its tensor-parallel size.
 
     Raises:
         DwdpConfigError: the user names cores for another number of servers.

@@ -30,7 +30,7 @@ class Shares:
 
 
 def divide_memory(
-    num_ranks: int, decode_workers: Sequence[int], model_bytes: int, total_bytes: int
+    rank_workers: int, decode_workers: Sequence[int], model_bytes: int, total_bytes: int
 ) -> Shares:
     """Give every process room for its weights, and divide the rest evenly.
 
@@ -38,7 +38,7 @@ def divide_memory(
     leave no rest are not thought of: vLLM says then what does not fit.
 
     Args:
-        num_ranks: that share one copy.
+        rank_workers: processes of all ranks, which share one copy.
         decode_workers: processes of each decode server.
         model_bytes: of the weights; 0 where that is not known.
         total_bytes: of memory.
@@ -47,9 +47,9 @@ def divide_memory(
     weights = model_bytes / total_bytes
     if copies * weights >= USED:
         weights = 0.0
-    rest = (USED - copies * weights) / (num_ranks + sum(decode_workers))
+    rest = (USED - copies * weights) / (rank_workers + sum(decode_workers))
     of_decode = weights * len(decode_workers) / max(1, sum(decode_workers))
-    return Shares(rank=rest + weights / num_ranks, decode=rest + of_decode)
+    return Shares(rank=rest + weights / rank_workers, decode=rest + of_decode)
 
 
 def says_how_much(arguments: Sequence[str], environment: Mapping[str, str]) -> bool:
