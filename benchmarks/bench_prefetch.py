@@ -205,7 +205,7 @@ def host_cost_us(cores: list[int]) -> list[float]:
 
 
 def tiny_ring(num_layers: int, group_size: int = 2) -> tuple[Ring, HostCopyQueue]:
-    """A ring whose layers copy a few bytes from each of `group_size - 1` peers."""
+    """Return a ring whose layers copy a few bytes from each of `group_size - 1` peers."""
     placement = Placement(num_experts=2 * group_size, group_size=group_size)
     weight = WeightLayout(name="w", placement=placement, expert_bytes=64, page_bytes=64)
     layout = ModelLayout.plan([(f"layers.{n}", (weight,)) for n in range(num_layers)])

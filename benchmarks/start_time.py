@@ -153,7 +153,7 @@ def measure(seconds: float, phases: dict[str, float], servers: list[Server]) -> 
 
 
 def describe(process: psutil.Process) -> tuple[str, float, float]:
-    """The name, the CPU seconds and the MiB of one process."""
+    """Return the name, the CPU seconds and the MiB of one process."""
     name = process.cmdline()[0]
     if not name.startswith("VLLM::"):
         name = "resource tracker" if "resource_tracker" in str(process.cmdline()) else "front end"

@@ -118,7 +118,7 @@ def progress() -> Iterator[Report]:
 
 
 def find_model(report: Report) -> Path:
-    """The model that speaks, or one of random weights where it cannot be had."""
+    """Return the model that speaks, or one of random weights where it cannot be had."""
     try:
         folder = speaking_model.speaking_model(NUM_EXPERTS, report)
     except speaking_model.ModelUnavailableError as error:
@@ -149,7 +149,7 @@ class Launch:
         self.server.stop()
 
     def new_lines(self) -> list[str]:
-        """What launch has said since the last call.
+        """Return what launch has said since the last call.
 
         Raises:
             SystemExit: it has ended.
@@ -192,7 +192,7 @@ class Launch:
         return [entry for entry in every if entry["dwdp_rank"] in range(NUM_RANKS)]
 
     def front_end(self, rank: int) -> psutil.Process:
-        """The process of a rank that launch started, and that leads its process group."""
+        """Return the process of a rank that launch started, and that leads its process group."""
         children = psutil.Process(self.server.process.pid).children()
         words = f"--data-parallel-rank {rank}"
         return next(child for child in children if words in " ".join(child.cmdline()))
@@ -278,7 +278,7 @@ def end_of_picture() -> None:
 
 
 def conversation(clients: Sequence[Client]) -> Table:
-    """A column for each rank."""
+    """Return a column for each rank."""
     table = Table(show_edge=False, padding=(0, 2), expand=True)
     for rank in range(len(clients)):
         table.add_column(f"rank {rank}", ratio=1)
@@ -366,7 +366,7 @@ def show_death_and_return(launch: Launch, before: str) -> None:
 
 
 def survivor(client: Client, happened: Sequence[str], seconds: float) -> Table:
-    """What rank 0 answers, beside what became of rank 1."""
+    """Draw what rank 0 answers, beside what became of rank 1."""
     table = Table(show_edge=False, padding=(0, 2), expand=True)
     table.add_column(f"rank 0: {client.num_tokens} tokens", ratio=1)
     table.add_column(f"rank 1, {seconds:.0f} s after its death", ratio=1)

@@ -82,7 +82,7 @@ def speaking_model(num_experts: int, report: Report, folder: Path | None = None)
 
 
 def cache_folder() -> Path:
-    """The folder for this project's files in the user's cache."""
+    """Return the folder for this project's files in the user's cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-dwdp"
 
 
@@ -142,7 +142,7 @@ def write_checkpoint(source: Path, folder: Path, num_experts: int, report: Repor
 def mixtral_tensors(
     weights: dict[str, torch.Tensor], heads: dict[str, int], num_layers: int, num_experts: int
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of the checkpoint by name, in bf16.
+    """Yield the tensors of the checkpoint by name, in bf16.
 
     Args:
         weights: by GGUF name, `[rows, columns]` in float32.

@@ -78,7 +78,7 @@ def _granite_moe(num_experts: int) -> transformers.PretrainedConfig:
 
 
 def _glm4_moe(num_experts: int) -> transformers.PretrainedConfig:
-    """A dense first layer, a shared expert, a score-correction bias."""
+    """Return a dense first layer, a shared expert, a score-correction bias."""
     return transformers.Glm4MoeConfig(
         **COMMON,
         intermediate_size=160,

@@ -39,7 +39,7 @@ class _Context:
 
 
 def _find(name: str) -> Any:
-    """A function of the driver.
+    """Return a function of the driver.
 
     Raises:
         TransferError: this driver has none of that name.
@@ -70,7 +70,7 @@ class _CopyAttributes(ctypes.Structure):
 
 @functools.cache
 def _batch_copy() -> object:
-    """The batch copy of CUDA 12.8, which no name of the library leads to; None if it is missing."""
+    """Return the batch copy of CUDA 12.8, which the library does not name; None if it is missing."""
     address = ctypes.c_void_p()
     _driver().cuGetProcAddress(
         b"cuMemcpyBatchAsync", ctypes.byref(address), 12080, ctypes.c_uint64(0)

@@ -108,7 +108,7 @@ IMAGE_TOKEN, IMAGE_TOKEN_ID = "<|img|>", 494
 
 
 def _aria(num_experts: int) -> transformers.PretrainedConfig:
-    """A vision tower whose patches a projector reduces to 128 tokens; experts in fused tensors."""
+    """Return a vision tower with a projector to 128 tokens, and experts in fused tensors."""
     text = DERIVED | {"intermediate_size": 96, "head_dim": 32, "mlp_bias": False}
     return transformers.AriaConfig(
         text_config=text

@@ -149,5 +149,5 @@ def all_cases(blocks: Sequence[Block]) -> list[Case]:
 
 
 def missing_names(blocks: Sequence[Block]) -> set[str]:
-    """The names of steps that no question has."""
+    """Return the names of steps that no question has."""
     return {step.name for block in blocks for step in block.steps} - NAMES

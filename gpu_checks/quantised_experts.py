@@ -100,13 +100,13 @@ def fp8_tensor_static(one: Projection) -> Tensors:
 
 
 def fp8_channel(one: Projection) -> Tensors:
-    """A scale for each output."""
+    """Quantise with a scale for each output."""
     weight, scales = numbers.fp8_channels(one.weight)
     return {"weight": weight, "weight_scale": scales}
 
 
 def int8_channel(one: Projection) -> Tensors:
-    """A scale for each output."""
+    """Quantise with a scale for each output."""
     weight, scales = numbers.int8_channels(one.weight)
     return {"weight": weight, "weight_scale": scales}
 

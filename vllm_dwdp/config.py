@@ -133,7 +133,7 @@ class DwdpConfig:
         )
 
     def _without_experts_per_rank(self, num_experts: int | None) -> str:
-        """What to do about `experts_per_rank` too, which was chosen for another group size."""
+        """Return advice on `experts_per_rank`, which was chosen for another group size."""
         if self.experts_per_rank is None or num_experts is None:
             return ""
         return f" Leave experts_per_rank={self.experts_per_rank} out, or choose it for that size."

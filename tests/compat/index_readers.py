@@ -44,7 +44,7 @@ class Readers(ast.NodeVisitor):
 
 
 def readers(text: str) -> dict[str, set[str]]:
-    """The names that each function or class of a source touches."""
+    """Return the names that each function or class of a source touches."""
     visitor = Readers()
     visitor.visit(ast.parse(text))
     return dict(visitor.found)
@@ -61,7 +61,7 @@ def readers_of(root: Path) -> Iterator[str]:
 
 
 def looked_at(file: Path) -> dict[str, str]:
-    """The readers that were looked at, each with the row of docs/compat.md that it belongs to."""
+    """Return the readers that were looked at, each with the row of docs/compat.md that it belongs to."""
     rows: dict[str, str] = {}
     row = ""
     for line in file.read_text().splitlines():

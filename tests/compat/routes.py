@@ -8,7 +8,7 @@ METHODS = {"get", "post", "put", "patch", "delete", "head", "api_route", "add_ap
 
 
 def routes_of(folder: Path) -> set[str]:
-    """The paths that modules below a folder give to routers."""
+    """Return the paths that modules below a folder give to routers."""
     return {
         route
         for path in sorted(folder.rglob("*.py"))
@@ -18,7 +18,7 @@ def routes_of(folder: Path) -> set[str]:
 
 
 def routes(text: str) -> Iterator[str]:
-    """The paths that a module gives to routers and apps."""
+    """Yield the paths that a module gives to routers and apps."""
     for node in ast.walk(ast.parse(text)):
         if (
             isinstance(node, ast.Call)

@@ -8,12 +8,12 @@ from typing import Any
 
 
 def tree(thing: Any) -> ast.AST:
-    """The syntax tree of a module, class or function."""
+    """Return the syntax tree of a module, class or function."""
     return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(thing))))
 
 
 def calls(thing: Any) -> list[str]:
-    """The dotted names of what it calls, in the order of its source."""
+    """Return the dotted names of what it calls, in the order of its source."""
     found = [node for node in ast.walk(tree(thing)) if isinstance(node, ast.Call)]
     return [ast.unparse(node.func) for node in sorted(found, key=_place)]
 

@@ -1011,7 +1011,7 @@ def test_what_vllm_adds_to_the_environment_of_engines_is_known_beforehand() -> N
 
 
 def nixl_answer(engine_id: str, **changes: Any) -> bytes:
-    """What vLLM's connector answers at its side channel."""
+    """Return what vLLM's connector answers at its side channel."""
     import msgspec
     from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import (
         NixlAgentMetadata,

@@ -56,7 +56,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def routed(tmp_path: Path) -> Iterator[tuple[LaunchPlan, Listener, list[Listener]]]:
-    """The router of a launch, what stands for its relay, and two decode servers."""
+    """Yield the router of a launch, what stands for its relay, and two decode servers."""
     pytest.importorskip("vllm_router")
     port, relay_port, *decode_ports = free_ports(4)
     plan = LaunchPlan(

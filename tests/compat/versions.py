@@ -2,7 +2,7 @@
 
 
 def vllm_minor() -> tuple[int, int]:
-    """The first two numbers of its version."""
+    """Return the first two numbers of its version."""
     from vllm.version import __version__
 
     major, minor = __version__.split(".")[:2]

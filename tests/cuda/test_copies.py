@@ -96,7 +96,7 @@ def small_r1(num_layers: int) -> Iterator[SmallR1]:
 
 @contextmanager
 def counted() -> Iterator[list[Counts]]:
-    """What was asked of the driver meanwhile; nodes are those of the last graph."""
+    """Count what was asked of the driver meanwhile; nodes are those of the last graph."""
     before, after = counts(), list[Counts]()
     yield after
     now = counts()

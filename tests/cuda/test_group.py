@@ -26,7 +26,7 @@ SERVED = ServedModel(config={}, max_num_batched_tokens=64, max_model_len=512)
 
 
 def costs_of(rank: RankMemory, config: DwdpConfig) -> LayerCosts | None:
-    """What a start measures on `rank`."""
+    """Return what a start measures on `rank`."""
     published = rank.shard.published
     return measured_costs(
         config, rank.device, rank.layout, published, rank.dwdp_rank, rank.peers, SERVED
@@ -42,7 +42,7 @@ def two_ranks(shape: ExpertShape) -> Iterator[Sequence[RankMemory]]:
 
 @contextmanager
 def bound_views(shape: ExpertShape, **options: Any) -> Iterator[tuple[ExpertViews, dict[str, Any]]]:
-    """The views of rank 0 of two, alone; and what its layers were bound to, by position."""
+    """Yield the views of rank 0 of two, alone; and what its layers were bound to, by position."""
     config = DwdpConfig(group_size=2, **options)
     with two_ranks(shape) as ranks, ExitStack() as resources:
         rank, bound = ranks[0], dict[str, Any]()

@@ -38,7 +38,7 @@ def memory() -> Iterator[CudaMemory]:
 
 
 def filled_shard(memory: CudaMemory, *pieces: int) -> CudaShard:
-    """A shard whose pages are numbered from 1 on."""
+    """Return a shard whose pages are numbered from 1 on."""
     shard = memory.new_shard("test")
     mapping = shard.append(pieces)
     for page in range(sum(pieces) // PAGE):
@@ -169,7 +169,7 @@ def test_too_little_memory_names_what_is_needed_and_free(memory: CudaMemory) -> 
 
 @contextmanager
 def warnings() -> Iterator[list[str]]:
-    """What is logged meanwhile."""
+    """Collect what is logged meanwhile."""
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]

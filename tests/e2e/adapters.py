@@ -76,7 +76,7 @@ def make_adapter(folder: Path, model: str, modules: tuple[str, ...], seed: int) 
 
 
 def request(case: dict[str, Any], name: str) -> Any:
-    """The request for an adapter of a case; None for none."""
+    """Return the request for an adapter of a case; None for none."""
     from vllm.lora.request import LoRARequest
 
     if name == "base":
@@ -86,7 +86,7 @@ def request(case: dict[str, Any], name: str) -> Any:
 
 
 def every_way(engine: Any, case: dict[str, Any]) -> dict[str, Any]:
-    """What requests get with each adapter alone, with both in one batch, and as adapters come and go."""
+    """Ask with each adapter alone, with both in one batch, and as adapters come and go."""
     first, second = sorted(case["adapters"])
     loaded = [sorted(engine.list_loras())]
     found = {"base": tokens(engine, case, ["base"])}
@@ -126,7 +126,7 @@ def expert_adapter_bytes(worker: Any) -> dict[str, int]:
 
 
 def each_alone(engine: Any, case: dict[str, Any]) -> dict[str, Any]:
-    """What requests get with each adapter and with none."""
+    """Ask with each adapter and with none."""
     names = ["base", *sorted(case["adapters"])]
     return {"tokens": {name: tokens(engine, case, [name]) for name in names}}
 

@@ -54,11 +54,11 @@ class StockEngine:
         self._results: dict[str, dict[str, Any]] = {}
 
     def __call__(self, model: str, **settings: Any) -> dict[str, Any]:
-        """The result of a case of this model and these settings."""
+        """Return the result of a case of this model and these settings."""
         return self.all([model], **settings)[model]
 
     def all(self, models: Sequence[str], **settings: Any) -> dict[str, dict[str, Any]]:
-        """The results by model; missing ones are computed by two processes beside each other."""
+        """Return the results by model; missing ones are computed by two processes beside each other."""
         names = {model: json.dumps([model, settings], sort_keys=True) for model in models}
         missing = [
             {"name": name, "model": model} | settings

@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def settings(case: dict[str, Any], role: str) -> dict[str, Any]:
-    """The case as `make_engine` takes it, for one side."""
+    """Return the case as `make_engine` takes it, for one side."""
     from vllm.config import KVTransferConfig
 
     transfer = KVTransferConfig(kv_connector=CONNECTOR, kv_role=role)

@@ -103,7 +103,7 @@ def write_head(folder: Path, target: str, config: dict[str, Any], tensors: Tenso
 
 
 def layer_of(tensors: Tensors, index: int, place: str) -> Tensors:
-    """A copy of a layer's tensors, named for another place."""
+    """Return a copy of a layer's tensors, named for another place."""
     prefix = f"model.layers.{index}."
     return {
         place + name.removeprefix(prefix): tensor.clone()
@@ -113,7 +113,7 @@ def layer_of(tensors: Tensors, index: int, place: str) -> Tensors:
 
 
 def embedding_only(hidden: int) -> torch.Tensor:
-    """A projection that takes the embedding and leaves the target's hidden state out."""
+    """Return a projection that takes the embedding and leaves the target's hidden state out."""
     return torch.cat([torch.eye(hidden), torch.zeros(hidden, hidden)], 1).bfloat16()
 
 

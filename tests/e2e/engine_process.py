@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def run(case: dict[str, Any], rank: int) -> dict[str, Any]:
-    """A case, which may put something else in the place of an object.
+    """Return a case, which may put something else in the place of an object.
 
     `prepare` names a function that is called first.
     """
@@ -176,7 +176,7 @@ def take_place(case: dict[str, Any], rank: int) -> None:
 
 
 def run_failing_case(case: dict[str, Any], rank: int) -> dict[str, Any]:
-    """A start that may not succeed; report the error, if there is one, and what is left.
+    """Return a start that may not succeed; report the error, if there is one, and what is left.
 
     `fail_at` names a function that fails on rank 0, by `fail_with` or else an exception; `replace`
     a name and its value.
@@ -265,7 +265,7 @@ def replaced(replacement: list[Any]) -> Iterator[None]:
 
 
 def find(place: str) -> tuple[Any, str]:
-    """The owner and the attribute that "module:path" names."""
+    """Return the owner and the attribute that "module:path" names."""
     module_name, _, path = place.partition(":")
     owner: Any = importlib.import_module(module_name)
     *outer, name = path.split(".")
@@ -275,7 +275,7 @@ def find(place: str) -> tuple[Any, str]:
 
 
 def footprint() -> dict[str, int]:
-    """What a start could leave in this process: shared memory, its mappings, sockets, threads."""
+    """List what a start could leave in this process: shared memory, its mappings, sockets, threads."""
     links = []
     for fd in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
@@ -329,7 +329,7 @@ def stock_backend(case: dict[str, Any]) -> str:
 
 
 def ask(engine: Any, case: dict[str, Any], index: int, text: str) -> list[Any]:
-    """A case's answer to one prompt: tokens, or a vector of a model that pools (`pooling`).
+    """Return a case's answer to one prompt: tokens, or a vector of a model that pools (`pooling`).
 
     `image_token` stands for a picture, which then comes before the prompt.
     """
@@ -371,7 +371,7 @@ def generate(engine: Any, index: int, text: Any, **options: Any) -> list[int]:
 
 
 def prompt_logprobs(engine: Any, text: str) -> list[float]:
-    """The log-probability of each token of `text` but the first, given those before it."""
+    """Return the log-probability of each token of `text` but the first, given those before it."""
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
@@ -383,7 +383,7 @@ def prompt_logprobs(engine: Any, text: str) -> list[float]:
 
 
 def soak(engine: Any, num_steps: int, seed: int) -> dict[str, Any]:
-    """Steps of random traffic that depend on nothing but `seed`: the batches are the same anywhere.
+    """Run random traffic that depends on nothing but `seed`: the batches are the same anywhere.
 
     Requests of mixed lengths come and go, some are aborted, and a small KV cache preempts others.
     """

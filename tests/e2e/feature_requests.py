@@ -22,7 +22,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
-    """The answers to the requests of a case by name, or the error with which its engine does not start.
+    """Return the answers to a case's requests by name, or the error of an engine that does not start.
 
     Args:
         case: `llm` are arguments of `vllm.LLM`, `requests` names of `REQUESTS`.
@@ -106,14 +106,14 @@ def beams(llm: Any) -> Any:
 
 
 def prefix(llm: Any) -> Any:
-    """The same prompt twice: the second time it is in the cache."""
+    """Return the same prompt twice: the second time it is in the cache."""
     llm.reset_prefix_cache()
     outputs = [generate(llm, [LONG])[0] for _ in range(2)]
     return [[output.num_cached_tokens, list(output.outputs[0].token_ids)] for output in outputs]
 
 
 def chunks(llm: Any) -> Any:
-    """A prompt that takes several steps, beside one that decodes meanwhile."""
+    """Return a prompt that takes several steps, beside one that decodes meanwhile."""
     llm.reset_prefix_cache()
     outputs = generate(llm, [SHORT, LONG])
     return [[len(output.prompt_token_ids), list(output.outputs[0].token_ids)] for output in outputs]

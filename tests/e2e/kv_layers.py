@@ -5,7 +5,7 @@ from typing import Any
 
 
 def report(worker: Any) -> dict[str, Any]:
-    """What each layer keeps: elements and bytes per token, a window, or a state's elements."""
+    """Return what each layer keeps: elements and bytes per token, a window, or a state's elements."""
     return {
         "kv_layers": {name: describe(spec) for name, spec in worker.get_kv_cache_spec().items()}
     }

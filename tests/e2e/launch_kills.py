@@ -80,7 +80,7 @@ class RankClient(threading.Thread):
 
 
 def server_at(port: int) -> Server:
-    """The face of a server that somebody else started."""
+    """Return the face of a server that somebody else started."""
     server = Server.__new__(Server)
     server.url = f"http://127.0.0.1:{port}"
     return server
@@ -118,7 +118,7 @@ class Launch:
         return found[1]
 
     def fronts(self) -> dict[int, psutil.Process]:
-        """The front end of every rank that is there."""
+        """Return the front end of every rank that is there."""
         found = {}
         for child in psutil.Process(self.process.pid).children():
             with suppress(psutil.NoSuchProcess):
@@ -128,7 +128,7 @@ class Launch:
         return found
 
     def rank_ports(self) -> dict[int, int]:
-        """The port of every rank."""
+        """Return the port of every rank."""
         return {
             rank: int(" ".join(front.cmdline()).split(" --port ")[1].split()[0])
             for rank, front in self.fronts().items()

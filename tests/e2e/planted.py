@@ -18,14 +18,14 @@ def _stock(layer: Any, stock: Callable[[Any], None]) -> None:
 
 
 def reduces_over_experts(layer: Any, stock: Callable[[Any], None]) -> None:
-    """A scale that is a maximum over the experts of a large tensor, as if each expert had it."""
+    """Plant a scale that is a maximum over the experts of a large tensor, as if each had it."""
     largest = layer.w13_weight.data.float().abs().amax()
     _stock(layer, stock)
     layer.quant_method.w13_maximum = largest.expand(layer.global_num_experts).clone()
 
 
 def keeps_memory(layer: Any, stock: Callable[[Any], None]) -> None:
-    """A kernel library that keeps an alias of a processed weight where no walk finds it."""
+    """Plant a kernel library that keeps an alias of a processed weight where no walk finds it."""
     _stock(layer, stock)
     _kept.append(layer.w2_weight.data)
 
@@ -45,7 +45,7 @@ def other_kernel(layer: Any, stock: Callable[[Any], None]) -> None:
 
 
 def loses_a_drafters_expert(layer: Any, stock: Callable[[Any], None]) -> None:
-    """The last expert of a drafter's layer, behind three of the target, adds nothing."""
+    """Let the last expert of a drafter's layer, behind three of the target, add nothing."""
     if ".layers.3." in layer.layer_name:
         layer.w2_weight.data[-1].zero_()
     _stock(layer, stock)

@@ -191,7 +191,7 @@ def tell(path: Path, **content: Any) -> None:
 
 
 def resources() -> dict[str, int]:
-    """What must not grow while peers die and return."""
+    """Count what must not grow while peers die and return."""
     rollup = Path("/proc/self/smaps_rollup").read_text()
     anonymous = int(rollup.split("Anonymous:")[1].split()[0]) * 1024
     return footprint() | {"fds": len(os.listdir("/proc/self/fd")), "anonymous_bytes": anonymous}
@@ -292,7 +292,7 @@ class RandomKills:
         return content
 
     def run(self, num_kills: int, seed: int) -> dict[str, Any]:
-        """The kills, and what all lives together did."""
+        """Return the kills, and what all lives together did."""
         dice, told, back_after_s = random.Random(seed), list(self.first), []
         kills_survived = [0] * self.NUM_RANKS
         for number in range(num_kills):

@@ -34,7 +34,7 @@ class Deployment:
         self.client = project.network.threads()
 
     def get(self, service: str, path: str, body: dict[str, Any] | None = None) -> str:
-        """The answer of a service to a client that is on the containers' network."""
+        """Return the answer of a service to a client that is on the containers' network."""
         data = None if body is None else json.dumps(body).encode()
         url = self.project.url(service) + path
         request = urllib.request.Request(url, data, {"Content-Type": "application/json"})

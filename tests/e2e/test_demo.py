@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def run_demo(folder: Path, **settings: str) -> str:
-    """What the demo prints."""
+    """Return what the demo prints."""
     environment = os.environ | {"COLUMNS": "110", "DEMO_LOGS": str(folder / "logs")} | settings
     ended = subprocess.run(
         [sys.executable, str(ROOT / "examples/demo.py")],

@@ -141,7 +141,7 @@ def choices(answer: dict[str, Any]) -> list[Any]:
 
 
 def logprobs(answer: dict[str, Any]) -> tuple[list[str], list[float]]:
-    """The tokens of the first choice, and the logarithms of their probabilities."""
+    """Return the tokens of the first choice, and the logarithms of their probabilities."""
     given = answer["choices"][0]["logprobs"]
     if "content" in given:
         each = [(entry["token"], entry["logprob"]) for entry in given["content"]]
@@ -150,7 +150,7 @@ def logprobs(answer: dict[str, Any]) -> tuple[list[str], list[float]]:
 
 
 def check_logprobs(ours: dict[str, Any], expected: dict[str, Any]) -> None:
-    """The same tokens, and nearly the same probabilities: why not bit for bit has not been found out."""
+    """Check for the same tokens and nearly the same probabilities; why not bit for bit is not known."""
     assert logprobs(ours)[0] == logprobs(expected)[0]
     assert logprobs(ours)[1] == pytest.approx(logprobs(expected)[1], abs=0.05)
 
@@ -200,7 +200,7 @@ def test_stop_strings_are_those_of_stock(launch: Disaggregated, stock: Server) -
 
 
 def pieces(url: str, **body: Any) -> tuple[str, str]:
-    """The text of a stream, and its last line."""
+    """Return the text of a stream, and its last line."""
     request = urllib.request.Request(
         url + "/v1/completions",
         json.dumps(GREEDY | body | {"stream": True}).encode(),

@@ -126,7 +126,7 @@ def launched(model: str, folder: Path, port: int, *arguments: str) -> Iterator[L
 
 
 def check_answers(url: str, elsewhere: Elsewhere, name: str) -> None:
-    """The answers are those of the decode server alone, and it fetched the blocks of each prompt."""
+    """Check for the decode server's own answers, and that it fetched each prompt's blocks."""
     for number in range(4):
         before = elsewhere.fetched()
         prompt = f"{name} {number} " * 12

@@ -27,7 +27,7 @@ ASKED = [
 
 
 def answered(folder: Path, model: str, mode: str, **case: Any) -> Answers:
-    """What stock vLLM and two ranks answer to one case."""
+    """Return what stock vLLM and two ranks answer to one case."""
     both: Answers = {}
     for name, place in (("stock", {}), ("ranks", {"num_ranks": 2, "dwdp": {"mode": mode}})):
         made = {"name": name, "model": model, "run": RUN} | case | place
@@ -57,7 +57,7 @@ def answers(
 
 
 def alike(answers: Answers, request: str) -> Any:
-    """The answer, which is the same everywhere."""
+    """Return the answer, which is the same everywhere."""
     (stock,) = answers["stock"]
     assert "error" not in stock, stock["error"]
     ranks = [rank.get("answers", rank) for rank in answers["ranks"]]

@@ -19,7 +19,7 @@ def end(process: Fork) -> int:
 
 
 def first_line(log: Path) -> str:
-    """What a program wrote, but for what libraries say at its exit."""
+    """Return what a program wrote, without what libraries say at its exit."""
     return log.read_text().partition("\n")[0]
 
 

@@ -45,7 +45,7 @@ class Stage:
         return process
 
     def start_waiting(self, name: str) -> Process:
-        """A server that waits for somebody to write its configuration."""
+        """Return a server that waits for somebody to write its configuration."""
         pipe = self.folder / f"{name}.yaml"
         os.mkfifo(pipe)
         process = self.start(name, "serve", "--config", str(pipe))

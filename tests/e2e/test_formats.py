@@ -52,7 +52,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def references(published: dict[str, str], stock: StockEngine) -> dict[str, dict[str, Any]]:
-    """What stock vLLM answers, by format."""
+    """Return what stock vLLM answers, by format."""
     results = stock.all(list(published.values()), **GATES)
     return {name: results[model] for name, model in published.items()}
 
@@ -69,7 +69,7 @@ def test_stock_vllm_reads_every_format(references: dict[str, dict[str, Any]]) ->
 
 
 def check(ranks: list[dict[str, Any]], reference: dict[str, Any]) -> None:
-    """The ranks of a case hold and answer what the stock engine does, and remote bytes were read."""
+    """Check that a case's ranks hold and answer what the stock engine does, and read remote bytes."""
     for result in ranks:
         where = (result["name"], result["rank"])
         assert result["weights"] == reference["weights"], where
@@ -92,7 +92,7 @@ ROWS = {
 
 
 def rows_of_formats(names: Sequence[str]) -> pytest.MarkDecorator:
-    """A row for each format."""
+    """Return a row for each format."""
     return pytest.mark.feature(*(f"Checkpoint format: {ROWS[name]}" for name in names))
 
 

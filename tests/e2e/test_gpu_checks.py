@@ -1,5 +1,6 @@
-"""Every question to a GPU, asked over the fake driver and CPU kernels: that it is asked and can be
-answered, not what a GPU would say.
+"""The questions to a GPU, asked over the fake driver and CPU kernels.
+
+That each is asked and can be answered is tested, not what a GPU would say.
 
 Three runs of the program answer them all: both lists in order, and the rest. What has no stand-in
 (graphs and their compiler, the V1 runner on GPUs, the size of a device's memory) is skipped, and nothing
@@ -26,7 +27,7 @@ Answers = dict[str, dict[str, Any]]
 
 
 def ask(target: Path, *options: str, **environment: str) -> Answers:
-    """The program's answers by title; it must succeed."""
+    """Return the program's answers by title; it must succeed."""
     ended = subprocess.run(
         [sys.executable, "-m", "gpu_checks", "--simulated", "--json", str(target), *options],
         cwd=ROOT,
@@ -46,7 +47,7 @@ SMALL = ("--tokens", "5", "--limit-s", "600")
 
 @pytest.fixture(scope="module")
 def in_order(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Answers]:
-    """The answers of both lists."""
+    """Return the answers of both lists."""
     folder = tmp_path_factory.mktemp("lists")
     return {name: ask(folder / f"{name}.json", name, *SMALL) for name in LISTS}
 

@@ -22,7 +22,7 @@ NUM_REQUESTS, OUTPUT_TOKENS = 12, 8
 
 @pytest.fixture(scope="module")
 def guidellm(request: pytest.FixtureRequest) -> list[str]:
-    """The command of guidellm."""
+    """Return the command of guidellm."""
     python_version = sysconfig.get_python_version()
     folder = request.config.cache.mkdir(f"guidellm-{VERSION}-python-{python_version}")
     try:

@@ -61,7 +61,7 @@ class Host:
             enter_network_namespace(namespace.fileno())  # of this thread
 
     def start(self, model: str, *arguments: str) -> Server:
-        """A server whose ranks meet at `PLACE`."""
+        """Return a server whose ranks meet at `PLACE`."""
         options = {"mode": "prefetch", "rendezvous": PLACE, "rendezvous_secret_file": self._secret}
         return Server(
             [
@@ -78,7 +78,7 @@ class Host:
         return self._inside.submit(function, *arguments, **named).result()
 
     def ranks(self) -> list[dict[str, Any]]:
-        """What `vllm-dwdp status` finds from here."""
+        """Return what `vllm-dwdp status` finds from here."""
         return self.do(find_ranks, PLACE, secret_file=self._secret, group_size=2, num_groups=1)
 
     def close(self) -> None:

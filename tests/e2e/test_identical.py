@@ -39,7 +39,7 @@ ROWS = {
 
 
 def with_rows(families: ParameterSet) -> ParameterSet:
-    """The parameter, with a row for each family."""
+    """Return the parameter, with a row for each family."""
     (listed,) = families.values
     marks = [*families.marks, pytest.mark.model(*(ROWS[name] for name in listed))]
     return pytest.param(listed, id=families.id, marks=marks)

@@ -1,31 +1,18 @@
 """Two ranks that are servers of their own are told apart by whatever vLLM derives from their index."""
 
 import json
-import socket
 import time
 from collections.abc import Iterator
 
 import pytest
 
 from tests.e2e.conftest import Checkpoints
-from vllm_dwdp.entrypoints.launch.ports import free_ports
+from vllm_dwdp.entrypoints.launch.ports import free_ports_in_a_row
 from vllm_dwdp.entrypoints.launch.server import Server
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 NUM_RANKS = 2
-
-
-def ports_in_a_row() -> int:
-    """The first of `NUM_RANKS` adjacent free ports."""
-    while True:
-        (first,) = free_ports(1)
-        with socket.socket() as second:
-            try:
-                second.bind(("", first + 1))
-            except OSError:
-                continue
-            return first
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +22,7 @@ def ranks(
     """Both with the same arguments but the rank, as `launch` starts them; vLLM keeps ports apart."""
     folder = tmp_path_factory.mktemp("index")
     config = json.dumps({"dwdp": {"rendezvous": f"unix://{folder}/meet"}})
-    endpoint = f"tcp://*:{ports_in_a_row()}"
+    endpoint = f"tcp://*:{free_ports_in_a_row(NUM_RANKS)}"
     events = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": endpoint}
     servers = [
         Server(

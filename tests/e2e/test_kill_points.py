@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400 + 20 * NUM_KILLS)]
 
 
 def run_lives(first: str, folder: Path, *arguments: str) -> tuple[dict[str, Any], str]:
-    """What `rank_lives` found, and its log; `first` is a checkpoint, or what to do."""
+    """Return what `rank_lives` found, and its log; `first` is a checkpoint, or what to do."""
     results, log = folder / "results.json", folder / "lives.log"
     command = ["-m", "tests.e2e.rank_lives", first, str(results), *arguments]
     process = fork(command, log)

@@ -152,7 +152,7 @@ def change(server: Server, action: str, **body: str) -> None:
 
 
 def refused(ask: Callable[[], object]) -> int:
-    """The status with which a request is refused."""
+    """Return the status with which a request is refused."""
     with pytest.raises(urllib.error.HTTPError) as error:
         ask()
     error.value.close()

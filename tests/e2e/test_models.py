@@ -143,7 +143,7 @@ def test_the_planner_counts_the_kv_cache_as_vllm_does(outcomes: Outcomes, name: 
 
 
 def described(layer: LayerCache, kv_bits: float, window_added: int) -> dict[str, int]:
-    """A layer of the planner in the words of `kv_layers.describe`."""
+    """Return a layer of the planner in the words of `kv_layers.describe`."""
     if layer.state.num_bytes:
         return {"convolution": layer.state.convolution, "recurrent": layer.state.recurrent}
     window = layer.window + window_added if layer.window else 0
@@ -151,7 +151,7 @@ def described(layer: LayerCache, kv_bits: float, window_added: int) -> dict[str,
 
 
 def kept(layers: Iterable[dict[str, int]]) -> dict[str, Any]:
-    """What layers keep together: bytes per token by window (0: of every token), and states."""
+    """Return what layers keep together: bytes per token by window (0: of every token), and states."""
     per_token: dict[int, int] = {}
     states = []
     for layer in layers:

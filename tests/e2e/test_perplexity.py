@@ -33,7 +33,7 @@ MODES = ("direct", "prefetch")
 
 @pytest.fixture(scope="module")
 def speaking_model() -> str:
-    """The folder of the model, made in the user's cache when first needed."""
+    """Return the folder of the model, made in the user's cache when first needed."""
     command = [sys.executable, str(ROOT / "examples/speaking_model.py"), "--experts", "4"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
     if ended.returncode == 1 and "error: " in ended.stderr:

@@ -50,7 +50,7 @@ class Cluster:
         self.head = head
 
     def actors(self) -> list[psutil.Process]:
-        """The engines that it runs."""
+        """Return the engines that it runs."""
         found = []
         for process in self.head.children(recursive=True):
             with suppress(psutil.NoSuchProcess):

@@ -97,7 +97,7 @@ def test_one_rank_runs_a_thousand_steps_while_the_other_runs_none(server: Server
 
 
 def settled_steps(server: Server) -> list[int]:
-    """Steps of both ranks, once they have not moved for longer than metrics take to be current."""
+    """Return both ranks' steps, once they have stood still for longer than metrics lag."""
     seen, since = [-1, -1], time.monotonic()
     deadline = time.monotonic() + 20
     while time.monotonic() - since < SETTLED_S:

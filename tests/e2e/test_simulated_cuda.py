@@ -77,7 +77,7 @@ def test_tokens_and_weights_over_simulated_device_memory(
 
 
 def check_start(name: str, status: dict[str, Any]) -> None:
-    """A rank's own shard is digested once: its resident experts, and the rest of their large pages."""
+    """Check that a rank digests its shard once: resident experts, and the rest of their large pages."""
     resident_bytes = status["resident_expert_bytes"]
     assert resident_bytes <= status["digested_bytes"] < 3 * resident_bytes, (name, status)
     assert status["read_expert_bytes"] > 0.9 * resident_bytes, (name, status)

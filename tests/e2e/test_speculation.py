@@ -45,7 +45,7 @@ def model(source: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 def run_both(
     stock: StockEngine, folder: Path, model: str, *modes: str, **case: Any
 ) -> tuple[Result, list[Result]]:
-    """The result of a stock engine, and those of both ranks in some modes, with the same tokens."""
+    """Return a stock engine's result, and those of both ranks in some modes, with equal tokens."""
     expected = stock(model, **DRIVE, **case)
     ranks: list[Result] = []
     for mode in modes:  # a process that has drafted n-grams makes no second engine in vLLM 0.32

@@ -1,5 +1,7 @@
-"""What a start costs: only the resident experts are read, no more than one layer is held twice, and two
-ranks take less of everything than two stock servers.
+"""The costs of a start.
+
+Only the resident experts are read, no more than one layer is held twice, and two ranks take less of
+everything than two stock servers.
 """
 
 import importlib.util

@@ -302,7 +302,7 @@ def expert_bytes(server: Server) -> float:
 
 
 def changed_copy(model: str, folder: Path) -> str:
-    """The checkpoint with one byte flipped."""
+    """Return the checkpoint with one byte flipped."""
     changed = folder / "changed"
     shutil.copytree(model, changed)
     (weights,) = changed.glob("*.safetensors")

@@ -159,7 +159,7 @@ def launched(model: str, tmp_path: Path) -> Iterator[Launch]:
 
 
 def workers_at(launch: Launch) -> dict[tuple[int, int], dict[str, Any]]:
-    """What every worker says of itself, by rank and tensor rank."""
+    """Return what every worker says of itself, by rank and tensor rank."""
     found = find_ranks(launch.place, secret_file=None, group_size=2, num_groups=2)
     return {(each["rank"], each["tensor_rank"]): each for each in found if "rank" in each}
 

@@ -42,7 +42,7 @@ def new(checkpoints: Checkpoints) -> str:
 
 @pytest.fixture(scope="module")
 def tokens(old: str, new: str, stock: StockEngine) -> dict[str, list[list[int]]]:
-    """What stock vLLM answers, by checkpoint."""
+    """Return what stock vLLM answers, by checkpoint."""
     return {model: result["tokens"] for model, result in stock.all([old, new]).items()}
 
 
@@ -62,7 +62,7 @@ def case(name: str, model: str, *updates: dict[str, Any], **more: Any) -> dict[s
 
 
 def transfer(model: str) -> dict[str, Any]:
-    """What a trainer calls: the weights in two chunks."""
+    """Return what a trainer calls: the weights in two chunks."""
     infos = [{"folder": model, "parts": parts} for parts in parts_of(model)]
     chunks = [["update_weights", {"update_info": info}] for info in infos]
     return {"calls": [["start_weight_update", {}], *chunks, ["finish_weight_update", {}]]}

@@ -24,7 +24,7 @@ DEADLINE_S = 300
 
 @pytest.fixture(scope="module")
 def python(request: pytest.FixtureRequest) -> Path:
-    """An interpreter that has zentorch."""
+    """Return an interpreter that has zentorch."""
     try:
         return zentorch.interpreter(Path(request.config.cache.mkdir("zentorch")))
     except zentorch.Unavailable as reason:
@@ -42,7 +42,7 @@ def kernels(worker: Any) -> dict[str, Any]:
 
 
 def run(python: Path, folder: Path, case: dict[str, Any]) -> list[dict[str, Any]]:
-    """The results of a case by rank, each rank in a process of that interpreter."""
+    """Return the results of a case by rank, each rank in a process of that interpreter."""
     (case["port"],) = free_ports(1)
     listing = folder / f"{case['name']}.json"
     listing.write_text(json.dumps([case]))
@@ -77,7 +77,7 @@ def run(python: Path, folder: Path, case: dict[str, Any]) -> list[dict[str, Any]
 def stock(
     python: Path, checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
-    """What stock vLLM answers with zentorch."""
+    """Return what stock vLLM answers with zentorch."""
     case = model_of(checkpoints) | {"name": "stock"}
     (result,) = run(python, tmp_path_factory.mktemp("stock"), case)
     return result

@@ -13,7 +13,7 @@ from vllm_dwdp.entrypoints.launch.ports import free_ports
 
 @pytest.fixture(scope="package", autouse=True)
 def layers_can_be_built() -> Iterator[None]:
-    """A current config, and parallel groups of one process."""
+    """Yield a current config, and parallel groups of one process."""
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import (
         cleanup_dist_env_and_memory,

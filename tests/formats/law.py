@@ -57,7 +57,7 @@ class Processed:
     watched: tuple[WatchedStorage, ...] = ()
 
     def look(self) -> ProcessedLayer:
-        """What it holds now."""
+        """Return what it holds now."""
         return ProcessedLayer(self.layer, CPU, self.watched)
 
     def hand_over(self) -> None:

@@ -54,7 +54,7 @@ class Choice:
 
 
 def select_functions() -> dict[str, str]:
-    """The oracle by "module:name" of the function with which a method asks it for a backend."""
+    """Return the oracle by "module:name" of the function with which a method asks it for a backend."""
     return {
         f"{module.__name__}:{name}": oracle
         for oracle, module in oracle_modules().items()
@@ -68,7 +68,7 @@ class Asked(Exception):
 
 
 def asked(method: str) -> tuple[str, Any, Any] | None:
-    """The oracle that a method asks, and for which weights and activations; None if it asks none."""
+    """Return the oracle that a method asks, with weights and activations; None if it asks none."""
 
     def ask(oracle: str) -> Callable[..., Any]:
         def select(

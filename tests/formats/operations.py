@@ -22,7 +22,7 @@ FP8 = torch.float8_e4m3fn
 
 
 def permuted(rows: int) -> Indices:
-    """A fixed order of this many rows, which is not the first one."""
+    """Return a fixed order of this many rows, which is not the first one."""
     return torch.randperm(rows, generator=torch.Generator().manual_seed(rows))
 
 
@@ -48,7 +48,7 @@ def block_layout(matrix: torch.Tensor, block: int) -> torch.Tensor:
 def mma_view(
     scales: torch.Tensor, m: int, k: int, num_groups: int, sf_vec_size: int = 16
 ) -> torch.Tensor:
-    """A view of all experts' scales with the experts last, as CuteDSL has it."""
+    """Return a view of all experts' scales with the experts last, as CuteDSL has it."""
     tiles = scales.view(num_groups, m // 128, k // sf_vec_size // 4, 32, 4, 4)
     return tiles.permute(3, 4, 1, 5, 2, 0)
 
@@ -245,7 +245,7 @@ def _owner_and_name(place: str) -> tuple[Any, str]:
 
 @functools.cache
 def holders(place: str) -> list[tuple[Any, str]]:
-    """The modules of vLLM that have a function under its name; asked for before it is replaced."""
+    """Return the modules of vLLM that have a function under its name, before it is replaced."""
     owner, name = _owner_and_name(place)
     function = getattr(owner, name)
     return [

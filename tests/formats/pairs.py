@@ -88,7 +88,7 @@ def pairs_of(method: str) -> Iterator[Pair]:
 
 
 def _kernels(oracle: str, module: Any) -> Iterator[tuple[Enum, list[type]]]:
-    """The backends of an oracle and their kernels; a backend that names none is not a kernel's."""
+    """Yield the backends of an oracle and their kernels, without backends that name none."""
     if oracle == "mxfp8":
         backends, resolve = list(module._SUPPORTED_BACKENDS), module._mxfp8_backend_to_kernel_cls
     else:
@@ -110,7 +110,7 @@ def _kernels(oracle: str, module: Any) -> Iterator[tuple[Enum, list[type]]]:
 def _keys(
     oracle: str, module: Any, backend: Enum, weights: Any, activations: Any
 ) -> tuple[Any, Any]:
-    """What vLLM asks a kernel for; some oracles fill in what the method leaves out."""
+    """Return what vLLM asks a kernel for; some oracles fill in what the method leaves out."""
     from vllm.model_executor.layers.quantization.utils import quant_utils
 
     if oracle == "mxfp8":

@@ -69,7 +69,7 @@ def test_every_method_of_vllm_is_tried_or_named() -> None:
 
 
 def method_class(method: str) -> str:
-    """The class of vLLM's that a key of `METHODS` leads to."""
+    """Return the class of vLLM's that a key of `METHODS` leads to."""
     with law.processing(None, law.BLACKWELL):
         choice = next(pair.choice for pair in pairs_of(method) if pair.choice)
     with law.processing(choice, law.BLACKWELL):
@@ -114,7 +114,7 @@ def test_nvfp4_on_marlin_is_refused_before_it_is_loaded_and_its_twin_would_find_
 
 
 def broken_by(method: str, large_bytes: int, change: Any = None) -> str:
-    """What is broken where raw rows from this size on are zero, and `change` is made to each layer."""
+    """Find what breaks if raw rows from this size on are zero and `change` is made to each layer."""
     kernels = importlib.import_module(f"{LAYERS}.fused_moe.experts.triton_moe")
     backend = oracle_modules()["fp8"].Fp8MoeBackend.TRITON
     choice = Choice(oracle="fp8", backend=backend, experts=kernels.TritonExperts)

@@ -31,7 +31,7 @@ GREATEST_ERROR = {"fp8_block": 0.06, "ct_int8": 0.04, "ct_int4": 0.25, "gptq": 0
 
 
 def experts() -> dict[str, torch.Tensor]:
-    """A layer's experts in bf16, by the names of a checkpoint."""
+    """Return a layer's experts in bf16, by the names of a checkpoint."""
     generator = torch.Generator().manual_seed(0)
     shapes = {
         "gate_proj": (INTERMEDIATE, HIDDEN),
@@ -54,7 +54,7 @@ def reference(x: torch.Tensor, expert: int, weights: dict[str, torch.Tensor]) ->
 
 
 def cpu_kernel(method: str) -> Choice:
-    """The kernel that this processor runs."""
+    """Return the kernel that this processor runs."""
     with law.processing(None, law.BLACKWELL):
         found = [pair.choice for pair in pairs_of(method) if pair.backend == "CPU" and pair.choice]
     (choice,) = found

@@ -33,7 +33,7 @@ SHARD = PublishedShard(
 
 
 def make_state() -> GroupState:
-    """What a rank of three answers from, once it has published its shard."""
+    """Return what a rank of three answers from, once it has published its shard."""
     state = GroupState(0, 3, fingerprint())
     state.publish(SHARD)
     state.announce_ready(b"digest")
@@ -41,14 +41,14 @@ def make_state() -> GroupState:
 
 
 def make_held() -> HeldShards:
-    """What a holder answers from, once it has that shard."""
+    """Return what a holder answers from, once it has that shard."""
     held = HeldShards(0)
     held.hold(SHARD, fingerprint())
     return held
 
 
 def read_request(data: bytes) -> None:
-    """A request, and the answer to it, which must be sendable."""
+    """Read a request, and its answer, which must be sendable."""
     request = messages.decode_request(data)
     if isinstance(request, messages.StatusRequest):
         return
@@ -65,12 +65,12 @@ def read_request(data: bytes) -> None:
 
 
 def read_reply(data: bytes) -> None:
-    """A reply."""
+    """Read a reply."""
     messages.decode_reply(data)
 
 
 def read_handles(data: bytes) -> None:
-    """The messages that follow a shard, each after its length."""
+    """Read the messages that follow a shard, each after its length."""
     rest = data
 
     def receive() -> tuple[messages.Reply, list[int]]:
@@ -86,13 +86,13 @@ def read_handles(data: bytes) -> None:
 
 
 def read_handshake(data: bytes) -> None:
-    """What is sent before the secret is proved; nothing of it may be taken for a message."""
+    """Send bytes before the secret is proved; none of them may be taken for a message."""
     feed(SecureChannel(SECRET, b"rank 0", listens=True, max_bytes=4096), data)
     feed(SecureChannel(SECRET, b"rank 0", listens=False, max_bytes=4096), data)
 
 
 def read_frames(data: bytes) -> None:
-    """What is sent afterwards, by somebody in between who does not know the secret."""
+    """Send bytes afterwards, as somebody in between who does not know the secret."""
     listener = SecureChannel(SECRET, b"rank 0", listens=True, max_bytes=4096)
     dialler = SecureChannel(SECRET, b"rank 0", listens=False, max_bytes=4096)
     for source, target in ((listener, dialler), (dialler, listener), (listener, dialler)):

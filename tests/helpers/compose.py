@@ -27,7 +27,7 @@ RESTART_DELAY_S = 0.1
 
 
 def load(file: Path, environment: Mapping[str, str]) -> dict[str, Any]:
-    """A Compose file with its variables replaced.
+    """Return a Compose file with its variables replaced.
 
     Raises:
         ValueError: a variable that the file demands is not set.
@@ -59,7 +59,7 @@ def load(file: Path, environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def num_bytes(text: str) -> int:
-    """What a size of Compose means; only `gb` is understood, which is GiB there."""
+    """Return the bytes of a size of Compose; only `gb` is understood, which is GiB there."""
     number, unit = text[:-2], text[-2:]
     assert unit == "gb", text
     return int(number) * 2**30
@@ -143,7 +143,7 @@ class Project:
         )
 
     def log(self, name: str) -> Path:
-        """The output of a service, of all its lives."""
+        """Return the output of a service, of all its lives."""
         return self.folder / f"{name}.log"
 
     def url(self, name: str, port: int = 8000) -> str:

@@ -86,7 +86,7 @@ class Network:
 
     @staticmethod
     def namespace(name: str) -> str:
-        """The network namespace of a host, or of the `bridge` itself."""
+        """Return the network namespace of a host, or of the `bridge` itself."""
         return f"dwdp-{os.getpid()}-{name}"
 
     def threads(self, count: int = 1) -> ThreadPoolExecutor:
@@ -200,7 +200,7 @@ class Container:
 def set_up(
     root: Path, hosts: Path, name: str, mounts: Mapping[str, Path], shm_bytes: int
 ) -> list[str]:
-    """The shell commands that make a container's root folder and host name."""
+    """Return the shell commands that make a container's root folder and host name."""
     lines = [shlex.join(["mount", "-t", "tmpfs", "-o", "mode=755", "image", str(root)])]
 
     def make(path: str, *what: str, options: str = "") -> None:

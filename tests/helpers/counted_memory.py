@@ -109,7 +109,7 @@ class CountedMemory(CudaMemory):
 
 
 def plan_model(layers: Sequence[Rows], group_size: int) -> ModelLayout:
-    """The layout of a model of such layers, divided into composites and private rows as a rank does."""
+    """Return the layout of a model of such layers, divided as a rank divides it."""
     placement = Placement(num_experts=NUM_EXPERTS, group_size=group_size)
     planned, private = [], []
     for number, rows in enumerate(layers):

@@ -153,7 +153,7 @@ class ForkServer:
 
 
 def receive(control: socket.socket) -> tuple[Request, socket.socket] | None:
-    """The next request and the socket to answer on; None if nobody can ask any more."""
+    """Return the next request and the socket to answer on; None if nobody can ask any more."""
     room = socket.CMSG_SPACE(array.array("i").itemsize)
     message, attached, _, _ = control.recvmsg(MESSAGE_BYTES, room, socket.MSG_CMSG_CLOEXEC)
     if not message:

@@ -60,7 +60,7 @@ def _builds_experts(module: str, name: str) -> bool:
 
 
 def _used_by(module: str, name: str) -> Iterator[tuple[str, str]]:
-    """The names that a definition uses, where they are defined."""
+    """Yield the names that a definition uses, where they are defined."""
     imports, definitions = _names_of(module)
     if name not in definitions:
         yield from imports.get(name, ())

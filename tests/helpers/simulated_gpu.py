@@ -15,7 +15,7 @@ PLUGINS = Path(__file__).with_name("simulated_plugins")
 
 
 def environment() -> dict[str, str]:
-    """The variables of a program that shall be such a server."""
+    """Return the variables of a program that shall be such a server."""
     others = [path for path in os.environ.get("PYTHONPATH", "").split(":") if path]
     return fake_cuda_variables(fabric=1) | {
         "PYTHONPATH": ":".join([str(PLUGINS), str(ROOT), *others])

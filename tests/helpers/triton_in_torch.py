@@ -18,7 +18,7 @@ PLUGINS = Path(__file__).with_name("torch_plugins")
 
 
 def environment() -> dict[str, str]:
-    """What makes a started program and every process of its engines `install` too, as a plugin."""
+    """Return what makes a started program and all its engines' processes `install` too, as a plugin."""
     places = [str(ROOT), str(PLUGINS), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {"PYTHONPATH": os.pathsep.join(places)}
 
@@ -43,7 +43,7 @@ def install() -> None:
 
 
 def assign(topk_ids: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None, None]:
-    """What `multiply_by_experts` is given in place of sorted tokens: each token's experts."""
+    """Return what `multiply_by_experts` gets in place of sorted tokens: each token's experts."""
     return topk_ids, None, None
 
 

@@ -85,7 +85,7 @@ def register() -> None:
 
 
 def parts_of(model: str) -> list[list[str]]:
-    """A way to cut a checkpoint into two chunks: by layers."""
+    """Return a way to cut a checkpoint into two chunks: by layers."""
     layers = json.loads((Path(model) / "config.json").read_text())["num_hidden_layers"]
     return [
         ["embed", *(f"layers.{n}." for n in range(0, layers, 2))],

@@ -53,7 +53,7 @@ def main(folder: str, number: int) -> None:
 
 
 def text_at(address: int) -> str:
-    """The text at the beginning of mapped memory."""
+    """Return the text at the beginning of mapped memory."""
     import ctypes
 
     return ctypes.string_at(address).decode()

@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(60)]
 
 @contextmanager
 def mounted(folder: Path, options: str) -> Iterator[None]:
-    """A small file system at `folder`; skips where it cannot be mounted."""
+    """Yield a small file system at `folder`; skips where it cannot be mounted."""
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", options, "dwdp-test", str(folder)]
     if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:

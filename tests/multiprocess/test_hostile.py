@@ -66,7 +66,7 @@ class Victim:
         return self.seen.num_fds(), self.seen.num_threads(), maps, self.seen.memory_info().rss
 
     def raw(self) -> socket.socket:
-        """A connection that has said nothing yet."""
+        """Return a connection that has said nothing yet."""
         if isinstance(self.endpoint, TcpEndpoint):
             return socket.create_connection(self.endpoint.address(0, 0), timeout=5)
         connection = self.endpoint.connect(0, 0, timeout_s=5)

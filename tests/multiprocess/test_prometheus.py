@@ -73,7 +73,7 @@ scrape_configs:
 
 @pytest.fixture(scope="module")
 def prometheus(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The program."""
+    """Return the program."""
     if installed := shutil.which("prometheus"):
         return installed
     folder = tmp_path_factory.mktemp("prometheus")
@@ -114,7 +114,7 @@ def url(prometheus: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
 
 
 def ask(url: str, question: str) -> list[dict[str, Any]]:
-    """What it finds now."""
+    """Return what it finds now."""
     query = urllib.parse.urlencode({"query": question})
     with urllib.request.urlopen(f"{url}/api/v1/query?{query}", timeout=10) as response:
         found: list[dict[str, Any]] = json.load(response)["data"]["result"]

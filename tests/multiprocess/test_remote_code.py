@@ -32,7 +32,7 @@ PARTS = "import json\n\nvalue = 7\n"
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a download leaves of a checkpoint whose configuration is code of its own, in two files."""
+    """Write what a download leaves of a checkpoint whose configuration is code, in two files."""
     folder = tmp_path_factory.mktemp("hub")
     snapshot = folder / "models--org--name" / "snapshots" / COMMIT
     snapshot.mkdir(parents=True)
@@ -53,7 +53,7 @@ class Pair:
         self.has_half, self.goes_on = FORK.Event(), FORK.Event()
 
     def run(self) -> list[int | None]:
-        """The exit codes."""
+        """Return the exit codes."""
         first = FORK.Process(target=self._read, args=(True,))
         second = FORK.Process(target=self._read, args=(False,))
         first.start()

@@ -41,7 +41,7 @@ def secret_file(folder: Path, content: str = "0123456789abcdef") -> str:
 
 
 def base_port(size: int = 4) -> int:
-    """A port that is free, as are those after it."""
+    """Return a port that is free, as are those after it."""
     while True:
         (port,) = free_ports(1)
         probes = []

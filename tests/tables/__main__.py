@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def committed() -> dict[str, dict[str, Any]]:
-    """The results that are in the repository, by version, the oldest first."""
+    """Return the results that are in the repository, by version, the oldest first."""
     if not RESULTS.exists():
         return {}
     found: dict[str, dict[str, Any]] = json.loads(RESULTS.read_text())
@@ -39,7 +39,7 @@ def committed() -> dict[str, dict[str, Any]]:
 
 
 def taken(collected: Collected, before: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What was recorded here, over what was committed, of the tests that there are."""
+    """Return what was recorded here, over what was committed, of the tests that there are."""
     results = {}
     carrying = {row.test for row in collected.rows}
     here = {path.stem for path in FOLDER.glob("*.json")} - {"none"}
@@ -63,7 +63,7 @@ def taken(collected: Collected, before: Mapping[str, Any]) -> dict[str, dict[str
 
 
 def tables(collected: Collected, results: Mapping[str, Any]) -> dict[str, str]:
-    """The text of each file in docs, by name."""
+    """Return the text of each file in docs, by name."""
     made = {name: render(table, collected.rows, results) for table, name in FILES.items()}
     return made | {"versions.md": render_versions(results)}
 

@@ -20,7 +20,7 @@ WORST_LAST = ("passed", "skipped", "failed")
 
 
 def vllm_version() -> str:
-    """The version of vLLM of this environment, without what its build adds; `none` without vLLM."""
+    """Return this environment's version of vLLM, without what its build adds, or `none`."""
     try:
         return metadata.version("vllm").partition("+")[0]
     except metadata.PackageNotFoundError:
@@ -28,7 +28,7 @@ def vllm_version() -> str:
 
 
 def recorded(version: str, folder: Path = FOLDER) -> dict[str, Any]:
-    """What was noted with a version of vLLM: `tests` by id, and what they ran on."""
+    """Return what was noted with a version of vLLM: `tests` by id, and what they ran on."""
     try:
         noted: dict[str, Any] = json.loads((folder / f"{version}.json").read_text())
     except FileNotFoundError:
@@ -67,7 +67,7 @@ class Recorder:
 
 
 def surroundings() -> dict[str, str]:
-    """What the tests run on."""
+    """Return what the tests run on."""
     found = {"python": platform.python_version(), "machine": machine()}
     for package in ("torch", "transformers"):
         try:
@@ -78,7 +78,7 @@ def surroundings() -> dict[str, str]:
 
 
 def machine() -> str:
-    """The processor by name, and how many cores of it may be used."""
+    """Return the processor by name, and how many cores of it may be used."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{models[0] if models else platform.machine()}, {len(os.sched_getaffinity(0))} cores"

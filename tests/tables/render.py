@@ -47,7 +47,7 @@ class Entry:
 
 
 def entries(rows: Iterable[Row], table: str, results: Results) -> list[Entry]:
-    """The rows of one table in the order of their names, each once for each of its kinds."""
+    """Return the rows of one table in the order of their names, each once for each of its kinds."""
     grouped: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if row.table == table:
@@ -87,7 +87,7 @@ def reasons(tests: Sequence[str], results: Results) -> list[str]:
 
 
 def render(table: str, rows: Sequence[Row], results: Results) -> str:
-    """The text of docs/features.md or docs/models.md."""
+    """Return the text of docs/features.md or docs/models.md."""
     found = entries(rows, table, results)
     true = [entry for entry in found if entry.is_true]
     versions = list(results)
@@ -186,7 +186,7 @@ def count(ended: Mapping[str, str]) -> dict[str, dict[str, int]]:
 
 
 def render_versions(results: Results) -> str:
-    """The text of docs/versions.md."""
+    """Return the text of docs/versions.md."""
     parts = ["# Versions of vLLM", MADE]
     parts.append(
         "`make test-all` runs the whole suite with the first version, and what is meant for every "

@@ -37,7 +37,7 @@ class Row:
 
 
 def rows_of(test: str, marks: Iterable[Any]) -> Iterator[Row]:
-    """The rows that the marks of a test make true.
+    """Yield the rows that the marks of a test make true.
 
     Raises:
         ValueError: a mark has no row, or says something else.
@@ -54,5 +54,5 @@ def rows_of(test: str, marks: Iterable[Any]) -> Iterator[Row]:
 
 
 def plain(text: str) -> str:
-    """A text with every run of blanks and line ends as one blank, to look for sentences in."""
+    """Return a text with every run of blanks and line ends as one blank, to look for sentences in."""
     return " ".join(text.split())

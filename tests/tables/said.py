@@ -23,7 +23,7 @@ class Said:
 
 
 def sentences_of(item: pytest.Item) -> list[str]:
-    """The sentences of the rows that a test carries."""
+    """Return the sentences of the rows that a test carries."""
     return [row.sentence for row in rows_of(item.nodeid, item.iter_markers()) if row.sentence]
 
 
@@ -36,6 +36,6 @@ def said(request: pytest.FixtureRequest) -> Iterator[Said]:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """A row may have no sentence that nobody looks for."""
+    """Fail a row whose sentence nobody looks for."""
     if sentences_of(item) and "said" not in getattr(item, "fixturenames", ()):
         pytest.fail("a row with refused=... or stock_fails=... needs the fixture `said`", False)

@@ -33,7 +33,7 @@ def weights(draw: st.DrawFn, **limits: int) -> WeightLayout:
 
 @st.composite
 def models(draw: st.DrawFn, max_layers: int = 4) -> ModelLayout:
-    """A few layers of one group; the layers may differ in experts and sizes."""
+    """Return a few layers of one group; the layers may differ in experts and sizes."""
     group_size = draw(st.integers(2, 5))
     layers = []
     for index in range(draw(st.integers(1, max_layers))):
@@ -78,7 +78,7 @@ def layer_costs(draw: st.DrawFn) -> LayerCosts:
 
 
 def scaled(layer: LayerCosts, times: float) -> LayerCosts:
-    """The same layer with so many times the compute."""
+    """Return the same layer with so many times the compute."""
     return replace(
         layer, compute_seconds=lambda num_tokens: times * layer.compute_seconds(num_tokens)
     )

@@ -46,7 +46,7 @@ def compose(name: str) -> dict[str, Any]:
 
 
 def documents(name: str, kind: str) -> list[dict[str, Any]]:
-    """The objects of a kind in a file for Kubernetes."""
+    """Return the objects of a kind in a file for Kubernetes."""
     every = yaml.safe_load_all((DEPLOY / f"{name}.yaml").read_text())
     return [each for each in every if each["kind"] == kind]
 
@@ -68,7 +68,7 @@ def pods(name: str) -> list[dict[str, Any]]:
 
 
 def arguments(folder: Path, command: str, **environment: str) -> list[str]:
-    """What a shell command gives to the program that it becomes, the program's name first."""
+    """Return what a shell command gives to the program that it becomes, the program's name first."""
     for name in ("vllm", "vllm-router", "python3"):
         program = folder / name
         program.write_text('#!/bin/sh\nprintf \'%s\\0\' "${0##*/}" "$@"\n')
@@ -115,7 +115,7 @@ def systemd_ranks(folder: Path, name: str) -> list[list[str]]:
     ids=lambda param: param[1],
 )
 def ranks(request: pytest.FixtureRequest, tmp_path: Path) -> list[list[str]]:
-    """What the program of each rank of an example is given."""
+    """Return what the program of each rank of an example is given."""
     find, name = request.param
     found: list[list[str]] = find(tmp_path, name)
     return found
@@ -258,7 +258,7 @@ def test_objects_for_kubernetes_follow_their_schemas(name: str, schemas: str) ->
 
 
 def mounted_at(mounts: list[dict[str, Any]], folder: Path) -> str:
-    """The volume that holds a folder."""
+    """Return the volume that holds a folder."""
     (name,) = (mount["name"] for mount in mounts if folder.is_relative_to(mount["mountPath"]))
     return str(name)
 

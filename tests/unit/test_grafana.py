@@ -17,7 +17,7 @@ BOARD = Path(__file__).parents[2] / "examples" / "deploy" / "grafana.json"
 
 
 def through_the_model(board: dict[str, Any]) -> dict[str, Any]:
-    """The board as Grafana's model keeps it."""
+    """Return the board as Grafana's model keeps it."""
     pytest.importorskip("grafana_foundation_sdk", reason="the extra `dev` has it")
     from grafana_foundation_sdk.cog.encoder import JSONEncoder
     from grafana_foundation_sdk.cog.plugins import register_default_plugins

@@ -55,7 +55,7 @@ def find_modules() -> dict[str, Path]:
 
 
 def imported(path: Path) -> Iterator[tuple[str, str]]:
-    """(module, name) of everything that a module imports anywhere, also inside functions."""
+    """Yield (module, name) of everything that a module imports anywhere, also inside functions."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from ((alias.name, "") for alias in node.names)
@@ -78,7 +78,7 @@ def import_graph() -> Graph:
 
 
 def room_of(module: str) -> str:
-    """The folder of a module; a module of the top level is a room of its own."""
+    """Return the folder of a module; a module of the top level is a room of its own."""
     return "/".join(module.split(".")[:-1]) or module
 
 
@@ -165,7 +165,7 @@ NAMED_TUPLES = ("_replace", "_asdict", "_fields", "_make")
 
 
 def private_names_made(tree: ast.AST) -> set[str]:
-    """The private names that a module gives to functions, classes and attributes of its own objects."""
+    """Return the private names that a module gives to its functions, classes and attributes."""
     made = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -178,7 +178,7 @@ def private_names_made(tree: ast.AST) -> set[str]:
 
 
 def private_names_used(tree: ast.AST, own: set[str]) -> Iterator[str]:
-    """What a module reaches for that begins with an underscore and is not `own` of its objects.
+    """List the underscored names that a module reaches for and that are not its objects' `own`.
 
     Attributes of anything but `self` and `cls`; those of `self` and `cls` that a base class from
     elsewhere must have made; attributes by name; names and modules of vLLM and torch.

@@ -70,7 +70,7 @@ def test_hooks_are_the_checks_of_make_lint() -> None:
 
 @pytest.fixture(scope="module")
 def wheels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with everything that `scripts/build_wheels.sh` makes."""
+    """Return a folder with everything that `scripts/build_wheels.sh` makes."""
     cache = request.config.cache
     try:
         python = environment(cache.mkdir(COMPILER.replace("==", "-")), COMPILER)

@@ -63,7 +63,7 @@ class Shard(Protocol):
         """Whether it is the memory of an earlier life of this rank: whole, as a start finds it."""
 
     def append(self, piece_bytes: Sequence[int]) -> Mapping:
-        """The next part of the shard, one range over pieces of these sizes.
+        """Return the next part of the shard, one range over pieces of these sizes.
 
         The mapping is owned by the shard and lives until `finish`.
 
@@ -72,7 +72,7 @@ class Shard(Protocol):
         """
 
     def seal(self) -> None:
-        """The layout is final.
+        """Seal the layout: no part is added afterwards.
 
         Raises:
             DwdpMemoryError: an adopted shard has more than was appended.
@@ -82,10 +82,10 @@ class Shard(Protocol):
         """For peers, in order of the pieces; descriptors are owned by the caller."""
 
     def digest(self) -> bytes:
-        """What `device.digest` makes of every byte, where the bytes are."""
+        """Digest every byte where it lies, as `device.digest` does."""
 
     def finish(self) -> None:
-        """The content is final until `map_writable`: drop our own writable mappings."""
+        """Drop our own writable mappings: the content is final until `map_writable`."""
 
     def map_writable(self) -> Mapping:
         """All of a sealed shard, writable for its owner: for new weights; the caller unmaps it.
@@ -170,23 +170,23 @@ class Device(Protocol):
         """
 
     def mapping_counts(self) -> dict[str, int]:
-        """What is mapped now, by kind, for the log and the status; empty where nothing limits it."""
+        """Count what is mapped now, by kind; empty where nothing limits it."""
 
     def handle_bytes(self, piece_bytes: Sequence[int]) -> tuple[int, ...]:
         """Bytes behind each handle that a shard of these pieces is passed by."""
 
     def new_shard(self, name: str) -> Shard:
-        """An empty shard, owned by the caller."""
+        """Return an empty shard, owned by the caller."""
 
     def adopt_shard(self, handles: Handles) -> Shard:
-        """The memory of an earlier life of this rank; owns `handles` once it returns.
+        """Return the memory of an earlier life of this rank; owns `handles` once it returns.
 
         Raises:
             DwdpMemoryError, TransferError: the handles cannot be used; they stay the caller's.
         """
 
     def open_peer(self, handles: Handles) -> PeerMemory:
-        """A peer's whole shard; owns `handles` once it returns.
+        """Return a peer's whole shard; owns `handles` once it returns.
 
         Raises:
             DwdpMemoryError, TransferError: as `adopt_shard`.
@@ -210,7 +210,7 @@ class Device(Protocol):
         """Return memory of freed tensors, which an allocator keeps, to the device."""
 
     def make_queue(self) -> CopyQueue:
-        """A queue for background copies, closed by the caller."""
+        """Return a queue for background copies, closed by the caller."""
 
     def synchronize(self) -> None:
         """Block until everything that was enqueued on the device is done."""

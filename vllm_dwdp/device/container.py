@@ -31,7 +31,7 @@ class Limits:
 
 
 def read_limits(root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> Limits:
-    """The limits of this process; what cannot be read counts as no limit."""
+    """Return the limits of this process; what cannot be read counts as no limit."""
     folders = _folders(root, membership)
     return Limits(
         memory_bytes=_tightest(folders["memory"], _memory_limit),
@@ -92,7 +92,7 @@ def _cpu_share(folder: Path) -> float | None:
 
 
 def _number_in(folder: Path, names: Iterable[str]) -> int | None:
-    """What the first of these files that there is says; None if it says "unlimited"."""
+    """Read the first of these files that exists; None if it says "unlimited"."""
     for name in names:
         text = _read(folder / name)
         if text.isdigit() and int(text) < UNLIMITED_BYTES:

@@ -36,7 +36,7 @@ class CudaShard:
         self._mappings: list[CudaMapping] = []
 
     def append(self, piece_bytes: Sequence[int]) -> CudaMapping:
-        """The next pieces as one range; new ones are allocated, and hold whatever they held."""
+        """Return the next pieces as one range; new ones are allocated, and hold whatever they held."""
         num_bytes = sum(piece_bytes)
         if self.is_adopted:
             self._check_fits(piece_bytes)
@@ -179,7 +179,7 @@ class CudaMemory:
         return self.device.free_bytes, self.device.total_bytes
 
     def users(self) -> str:
-        """What NVML says, where nvidia-ml-py is installed."""
+        """Return what NVML says, where nvidia-ml-py is installed."""
         with suppress(Exception):  # whatever NVML raises: this is for a line of a log
             return "; ".join(torch.cuda.list_gpu_processes(self.torch_device).splitlines())
         return ""
@@ -196,17 +196,17 @@ class CudaMemory:
         return tuple(piece_bytes)
 
     def new_shard(self, name: str) -> CudaShard:
-        """An empty shard; device memory has no names."""
+        """Return an empty shard; device memory has no names."""
         return CudaShard(self.memory)
 
     def adopt_shard(self, handles: Handles) -> CudaShard:
-        """The allocations of an earlier life of this rank."""
+        """Return the allocations of an earlier life of this rank."""
         shard = CudaShard(self.memory, self.memory.import_pieces(handles, is_peers=False))
         handles.close()
         return shard
 
     def open_peer(self, handles: Handles) -> CudaPeer:
-        """A peer's allocations, mapped."""
+        """Return a peer's allocations, mapped."""
         peer = CudaPeer(self.memory, self.memory.import_pieces(handles, is_peers=True))
         handles.close()
         return peer
@@ -235,7 +235,7 @@ class CudaMemory:
         self._clear_cache()
 
     def make_queue(self) -> CudaQueue:
-        """A copy stream."""
+        """Return a copy stream."""
         return CudaQueue(self.device)
 
     def synchronize(self) -> None:

@@ -123,8 +123,9 @@ class _Native:
 
 
 class CudaDevice(_Native):
-    """One device's memory, in its primary context. Memory that was made must be given back before
-    `close`; closing only drops the context.
+    """One device's memory, in its primary context.
+
+    Memory that was made must be given back before `close`; closing only drops the context.
 
     Args:
         ordinal: the CUDA device, as counted by this process.
@@ -151,7 +152,7 @@ class CudaDevice(_Native):
         return self.granularity_of("none")
 
     def granularity_of(self, handle_type: HandleType) -> int:
-        """What sizes and addresses of such allocations and their mappings must be multiples of."""
+        """Return the bytes that sizes and addresses of allocations and mappings are multiples of."""
         granularity, kind = ctypes.c_size_t(), _HANDLE_TYPES[handle_type]
         status = self._status(self._lib.dwdp_cuda_granularity, kind, ctypes.byref(granularity))
         self._check_memory(status, "asking for the allocation granularity")
@@ -200,28 +201,28 @@ class CudaDevice(_Native):
         self._check_memory(status, "releasing device memory")
 
     def export_fd(self, handle: int) -> int:
-        """A new descriptor of an allocation made for it; the caller closes it."""
+        """Return a new descriptor of an allocation made for it; the caller closes it."""
         fd = ctypes.c_int()
         status = self._status(self._lib.dwdp_cuda_export_fd, handle, ctypes.byref(fd))
         self._check_memory(status, "exporting device memory as a file descriptor")
         return fd.value
 
     def import_fd(self, fd: int) -> int:
-        """A handle of a peer's allocation, to be released; the descriptor stays the caller's."""
+        """Return a handle of a peer's allocation, to be released; the descriptor stays the caller's."""
         handle = ctypes.c_uint64()
         status = self._status(self._lib.dwdp_cuda_import_fd, fd, ctypes.byref(handle))
         self._check_memory(status, f"importing device memory from file descriptor {fd}")
         return handle.value
 
     def export_fabric(self, handle: int) -> bytes:
-        """The 64-byte name, within the NVLink domain, of an allocation made with `fabric`."""
+        """Return the 64-byte name, within the NVLink domain, of an allocation made with `fabric`."""
         data = ctypes.create_string_buffer(_FABRIC_HANDLE_BYTES)
         status = self._status(self._lib.dwdp_cuda_export_fabric, handle, data)
         self._check_memory(status, "exporting device memory as a fabric handle")
         return data.raw
 
     def import_fabric(self, data: bytes) -> int:
-        """A handle of a peer's allocation, to be released."""
+        """Return a handle of a peer's allocation, to be released."""
         if len(data) != _FABRIC_HANDLE_BYTES:
             raise DwdpMemoryError(
                 f"a fabric handle of {len(data)} bytes cannot be imported: it must have "
@@ -233,7 +234,7 @@ class CudaDevice(_Native):
         return handle.value
 
     def reserve(self, num_bytes: int) -> int:
-        """The address of a new range without memory; freed with `free_address`."""
+        """Return the address of a new range without memory; freed with `free_address`."""
         address = ctypes.c_uint64()
         status = self._status(self._lib.dwdp_cuda_reserve, num_bytes, ctypes.byref(address))
         self._check_memory(status, f"reserving {num_bytes} bytes of device addresses")
@@ -274,7 +275,7 @@ class CudaDevice(_Native):
         _check(status, f"copying {num_bytes} bytes on the device", TransferError)
 
     def read(self, address: int, num_bytes: int) -> bytes:
-        """The bytes at a device address, after everything the device was given before."""
+        """Return the bytes at a device address, after everything the device was given before."""
         data = ctypes.create_string_buffer(num_bytes)
         status = self._status(self._lib.dwdp_cuda_read, data, address, num_bytes)
         _check(status, f"reading {num_bytes} bytes from the device", TransferError)
@@ -392,7 +393,7 @@ class CudaCopyQueue(_Native):
         self._call(self._lib.dwdp_cuda_queue_wait, "waiting for copies", batch, stream)
 
     def record(self, batch: int, stream: int) -> None:
-        """The batch is consumed once `stream`, not capturing, has done what it was given so far."""
+        """Mark the batch consumed once `stream`, not capturing, has done what it was given so far."""
         self._call(self._lib.dwdp_cuda_queue_record, "recording a consumed slot", batch, stream)
 
     def capture_record(self, batch: int, stream: int) -> None:

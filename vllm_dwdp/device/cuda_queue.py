@@ -65,7 +65,7 @@ class CudaQueue:
         return self._queue.is_capturing(self._current_stream())
 
     def capture_record(self, batch: int) -> None:
-        """A mark for `capture_fill`."""
+        """Record a mark for `capture_fill`."""
         self._queue.capture_record(batch, self._current_stream())
 
     def capture_fill(self, batch: int, after: int) -> None:

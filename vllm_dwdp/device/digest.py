@@ -45,7 +45,7 @@ KEY_TEXT = b"vllm-dwdp: keys of the digest of a shard"
 
 
 def digest_host_memory(address: int, num_bytes: int) -> bytes:
-    """The digest of host memory, by as many threads as this process has cores.
+    """Return the digest of host memory, by as many threads as this process has cores.
 
     Args:
         address: of the first byte.
@@ -65,7 +65,7 @@ def digest_host_memory(address: int, num_bytes: int) -> bytes:
 
 
 def digest_tensor(words: torch.Tensor) -> bytes:
-    """The digest of a tensor's bytes, by kernels of its device on torch's current stream.
+    """Return the digest of a tensor's bytes, by kernels of its device on torch's current stream.
 
     Args:
         words: `[num_words]`, int64, contiguous.
@@ -87,7 +87,7 @@ def digest_tensor(words: torch.Tensor) -> bytes:
 
 @functools.cache
 def key_bytes() -> bytes:
-    """The keys `[lane, whole word or upper half, PIECE_WORDS]`, odd 64-bit words, little-endian."""
+    """Return the keys `[lane, whole word or upper half, PIECE_WORDS]`, odd, 64 bits, little-endian."""
     drawn = bytearray(hashlib.shake_256(KEY_TEXT).digest(NUM_LANES * 2 * PIECE_BYTES))
     drawn[::WORD_BYTES] = bytes(byte | 1 for byte in drawn[::WORD_BYTES])
     return bytes(drawn)

@@ -189,7 +189,7 @@ class AdoptedShard:
         self._whole = map_pages(fd, 0, capacity_bytes, writable=False)
 
     def append(self, piece_bytes: Sequence[int]) -> Mapping:
-        """The next bytes of the whole."""
+        """Return the next bytes of the whole."""
         num_bytes = sum(piece_bytes)
         part = Mapping(self._whole.address + self.num_bytes, num_bytes)
         self.num_bytes += num_bytes
@@ -205,7 +205,7 @@ class AdoptedShard:
         return digest_host_memory(self._whole.address, self._whole.num_bytes)
 
     def seal(self) -> None:
-        """It is sealed; all of it must have been handed out.
+        """Finish the sealed whole; all of it must have been handed out.
 
         Raises:
             DwdpMemoryError: the layout of the model does not fit it.
@@ -313,15 +313,15 @@ class HostDevice:
         return (sum(piece_bytes),)
 
     def new_shard(self, name: str) -> HostShard:
-        """An empty memfd."""
+        """Return an empty memfd."""
         return HostShard(name)
 
     def adopt_shard(self, handles: Handles) -> AdoptedShard:
-        """The memfd of an earlier life."""
+        """Return the memfd of an earlier life."""
         return AdoptedShard(*_sealed_file(handles))
 
     def open_peer(self, handles: Handles) -> HostPeer:
-        """A peer's memfd."""
+        """Return a peer's memfd."""
         return HostPeer(*_sealed_file(handles))
 
     def new_slots(self, num_slots: int, layout: SlotLayout) -> HostSlots:
@@ -352,7 +352,7 @@ class HostDevice:
 
 
 def _sealed_file(handles: Handles) -> tuple[int, int]:
-    """The descriptor of a shard and its bytes.
+    """Return the descriptor of a shard and its bytes.
 
     Raises:
         DwdpMemoryError: it is no memfd of that size which nobody can resize any more.

@@ -42,7 +42,7 @@ class HostCopyQueue(NativeQueue):
         """Nothing: see `issue`."""
 
     def describe(self) -> str:
-        """The threads."""
+        """Return the threads."""
         return f"{self.num_threads} copying threads"
 
     def __enter__(self) -> "HostCopyQueue":

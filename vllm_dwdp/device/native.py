@@ -1,5 +1,6 @@
-"""The typed face of `libdwdp.so` (sources in `csrc/`), loaded on first use; its CUDA part is in
-`vllm_dwdp.device.cuda_driver`.
+"""The typed face of `libdwdp.so` (sources in `csrc/`), loaded on first use.
+
+Its CUDA part is in `vllm_dwdp.device.cuda_driver`.
 
 Every call releases the GIL (ctypes) and takes about a microsecond. Importing this module needs no
 library.
@@ -31,7 +32,7 @@ class Slice(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The loaded library.
+    """Return the loaded library.
 
     Raises:
         NativeLibraryError: it is missing, cannot be loaded, or belongs to another version.
@@ -84,7 +85,7 @@ def _declare(lib: ctypes.CDLL) -> None:
 
 
 def sum_pieces(address: int, num_words: int, keys: bytes, piece_words: int) -> bytes:
-    """The sums of `device.digest` over words in host memory, two little-endian words a piece."""
+    """Return the sums of `device.digest` over words in host memory, two little-endian words a piece."""
     num_pieces = -(-num_words // piece_words)
     sums = (ctypes.c_uint64 * (2 * num_pieces))()
     library().dwdp_sum_pieces(address, num_words, keys, piece_words, sums)

@@ -36,7 +36,7 @@ class CopyQueue(Protocol):
         """Make what follows wait for the batch's last fill; returns the seconds the host slept."""
 
     def record(self, batch: int) -> None:
-        """The kernels that read the batch's slot are done (host) or enqueued (CUDA)."""
+        """Note that the kernels that read the batch's slot are done (host) or enqueued (CUDA)."""
 
     def drain(self) -> None:
         """Block the host until nothing is queued or running."""

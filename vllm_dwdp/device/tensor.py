@@ -8,7 +8,7 @@ import torch
 def tensor_at(
     address: int, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device
 ) -> torch.Tensor:
-    """A contiguous tensor `shape` over memory at `address`, which must outlive it and is not owned.
+    """Return a contiguous tensor over memory at `address`, which is not owned and must outlive it.
 
     The device is given, not asked of the driver: the first page of a composite tensor may be a
     peer's. Writing through it is the caller's responsibility.

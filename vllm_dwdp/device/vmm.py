@@ -80,7 +80,7 @@ class Allocations:
         self.num_bytes += allocation.num_bytes
 
     def between(self, offset: int, num_bytes: int) -> Iterator[Allocation]:
-        """The whole allocations that make up `[offset, offset + num_bytes)`."""
+        """Yield the whole allocations that make up `[offset, offset + num_bytes)`."""
         end = offset + num_bytes
         while offset < end:
             allocation = self._allocations[offset]
@@ -123,7 +123,7 @@ class VirtualMemory:
         self._said: set[str] = set()
 
     def allocate(self, num_bytes: int, purpose: str, *, shared: bool) -> Allocation:
-        """New memory without an address.
+        """Create memory without an address.
 
         Raises:
             DwdpMemoryError: the device has not enough.
@@ -198,7 +198,7 @@ class VirtualMemory:
         return Handles(fds=tuple(fds), fabric=names, num_bytes=num_bytes)
 
     def digest(self, mapping: CudaMapping) -> bytes:
-        """The digest of a mapped range, made on the device; only sums of it travel to the host."""
+        """Return the digest of a mapped range, made on the device; only its sums travel to the host."""
         words = (mapping.num_bytes // torch.int64.itemsize,)
         return digest_tensor(tensor_at(mapping.address, torch.int64, words, self._torch_device))
 
@@ -252,7 +252,7 @@ class VirtualMemory:
             logger.warning("DWDP: this driver %s (%s)", what, refusals[0])
 
     def import_pieces(self, handles: Handles, *, is_peers: bool) -> Allocations:
-        """A shard's pieces; the descriptors stay the caller's.
+        """Return a shard's pieces; the descriptors stay the caller's.
 
         By descriptors, or where these cannot be imported and fabric handles came too, by those.
 
@@ -292,7 +292,7 @@ class VirtualMemory:
 
 
 def _passable(device: CudaDevice, carries_fds: bool) -> HandleType:
-    """What shared memory of this device is made as: all that works here and can be passed to peers.
+    """Return the handle types of shared memory: all that work here and can be passed to peers.
 
     Descriptors keep memory alive, fabric handles are imported where descriptors are not; together they
     serve whatever the peer can.

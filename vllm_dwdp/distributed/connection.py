@@ -58,7 +58,7 @@ class Connection(ABC):
 
     @abstractmethod
     def receive(self, max_fds: int) -> tuple[bytes, list[int]] | None:
-        """The bytes of one message and its descriptors, owned by the caller; None if none is there.
+        """Return one message's bytes and descriptors, owned by the caller; None if none is there.
 
         Raises:
             ProtocolError: it is longer, or brings more descriptors, than allowed, or is not authentic.
@@ -128,7 +128,7 @@ class PacketConnection(Connection):
             self.sock.send(data)
 
     def flush(self) -> bool:
-        """True: nothing is ever kept back."""
+        """Return true: nothing is ever kept back."""
         return True
 
     def receive(self, max_fds: int) -> tuple[bytes, list[int]] | None:

@@ -141,7 +141,7 @@ class Dialler:
             raise PeerMismatchError(f"{name_of(peer)} of group {self.group}: {reply.reason}")
 
     def _request(self, peer: int, wanted: int, *, wants_handles: bool) -> messages.Request:
-        """The request to `peer` for the shard of `wanted`: its own, or one that it holds."""
+        """Return the request to `peer` for the shard of `wanted`: its own, or one that it holds."""
         ours = (self.dwdp_rank, self.generation, self.fingerprint)
         if peer == wanted:
             return messages.Hello(*ours, wants_handles)

@@ -39,11 +39,11 @@ class Endpoint(ABC):
 
     @abstractmethod
     def greet(self, sock: socket.socket, group: int, rank: int) -> Connection | None:
-        """The connection over a socket that our listener accepted; None if we do not talk to it."""
+        """Return the connection over an accepted socket; None if we do not talk to its other end."""
 
     @abstractmethod
     def connect(self, group: int, rank: int, timeout_s: float) -> Connection | None:
-        """A connection to that rank, or None if nobody listens there (yet).
+        """Return a connection to that rank, or None if nobody listens there (yet).
 
         Raises:
             RendezvousError: somebody listens there who is not that rank.
@@ -63,5 +63,5 @@ class Endpoint(ABC):
 
 
 def name_of(rank: int) -> str:
-    """What a rank, or the holder, is called in a sentence."""
+    """Name a rank, or the holder, in a sentence."""
     return "the holder" if rank == HOLDER else f"rank {rank}"

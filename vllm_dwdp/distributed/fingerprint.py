@@ -80,7 +80,7 @@ def checkpoint_digest(files: Iterable[Path]) -> str:
 
 
 def _digest_of(piece: tuple[Path, int, int]) -> bytes:
-    """Mapped, not read: buffers would leave holes in the heap that is about to hold the model."""
+    """Map the file instead of reading it: buffers would leave holes in the heap of the coming model."""
     path, start, stop = piece
     first_page = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
     with (
@@ -100,7 +100,7 @@ def _whole(path: Path) -> Iterator[tuple[int, int]]:
 
 
 def _spans_read(path: Path) -> Iterator[tuple[int, int]]:
-    """The byte ranges of a file of a large checkpoint that count, none longer than `PIECE_BYTES`."""
+    """Yield the byte ranges that count of a file of a large checkpoint, at most `PIECE_BYTES` each."""
     size = path.stat().st_size
     for start, stop in _shared_spans(path):
         yield from _cut(start, min(stop, size))
@@ -109,7 +109,7 @@ def _spans_read(path: Path) -> Iterator[tuple[int, int]]:
 
 
 def _shared_spans(path: Path) -> Iterator[tuple[int, int]]:
-    """The header of a safetensors file and its tensors that are no routed experts.
+    """Yield the header of a safetensors file and its tensors that are no routed experts.
 
     Nothing of a file that is no such file: vLLM's loader says what is wrong with it.
     """

@@ -104,7 +104,7 @@ class GroupState:
             self._generations[rank] = max(shard.generation, seen)
 
     def held(self) -> dict[int, PublishedShard]:
-        """The shards of the peers we met."""
+        """Return the shards of the peers we met."""
         with self._lock:
             return dict(self._held)
 
@@ -175,7 +175,7 @@ class GroupState:
     def peer_states(
         self, held: Mapping[int, PublishedShard], alive: set[int]
     ) -> dict[int, PeerState]:
-        """The state of each peer, given which of those we met still listen; notes new deaths."""
+        """Return the state of each peer, given which of those we met still listen; notes new deaths."""
         states = {}
         with self._lock:
             for rank in sorted(self.peer_ranks):
@@ -240,7 +240,7 @@ class GroupState:
     def _refusal(
         self, request: messages.Hello | messages.Borrow | messages.Failed
     ) -> messages.Refused | None:
-        """The reason why we do not talk to this peer, or None."""
+        """Return the reason why we do not talk to this peer, or None."""
         rank = request.dwdp_rank
         if rank not in self.peer_ranks:
             return messages.Refused(
@@ -286,5 +286,5 @@ class GroupState:
 
 
 def ranks_after(dwdp_rank: int, group_size: int) -> tuple[int, ...]:
-    """The other ranks of a group, starting after `dwdp_rank`."""
+    """Return the other ranks of a group, starting after `dwdp_rank`."""
     return tuple((dwdp_rank + step) % group_size for step in range(1, group_size))

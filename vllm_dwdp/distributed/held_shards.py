@@ -43,7 +43,7 @@ class HeldShards:
             shard.close()
 
     def generation(self, rank: int) -> int:
-        """The start of `rank` whose shard we hold; 0 if we hold none."""
+        """Return the start of `rank` whose shard we hold; 0 if we hold none."""
         with self._lock:
             return self._shards[rank].generation if rank in self._shards else 0
 
@@ -108,7 +108,7 @@ class HeldShards:
         return [(messages.Accepted(), ())]
 
     def status(self) -> dict[str, Any]:
-        """What is held, as JSON; `shared_bytes` are those that a living rank has as well."""
+        """Return what is held, as JSON; `shared_bytes` are those that a living rank has as well."""
         with self._lock:
             held = {rank: sum(shard.handle_bytes) for rank, shard in sorted(self._shards.items())}
             shared = sum(num_bytes for rank, num_bytes in held.items() if rank in self._running)

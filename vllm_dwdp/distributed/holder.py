@@ -90,7 +90,7 @@ class GroupHolder:
         return news + self._shards.settle()
 
     def status(self) -> dict[str, Any]:
-        """What we answer whoever asks how we are, as JSON."""
+        """Return the answer to a status request, as JSON."""
         return self._shards.status() | {"group_size": self._group_size}
 
     def _ask(self, rank: int) -> list[str]:
@@ -135,7 +135,7 @@ class GroupHolder:
         return self._shards.hold(shard, reply.fingerprint)
 
     def _pass_over(self, rank: int, generation: int) -> list[str]:
-        """A shard without descriptors, which are what keeps memory alive; said once."""
+        """Report once a shard without descriptors, which are what keeps memory alive."""
         if (rank, generation) in self._passed_over:
             return []
         self._passed_over.add((rank, generation))

@@ -51,7 +51,7 @@ class DwdpLaunch:
     tensor_parallel_size: int = 1
 
     def seat(self, rank: int) -> "Seat":
-        """The seat of global rank `rank`, which is also the index of its engine.
+        """Return the seat of global rank `rank`, which is also the index of its engine.
 
         Of several workers the first one's.
         """
@@ -69,7 +69,7 @@ class DwdpLaunch:
         return self.seats_of(range(self.ranks.total))
 
     def seats_of(self, ranks: Iterable[int]) -> tuple["Seat", ...]:
-        """The seats of all workers of these ranks, in order."""
+        """Return the seats of all workers of these ranks, in order."""
         return tuple(seat for rank in ranks for seat in self.seat(rank).of_tensor_ranks)
 
 
@@ -153,5 +153,5 @@ class Seat:
 def place_in_group(
     rank: int, group_size: int, tensor_rank: int = 0, tensor_parallel_size: int = 1
 ) -> tuple[int, int]:
-    """The number of a worker's group within the deployment, and its position there."""
+    """Return the number of a worker's group within the deployment, and its position there."""
     return rank // group_size * tensor_parallel_size + tensor_rank, rank % group_size

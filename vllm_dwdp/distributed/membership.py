@@ -151,7 +151,7 @@ class Membership:
         self._status.provider = provider
 
     def status(self) -> dict[str, Any]:
-        """What we answer whoever asks how we are, as JSON."""
+        """Return the answer to a status request, as JSON."""
         return self._status.content()
 
     def peers(self) -> dict[int, PeerState]:
@@ -214,15 +214,15 @@ class Membership:
         self._state.propose_limit(limit)
 
     def agree_on_limit(self) -> int | None:
-        """The limit of the group, once `wait_ready` has returned; waits for nobody."""
+        """Return the limit of the group, once `wait_ready` has returned; waits for nobody."""
         return self._state.agree_on_limit()
 
     def learn_update(self) -> int:
-        """The number of the last update of the group's weights, once `wait_ready` has returned."""
+        """Return the number of the group's last update of weights, once `wait_ready` has returned."""
         return self._state.learn_update()
 
     def held(self) -> dict[int, PublishedShard]:
-        """The shards of the peers, with descriptors of the caller's own."""
+        """Return the shards of the peers, with descriptors of the caller's own."""
         return {rank: shard.duplicate() for rank, shard in self._state.held().items()}
 
     @property

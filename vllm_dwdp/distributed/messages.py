@@ -187,7 +187,7 @@ _replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 def shard_packets(
     header: Shard, fds: Sequence[int], fabric_handles: Sequence[bytes]
 ) -> Iterator[Packet]:
-    """A shard as messages; `fds` stay the caller's and must stay open until they are sent."""
+    """Yield a shard as messages; `fds` stay the caller's and must stay open until they are sent."""
     yield header, ()
     for start in range(0, len(fds), FDS_PER_MESSAGE):
         batch = tuple(fds[start : start + FDS_PER_MESSAGE])
@@ -197,14 +197,14 @@ def shard_packets(
 
 
 def encode(message: Request | Reply) -> bytes:
-    """The bytes of a message."""
+    """Return the bytes of a message."""
     data = _encoder.encode(message)
     assert len(data) <= MAX_MESSAGE_BYTES, f"{type(message).__name__} of {len(data)} bytes"
     return data
 
 
 def decode_request(data: bytes) -> Request:
-    """The request in `data`.
+    """Return the request in `data`.
 
     Raises:
         ProtocolError: it is none.
@@ -222,7 +222,7 @@ def decode_reply(data: bytes) -> Reply:
 def collect_handles(
     header: Shard, receive: Callable[[], tuple[Reply, list[int]]]
 ) -> tuple[list[int], list[bytes]]:
-    """The handles that follow `header`; the caller owns the descriptors.
+    """Return the handles that follow `header`; the caller owns the descriptors.
 
     Args:
         receive: the next reply and the descriptors that came with it.

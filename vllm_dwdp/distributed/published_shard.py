@@ -83,7 +83,7 @@ class PeerState:
 
 
 def agreed_limit(shards: Iterable[PublishedShard]) -> int | None:
-    """The one `direct_limit` of the ranks of these shards: that in force, else the least proposed.
+    """Return the `direct_limit` of these shards' ranks: that in force, else the least proposed.
 
     The least is the safe side, and it is the rank whose links are the most in demand. To count it once
     more changes nothing, so it does not matter which rank decides first. None if nobody proposes one.

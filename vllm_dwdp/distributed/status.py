@@ -44,7 +44,7 @@ class RankStatus:
         return self._state.peer_states(held, alive)
 
     def content(self) -> dict[str, Any]:
-        """The status as JSON: what the rank is and does, its peers, and what `provider` adds."""
+        """Return the status as JSON: what the rank is and does, its peers, and what `provider` adds."""
         failed_at, failure = self._state.last_failure
         facts: dict[str, Any] = {
             "group": self._dialler.group,
@@ -71,7 +71,7 @@ _LATEST = ("_seconds", "generation", "last_failure_at")
 
 
 def status_of_rank(workers: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The status of a rank whose workers have a slice of every tensor each, in order of their slices.
+    """Return the status of a rank from those of its workers, in order of their slices.
 
     Bytes and counts of copies add up. Of times that pass for all of them the longest is the rank's, and
     a peer is what the worst off of its workers is. The rest is the first worker's.

@@ -131,7 +131,7 @@ class TcpEndpoint(Endpoint):
         return server
 
     def greet(self, sock: socket.socket, group: int, rank: int) -> SecureConnection:
-        """A connection that first authenticates both ends."""
+        """Return a connection that first authenticates both ends."""
         connection = SecureConnection(sock, self.secret, _purpose(group, rank), listens=True)
         connection.flush()
         return connection
@@ -217,7 +217,7 @@ class TcpEndpoint(Endpoint):
 
 
 def read_secret(path: Path) -> bytes:
-    """The content of a secret file, without a final line break.
+    """Return the content of a secret file, without a final line break.
 
     Raises:
         DwdpConfigError: it cannot be read, others can read it, or it is empty, short or huge.

@@ -39,10 +39,10 @@ class _LocalEndpoint(Endpoint):
 
     @abstractmethod
     def _address(self, group: int, rank: int) -> str:
-        """The address to bind and to connect to."""
+        """Return the address to bind and to connect to."""
 
     def greet(self, sock: socket.socket, group: int, rank: int) -> PacketConnection | None:
-        """A connection, if the other end runs as our user or as root."""
+        """Return a connection, if the other end runs as our user or as root."""
         return PacketConnection(sock) if _peer_uid(sock) in (os.geteuid(), 0) else None
 
     def connect(self, group: int, rank: int, timeout_s: float) -> PacketConnection | None:
@@ -137,7 +137,7 @@ class UnixEndpoint(_LocalEndpoint):
         return f"{self.location}/{_place(group, rank)}.sock"
 
     def _owners(self) -> tuple[int, ...]:
-        """The folder's owner, whom root may ask for a status."""
+        """Return the folder's owner, whom root may ask for a status."""
         with suppress(OSError):
             return (os.stat(self.location).st_uid,)
         return ()

@@ -217,7 +217,7 @@ class WeightAgreement:
         return reached
 
     def _hear(self, rank: int, step: Step) -> messages.Progress | None:
-        """What a peer says if it has come as far as `step`, else None.
+        """Return what a peer says if it has come as far as `step`, else None.
 
         Raises:
             WeightUpdateError: it never will.

@@ -53,7 +53,7 @@ class RankExecutor(Hooked):
                 yield
 
     def confined(self, cores: Sequence[Sequence[int]]) -> AbstractContextManager[None]:
-        """What keeps each worker on its `cores`, and takes its memory from their node."""
+        """Keep each worker on its `cores`, and take its memory from their node."""
         raise NotImplementedError
 
 
@@ -64,7 +64,7 @@ class DwdpExecutor(RankExecutor, HookedUniProcExecutor):
 
     @contextmanager
     def confined(self, cores: Sequence[Sequence[int]]) -> Iterator[None]:
-        """This process, for good."""
+        """Bind this process, for good."""
         (own,) = cores
         cpu.confine_this_thread(own)
         cpu.compute_on(own)
@@ -86,5 +86,5 @@ class DwdpMultiprocExecutor(RankExecutor, HookedMultiprocExecutor):
     """
 
     def confined(self, cores: Sequence[Sequence[int]]) -> AbstractContextManager[None]:
-        """This thread, while it starts a worker, which inherits it."""
+        """Bind this thread while it starts a worker, which inherits the cores."""
         return cpu.confined_workers()

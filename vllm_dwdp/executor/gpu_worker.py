@@ -27,7 +27,7 @@ class DwdpGPUWorker(DwdpWorker, Worker):
     _resources: ExitStack
 
     def make_device(self) -> Device:
-        """The GPU that vLLM gave this worker."""
+        """Return the GPU that vLLM gave this worker."""
         carries_fds = self.seat.launch.endpoint.carries_fds
         return CudaMemory(self.device.index, carries_fds=carries_fds)
 

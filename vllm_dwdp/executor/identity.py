@@ -75,7 +75,7 @@ def _checkpoint_digest(vllm_config: Any) -> str:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    """The files of a checkpoint folder in the format that vLLM prefers; or `path` itself."""
+    """Return the files of a checkpoint folder in the format that vLLM prefers; or `path` itself."""
     if path.is_file():
         return [path]
     listed = (sorted(path.glob(pattern)) for pattern in _WEIGHT_FILES)

@@ -37,7 +37,7 @@ def announce_cores(group: ExpertGroup, cores: set[int]) -> None:
 
 
 def cores_of_others(seat: Seat) -> dict[Seat, set[int]]:
-    """The cores of each worker of this deployment that tells; one that comes later asks us."""
+    """Return the cores of each worker of this deployment that tells; one that comes later asks us."""
     found = {}
     for other in seat.launch.all_seats:
         if other == seat:

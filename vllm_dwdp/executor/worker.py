@@ -91,7 +91,7 @@ class DwdpWorker:
         return times
 
     def dwdp_status(self) -> dict[str, Any]:
-        """This rank's status, for `collective_rpc("dwdp_status")`."""
+        """Return this rank's status, for `collective_rpc("dwdp_status")`."""
         return {"mode": "replica"} if self.expert_group is None else self.expert_group.status()
 
     def shutdown(self) -> None:

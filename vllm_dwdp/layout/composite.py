@@ -43,12 +43,12 @@ class ByteRange:
         return self.stop > self.start
 
     def intersect(self, other: "ByteRange") -> "ByteRange":
-        """The common part; empty (false) when there is none."""
+        """Return the common part; empty (false) when there is none."""
         start = max(self.start, other.start)
         return ByteRange(start, max(start, min(self.stop, other.stop)))
 
     def aligned(self, page_bytes: int) -> "ByteRange":
-        """The smallest page-aligned range that covers this one."""
+        """Return the smallest page-aligned range that covers this one."""
         return ByteRange(
             self.start // page_bytes * page_bytes, -(-self.stop // page_bytes) * page_bytes
         )

@@ -57,7 +57,7 @@ class LayerLayout:
         return self.shard_offsets[weight][rank] + byte - pages.start
 
     def remote_parts(self, rank: int) -> tuple[tuple[int, ByteRange], ...]:
-        """The remote pages of all weights, each with the index of its weight, in registration order."""
+        """Return all weights' remote pages with the index of their weight, in registration order."""
         return tuple(
             (index, part)
             for index, layout in enumerate(self.weights)

@@ -60,7 +60,7 @@ class Placement:
         return tuple(self._grow(self._home(rank)) for rank in range(self.group_size))
 
     def source(self, expert: int, rank: int) -> int:
-        """The rank from which `rank` reads `expert`: itself, else the next holder in rotated order."""
+        """Return the rank from which `rank` reads `expert`: itself, else the next holder in rotation."""
         for step in range(self.group_size):
             candidate = (rank + step) % self.group_size
             if expert in self.resident[candidate]:

@@ -42,7 +42,7 @@ class SlotLayout:
 
     @classmethod
     def plan(cls, layers: Sequence[LayerLayout], rank: int, pool_page_bytes: int) -> "SlotLayout":
-        """The smallest slot that holds the remote pages of any one of `layers`."""
+        """Return the smallest slot that holds the remote pages of any one of `layers`."""
         page_bytes = layers[0].weights[0].page_bytes
         assert pool_page_bytes % page_bytes == 0
         pool, single = [0], [0]

@@ -52,7 +52,7 @@ def adopt_shard(
 
 
 def _try_to_adopt(device: Device, kept: PublishedShard, rank: int, cost: StartCost) -> Shard | None:
-    """The memory behind `kept`, which is taken over, or None if it is not what was published."""
+    """Return the memory behind `kept`, which is taken over, or None if it is not what was published."""
     with ExitStack() as undo:
         undo.callback(kept.close)
         try:

@@ -20,7 +20,7 @@ class Arrivals:
         self._before = before
 
     def note(self, name: str, tensor: torch.Tensor) -> None:
-        """A tensor came; of a routed expert, which is another rank's or ours, its beginning counts."""
+        """Note a tensor that came; of a routed expert, another rank's or ours, its beginning counts."""
         if not self._before:
             self.digests[name] = b""
             return

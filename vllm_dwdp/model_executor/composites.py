@@ -58,13 +58,13 @@ class CompositeMapper:
     resources: ExitStack
 
     def direct_view(self, index: int) -> LayerView:
-        """The layer's experts where they are: remote pages are the peers'."""
+        """Return the layer's experts where they are: remote pages are the peers'."""
         layer = self.layout.layers[index]
         segments = [list(self._direct_segments(layer, n)) for n in range(len(layer.weights))]
         return self._map(index, segments)
 
     def ring_view(self, index: int, slots: Slots, slot: int, slot_layout: SlotLayout) -> LayerView:
-        """The layer's experts with remote pages in slot number `slot`, which copies fill."""
+        """Return the layer's experts with remote pages in slot number `slot`, which copies fill."""
         layer = self.layout.layers[index]
         segments: list[list[Segment]] = [
             list(self._own_segment(layer, n)) for n in range(len(layer.weights))

@@ -153,7 +153,7 @@ def costs_from(
 
 
 def hardware_of(speeds: Speeds) -> Hardware:
-    """The accelerator whose peaks, at the planner's efficiencies, are what was measured."""
+    """Return the accelerator whose peaks, at the planner's efficiencies, are what was measured."""
     bf16_tflops = speeds.operations_per_s / 1e12 / LARGE_PRODUCT
     return Hardware(
         name="measured",
@@ -168,7 +168,7 @@ def hardware_of(speeds: Speeds) -> Hardware:
 
 
 def proposed_limit(config: DwdpConfig, costs: LayerCosts | None) -> int | None:
-    """The most tokens of a step that this rank would read in place for; None if it has no choice."""
+    """Return the largest step that this rank would read in place for; None if it has no choice."""
     if config.mode != "auto" or costs is None:
         return None
     limit = config.direct_max_tokens
@@ -219,5 +219,5 @@ def log_break_even(rank: int, policy: ModePolicy, served: ServedModel) -> None:
 
 
 def _after(dwdp_rank: int, peers: Mapping[int, PeerMemory]) -> list[int]:
-    """The peers, starting after our own rank: so that not all ranks pull from the same one first."""
+    """Return the peers from the next rank on, so that not all ranks pull from the same one first."""
     return sorted(peers, key=lambda rank: (rank < dwdp_rank, rank))

@@ -73,7 +73,7 @@ class ExpertShard:
         )
 
     def loads(self, num_experts: int) -> ExpertRange:
-        """The experts of such a layer that this rank reads: none that it has adopted."""
+        """Return the experts of such a layer that this rank reads: none that it has adopted."""
         if self.is_adopted:
             return ExpertRange(0, 0)
         return self.placement(num_experts).resident[self.dwdp_rank]
@@ -86,7 +86,7 @@ class ExpertShard:
         return is_new
 
     def add_layer(self, layer: DwdpRoutedExperts) -> None:
-        """A layer was built; remember the order, which is the order in which layers run."""
+        """Register a layer that was built; layers run in this order."""
         self.layers.append(
             ShardedLayer(
                 layer=layer,
@@ -180,13 +180,13 @@ class ExpertShard:
         return layout
 
     def private_tensors(self, layout: ModelLayout) -> PrivateTensors:
-        """The small tensors that this rank keeps whole."""
+        """Return the small tensors that this rank keeps whole."""
         return PrivateTensors(
             layers=self.published, layout=layout, dwdp_rank=self.dwdp_rank, device=self.device
         )
 
     def layout_facts(self) -> bytes:
-        """What lies in every rank's shard, and the code that will read it, as ranks compare it.
+        """Return what lies in every rank's shard and the code that will read it, as ranks compare it.
 
         Sizes alone would not tell apart two kernels that order the same bytes differently.
         """
@@ -197,7 +197,7 @@ class ExpertShard:
         return sum(entry.layer.raw.read_bytes for entry in self.layers)
 
     def read_share(self) -> float:
-        """The part of the checkpoint's large expert tensors that was read; 0 if it has none."""
+        """Return the part of the checkpoint's large expert tensors that was read; 0 if it has none."""
         raws: list[RawParameters] = [entry.layer.raw for entry in self.layers]
         return self.read_bytes() / max(1, sum(raw.checkpoint_bytes for raw in raws))
 
@@ -243,7 +243,7 @@ class ExpertShard:
         return any(moe.copies_fused_tensors(entry.layer) for entry in self.layers)
 
     def _check_room(self) -> None:
-        """A model's layers exist, and nothing of it is loaded."""
+        """Note that a model's layers exist, and nothing of it is loaded."""
         raws = [entry.layer.raw for entry in self.layers if not entry.weights]
         whole_bytes = max((raw.whole_bytes for raw in raws), default=0)
         self.device.check_room(

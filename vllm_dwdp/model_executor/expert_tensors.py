@@ -37,7 +37,7 @@ class TensorOverRows:
     stride: tuple[int, ...]
 
     def over(self, rows: torch.Tensor) -> torch.Tensor:
-        """The same tensor over other rows: `rows` is their bytes, from row 0 on."""
+        """Return the same tensor over other rows: `rows` is their bytes, from row 0 on."""
         place = torch.empty(0, dtype=self.dtype, device=rows.device)
         return place.set_(rows.untyped_storage(), self.offset, self.shape, self.stride)
 
@@ -66,7 +66,7 @@ class ExpertRows:
         return self.num_experts * self.row_bytes
 
     def bytes_of(self, experts: ExpertRange) -> torch.Tensor:
-        """The bytes of some rows; fewer where the storage ends within the last one."""
+        """Return the bytes of some rows; fewer where the storage ends within the last one."""
         return self.rows[experts.start * self.row_bytes : experts.stop * self.row_bytes]
 
 
@@ -123,7 +123,7 @@ def expert_stride_bytes(tensor: torch.Tensor, num_experts: int) -> int | None:
 
 
 def expert_dimension(tensor: torch.Tensor, num_experts: int) -> int | None:
-    """The dimension of the largest stride, if it counts the experts."""
+    """Return the dimension of the largest stride, if it counts the experts."""
     sized = [axis for axis in range(tensor.dim()) if tensor.shape[axis] > 1]
     if num_experts == 1:
         return 0 if tensor.dim() and tensor.shape[0] == 1 else None
@@ -189,12 +189,12 @@ def _fits(tensor: torch.Tensor, num_experts: int, row_bytes: int, start: int) ->
 
 
 def digest_of(tensor: torch.Tensor) -> str:
-    """A short digest of a tensor's elements, whatever its layout."""
+    """Return a short digest of a tensor's elements, whatever its layout."""
     content = tensor.detach().cpu().contiguous().view(-1)
     return hashlib.sha256(content.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 
 def describe(tensor: torch.Tensor) -> str:
-    """The type and the layout of a tensor, as ranks compare it."""
+    """Return the type and the layout of a tensor, as ranks compare it."""
     dtype = str(tensor.dtype).removeprefix("torch.")
     return f"{dtype} {list(tensor.shape)} strides {list(tensor.stride())}"

@@ -31,7 +31,7 @@ class Forwards:
         self._captured: Mode | None = None
 
     def begin(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A forward of the model starts: a real, dummy, profiling, warm-up or captured one."""
+        """Note that a forward starts: a real, dummy, profiling, warm-up or captured one."""
         self.begun += 1
         num_tokens = num_tokens_of_forward()
         if num_tokens is None:
@@ -43,20 +43,20 @@ class Forwards:
             self.by_mode[mode] += 1
 
     def end(self, *_: object) -> None:
-        """It ended, also by an exception; a ring that was cut short heals at the next wait."""
+        """Note that the forward ended or failed; the next wait repairs a ring that was cut short."""
         self.ended += 1
 
     def begin_capture(self) -> None:
-        """A graph begins to be captured; a forward that starts inside it does not run now."""
+        """Note that a capture begins; a forward that starts inside it does not run now."""
         self._is_capturing, self._captured = True, None
 
     def end_capture(self) -> Mode | None:
-        """It ended; the mode of the forward that it holds, None if it is only a piece of one."""
+        """Note that the capture ended; return the mode of the forward in it, None for a piece of one."""
         mode, self._captured, self._is_capturing = self._captured, None, False
         return mode
 
     def before_launch(self, mode: Mode | None) -> None:
-        """A graph is launched: a whole forward runs, unless hooks have counted it already."""
+        """Note that a graph is launched: a whole forward runs, unless hooks have counted it already."""
         if mode is not None:
             self.by_mode[mode] += 1
 

@@ -66,7 +66,7 @@ class ExpertGroup:
         membership.describe_by(self.status)
 
     def announce_warm(self) -> None:
-        """The engine has warmed up: the rank serves.
+        """Note that the engine has warmed up: the rank serves.
 
         Raises:
             DwdpUnsupportedError: a kernel has made what cannot follow its experts.
@@ -80,7 +80,7 @@ class ExpertGroup:
         self._resources.close()
 
     def status(self) -> dict[str, Any]:
-        """A JSON-compatible snapshot for `/metrics` and `vllm-dwdp status`."""
+        """Return a JSON-compatible snapshot for `/metrics` and `vllm-dwdp status`."""
         return {
             **self.seat.status(),
             "state": self._shown_state(),

@@ -18,12 +18,12 @@ _decoder = msgspec.msgpack.Decoder(LayoutFacts)
 
 
 def encode_facts(facts: LayoutFacts) -> bytes:
-    """The bytes of some facts; equal facts in the same order have equal bytes."""
+    """Return the bytes of some facts; equal facts in the same order have equal bytes."""
     return zlib.compress(msgspec.msgpack.encode(facts), 9)
 
 
 def decode_facts(data: bytes) -> LayoutFacts:
-    """The facts in `data`; none if it holds none."""
+    """Return the facts in `data`; none if it holds none."""
     try:
         unpacked = zlib.decompressobj().decompress(data, MAX_BYTES)
         return _decoder.decode(unpacked)

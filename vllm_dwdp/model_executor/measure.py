@@ -1,5 +1,7 @@
-"""What a device reaches at this start: copies from peers, kernels that read peers in place, its own
-memory and products. The mode policy chooses by it.
+"""The speeds that a device reaches at this start, by which the mode policy chooses.
+
+They are those of copies from peers, of kernels that read peers in place, and of its own memory and
+products.
 
 Measured when the ranks of the group have met and none serves, each for the same fraction of a second:
 all pull at once, as they do while they serve. A rank that returns measures beside ranks that serve. The
@@ -90,7 +92,7 @@ def measure_speeds(device: Device, peers: Mapping[int, tuple[int, int]]) -> Spee
 
 
 def check_views(direct: LayerView, ring: LayerView) -> None:
-    """A layer that was just fetched must read the same in both views.
+    """Check that a layer that was just fetched reads the same in both views.
 
     Raises:
         TransferError: it does not; the device's memory cannot be trusted.
@@ -105,7 +107,7 @@ def check_views(direct: LayerView, ring: LayerView) -> None:
 
 
 def _same_bytes(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Compared piece by piece: a comparison takes a byte of memory for each of its bytes."""
+    """Compare piece by piece: a comparison takes a byte of memory for each of its bytes."""
     pieces = (tensor.split(COMPARED_BYTES) for tensor in (first, second))
     return all(torch.equal(one, other) for one, other in zip(*pieces, strict=True))
 

@@ -72,7 +72,7 @@ class PeerShards:
         return self._device.open_peer(handles_of(published))
 
     def _check_lent(self, rank: int, published: PublishedShard) -> None:
-        """What a survivor kept of a dead rank must be what that rank published."""
+        """Check that what a survivor kept of a dead rank is what that rank published."""
         num_bytes = sum(published.handle_bytes)
         if self._cost.digest_of(self.mapped[rank], num_bytes) != published.digest:
             raise PeerMismatchError(
@@ -85,14 +85,14 @@ class PeerShards:
 
 
 def handles_of(published: PublishedShard) -> Handles:
-    """The handles of a shard, as a device takes them; they stay the shard's until it has."""
+    """Return the handles of a shard, as a device takes them; they stay the shard's until it has."""
     return Handles(
         fds=published.fds, fabric=published.fabric_handles, num_bytes=published.handle_bytes
     )
 
 
 def other_layout(whose: str, ours: bytes, theirs: bytes) -> str:
-    """The error text for experts that are laid out otherwise than ours."""
+    """Return the error text for experts that are laid out otherwise than ours."""
     return (
         f"{whose} are laid out for other kernels or parameters than this rank's "
         f"({first_difference(ours, theirs)}). Start every rank with the same arguments, the same VLLM_* "

@@ -18,7 +18,7 @@ from vllm_dwdp.model_executor.sharded_layer import ShardedLayer
 
 
 def layouts_of(layers: Sequence[ShardedLayer]) -> list[PrivateRows]:
-    """The private tensors of all layers, in the order of `ModelLayout.private`."""
+    """Return the private tensors of all layers, in the order of `ModelLayout.private`."""
     return [
         PrivateRows(placement=entry.placement, row_bytes=rows.row_bytes)
         for entry in layers
@@ -65,7 +65,7 @@ class PrivateTensors:
             yield from entry.private
 
     def _own_rows(self, area: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The bytes of our rows of each tensor, in the tensor and in the shard."""
+        """Yield the bytes of our rows of each tensor, in the tensor and in the shard."""
         start = self.layout.composite_bytes[self.dwdp_rank]
         for index, rows in enumerate(self._rows()):
             resident: ExpertRange = self.layout.private[index].placement.resident[self.dwdp_rank]

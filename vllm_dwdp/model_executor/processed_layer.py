@@ -42,7 +42,7 @@ class ProcessedLayer:
         )
 
     def independent_of_others(self, resident: ExpertRange) -> Findings:
-        """What must not depend on the experts of other ranks: resident rows, and what is replicated.
+        """Digest what must not depend on other ranks' experts: resident rows, and what is replicated.
 
         In place, not copied, where it is contiguous.
         """
@@ -58,7 +58,7 @@ class ProcessedLayer:
         return found
 
     def facts(self) -> dict[str, str]:
-        """What all ranks must have in common, by path."""
+        """Return what all ranks must have in common, by path."""
         facts = {"kernel": moe.kernel_identity(self._layer)}
         for rows in self.tensors.per_expert:
             shown = (f"{placed.path} {describe(placed.tensor)}" for placed in rows.tensors)

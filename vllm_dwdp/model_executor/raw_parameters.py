@@ -178,7 +178,7 @@ def rows_of_zeros(parameter: torch.nn.Parameter, num_experts: int) -> torch.Tens
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a contiguous tensor; some types of few bits cannot be copied as they are."""
+    """Return the bytes of a contiguous tensor; some types of few bits cannot be copied as they are."""
     return tensor.view(-1).view(torch.uint8)
 
 

@@ -32,7 +32,7 @@ class WatchedStorage:
 
     @classmethod
     def of(cls, name: str, tensor: torch.Tensor) -> "WatchedStorage":
-        """The storage behind `tensor`."""
+        """Return the storage behind `tensor`."""
         storage = tensor.untyped_storage()
         return cls(name, StorageWeakRef(storage), storage.data_ptr())
 
@@ -84,7 +84,7 @@ def _lies_at(found: object, address: int) -> bool:
 
 
 def _owner_of(referrer: object) -> object:
-    """The object whose attributes `referrer` is, if it is somebody's."""
+    """Return the object whose attributes `referrer` is, if it is somebody's."""
     if isinstance(referrer, dict):
         for owner in gc.get_referrers(referrer):
             if getattr(owner, "__dict__", None) is referrer:

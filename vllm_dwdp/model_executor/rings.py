@@ -76,7 +76,7 @@ class PrefetchRings:
         self._resources.close()
 
     def begin_forward(self) -> None:
-        """A forward of the target model starts; a drafter's ring is begun by its own first wait.
+        """Begin the target's ring for a forward; a drafter's ring is begun by its own first wait.
 
         Nobody knows whether the drafter will run after it.
         """
@@ -87,12 +87,12 @@ class PrefetchRings:
         self.queue.drain()
 
     def forget(self) -> None:
-        """The layers have new weights, and no forward runs: the next one fetches all of them."""
+        """Fetch all layers anew in the next forward: they have new weights. No forward runs now."""
         for ring in self.rings:
             ring.forget()
 
     def counters(self) -> list[RingCounters]:
-        """A snapshot of each ring."""
+        """Return a snapshot of each ring."""
         return [ring.counters() for ring in self.rings]
 
     def _make_ring(

@@ -30,16 +30,16 @@ class ShardRegistry(Protocol):
         """That holds the experts."""
 
     def loads(self, num_experts: int) -> ExpertRange:
-        """The experts of a layer with that many that this rank reads from the checkpoint."""
+        """Return the experts of a layer with that many that this rank reads from the checkpoint."""
 
     def needs_proof(self, layer: "DwdpRoutedExperts") -> bool:
         """Whether no layer of this kind has been proved yet."""
 
     def add_layer(self, layer: "DwdpRoutedExperts") -> None:
-        """The layer exists; nothing of it is loaded."""
+        """Note that the layer exists; nothing of it is loaded."""
 
     def publish_layer(self, layer: "DwdpRoutedExperts", processed: ProcessedLayer) -> None:
-        """The layer is in its runtime format."""
+        """Note that the layer is in its runtime format."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class DwdpRoutedExperts(LoadsRawParameters):
         registry.add_layer(self)
 
     def kind(self) -> str:
-        """What layers have in common that are processed alike."""
+        """Return what layers have in common that are processed alike."""
         parameters = [(name, each.shape, each.dtype) for name, each in self.raw.parameters()]
         return f"{moe.kernel_identity(self)} {parameters}"
 
@@ -162,6 +162,6 @@ def _replacement_name(stock: type) -> str:
 
 
 def shard_layer_class(stock: type, registry: ShardRegistry) -> type:
-    """The class that vLLM builds in place of `stock` while `registry`'s rank loads a model."""
+    """Return the class that vLLM builds in place of `stock` while `registry`'s rank loads a model."""
     own = {"dwdp_registry": registry, "dwdp_stock": stock}
     return type(_replacement_name(stock), (DwdpRoutedExperts, stock), own)

@@ -35,7 +35,7 @@ class StartCost:
             self._switch_to(outer)
 
     def digest_of(self, memory: Shard | PeerMemory, num_bytes: int) -> bytes:
-        """The digest of memory of `num_bytes`."""
+        """Return the digest of memory of `num_bytes`."""
         with self.phase("digest"):
             self.digested_bytes += num_bytes
             return memory.digest()

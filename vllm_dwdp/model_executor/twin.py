@@ -57,7 +57,7 @@ class LayerTwin:
 def disturbed(
     parameter: torch.nn.Parameter, num_experts: int, resident: ExpertRange
 ) -> torch.Tensor:
-    """The resident rows of a parameter among rows that are neither zero nor like them."""
+    """Return the resident rows of a parameter among rows that are neither zero nor like them."""
     whole = rows_of_zeros(parameter, num_experts)
     for expert in range(num_experts):
         is_ours = expert in resident

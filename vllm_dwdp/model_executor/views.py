@@ -123,7 +123,7 @@ def bind_views(
 def _map_in_place(
     mapper: CompositeMapper, undo: ExitStack, *, is_needed: bool
 ) -> Sequence[LayerView]:
-    """The direct view of every layer, or of none where the device refuses one.
+    """Return the direct view of every layer, or of none where the device refuses one.
 
     Raises:
         DwdpMemoryError: it refuses one, and no other view can serve instead.
@@ -165,7 +165,7 @@ def _bind(
 
 
 def ring_members(layers: Sequence[ShardedLayer]) -> list[list[int]]:
-    """Indices into `layers` of each model's layers, in the order in which they run."""
+    """Return indices into `layers` of each model's layers, in the order in which they run."""
     rings: dict[int, list[int]] = {}
     for index in sorted(range(len(layers)), key=lambda index: layers[index].run_index):
         rings.setdefault(layers[index].model_number, []).append(index)

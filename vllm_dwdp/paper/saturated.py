@@ -44,7 +44,7 @@ def prompts_per_step(lengths: Lengths, max_tokens: int) -> int:
 
 
 def mean_step(lengths: Lengths, max_tokens: int) -> Step:
-    """A step of so many prompts of mean length."""
+    """Return a step of so many prompts of mean length."""
     half_range = lengths.longest * (1.0 - lengths.smallest_share) / 2
     squares = lengths.mean**2 + half_range**2 / 3 + lengths.deviation**2
     return Step(
@@ -56,7 +56,7 @@ def mean_step(lengths: Lengths, max_tokens: int) -> Step:
 def draw_steps(
     lengths: Lengths, count: int, num_ranks: int, variation: float, dice: random.Random
 ) -> list[Step]:
-    """A step of every rank: `count` prompts each, dealt so that their tokens are about equal.
+    """Return a step of every rank: `count` prompts each, dealt so that their tokens are about equal.
 
     Args:
         variation: of a rank's step beyond the lengths of its prompts.
@@ -76,7 +76,7 @@ def draw_steps(
 
 
 def synchronisation_seconds(model: CostModel, step: Step, variation: float) -> float:
-    """What a DEP step waits when the ranks' tokens vary so much around `step`'s."""
+    """Return what a DEP step waits when the ranks' tokens vary so much around `step`'s."""
     dice, half_width = random.Random(0), variation * 3**0.5
     skew = FITTED["routing_skew"].value
     times = []

@@ -150,7 +150,7 @@ FAMILIES: dict[str, Callable[[ConfigFields], LayerState]] = {
 
 
 def _recurrent_bits(fields: ConfigFields, default: int) -> int:
-    """The type of the recurrent part: the config's, else what vLLM takes for the family on GPUs."""
+    """Return the recurrent part's type: the config's, else what vLLM takes for the family on GPUs."""
     name = fields.config.get("mamba_ssm_dtype") or fields.config.get("mamba_ssm_cache_dtype")
     known = {"float32": FLOAT32, "bfloat16": HALF, "float16": HALF}
     if name is not None and name not in known:

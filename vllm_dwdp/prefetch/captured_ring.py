@@ -53,7 +53,7 @@ class CapturedRing:
         self._graph = RingGraph()
 
     def begin_forward(self) -> None:
-        """A forward starts; if it is captured, nothing may be issued."""
+        """Note that a forward starts; if it is captured, nothing may be issued."""
         if not self._queue.is_capturing():
             self._ring.begin_forward()
 
@@ -74,7 +74,7 @@ class CapturedRing:
             self._graph.fills.append(layer_index)
 
     def record(self, layer_index: int) -> None:
-        """The layer's kernels are enqueued, or captured."""
+        """Note that the layer's kernels are enqueued, or captured."""
         if not self._queue.is_capturing():
             self._ring.record(layer_index)
             return
@@ -82,11 +82,11 @@ class CapturedRing:
         self._graph.leaves[self._ring.slot(layer_index)] = layer_index
 
     def begin_capture(self) -> None:
-        """A graph begins to be captured."""
+        """Note that the capture of a graph begins."""
         self._graph = RingGraph()
 
     def end_capture(self) -> RingGraph:
-        """It ended, or failed; returns what it will do."""
+        """Note that the capture ended, or failed; return what the graph will do."""
         graph, self._graph = self._graph, RingGraph()
         return graph
 

@@ -142,7 +142,7 @@ class ModePolicy:
 
     @classmethod
     def forced(cls, mode: Mode, break_even_tokens: int | None = None) -> "ModePolicy":
-        """Always `mode`, because the user said so."""
+        """Return the policy of a user who chose `mode`."""
         return cls(
             direct_max_tokens=math.inf if mode is Mode.DIRECT else -math.inf,
             reason=f"mode {mode.value!r} was asked for",
@@ -173,12 +173,12 @@ class ModePolicy:
         return cls(direct_max_tokens=limit, reason=reason, break_even_tokens=break_even_tokens)
 
     def without_direct(self) -> "ModePolicy":
-        """The same where the device cannot map peers' experts in place."""
+        """Return the policy of a device that cannot map peers' experts in place."""
         reason = "this device maps no peers' experts in place"
         return replace(self, direct_max_tokens=-math.inf, reason=reason)
 
     def mode_for(self, num_tokens: float) -> Mode:
-        """The mode of a forward of `num_tokens`."""
+        """Return the mode of a forward of `num_tokens`."""
         return Mode.DIRECT if num_tokens <= self.direct_max_tokens else Mode.PREFETCH
 
     @property
@@ -198,7 +198,7 @@ class ModePolicy:
 
 
 def _first(holds: Callable[[int], bool], largest: int) -> int:
-    """The smallest number from 1 on for which monotone `holds` is true; `largest + 1` if none is."""
+    """Return the smallest number >= 1 for which monotone `holds` is true, else `largest + 1`."""
     low, high = 1, largest + 1
     while low < high:
         middle = (low + high) // 2

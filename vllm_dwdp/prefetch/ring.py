@@ -68,7 +68,7 @@ class Ring:
         self._late_layers = self._first_fills = self._heals = 0
 
     def slot(self, layer_index: int) -> int:
-        """The slot that the layer uses."""
+        """Return the slot that the layer uses."""
         return self._schedule.slot(layer_index)
 
     def layer_bytes(self, layer_index: int) -> dict[int, int]:
@@ -76,7 +76,7 @@ class Ring:
         return dict(self._peer_bytes[layer_index])
 
     def begin_forward(self) -> None:
-        """A forward starts: fetch the first layers now, if an interruption left others behind."""
+        """Start a forward: fetch the first layers now, if an interruption left others behind."""
         self._fill(self._schedule.fills_at_begin())
 
     def wait(self, layer_index: int) -> None:
@@ -85,7 +85,7 @@ class Ring:
         self._await(layer_index)
 
     def record(self, layer_index: int) -> None:
-        """The layer's kernels are done or enqueued: refill its slot with the next that uses it."""
+        """Refill the slot of a layer whose kernels are done or enqueued with the next that uses it."""
         self._queue.record(self.batches[layer_index])
         self._fill(self._schedule.fills_at_record(layer_index))
 
@@ -96,7 +96,7 @@ class Ring:
             self._await(layer)
 
     def graph_ran(self, fills: Sequence[int], consumed: Sequence[int]) -> None:
-        """A graph was launched that made `fills` itself and consumed these layers last, in order."""
+        """Note a launched graph that made `fills` itself and consumed these layers last, in order."""
         for layer in fills:
             self._num_fills[layer] += 1
         for layer in consumed:
@@ -108,7 +108,7 @@ class Ring:
         self._queue.drain()
 
     def forget(self) -> None:
-        """The layers have new weights: what lies in the slots is fetched again. No forward runs."""
+        """Fetch what lies in the slots again: the layers have new weights. No forward runs."""
         self.synchronize()
         self._schedule.forget()
 
@@ -117,7 +117,7 @@ class Ring:
         self.synchronize()
 
     def counters(self) -> RingCounters:
-        """A snapshot."""
+        """Return a snapshot."""
         fetched: dict[int, int] = {}
         for num_fills, peers in zip(self._num_fills, self._peer_bytes, strict=True):
             for peer, num_bytes in peers.items():

@@ -75,11 +75,11 @@ class SlotSchedule:
         return tuple(self._holds)
 
     def slot(self, layer: int) -> int:
-        """The slot that `layer` uses."""
+        """Return the slot that `layer` uses."""
         return layer % self.num_slots
 
     def forget(self) -> None:
-        """What the slots hold is out of date; nothing reads them, and no copy is under way."""
+        """Forget what the slots hold, which is out of date; no copy is under way."""
         self._holds = [None] * self.num_slots
 
     def fills_at_begin(self) -> Sequence[Fill]:
@@ -103,7 +103,7 @@ class SlotSchedule:
         return self._fill_missing(layers)
 
     def graph_left(self, layer: int) -> None:
-        """A graph has fetched and consumed layers of its own, and left `layer` in its slot."""
+        """Note that a graph has fetched and consumed layers of its own, and left `layer` in its slot."""
         self._holds[self.slot(layer)] = layer
 
     def fills_at_record(self, layer: int) -> Sequence[Fill]:

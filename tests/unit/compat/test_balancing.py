@@ -25,7 +25,7 @@ def client() -> Any:
 
 
 def send(client: Any, name: str, rank: int | None = None) -> int:
-    """The position of the rank that gets the request."""
+    """Return the position of the rank that gets the request."""
     request: Any = SimpleNamespace(request_id=name, data_parallel_rank=rank, pooling_params=None)
     return int(client.core_engines.index(client.get_core_engine_for_request(request)))
 

@@ -37,7 +37,7 @@ def config_of(**parallel: Any) -> Any:
 
 
 def bind(config: Any, slot: int, num_slots: int) -> tuple[set[int], set[int], int]:
-    """The cores of the thread that binds itself and of one that it starts, and its OpenMP threads."""
+    """Return the cores of a thread that binds itself, of one that it starts, and its OpenMP threads."""
     with cpu.bound_cores(config.parallel_config, [slot], num_slots):
         for cores in cpu.cores_of_workers(config):
             cpu.confine_this_thread(cores)
@@ -46,7 +46,7 @@ def bind(config: Any, slot: int, num_slots: int) -> tuple[set[int], set[int], in
 
 
 def inherited() -> set[int]:
-    """The cores of a thread that this one starts."""
+    """Return the cores of a thread that this one starts."""
     found: list[set[int]] = []
     thread = threading.Thread(target=lambda: found.append(os.sched_getaffinity(0)))
     thread.start()

@@ -72,7 +72,7 @@ def nothing_stays_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def configure(model: str, place: Path | None, **arguments: Any) -> Any:
-    """A config of independent ranks that meet at `place`; without one, of stock vLLM."""
+    """Return a config of independent ranks that meet at `place`; without one, of stock vLLM."""
     from vllm import EngineArgs
 
     from vllm_dwdp.compat.frontend.engine_args import install
@@ -97,7 +97,7 @@ def start(
     module: str = "vllm.v1.engine.core_client",
     num_servers: int = 1,
 ) -> tuple[list[Engine], list[int]]:
-    """The engines that a front end starts, and the indices of those it waits for."""
+    """Return the engines that a front end starts, and the indices of those it waits for."""
     from vllm.v1.engine import utils
 
     engines: list[Engine] = []
@@ -143,7 +143,7 @@ def start(
 def run_engine_core(
     vllm_config: Any, rank: int, local: int, monkeypatch: pytest.MonkeyPatch
 ) -> Engine:
-    """The engine as vLLM's own process function makes it of what was pickled to it."""
+    """Return the engine as vLLM's own process function makes it of what was pickled to it."""
     from vllm.v1.engine import core
 
     made: list[int] = []

@@ -23,7 +23,7 @@ IPC_CACHE = (
 
 
 def another(neutral: Any) -> Any:
-    """A value of a flag that switches it on."""
+    """Return a value of a flag that switches it on."""
     if isinstance(neutral, bool):
         return True
     return {0: 2, 1: 2, "mp": "ray", None: "on"}[neutral]

@@ -13,7 +13,7 @@ from vllm_dwdp.distributed.launch import SHARED_CORES_ENV
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[argparse.Namespace]:
-    """The arguments that vLLM's own command was run with."""
+    """Return the arguments that vLLM's own command was run with."""
     found: list[argparse.Namespace] = []
     monkeypatch.setattr(serve.ServeSubcommand, "cmd", staticmethod(found.append))
     monkeypatch.setenv(SHARED_CORES_ENV, "")

@@ -35,7 +35,7 @@ def of_tensor(words: Words) -> bytes:
 
 
 def as_defined(words: Words) -> bytes:
-    """The definition with Python's integers, half by half."""
+    """Compute the definition with Python's integers, half by half."""
     drawn = np.frombuffer(digest.key_bytes(), np.uint64).tolist()
     lanes = [drawn[lane * 2 * PIECE_WORDS :][: 2 * PIECE_WORDS] for lane in range(2)]
     sums = b""

@@ -25,7 +25,7 @@ def in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def look_at_team(size: int) -> dict[int, tuple[int, set[int]]]:
-    """The id and the cores of each thread that computes for the calling one."""
+    """Return the id and the cores of each thread that computes for the calling one."""
     runtime = ctypes.CDLL(None)
     found: dict[int, tuple[int, set[int]]] = {}
 

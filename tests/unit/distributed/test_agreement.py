@@ -35,7 +35,7 @@ class Rank:
         self.state.announce_ready(b"digest")
 
     def answer(self, asking: int, generation: int) -> messages.Shard:
-        """What it says of its shard, over the wire."""
+        """Return what it says of its shard, over the wire."""
         hello = messages.Hello(asking, generation, fingerprint(), wants_handles=False)
         ((reply, _),) = self.state.answer(hello)
         again = messages.decode_reply(messages.encode(reply))

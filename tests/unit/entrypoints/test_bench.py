@@ -244,7 +244,7 @@ def test_a_calibration_that_cannot_be_written_is_refused_at_once(old: bool) -> N
 
 
 def answering(tmp_path: Path, program: str) -> BenchClient:
-    """A client whose process is ours: no vLLM is imported."""
+    """Return a client whose process is ours: no vLLM is imported."""
     client = BenchClient.__new__(BenchClient)
     client.log = tmp_path / "log"
     client.log.write_text("".join(f"line {number}\n" for number in range(99)))
@@ -256,7 +256,7 @@ def answering(tmp_path: Path, program: str) -> BenchClient:
 
 @pytest.fixture
 def sleeping_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BenchClient:
-    """A client whose process sleeps; started while SIGINT is ignored."""
+    """Return a client whose process sleeps; started while SIGINT is ignored."""
     program = tmp_path / "python"
     program.write_text("#!/bin/sh\nexec sleep 60\n")
     program.chmod(0o755)

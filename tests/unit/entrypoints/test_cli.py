@@ -67,7 +67,7 @@ def test_status_of_a_rank_and_of_a_dead_one(tmp_path: Path) -> None:
 
 
 def meeting_as(rank: int, folder: Path, status: dict[str, Any]) -> Membership:
-    """A rank of two that says `status` of itself."""
+    """Return a rank of two that says `status` of itself."""
     member = Membership.join(
         parse_endpoint(f"unix://{folder}/meet"),
         group=0,

@@ -27,7 +27,7 @@ from tests.unit.distributed.test_messages import fingerprint
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.distributed.meeting import parse_endpoint
 from vllm_dwdp.distributed.membership import Membership
-from vllm_dwdp.entrypoints.launch import child, deployment, fronts, server
+from vllm_dwdp.entrypoints.launch import child, deployment, fronts, ports, server
 from vllm_dwdp.entrypoints.launch import launcher as launch
 from vllm_dwdp.entrypoints.launch import plan as launch_plan
 from vllm_dwdp.entrypoints.launch.child import Child
@@ -116,7 +116,7 @@ def use_fakes(folder: Path, use: Callable[[Any, str, Any], None]) -> LaunchPlan:
 
 
 def said_by(folder: Path, rank: int) -> dict[str, Any]:
-    """What a rank says where the ranks meet: the content of `rank1-says`, or nothing."""
+    """Return what a rank says where the ranks meet: the content of `rank1-says`, or nothing."""
     try:
         doing = (folder / f"rank{rank}-says").read_text()
     except FileNotFoundError:
@@ -508,8 +508,24 @@ def test_a_control_port_that_is_taken_is_refused(fakes: LaunchPlan, tmp_path: Pa
 
 
 def test_free_ports_are_none_of_the_others() -> None:
-    taken = {*range(1, 1000), None}
-    assert len({*free_ports(3, taken)} - taken) == 3
+    low, high = map(int, ports.CONNECTING_PORTS.read_text().split())
+    candidates = {*range(ports.FIRST_PORT, 65536)} - {*range(low, high + 1)}
+    taken = {*sorted(candidates)[:-2000], None}
+    found = {*free_ports(300, taken)}
+    assert len(found) == 300 and not found & taken
+    assert found <= candidates, "a connection may take another one before its server listens"
+
+
+def test_free_ports_where_the_kernel_has_nearly_all(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ports._listening_ports.cache_clear()
+    monkeypatch.setattr(ports, "CONNECTING_PORTS", tmp_path / "range")
+    (tmp_path / "range").write_text("1024 65535")
+    try:
+        assert len(free_ports(3)) == 3
+    finally:
+        ports._listening_ports.cache_clear()
 
 
 def test_a_rank_knows_where_all_are_and_the_routers_requests(tmp_path: Path) -> None:
@@ -619,7 +635,7 @@ def drive(folder: str) -> None:
 
 @contextmanager
 def launched(folder: Path, *prefix: str) -> Iterator[tuple[subprocess.Popen[str], list[Any]]]:
-    """A launch that serves, and its children; nothing of it is left afterwards."""
+    """Yield a launch that serves, and its children; nothing of it is left afterwards."""
     code = f"from tests.unit.entrypoints.test_launch import drive; drive({str(folder)!r})"
     process = subprocess.Popen(
         [*prefix, sys.executable, "-c", code], stdout=subprocess.PIPE, text=True
@@ -1026,7 +1042,7 @@ class Healthy(http.server.BaseHTTPRequestHandler):
 
 @contextmanager
 def healthy_server() -> Iterator[int]:
-    """The port of a server that is well, whoever asks."""
+    """Yield the port of a server that is well, whoever asks."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Healthy) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server.server_port

@@ -152,7 +152,7 @@ THEIRS = OURS | {"remote_port": 5700}
 
 
 def unfit(theirs: object = THEIRS) -> str:
-    """What is said of a decode server that fetches nothing."""
+    """Return what is said of a decode server that fetches nothing."""
     with pair(Fake(offers=OURS), Fake(offers=theirs, fetches=False)) as servers:
         with pytest.raises(DwdpConfigError) as refused:
             check_pair(*servers, ("the model", "--max-model-len", "8"))

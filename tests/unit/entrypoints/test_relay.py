@@ -64,7 +64,7 @@ Ask = Callable[..., tuple[int, dict[str, object]]]
 
 @contextmanager
 def relayed(*statuses: int | None) -> Iterator[tuple[Ask, list[Rank]]]:
-    """A relay in front of ranks with these statuses; None is one that nobody started."""
+    """Yield a relay in front of ranks with these statuses; None is one that nobody started."""
     with ExitStack() as opened:
         ranks, urls = [], []
         for number, status in enumerate(statuses):

@@ -34,7 +34,7 @@ class Asked:
         await receive()
 
     def ask(self, path: str, headers: list[tuple[bytes, bytes]] = [], **scope: Any) -> str:  # noqa: B006
-        """The refusal; empty if the application was asked."""
+        """Return the refusal; empty if the application was asked."""
         facts = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode()}
 
         async def receive() -> dict[str, Any]:

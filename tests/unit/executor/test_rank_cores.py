@@ -42,7 +42,7 @@ def a_larger_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterato
 
 
 def seat_of_server(rank: int, num_workers: int = 1) -> Seat:
-    """The seat of a rank that is a server of its own, as its front end finds it in this process."""
+    """Return the seat of a rank that is a server of its own, as its front end finds it here."""
     facts = {"data_parallel_size": NUM_RANKS, "data_parallel_size_local": 1}
     parallel = SimpleNamespace(**facts, data_parallel_rank=rank, data_parallel_backend="mp")
     args = SimpleNamespace(data_parallel_size=NUM_RANKS)

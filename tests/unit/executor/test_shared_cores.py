@@ -28,7 +28,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def announce(monkeypatch: pytest.MonkeyPatch, others: dict[tuple[int, int], Any]) -> dict[str, Any]:
-    """What rank 1 says of itself once it has asked the others, each by its group and place there."""
+    """Return what rank 1 says of itself once it has asked the others, each by its group and place."""
 
     def ask(endpoint: Any, group: int, rank: int, timeout_s: float) -> dict[str, Any]:
         assert endpoint is LAUNCH.endpoint and timeout_s > 0

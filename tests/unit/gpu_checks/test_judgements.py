@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def made_up_sizes(*, sees_experts: bool) -> dict[str, list[dict[str, int]]]:
-    """What a vLLM that sees shards and slots would find, or one that does not, in MiB."""
+    """Return what a vLLM that sees shards and slots would find, or one that does not, in MiB."""
     found = {}
     for name, dwdp in SHARING.items():
         shard = 768 * dwdp.get("experts_per_rank", 4) // 4

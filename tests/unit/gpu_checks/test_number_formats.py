@@ -23,13 +23,13 @@ def spread(scales: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def unpacked_bytes(packed: torch.Tensor) -> torch.Tensor:
-    """The four-bit floats in bytes, the lower half first."""
+    """Return the four-bit floats in bytes, the lower half first."""
     codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2).long()
     return numbers.FP4_MAGNITUDES[codes & 7] * torch.where(codes & 8 > 0, -1.0, 1.0)
 
 
 def nibbles(packed: torch.Tensor, dim: int) -> torch.Tensor:
-    """The eight codes of each int32, lowest bits first, along `dim`."""
+    """Return the eight codes of each int32, lowest bits first, along `dim`."""
     shifts = torch.arange(0, 32, 4)
     return ((packed.movedim(dim, -1).unsqueeze(-1) >> shifts) & 15).flatten(-2).movedim(-1, dim)
 

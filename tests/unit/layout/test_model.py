@@ -13,7 +13,7 @@ PAGE = 16
 
 @st.composite
 def models_with_rows(draw: st.DrawFn) -> ModelLayout:
-    """A model whose layers also have small tensors, of the same placements."""
+    """Return a model whose layers also have small tensors, of the same placements."""
     model = draw(models())
     private = [
         PrivateRows(placement=layer.weights[0].placement, row_bytes=draw(st.integers(1, 9)))

@@ -79,13 +79,13 @@ class Stock(torch.nn.Module):
 
 
 def weights(dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """The large parameter of all experts, `[NUM_EXPERTS, ROW]`."""
+    """Return the large parameter of all experts, `[NUM_EXPERTS, ROW]`."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(NUM_EXPERTS, ROW, generator=generator).to(dtype)
 
 
 def scales() -> torch.Tensor:
-    """The small parameter of all experts."""
+    """Return the small parameter of all experts."""
     return torch.arange(2.0 * NUM_EXPERTS).view(NUM_EXPERTS, 2)
 
 

@@ -30,7 +30,7 @@ R1_NVFP4 = DEEPSEEK_R1 | {"quantization_config": NVFP4}
 
 
 def speeds_of(hardware: Hardware) -> Speeds:
-    """What a rank would measure on a machine that reaches what the planner expects of it."""
+    """Return what a rank would measure on a machine that reaches what the planner expects of it."""
     return Speeds(
         copy_bytes_per_s=hardware.link_gbps * 1e9 * DEFAULT.link,
         direct_bytes_per_s=hardware.link_gbps * 1e9 * DEFAULT.direct,
@@ -99,7 +99,7 @@ def test_of_an_unknown_model_only_the_reading_of_experts_counts() -> None:
 
 
 def replace_config(config: dict[str, Any], other: dict[str, Any]) -> LayerCosts:
-    """The costs of `config`'s layers, where the planner is shown `other`."""
+    """Return the costs of `config`'s layers, where the planner is shown `other`."""
     shape = shape_of(config)
     return costs_from(
         speeds_of(find_hardware("gb200")),

@@ -33,7 +33,7 @@ SEAT = Seat(
 
 
 def peers_of(rank: RankMemory) -> PeerShards:
-    """What `rank` maps of its peers: nothing yet."""
+    """Return what `rank` maps of its peers: nothing yet."""
     return PeerShards(rank.device, rank.layout, rank.shard.layout_facts(), StartCost())
 
 

@@ -37,7 +37,7 @@ def rank_0(layers: Sequence[Rows], group_size: int = 4) -> Iterator[CompositeMap
 
 
 def slots_of(layers: Sequence[Rows], rings: Sequence[Sequence[int]]) -> tuple[int, int]:
-    """What the status says of the slots, and what the driver gave for them."""
+    """Return what the status says of the slots, and what the driver gave for them."""
     with rank_0(layers) as mapper:
         before = mapper.device.device.created_bytes  # type: ignore[attr-defined]
         made = PrefetchRings(mapper, rings, 2**40)
@@ -79,7 +79,7 @@ def test_the_planner_counts_the_slots_that_a_rank_has(num_layers: int) -> None:
 
 
 def counts(rows: Rows) -> dict[str, dict[str, int]]:
-    """What rank 0 has mapped in each mode once it serves."""
+    """Count what rank 0 has mapped in each mode once it serves."""
     found = {}
     layers = range(NUM_LAYERS)
     for mode in ("direct", "prefetch", "auto"):

@@ -23,7 +23,7 @@ def loaded() -> Any:
 
 
 def binding(loaded: Loaded, value: int) -> Binding:
-    """A view in which every expert is `value`."""
+    """Return a view in which every expert is `value`."""
     (weight,) = loaded.shard.published[0].weights
     rows = torch.full((weight.layout.num_bytes,), value, dtype=torch.uint8)
     return Binding(

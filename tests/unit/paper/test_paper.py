@@ -113,7 +113,7 @@ def test_the_old_flag_names_the_new_command() -> None:
 
 @pytest.fixture(scope="module")
 def curve() -> dict[tuple[int, int], Row]:
-    """The chunk curve of the other machine, by chunk and input tokens."""
+    """Return the chunk curve of the other machine, by chunk and input tokens."""
     published = {}
     for row in chunk_rows():
         chunk, tokens = (int(number) for number in re.findall(r"\d+", row.quantity))

@@ -26,7 +26,7 @@ PEAKS = {
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs `vllm-dwdp` in this process: exit status, standard output and error."""
+    """Run `vllm-dwdp` in this process: exit status, standard output and error."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setenv("COLUMNS", "160")

@@ -49,7 +49,7 @@ def ring_seconds(shape: ModelShape, prefetch: float, compute: float, dense: floa
 
 
 def pattern(kinds: str) -> ModelShape:
-    """A shape whose layers are dense (D) or have experts (M)."""
+    """Return a shape whose layers are dense (D) or have experts (M)."""
     layers = [layer for layer, kind in enumerate(kinds) if kind == "M"]
     sizes = {"num_hidden_layers": len(kinds), "moe_layers": layers}
     return shape_of(LLAMA4_MAVERICK | sizes)

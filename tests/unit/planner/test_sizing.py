@@ -10,7 +10,7 @@ PAGE = Path(__file__).parents[3] / "docs" / "disaggregation.md"
 
 
 def words(text: str) -> str:
-    """The text without the lines of a table, one blank between words."""
+    """Return the text without the lines of a table, one blank between words."""
     return " ".join(re.sub("[│┃]", " ", text).split())
 
 

@@ -71,7 +71,7 @@ class OrderedDevice:
     # --- uses ---
 
     def write(self, batch: int, before: int, others: list[int]) -> int:
-        """Copies into the batch's slot; returns what is ordered before whatever follows them.
+        """Copy into the batch's slot; return what is ordered before whatever follows.
 
         Args:
             before: uses that are ordered before.
@@ -87,7 +87,7 @@ class OrderedDevice:
         return before & ~(3 << 2 * slot) | 1 << 2 * slot
 
     def read(self, batch: int, before: int, others: list[int]) -> int:
-        """A layer's kernels, which read the batch's slot; otherwise as `write`."""
+        """Run a layer's kernels, which read the batch's slot; otherwise as `write`."""
         slot = batch % self.num_slots
         if self.holds[slot] != batch:
             raise Broken(f"layer {batch} reads layer {self.holds[slot]}")
@@ -98,7 +98,7 @@ class OrderedDevice:
         return before | 2 << 2 * slot
 
     def _forget(self, uses: int, others: list[int]) -> None:
-        """These bits stand for new uses now, which nobody knows yet."""
+        """Reuse these bits for new uses, which nobody knows yet."""
         for knowledge in (self.known, others):
             for index, bits in enumerate(knowledge):
                 knowledge[index] = bits & ~uses
@@ -214,7 +214,7 @@ class Model:
             self.ring.record(layer)
 
     def graph_of(self, layers: tuple[int, ...]) -> tuple[list[Node], RingGraph]:
-        """Captured when it is first needed, after a capture that fails on the way."""
+        """Return the graph, captured when it is first needed, after a capture that fails on the way."""
         if layers not in self.graphs:
             for part in (layers[:1], layers):
                 self.device.begin_graph()

@@ -45,7 +45,7 @@ class State:
 
     @classmethod
     def of(cls, model: Model, layer: int, phase: str) -> "State":
-        """A model's."""
+        """Return the state of a model."""
         device = model.device
         return cls(
             model.eager._schedule.holds,
@@ -130,7 +130,7 @@ CameFrom = dict[State, tuple[State, Action] | None]
 
 
 def path_to(state: State, came_from: CameFrom) -> tuple[Action, ...]:
-    """The actions that lead to a state."""
+    """Return the actions that lead to a state."""
     before = came_from[state]
     return () if before is None else (*path_to(before[0], came_from), before[1])
 

@@ -26,7 +26,7 @@ def is_chosen(args: Any) -> bool:
 
 
 def executor_cls(executor: str | None, chosen: Any, num_workers: int = 1) -> str:
-    """The executor's dotted name: of the option, of what the user chose by that name, or the default.
+    """Return the executor's dotted name, from the option, the user's choice or the default.
 
     Args:
         num_workers: of a rank; several have a process each.

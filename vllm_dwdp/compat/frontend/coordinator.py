@@ -33,7 +33,7 @@ def start(vllm_config: Any) -> DPCoordinator:
 
 
 def _run_coordinator(first: int, **kwargs: Any) -> None:
-    """The main function of the coordinator's process."""
+    """Run the process of the coordinator."""
     coordinator.DPCoordinatorProc = functools.partial(NodeCoordinator, first=first)
     DPCoordinatorProc.run_coordinator(**kwargs)
 

@@ -69,7 +69,7 @@ def create_dwdp_config(args: Any, build_stock: Callable[[], Any], *, headless: b
 
 
 def device_type() -> str:
-    """The kind of device that this vLLM is built for: `cpu`, `cuda`, ..."""
+    """Return the kind of device that this vLLM is built for: `cpu`, `cuda`, ..."""
     from vllm.platforms import current_platform
 
     return str(current_platform.device_type)

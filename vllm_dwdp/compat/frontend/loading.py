@@ -55,7 +55,7 @@ MODULES = (
 
 
 def expected(environment: Mapping[str, str]) -> dict[str, str]:
-    """What vLLM's CPU build adds to `environment` for its engine processes, of what is read on loading.
+    """Return what vLLM's CPU build adds to `environment` for libraries that engines load.
 
     It preloads the OpenMP runtime of torch, and an allocator where it brings one.
     """
@@ -70,7 +70,7 @@ def expected(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _first_of(package: str, *patterns: str) -> list[str]:
-    """The first file of a package that matches one of these patterns, in their order."""
+    """Return the first file of a package that matches one of these patterns, in their order."""
     found = importlib.util.find_spec(package)
     for folder in (found and found.submodule_search_locations) or ():
         for pattern in patterns:

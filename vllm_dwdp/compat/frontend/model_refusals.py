@@ -45,7 +45,7 @@ def _refuse(model_config: Any, what: str) -> None:
 
 
 def rules_without_expert_layer(text_config: Any) -> str:
-    """The settings of a config that together leave no layer with experts; empty if one is left.
+    """Return the settings of a config that together leave no layer with experts; empty if one is left.
 
     Read as Qwen, DeepSeek and their relatives do. What other architectures do is seen when the model is
     built.

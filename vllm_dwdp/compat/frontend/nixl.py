@@ -102,7 +102,7 @@ def _handshake(answer: bytes) -> Handshake:
 
 
 def name_differences(question: Question) -> dict[str, tuple[str, str]]:
-    """The settings that make two hashes differ, with both values; empty if none of ours does.
+    """Return the settings that make two hashes differ, with both values; empty if none of ours does.
 
     Runs a process that imports vLLM.
     """

@@ -60,7 +60,7 @@ class RankClient(SyncMPClient):
         self._feed()
 
     def get_output(self) -> EngineCoreOutputs:
-        """The next outputs of any rank, which is `last_rank` then.
+        """Return the next outputs of any rank, which is `last_rank` then.
 
         Raises:
             EngineDeadError: a rank died; names it.

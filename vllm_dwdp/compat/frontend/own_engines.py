@@ -88,7 +88,7 @@ def _client_of_its_ranks(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """The class of client for a front end that starts its ranks; None where it needs a coordinator."""
+    """Return the client class of a front end that starts its ranks; None if it needs a coordinator."""
     from vllm.v1.engine.core_client import AsyncMPClient
 
     if not _starts_its_ranks(vllm_config):
@@ -152,7 +152,7 @@ def launch_own_engines(
 
 
 def config_of_engines(vllm_config: Any) -> Any:
-    """The config that the engines get; behind other front ends, with a `parallel_config` of their own.
+    """Return the engines' config; behind other front ends, with a `parallel_config` of their own.
 
     An engine is one rank to itself, of which vLLM refuses to say `data_parallel_external_lb` where a
     config is made anew. `data_parallel_hybrid_lb` means the same to whoever asks there.
@@ -166,7 +166,7 @@ def config_of_engines(vllm_config: Any) -> Any:
 
 
 def _make_tensor_queue(vllm_config: Any) -> Any:
-    """What carries multimodal tensors to the engines past the sockets, where that was asked for."""
+    """Return what carries multimodal tensors to the engines past the sockets, if that was asked for."""
     from vllm.utils.system_utils import get_mp_context
 
     multimodal = vllm_config.model_config.multimodal_config

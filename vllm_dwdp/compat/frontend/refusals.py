@@ -161,7 +161,7 @@ def _refused_values(args: Any) -> Iterator[tuple[str, str]]:
 
 
 def _transfer_backend(config: Any) -> str | None:
-    """The backend of weight transfers, if there is one; vLLM takes a dictionary, too."""
+    """Return the backend of weight transfers, if there is one; vLLM takes a dictionary, too."""
     if isinstance(config, dict):
         return str(config.get("backend", "nccl"))
     return getattr(config, "backend", None)

@@ -33,7 +33,7 @@ def install(launch: DwdpLaunch) -> None:
 
 
 def make_stat_logger(launch: DwdpLaunch) -> type:
-    """A vLLM stat logger class that exports the ranks of `launch`."""
+    """Return a vLLM stat logger class that exports the ranks of `launch`."""
     from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
     class DwdpStatLogger(AggregateStatLoggerBase):
@@ -63,5 +63,5 @@ def make_stat_logger(launch: DwdpLaunch) -> type:
 
 @functools.cache
 def _process_metrics(model_name: str) -> RankMetrics:
-    """The metrics of this process, which can be registered once only."""
+    """Return the metrics of this process, which can be registered once only."""
     return RankMetrics(model_name)

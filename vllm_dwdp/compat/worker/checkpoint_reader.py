@@ -67,7 +67,7 @@ class MappedSafetensors:
         return getattr(self._stock, name)
 
     def get_tensor(self, name: str) -> torch.Tensor:
-        """The tensor; an expert's is not read yet."""
+        """Return the tensor; an expert's is not read yet."""
         start, stop = (self._data_start + at for at in self._header[name]["data_offsets"])
         shape = self._header[name]["shape"]
         dtype = DTYPES.get(self._header[name]["dtype"])

@@ -61,7 +61,7 @@ def bound_cores(parallel_config: Any, slots: Sequence[int], num_slots: int) -> I
 
 
 def cores_of_workers(vllm_config: Any) -> list[list[int]]:
-    """The cores that vLLM gives each worker of an engine; none at all if it shall bind nothing.
+    """Return the cores that vLLM gives each worker of an engine; none at all if it shall bind nothing.
 
     Call while `bound_cores` is active.
     """

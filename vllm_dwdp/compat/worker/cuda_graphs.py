@@ -17,16 +17,16 @@ class Follower(Protocol):
     """What is told of graphs; whatever it says of a capture comes back at every launch."""
 
     def begin_capture(self) -> None:
-        """A graph begins to be captured."""
+        """Note that the capture of a graph begins."""
 
     def end_capture(self) -> Any:
-        """It ended; returns what a launch will do, false if that is nothing."""
+        """Note that the capture ended; return what a launch will do, false if that is nothing."""
 
     def before_launch(self, effect: Any) -> None:
-        """It is about to be launched."""
+        """Prepare for a launch of the graph."""
 
     def after_launch(self, effect: Any) -> None:
-        """It was launched."""
+        """Note that the graph was launched."""
 
 
 @contextmanager
@@ -77,7 +77,7 @@ def followed_by(
 
 
 def _bound(wrapper: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that calls `wrapper(stock, self, ...)`."""
+    """Return a method that calls `wrapper(stock, self, ...)`."""
 
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         return wrapper(stock, self, *args, **kwargs)

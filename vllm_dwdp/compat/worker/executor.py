@@ -20,7 +20,7 @@ class Hooked:
     parallel_config: Any
 
     def starting(self) -> AbstractContextManager[None]:
-        """What surrounds the start of the worker."""
+        """Surround the start of the worker."""
         raise NotImplementedError
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def requested_bytes(vllm_config: Any, total_bytes: int) -> int:
-    """What vLLM asks of a device with `total_bytes`, weights held outside included."""
+    """Return what vLLM asks of a device with `total_bytes`, weights held outside included."""
     utilization: float = vllm_config.cache_config.gpu_memory_utilization
     return math.ceil(total_bytes * utilization)
 

@@ -42,7 +42,7 @@ def restore_model_config(vllm_config: Any) -> None:
 
 
 def seat_of(vllm_config: Any, tensor_rank: int = 0) -> Seat:
-    """The seat of a worker of the engine that this config was made for."""
+    """Return the seat of a worker of the engine that this config was made for."""
     launch = vllm_config.model_config.__dict__[_LAUNCH]
     assert isinstance(launch, DwdpLaunch)
     return Seat(launch, vllm_config.parallel_config.data_parallel_index, tensor_rank)

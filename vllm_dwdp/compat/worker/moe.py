@@ -100,7 +100,7 @@ def num_slices(moe_config: Any) -> int:
 
 
 def kernel_identity(layer: Any) -> str:
-    """The quantisation method of a layer, and the kernel that it chose."""
+    """Return the quantisation method of a layer, and the kernel that it chose."""
     method = layer.quant_method
     choices = [str(value) for value in vars(method).values() if isinstance(value, Enum)]
     kernel = getattr(getattr(method, "moe_kernel", None), "fused_experts", None)

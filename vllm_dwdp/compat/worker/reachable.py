@@ -63,7 +63,7 @@ def _is_entered(value: Any) -> bool:
 
 
 def _members(value: Any) -> Iterator[tuple[str, Any]]:
-    """What is held directly by `value`, by name."""
+    """Yield what `value` holds directly, by name."""
     if isinstance(value, torch.Tensor):
         if value._base is not None:  # held in C++, so that no attribute shows it
             yield "_base", value._base

@@ -66,7 +66,7 @@ def hide(layer: torch.nn.Module) -> None:
 
 
 def show(layer: torch.nn.Module) -> None:
-    """The reload has begun; when it ends, it takes a hidden layer for one that it has finished."""
+    """Let a reload that has begun take a hidden layer for one that it has finished when it ends."""
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
     get_layerwise_info(layer).reset()

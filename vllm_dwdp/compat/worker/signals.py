@@ -80,6 +80,6 @@ def vllm_watches_engine() -> None:
 
 
 def _engine() -> Any:
-    """The engine's process, of a worker in one of its own; None where both are one."""
+    """Return the engine's process, of a worker in one of its own; None where both are one."""
     is_worker = multiprocessing.current_process().daemon
     return multiprocessing.parent_process() if is_worker else None

@@ -92,7 +92,7 @@ def _save_model(folder: Path, config: transformers.PretrainedConfig, seed: int) 
 
 
 def _class_for(config: transformers.PretrainedConfig) -> Any:
-    """The automatic class of a whole model: one that generates or classifies, or has a vision tower."""
+    """Return the automatic class of a model that generates or classifies, or has a vision tower."""
     if hasattr(config, "vision_config"):
         return transformers.AutoModelForImageTextToText
     if any("SequenceClassification" in name for name in config.architectures or ()):

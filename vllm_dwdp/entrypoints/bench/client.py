@@ -107,7 +107,7 @@ class BenchClient:
             raise self._failure(line or "its process ended")
 
     def _failure(self, what: str) -> DwdpError:
-        """The log lies in a folder that goes with the benchmark, so its end is in the message."""
+        """Quote the end of the log, whose folder goes with the benchmark."""
         lines = self.log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
         return DwdpError(
             f"vllm bench serve failed ({what}). The end of its log, {self.log}:\n"

@@ -148,7 +148,7 @@ def launch(
 def _memory(
     model: str, rank_workers: int, of_each_decode: Sequence[int], arguments: Sequence[str]
 ) -> Shares | None:
-    """What each process takes of the machine's memory; None where vLLM or the user decides."""
+    """Return what each process takes of the machine's memory; None where vLLM or the user decides."""
     if not of_each_decode or count_gpus() or says_how_much(arguments, os.environ):
         return None
     total_bytes = psutil.virtual_memory().total
@@ -158,7 +158,7 @@ def _memory(
 def _disaggregation(
     ranks: int, of_each_decode: Sequence[int], asked: Disaggregation
 ) -> Disaggregation:
-    """What was asked for, with ports that are free."""
+    """Return what was asked for, with ports that are free."""
     found = free_ports(ranks + len(of_each_decode))
     first = os.environ.get(SIDE_CHANNEL_PORT_ENV, "")
     channels = [int(first) if first.isdecimal() else free_ports_in_a_row(ranks, found)]

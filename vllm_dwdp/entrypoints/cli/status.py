@@ -103,7 +103,7 @@ def _row(entry: dict[str, Any]) -> list[str]:
 
 
 def _rank(entry: dict[str, Any]) -> str:
-    """The rank's place in its group; with tensor parallelism also which of its workers this is."""
+    """Return the rank's place in its group; with tensor parallelism also the worker's in the rank."""
     if entry["dwdp_rank"] == HOLDER:
         return "holder"
     is_slice = entry.get("tensor_parallel_size", 1) > 1
@@ -202,7 +202,7 @@ def _ask(endpoint: Endpoint, group: int, rank: int) -> dict[str, Any]:
 
 
 def find_servers(rendezvous: str) -> list[Entry]:
-    """The servers of a disaggregated launch whose ranks meet there, each asked whether it is healthy."""
+    """Return the servers of the disaggregated launch that meets there, each asked for its health."""
     servers = []
     for entry in read_roster(rendezvous):
         is_said_to_serve = entry.state == "serving"

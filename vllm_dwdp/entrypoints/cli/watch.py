@@ -76,7 +76,7 @@ def lines(before: Look | None, now: Look) -> list[str]:
 
 
 def rows(before: Look | None, now: Look) -> list[list[str]]:
-    """A row for each rank, in the order of `HEADINGS`.
+    """Return a row for each rank, in the order of `HEADINGS`.
 
     Args:
         before: the look before this one; without it nothing is known per second.

@@ -136,7 +136,7 @@ class Child:
         self._serves_by = time.monotonic() + self.start_timeout_s
 
     def _give_this_start_up(self) -> None:
-        """It hangs: end it, say what is known of it, and start it again after a while."""
+        """End a child that hangs, say what is known of it, and start it again after a while."""
         assert self.process is not None
         silent = self._said and f"says nothing any more, and last: {self._said}"
         known = (self.progress() or silent, last_line(self.tail()))
@@ -150,7 +150,7 @@ class Child:
         self.is_hopeless = not self._has_served and self.num_restarts >= MAX_EARLY_ENDS
 
     def _bury(self) -> None:
-        """It died: remove what it left, and start it again after a while."""
+        """Remove what a dead child left, and start it again after a while."""
         assert self.process is not None
         code = self.process.wait()
         self._kill_group()
@@ -178,7 +178,7 @@ class Child:
         self.num_restarts += 1
 
     def tail(self) -> str:
-        """The end of what it wrote since it was last started."""
+        """Return the end of what it wrote since it was last started."""
         with contextlib.suppress(OSError), self.log.open("rb") as log:
             size = log.seek(0, os.SEEK_END)
             log.seek(max(self._log_start, size - TAIL_BYTES))
@@ -212,14 +212,14 @@ def _ending(code: int) -> str:
 
 
 def last_line(log: str) -> str:
-    """The last line of a log, for a terminal."""
+    """Return the last line of a log, for a terminal."""
     lines = _CONTROL.sub("", log).split("\n")
     said = next((line.strip() for line in reversed(lines) if line.strip()), "")
     return said and f"last wrote: {said[:LINE_CHARACTERS]}"
 
 
 def last_error(log: str) -> str:
-    """The last line of a log that looks like an error, without its prefix; empty if none does.
+    """Return the last line of a log that looks like an error, without its prefix; empty if none does.
 
     A line that only points to another one counts where there is no other.
     """

@@ -18,7 +18,7 @@ SHUTDOWN_TIMEOUT = "--shutdown-timeout"
 
 
 def default_start_timeout_s(model: str, join_timeout_s: float) -> float:
-    """What a rank waits for its peers at most, a minute, and the time to read from a slow disk.
+    """Add up the longest wait for peers, a minute, and the time to read from a slow disk.
 
     So a rank whose peer is missing has time to say so itself.
     """

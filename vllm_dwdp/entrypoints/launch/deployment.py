@@ -45,7 +45,7 @@ class Deployment:
         )
 
     def _comparison(self, index: int) -> Callable[[], None] | None:
-        """What compares a decode server with every rank that serves now; None if none does."""
+        """Return what compares a decode server with every rank that serves now; None if none does."""
         ranks = [rank for rank, child in enumerate(self.ranks) if child.state == "serving"]
         return partial(self._compare, index, ranks) if ranks else None
 

@@ -73,13 +73,13 @@ class Disaggregation:
         return [f"http://127.0.0.1:{port}" for port in self.decode_ports] + list(self.decode_urls)
 
     def memory_arguments(self, role: str) -> tuple[str, ...]:
-        """The share of the machine's memory that a server of one side takes."""
+        """Return the share of the machine's memory that a server of one side takes."""
         if self.memory is None:
             return ()
         return Shares.arguments(self.memory.rank if role == PRODUCER else self.memory.decode)
 
     def transfer_arguments(self, role: str) -> list[str]:
-        """The `--kv-transfer-config` of one side."""
+        """Return the `--kv-transfer-config` of one side."""
         config = {"kv_connector": CONNECTOR, **self.transfer, "kv_role": role}
         if role == CONSUMER:
             config.setdefault("kv_load_failure_policy", "recompute")
@@ -100,7 +100,7 @@ def devices_of(arguments: Sequence[str]) -> int:
 
 
 def size_of(arguments: Sequence[str], name: str) -> int:
-    """The value of an option of `_SIZES` among arguments for `vllm serve`; the last one counts.
+    """Return the value of an option of `_SIZES` among arguments for `vllm serve`; the last one counts.
 
     Raises:
         DwdpConfigError: it is no positive number.
@@ -117,7 +117,7 @@ def size_of(arguments: Sequence[str], name: str) -> int:
 
 
 def split_decode_arguments(text: str) -> tuple[str, ...]:
-    """The words of `--decode-args`.
+    """Return the words of `--decode-args`.
 
     Raises:
         DwdpConfigError: a quote is open, or an argument is ours to give.
@@ -162,7 +162,7 @@ def take_transfer_config(arguments: Sequence[str]) -> tuple[tuple[str, ...], dic
 
 
 def check_url(url: str) -> str:
-    """A `--decode-url` without a slash at its end.
+    """Return a `--decode-url` without a slash at its end.
 
     Raises:
         DwdpConfigError: it is no URL of a server.

@@ -177,7 +177,7 @@ class Ranks:
         self.close()
 
     def _replace(self, error: Exception) -> None:
-        """The template is gone: the next rank may find another one ready."""
+        """Drop a template that died: the next rank may find another one ready."""
         assert self._template is not None and self._log is not None
         if not self._template.is_ready:
             self._give_up(error)

@@ -39,7 +39,7 @@ def answers(url: str) -> bool:
 
 
 def admission_file(logs: Path) -> Path:
-    """What says which decode servers get requests; the relay reads it."""
+    """Return the file that says which decode servers get requests; the relay reads it."""
     return logs.absolute() / f"decode-{os.getpid()}.json"
 
 
@@ -51,12 +51,12 @@ def forget_decode(plan: LaunchPlan, url: str) -> None:
 
 
 def ending_file(logs: Path) -> Path:
-    """What is there once this launch is told to end; its ranks and its relay look for it."""
+    """Return the file that exists once this launch is told to end; ranks and relay look for it."""
     return logs.absolute() / f"ending-{os.getpid()}"
 
 
 def router_child(plan: LaunchPlan, logs: Path) -> Child:
-    """The load balancer in front of the ranks, not started yet."""
+    """Return the load balancer in front of the ranks, not started yet."""
 
     def progress() -> str:
         return "waits for a rank to be healthy" if answers(plan.url + ROUTER_ALIVE_PATH) else ""
@@ -73,7 +73,7 @@ def router_child(plan: LaunchPlan, logs: Path) -> Child:
 
 
 def relay_children(plan: LaunchPlan, logs: Path) -> list[Child]:
-    """What the router asks in the place of the ranks of a disaggregated launch, not started yet."""
+    """Make the relay, which the router of a disaggregated launch asks in place of the ranks."""
     if plan.disaggregation is None or not plan.has_router:
         return []
 
@@ -105,7 +105,7 @@ def relay_children(plan: LaunchPlan, logs: Path) -> list[Child]:
 def decode_children(
     plan: LaunchPlan, logs: Path, environments: Sequence[dict[str, str]], start_timeout_s: float
 ) -> list[Child]:
-    """The decode servers that launch starts, not started yet."""
+    """Return the decode servers that launch starts, not started yet."""
     if plan.disaggregation is None:
         return []
 
@@ -128,7 +128,7 @@ def decode_children(
 
 
 def control_children(plan: LaunchPlan, logs: Path) -> list[Child]:
-    """What repeats control requests on every rank, not started yet; nothing unless it was asked for."""
+    """Make what repeats control requests on every rank, not started; nothing unless it was asked for."""
     if plan.control_port is None:
         return []
     return [
@@ -144,7 +144,7 @@ def control_children(plan: LaunchPlan, logs: Path) -> list[Child]:
 
 
 def loopback_without_proxy(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that keep the router from asking a proxy for our ranks."""
+    """Return the variables that keep the router from asking a proxy for our ranks."""
     given = [environment.get(name, "") for name in ("no_proxy", "NO_PROXY")]
     hosts = ",".join(dict.fromkeys([*filter(None, given), RANK_HOST, "localhost"]))
     return {"no_proxy": hosts, "NO_PROXY": hosts}

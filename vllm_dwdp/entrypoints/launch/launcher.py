@@ -265,7 +265,7 @@ def rank_progress(config: DwdpConfig, rank: int, num_workers: int = 1) -> Callab
 
 @contextlib.contextmanager
 def _until_interrupted() -> Iterator[list[int]]:
-    """A list that SIGINT, SIGTERM and SIGHUP append to."""
+    """Yield a list that SIGINT, SIGTERM and SIGHUP append to."""
     received: list[int] = []
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup sets it
@@ -283,7 +283,7 @@ def _until_interrupted() -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def meeting_folder() -> Iterator[str]:
-    """A rendezvous for one launch, removed at its end."""
+    """Yield a rendezvous for one launch, removed at its end."""
     folder = tempfile.mkdtemp(prefix="vllm-dwdp-")
     try:
         yield f"unix://{folder}"

@@ -25,7 +25,7 @@ class Shares:
 
     @staticmethod
     def arguments(share: float) -> tuple[str, ...]:
-        """What tells a `vllm serve` its share."""
+        """Return what tells a `vllm serve` its share."""
         return (UTILIZATION, f"{share:.4f}")
 
 

@@ -62,16 +62,16 @@ class Server:
             self._headers["Authorization"] = f"Bearer {api_key}"
 
     def get(self, path: str) -> str:
-        """The answer to `GET path`."""
+        """Return the answer to `GET path`."""
         return self._ask(path, None)
 
     def complete(self, **body: Any) -> dict[str, Any]:
-        """The answer to a completion."""
+        """Return the answer to a completion."""
         answer: dict[str, Any] = json.loads(self._ask("/v1/completions", json.dumps(body).encode()))
         return answer
 
     def metrics(self, name: str) -> list[tuple[dict[str, str], float]]:
-        """The labels and values of a metric."""
+        """Return the labels and values of a metric."""
         return [
             (sample.labels, sample.value)
             for family in text_string_to_metric_families(self.get("/metrics"))
@@ -143,7 +143,7 @@ def _differ(rank: Server, decode: Server, field: str, here: str, there: str) -> 
 
 
 def facts(server: Server) -> dict[str, str]:
-    """What must agree, as a server says it."""
+    """Return what must agree, as a server says it."""
     model = json.loads(server.get("/v1/models"))["data"][0]
     labels = server.metrics(CACHE_INFO)[0][0]
     return {
@@ -154,7 +154,7 @@ def facts(server: Server) -> dict[str, str]:
 
 
 def _prompt(facts: dict[str, str]) -> dict[str, Any]:
-    """A request for one token after some blocks that no server has seen before."""
+    """Return a request for one token after some blocks that no server has seen before."""
     num_tokens = NUM_PROMPT_BLOCKS * int(facts[CACHE_FIELDS["block_size"]])
     # Of this moment, so that no prefix is cached where the decode server has seen it before.
     first = time.time_ns() % 10_000
@@ -188,7 +188,7 @@ def _explain(
     theirs: dict[str, Any],
     arguments: Sequence[str],
 ) -> Iterator[tuple[str, str, str]]:
-    """What makes a decode server fetch nothing: fields, with the value here and there.
+    """Yield what makes a decode server fetch nothing: fields, with the value here and there.
 
     Args:
         facts: of both.
@@ -225,7 +225,7 @@ def _explain(
 
 
 def _handshake(offered: dict[str, Any]) -> Handshake | None:
-    """What the server answers at the address that it offers, if that is reached from here."""
+    """Return what the server answers at the address that it offers, if that is reached from here."""
     found = read_handshake(str(offered.get("remote_host")), int(offered.get("remote_port") or 0))
     is_that_server = found is not None and found.engine_id == offered.get("remote_engine_id")
     return found if is_that_server else None

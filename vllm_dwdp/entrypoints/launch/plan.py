@@ -109,11 +109,11 @@ class LaunchPlan:
         return RANK_HOST if self.has_router else self.host
 
     def rank_url(self, rank: int) -> str:
-        """The URL at which this machine reaches a rank."""
+        """Return the URL at which this machine reaches a rank."""
         return self._url_at(self.rank_ports[rank], self.rank_host)
 
     def rank_command(self, rank: int) -> list[str]:
-        """The `vllm serve` of one rank."""
+        """Return the `vllm serve` of one rank."""
         config = self.additional_config | {"dwdp": self.dwdp_options}
         return [
             find_program("vllm"),
@@ -129,7 +129,7 @@ class LaunchPlan:
         ]
 
     def decode_command(self, index: int) -> list[str]:
-        """The `vllm serve` of one decode server: stock vLLM."""
+        """Return the `vllm serve` of one decode server: stock vLLM."""
         assert self.disaggregation is not None
         others = {key: value for key, value in self.additional_config.items() if key != "dwdp"}
         return [
@@ -169,7 +169,7 @@ class LaunchPlan:
         return urls | (self.disaggregation.side_channel(0) if self.disaggregation else {})
 
     def router_command(self) -> list[str]:
-        """The load balancer in front of all ranks."""
+        """Return the load balancer in front of all ranks."""
         return [
             find_program(ROUTER),
             *("--host", self.host, "--port", str(self.port), "--policy", "round_robin"),
@@ -191,21 +191,21 @@ class LaunchPlan:
         ]
 
     def relay_command(self) -> list[str]:
-        """What stands between the router and the ranks that compute prompts."""
+        """Return the relay between the router and the ranks that compute prompts."""
         assert self.disaggregation is not None
         module = "vllm_dwdp.entrypoints.launch.relay"
         ports = ",".join(map(str, self.disaggregation.relay_ports))
         return [sys.executable, "-m", module, ports, *self.rank_urls]
 
     def control_command(self) -> list[str]:
-        """What repeats control requests on every rank."""
+        """Return the program that repeats control requests on every rank."""
         module = "vllm_dwdp.entrypoints.launch.control"
         urls = self.rank_urls + self.decode_urls
         return [sys.executable, "-m", module, self.host, str(self.control_port), *urls]
 
 
 def find_program(name: str) -> str:
-    """The program beside our Python, else the one on PATH.
+    """Return the program beside our Python, else the one on PATH.
 
     Raises:
         DwdpConfigError: it is not installed.
@@ -235,7 +235,7 @@ def check_environment(environment: Mapping[str, str]) -> None:
 
 
 def api_key(arguments: Sequence[str], environment: Mapping[str, str]) -> str:
-    """What the servers want to see of their clients; empty if nothing. Of several keys the first one."""
+    """Return the key that clients must send; empty if none. Of several keys the first one."""
     for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
         given, separator, value = argument.partition("=")
         if given.replace("_", "-") == "--api-key":
@@ -263,7 +263,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[tuple[str, ...], dict[str
 
 
 def _option_of_ours(given: str) -> str | None:
-    """What vLLM's parser makes of `given`, if that is ours: it accepts `_` for `-`, and beginnings."""
+    """Return vLLM's reading of `given`, if it is ours: `_` for `-`, and beginnings, are accepted."""
     name = given.replace("_", "-") if given.startswith("--") else given
     is_beginning = name.startswith("--") and name != "--"
     for option in (_CONFIG, *_REFUSED):

@@ -114,7 +114,7 @@ def wait_for_decode(request_id: str) -> str:
 
 
 def refusal(reason: str) -> Answer:
-    """A 503 that says why."""
+    """Return a 503 that says why."""
     body = json.dumps({"error": {"message": reason}}).encode()
     return Answer(status=503, content_type="application/json", body=body)
 
@@ -187,11 +187,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(answer.body)
 
     def log_request(self, code: object = "-", size: object = "-") -> None:
-        """The ranks log requests."""
+        """Log no request: the ranks do."""
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The arguments of this program: `host`, and of each rank one of `ports` and one of `urls`."""
+    """Parse this program's arguments: `host`, and of each rank one of `ports` and of `urls`."""
     parser = argparse.ArgumentParser(prog="python -m vllm_dwdp.entrypoints.launch.relay")
     parser.add_argument("--host", default=HOST, help="address to listen on (%(default)s)")
     parser.add_argument("ports", type=_ports, help="one for each rank, with commas between them")

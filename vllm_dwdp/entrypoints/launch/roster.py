@@ -62,14 +62,14 @@ class Roster:
 
 
 def roster_file(rendezvous: str) -> Path | None:
-    """The file of the launch whose ranks meet there; None where no folder is."""
+    """Return the file of the launch whose ranks meet there; None where no folder is."""
     is_folder = rendezvous.startswith("unix:///")
     return Path(rendezvous.removeprefix("unix://"), NAME) if is_folder else None
 
 
 @contextlib.contextmanager
 def roster(rendezvous: str) -> Iterator[Roster]:
-    """A roster that is gone afterwards."""
+    """Yield a roster that is gone afterwards."""
     made = Roster(rendezvous)
     try:
         yield made
@@ -78,7 +78,7 @@ def roster(rendezvous: str) -> Iterator[Roster]:
 
 
 def read_roster(rendezvous: str) -> list[Entry]:
-    """The servers of the launch whose ranks meet there; none if no launch with decode servers is.
+    """Return the servers of the launch whose ranks meet there; none if no launch with decode servers is.
 
     What a launch left that was killed is not shown: its servers have ended with it.
     """

@@ -111,7 +111,7 @@ class Server:
             time.sleep(0.25)
 
     def get(self, path: str) -> str:
-        """The body of `GET path`."""
+        """Return the body of `GET path`."""
         with urllib.request.urlopen(self.url + path, timeout=30) as response:
             return str(response.read().decode())
 
@@ -134,7 +134,7 @@ class Server:
         return list(choice["token_ids"])
 
     def metric(self, name: str, **labels: str) -> float | None:
-        """The sum of a metric over its samples with these labels; None if there is no sample."""
+        """Return the sum of a metric over its samples with these labels; None if there is no sample."""
         values = [
             sample.value
             for family in text_string_to_metric_families(self.get("/metrics"))
@@ -153,11 +153,11 @@ class Server:
         return found
 
     def ranks(self) -> list[psutil.Process]:
-        """The processes that compute: vLLM's workers, or its engines where these are one process."""
+        """Return the processes that compute: vLLM's workers, or engines that have none."""
         return self.processes("VLLM::Worker") or self.processes("VLLM::EngineCore")
 
     def tail(self) -> str:
-        """The end of its log."""
+        """Return the end of its log."""
         return self.log.read_text(errors="replace")[-8000:]
 
     def suspend(self) -> None:
@@ -232,7 +232,7 @@ class Server:
 def serving(
     log: Path, model: str, *arguments: str, environment: dict[str, str] | None = None
 ) -> Iterator[Server]:
-    """A ready server of `model`, served as `m`."""
+    """Yield a ready server of `model`, served as `m`."""
     common = [model, "--served-model-name", "m", "--max-model-len", "2048"]
     with Server([*common, *arguments], log, environment or {}) as server:
         server.wait_until_ready()

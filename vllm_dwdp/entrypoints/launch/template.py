@@ -95,7 +95,7 @@ def load() -> str:
 
 
 def receive(control: socket.socket) -> tuple[Request, int] | None:
-    """The next request and its log; None if nobody can ask any more."""
+    """Return the next request and its log; None if nobody can ask any more."""
     room = socket.CMSG_SPACE(array.array("i").itemsize)
     message, attached, _, _ = control.recvmsg(MESSAGE_BYTES, room, socket.MSG_CMSG_CLOEXEC)
     if not message:

@@ -1,0 +1,65 @@
+"""The mechanical half of how our documents read; the rest needs a reader."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md")])
+LONG_WORDS = 30
+LONG_SHARE = 0.05
+# Words of ours that a reader of another project could not look up.
+PRIVATE = re.compile(r"\b(hopeless|lonely|crowded|\.\./shared)\b", re.I)
+
+LIST_ITEM = re.compile(r"([-*]|\d+\.)\s+")
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z0-9\[`*(\"])")
+
+
+def blocks(text: str) -> list[str]:
+    """Split Markdown into paragraphs, list items and table cells, without code and headings."""
+    text = re.sub(r"^( *)(```|~~~).*?^\1\2", "\n", text, flags=re.S | re.M)
+    found: list[str] = [""]
+    for line in map(str.strip, text.splitlines()):
+        if line.startswith("|"):
+            cells = line.strip("|").replace(r"\|", "/").split("|")
+            found += [cell for cell in cells if cell.strip(" :-")] + [""]
+        elif not line or line.startswith(("#", "![", "<")):
+            found.append("")
+        elif item := LIST_ITEM.match(line):
+            found.append(line[item.end() :])
+        else:
+            found[-1] += f" {line}"
+    return [block.strip() for block in found if block.strip()]
+
+
+def sentences(text: str) -> list[str]:
+    """Split Markdown into sentences; a span of code, and what a link leads to, is one word."""
+    found = []
+    for block in blocks(text):
+        plain = re.sub(r"`[^`]*`", "Code", re.sub(r"\]\([^)]*\)", "]", block))
+        found += [sentence for sentence in SENTENCE_END.split(plain) if sentence.strip()]
+    return found
+
+
+def is_long(sentence: str) -> bool:
+    return len(re.findall(r"[\w'/.-]+", sentence)) > LONG_WORDS
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_few_sentences_are_long(document: Path) -> None:
+    found = sentences(document.read_text())
+    too_long = [sentence for sentence in found if is_long(sentence)]
+    assert len(too_long) <= max(1, LONG_SHARE * len(found)), "\n".join(too_long)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_no_private_words(document: Path) -> None:
+    assert PRIVATE.findall(document.read_text()) == []
+
+
+def test_what_counts_as_a_sentence() -> None:
+    text = "# A heading of its own\n\nOne. Two `a. b` [c](d. e)\nthree.\n\n- Four\n- Five. 6\n\n"
+    text += "| a | b |\n|---|---|\n"
+    assert sentences(text) == ["One.", "Two Code [c] three.", "Four", "Five.", "6", "a", "b"]
+    assert is_long("word " * 31) and not is_long("word " * 30)
