@@ -146,9 +146,14 @@ def test_one_control_request_reaches_every_rank(launch: Launch) -> None:
     status, answer = ask(launch.control + "/collective_rpc", {"method": "dwdp_status"})
     told = [rank["answer"]["results"][0]["dwdp_rank"] for rank in answer["ranks"]]
     assert (status, told) == (200, [0, 1])
-    status, answer = ask(launch.control + "/sleep?level=1")
-    assert status == 400 and "ranks [0, 1] of 2 failed" in answer["error"]["message"]
-    assert "sleep level 1 is not supported" in str(answer["ranks"][1])
+    assert ask(launch.control + "/sleep?level=1")[0] == 200
+    assert paused(launch) == [True, True], "on a CPU stock vLLM's sleep is a pause"
+    assert ask(launch.control + "/wake_up")[0] == 200
+    assert paused(launch) == [False, False]
+    status, answer = ask(launch.control + "/collective_rpc", {"method": "not_there"})
+    assert status == 500, answer
+    assert "ranks [0, 1] of 2 failed" in answer["error"]["message"], answer
+    assert [rank["status"] for rank in answer["ranks"]] == [500, 500], answer
     assert ask(launch.ranks[1] + "/pause?mode=keep")[0] == 200
     assert paused(launch) == [False, True], "who addresses one rank reaches that one"
     assert ask(launch.control + "/resume")[0] == 200
