@@ -205,6 +205,17 @@ def test_a_decode_url_that_does_not_answer_is_refused(
     assert not (tmp_path / "logs").exists()
 
 
+def test_too_little_shared_memory_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(launcher, "find_program", lambda name: name)
+    monkeypatch.setattr(launcher, "check_nixl", lambda: None)
+    monkeypatch.setattr(launcher, "free_bytes", lambda: 64 * 2**20)
+    with pytest.raises(DwdpConfigError, match=r"^decode servers cannot start with 64 MiB free"):
+        launcher.launch(disaggregated(decode_urls=()), tmp_path / "logs", print)
+    assert not (tmp_path / "logs").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
