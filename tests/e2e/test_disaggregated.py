@@ -433,12 +433,16 @@ def test_running_streams_finish_and_new_requests_are_refused_at_the_end(
         wait_until(lambda: metric(launch.decode, "vllm:num_requests_running") == 2)
         launch.process.send_signal(signal.SIGTERM)
         wait_until(lambda: "stopping: running requests have" in launch.log.read_text())
-        for _ in range(3):
+        for url in (launch.url, *launch.ranks) * 3:
             with pytest.raises(urllib.error.HTTPError) as refused:
-                ask(launch.url, **GREEDY, prompt="something new")
-            # The router makes a 500 of a rank's 503, and a second later has nobody to ask.
+                ask(url, **GREEDY, prompt="something new")
             said = refused.value.read().decode()
+            assert refused.value.code == 503, said
+            # A second later the router has nobody to ask.
             assert "This launch ends" in said or "No available workers" in said, said
+            if url != launch.url:
+                assert refused.value.headers["Retry-After"]
+        assert metric(launch.ranks[0], "vllm:num_requests_running") == 0, "figures are still read"
         assert not any(stream.done() for stream in streams), "the test shows nothing"
         for stream in streams:
             text, last = stream.result(timeout=120)
