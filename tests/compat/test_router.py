@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from email.message import Message
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from numpy import float32
@@ -178,6 +179,32 @@ def test_the_router_takes_a_decode_server_out_and_back(routed: Routed) -> None:
 def healthy_decodes(plan: LaunchPlan) -> int:
     with urllib.request.urlopen(plan.url + fronts.ROUTER_READY_PATH, timeout=20) as response:
         return int(json.loads(response.read())["decode"]["healthy"])
+
+
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        ("/add_worker?url={}", None),
+        ("/add_worker?url={}&worker_type=decode", None),
+        ("/workers", {"worker_type": "decode"}),
+    ],
+)
+def test_no_route_of_the_router_adds_a_decode_server(
+    routed: Routed, route: str, body: dict[str, str] | None
+) -> None:
+    """So `launch` removes none, and its doors are unhealthy instead."""
+    plan, *_ = routed
+    url = f"http://127.0.0.1:{free_ports(1)[0]}"
+    asked = urllib.request.Request(
+        plan.url + route.format(quote(url)),
+        body and json.dumps(body | {"url": url}).encode(),
+        {"Content-Type": "application/json"},
+        method="POST",
+    )
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(asked, timeout=20)
+    assert refused.value.code == 400
+    assert "add_decode_server methods" in refused.value.read().decode()
 
 
 def test_the_router_changes_the_last_bit_of_a_log_probability(routed: Routed) -> None:
