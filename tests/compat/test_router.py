@@ -3,6 +3,7 @@
 import http.server
 import json
 import subprocess
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from tests.helpers.waiting import wait_until
 from tests.unit.entrypoints.test_relay import served
 from vllm_dwdp.entrypoints.launch import fronts
 from vllm_dwdp.entrypoints.launch.disaggregation import Disaggregation
+from vllm_dwdp.entrypoints.launch.door import DoorServer
 from vllm_dwdp.entrypoints.launch.fronts import answers
 from vllm_dwdp.entrypoints.launch.plan import LaunchPlan
 from vllm_dwdp.entrypoints.launch.ports import free_ports
@@ -37,6 +39,7 @@ class Listener(http.server.ThreadingHTTPServer):
         self.choice: dict[str, Any] = {"index": 0, "text": "a", "finish_reason": "stop"}
         self.status = self.health = 200
         self.location = ""
+        self.may_end = threading.Event()
 
     @property
     def ids(self) -> list[str]:
@@ -50,10 +53,23 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._answer(self.server.health, b"{}")
 
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
         self.server.headers.append(self.headers)
+        if body.get("stream") and self.server.status == 200:
+            self._stream()
+            return
         told = {"choices": [self.server.choice], "kv_transfer_params": {}}
         self._answer(self.server.status, json.dumps(told).encode())
+
+    def _stream(self) -> None:
+        """Two events, the second one when it may come; the connection ends the stream."""
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        self.wfile.write(b"data: {}\n\n")
+        self.wfile.flush()
+        self.server.may_end.wait(20)
+        self.wfile.write(b"data: [DONE]\n\n")
 
     def _answer(self, status: int, body: bytes) -> None:
         self.send_response(status)
@@ -161,6 +177,27 @@ def test_the_router_goes_where_a_door_sends_it(routed: Routed) -> None:
     door.location = f"http://127.0.0.1:{decode.server_port}/v1/completions"
     assert [ask(plan).status for _ in range(4)] == [200] * 4
     assert (len(door.ids), len(decode.ids)) == (2, 4)
+
+
+def test_a_stream_comes_piece_by_piece_behind_a_door(routed: Routed) -> None:
+    plan, _, (decode, other) = routed
+    with served(DoorServer("127.0.0.1", 0, f"http://127.0.0.1:{decode.server_port}")) as door:
+        other.status = 307
+        other.location = f"{door}/v1/completions"
+        for _ in range(
+            2
+        ):  # to the decode server itself, and over a door to which the other one sends
+            request = urllib.request.Request(
+                plan.url + "/v1/completions",
+                json.dumps({"model": "m", "prompt": "a", "stream": True}).encode(),
+                {"Content-Type": "application/json"},
+            )
+            decode.may_end.clear()
+            with urllib.request.urlopen(request, timeout=20) as stream:
+                assert stream.readline() == b"data: {}\n"
+                decode.may_end.set()
+                assert stream.read() == b"\ndata: [DONE]\n\n"
+    assert other.ids and len(decode.ids) == 2
 
 
 def test_the_router_takes_a_decode_server_out_and_back(routed: Routed) -> None:
