@@ -489,7 +489,7 @@ def test_start_up_wait_is_looked_up_by_name_and_interrupts_are_swallowed() -> No
 def test_worker_queues_take_as_much_shared_memory_as_doctor_asks_for() -> None:
     from vllm.distributed.device_communicators.shm_broadcast import MessageQueue, ShmRingBuffer
 
-    from vllm_dwdp.entrypoints.doctor.checks import WORKER_QUEUE_BYTES
+    from vllm_dwdp.entrypoints.doctor.queues import WORKER_QUEUE_BYTES
 
     sizes = inspect.signature(MessageQueue.__init__).parameters
     buffer = ShmRingBuffer(1, 1, 1)

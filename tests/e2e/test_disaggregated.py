@@ -22,6 +22,7 @@ from typing import Any
 
 import psutil
 import pytest
+from numpy import float32
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.conftest import Checkpoints
@@ -140,34 +141,40 @@ def choices(answer: dict[str, Any]) -> list[Any]:
     return [{key: choice.get(key) for key in kept} for choice in answer["choices"]]
 
 
-def logprobs(answer: dict[str, Any]) -> tuple[list[str], list[float]]:
-    """Return the tokens of the first choice, and the logarithms of their probabilities."""
+def logprobs(answer: dict[str, Any]) -> list[tuple[str, Any, dict[str, Any]]]:
+    """Return each token of the first choice, its log-probability, and those of the likeliest tokens.
+
+    An engine computes float32; the router writes such a number anew, and changes the last bit of its
+    float64 (`tests/compat/test_router.py`).
+    """
     given = answer["choices"][0]["logprobs"]
-    if "content" in given:
-        each = [(entry["token"], entry["logprob"]) for entry in given["content"]]
-        return [token for token, _ in each], [value for _, value in each]
-    return given["tokens"], given["token_logprobs"]
-
-
-def check_logprobs(ours: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Check for the same tokens and nearly the same probabilities; why not bit for bit is not known."""
-    assert logprobs(ours)[0] == logprobs(expected)[0]
-    assert logprobs(ours)[1] == pytest.approx(logprobs(expected)[1], abs=0.05)
+    if "content" not in given:
+        columns = given["tokens"], given["token_logprobs"], given["top_logprobs"]
+        each = [*zip(*columns, strict=True)]
+    else:
+        each = [
+            (one["token"], one["logprob"], {o["token"]: o["logprob"] for o in one["top_logprobs"]})
+            for one in given["content"]
+        ]
+    return [
+        (token, float32(value), {other: float32(top[other]) for other in top})
+        for token, value, top in each
+    ]
 
 
 @pytest.mark.parametrize(
     "body",
     [
-        {"prompt": "The capital of France is"},
+        {"prompt": "The capital of France is", "logprobs": 3},
         {"prompt": "a"},
-        {"prompt": [5, 6, 7] * 40},
-        {"prompt": LONG},
-        {"prompt": "logprobs " * 9, "logprobs": 3},
+        {"prompt": [5, 6, 7] * 40, "logprobs": 0},
+        {"prompt": LONG, "logprobs": 3},
+        {"prompt": "prompt " * 9, "logprobs": 2},
         {"prompt": "two answers " * 9, "n": 2, "temperature": 0.01, "seed": 3},
-        {"prompt": "cached " * 30, "repeated": 3},
+        {"prompt": "cached " * 30, "logprobs": 3, "repeated": 3},
         {"prompt": ["first " * 12, "second " * 24]},
     ],
-    ids=["plain", "short", "tokens", "long", "logprobs", "n=2", "cached", "batch"],
+    ids=["plain", "short", "tokens", "long", "several", "n=2", "cached", "batch"],
 )
 def test_completions_are_those_of_stock(
     launch: Disaggregated, stock: Server, body: dict[str, Any]
@@ -178,7 +185,7 @@ def test_completions_are_those_of_stock(
         answer = ask(launch.url, **GREEDY | body)
         assert choices(answer) == choices(expected)
         if "logprobs" in body:
-            check_logprobs(answer, expected)
+            assert logprobs(answer) == logprobs(expected)
 
 
 def test_chat_is_that_of_stock(launch: Disaggregated, stock: Server) -> None:
@@ -187,7 +194,20 @@ def test_chat_is_that_of_stock(launch: Disaggregated, stock: Server) -> None:
     path = "/v1/chat/completions"
     answer, expected = (ask(url, path, **body) for url in (launch.url, stock.url))
     assert choices(answer) == choices(expected)
-    check_logprobs(answer, expected)
+    assert logprobs(answer) == logprobs(expected)
+
+
+def test_log_probabilities_of_a_prompt_are_those_of_stock(
+    launch: Disaggregated, stock: Server
+) -> None:
+    def asked(url: str) -> list[Any]:
+        (choice,) = ask(url, **GREEDY, prompt="of prompts " * 12, prompt_logprobs=1)["choices"]
+        first, *others = choice["prompt_logprobs"]
+        assert first is None
+        return [{each: float32(of[each]["logprob"]) for each in of} for of in others]
+
+    expected = asked(stock.url)
+    assert len(expected) > 100 and asked(launch.url) == expected
 
 
 def test_stop_strings_are_those_of_stock(launch: Disaggregated, stock: Server) -> None:
@@ -413,12 +433,16 @@ def test_running_streams_finish_and_new_requests_are_refused_at_the_end(
         wait_until(lambda: metric(launch.decode, "vllm:num_requests_running") == 2)
         launch.process.send_signal(signal.SIGTERM)
         wait_until(lambda: "stopping: running requests have" in launch.log.read_text())
-        for _ in range(3):
+        for url in (launch.url, *launch.ranks) * 3:
             with pytest.raises(urllib.error.HTTPError) as refused:
-                ask(launch.url, **GREEDY, prompt="something new")
-            # The router makes a 500 of a rank's 503, and a second later has nobody to ask.
+                ask(url, **GREEDY, prompt="something new")
             said = refused.value.read().decode()
+            assert refused.value.code == 503, said
+            # A second later the router has nobody to ask.
             assert "This launch ends" in said or "No available workers" in said, said
+            if url != launch.url:
+                assert refused.value.headers["Retry-After"]
+        assert metric(launch.ranks[0], "vllm:num_requests_running") == 0, "figures are still read"
         assert not any(stream.done() for stream in streams), "the test shows nothing"
         for stream in streams:
             text, last = stream.result(timeout=120)

@@ -1,4 +1,4 @@
-"""A decode server that launch did not start, behind launch's router.
+"""A decode server that launch did not start: behind launch's router, and behind one of our own.
 
 It is a stock server at one port, started again with other settings; it computes the references itself,
 as it is asked without a rank.
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import urllib.error
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,9 @@ from tests.e2e.conftest import Checkpoints
 from tests.e2e.test_disaggregated import COMMON, GREEDY, ask, choices, metric
 from tests.helpers.waiting import wait_until
 from vllm_dwdp.entrypoints.launch.disaggregation import CONNECTOR, CONSUMER, SIDE_CHANNEL_PORT_ENV
-from vllm_dwdp.entrypoints.launch.ports import free_ports
+from vllm_dwdp.entrypoints.launch.fronts import ROUTER_READY_PATH, answers
+from vllm_dwdp.entrypoints.launch.plan import ROUTER, find_program
+from vllm_dwdp.entrypoints.launch.ports import free_ports, free_ports_in_a_row
 from vllm_dwdp.entrypoints.launch.server import Server
 
 pytestmark = [
@@ -91,8 +93,8 @@ class Launch:
         self.url = f"http://127.0.0.1:{port}"
         self.log = folder / "launch.log"
         command = [sys.executable, "-m", "vllm_dwdp.entrypoints.cli.main", "launch", model]
-        command += ["--port", str(port), "--logs", str(folder / "logs"), *SERVE, *arguments]
-        command += ["--additional-config", json.dumps({"dwdp": {"mode": "prefetch"}})]
+        command += ["--port", str(port), "--logs", str(folder / "logs"), *SERVE]
+        command += ["--additional-config", json.dumps({"dwdp": {"mode": "prefetch"}}), *arguments]
         settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "COLUMNS": "300"}
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(
@@ -152,9 +154,50 @@ def test_a_decode_url_is_compared_whenever_it_comes_back(
         with pytest.raises(urllib.error.HTTPError) as refused:
             ask(launch.url, **GREEDY, prompt="for nobody " * 12)
         said = refused.value.read().decode()
-        assert refused.value.code >= 500 and differs in said, said
+        assert refused.value.code == 503 and refused.value.headers["Retry-After"], said
+        assert differs in json.loads(said)["error"]["message"]
 
         elsewhere.kill()
         elsewhere.start()
         launch.line("^decode 0: fits the ranks, and gets requests")
         check_answers(launch.url, elsewhere, "again")
+
+
+@contextmanager
+def router_of_ones_own(prefill: list[str], decode: str, log: Path) -> Iterator[str]:
+    """Yield the URL of a vllm-router that is no child of launch's."""
+    port, metrics_port = free_ports(2)
+    command = [find_program(ROUTER), "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--policy", "round_robin", "--prometheus-port", str(metrics_port)]
+    command += ["--vllm-pd-disaggregation", "--kv-connector", "nixl"]
+    command += [word for url in prefill for word in ("--prefill", url)] + ["--decode", decode]
+    with ExitStack() as end:
+        output = end.enter_context(log.open("wb"))
+        router = subprocess.Popen(command, stdout=output, stderr=output)
+        end.callback(router.wait, timeout=20)
+        end.callback(router.kill)
+        url = f"http://127.0.0.1:{port}"
+        wait_until(lambda: answers(url + ROUTER_READY_PATH), timeout_s=60)
+        yield url
+
+
+@pytest.mark.feature("Disaggregated serving (NIXL): `--prefill-only` behind another router")
+def test_ranks_alone_behind_a_router_of_ones_own(elsewhere: Elsewhere, tmp_path: Path) -> None:
+    """The router is given what `status` lists; the decode server knows nothing of launch."""
+    meeting = f"unix://{tmp_path}/meet"
+    (tmp_path / "meet").mkdir(mode=0o700)
+    dwdp = {"dwdp": {"mode": "prefetch", "rendezvous": meeting}}
+    first = free_ports_in_a_row(2)
+    given = ("--prefill-only", "--additional-config", json.dumps(dwdp))
+    with launched(elsewhere.model, tmp_path, first, *given) as launch:
+        status = [sys.executable, "-m", "vllm_dwdp.entrypoints.cli.main", "status", meeting]
+        told = subprocess.run([*status, "--json"], capture_output=True, timeout=60, check=True)
+        servers = [each for each in json.loads(told.stdout) if "url" in each]
+        assert [(each["role"], each["url"], each["state"]) for each in servers] == [
+            ("prefill", f"http://127.0.0.1:{first + rank}", "serving") for rank in (0, 1)
+        ]
+        urls = [each["url"] for each in servers]
+        assert [*launch.line(r"^ranks will listen at (\S+), (\S+);").groups()] == urls
+        with router_of_ones_own(urls, elsewhere.url, tmp_path / "router.log") as url:
+            check_answers(url, elsewhere, "a router")
+        launch.check_expert_bytes()

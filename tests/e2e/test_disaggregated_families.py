@@ -20,9 +20,15 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("nixl") is None, reason="NIXL is not installed"),
 ]
 
+
+class OtherTokens(AssertionError):
+    """All bytes came, and the answer is another."""
+
+
 WRONG_ON_CPUS = pytest.mark.xfail(
     reason="vLLM's CPU_MLA backend decodes fetched blocks wrongly; `check_pair` refuses it",
     strict=True,
+    raises=OtherTokens,
 )
 NUM_PROCESSES = 3
 """Two ranks and the decode engine."""
@@ -54,7 +60,8 @@ def test_a_stock_engine_decodes_what_ranks_computed(
     found = run_cases(tmp_path, "all", cases, program="tests.e2e.disaggregated_engines")
     for family, model in models.items():
         *ranks, decode = found[family]
-        assert decode["tokens"] == expected[model]["tokens"], family
         assert decode["failed"] == []
         assert len(decode["received_kv_bytes"]) == len(PROMPTS) and min(decode["received_kv_bytes"])
         assert all(rank["fetched_expert_bytes"] > 0 for rank in ranks), f"{family}: no DWDP"
+        if decode["tokens"] != expected[model]["tokens"]:
+            raise OtherTokens(family, decode["tokens"], expected[model]["tokens"])

@@ -198,7 +198,7 @@ def test_running_streams_finish_and_new_requests_are_refused_meanwhile(launch: L
         assert status == 503, answer
         for url in launch.ranks:
             status, answer = ask(url + "/v1/completions", question)
-            assert status == 500 or answer["choices"][0]["finish_reason"] == "abort", "as stock"
+            assert status == 503, f"stock answers 500, or 200 and no text: {answer}"
     assert ask(launch.url + "/readiness", method="GET")[0] == 503
     for stream in streams:
         stream.join(timeout=300)

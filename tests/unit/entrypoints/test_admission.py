@@ -1,4 +1,4 @@
-"""Decode servers that come back, and what the router and the relay make of them."""
+"""Decode servers that come back, and what becomes of them until they were compared."""
 
 import threading
 from collections.abc import Callable
@@ -19,7 +19,6 @@ from vllm_dwdp.entrypoints.launch.admission import (
     Candidate,
     read_admission,
 )
-from vllm_dwdp.entrypoints.launch.pairing import Unfit
 from vllm_dwdp.errors import DwdpConfigError
 
 pytestmark = pytest.mark.timeout(60)
@@ -33,16 +32,15 @@ class Servers:
         self.serving = ["first"] * count
         self.outcome: list[Callable[[], None]] = [lambda: None] * count
         self.has_rank = True
-        self.forgotten: list[str] = []
         self.file = folder / "decode.json"
         made = [self._candidate(index) for index in range(count)]
-        self.admission = Admission(made, self.file, self.forgotten.append)
+        self.admission = Admission(made, self.file)
         self.admission.admit_all()
 
     def _candidate(self, index: int) -> Candidate:
         return Candidate(
             name=f"decode {index}",
-            url=f"http://{PLACE.format(index)}",
+            place=PLACE.format(index),
             identity=lambda: self.serving[index],
             compare=lambda: self.outcome[index] if self.has_rank else None,
         )
@@ -92,7 +90,7 @@ def test_one_that_comes_back_gets_nothing_until_it_was_compared(tmp_path: Path) 
 
 def test_one_that_was_only_silent_is_not_compared_again(tmp_path: Path) -> None:
     servers = Servers(tmp_path, 1)
-    servers.outcome[0] = fails(Unfit("compared"))
+    servers.outcome[0] = fails(DwdpConfigError("compared"))
     servers.restart(after="first")
     assert servers.news_once(ADMITTED) == []
 
@@ -111,7 +109,7 @@ def test_one_that_goes_while_it_is_compared_is_compared_anew(tmp_path: Path) -> 
     servers.outcome[0] = lambda: bool(may_end.wait(20)) and None
     servers.restart()
     servers.news_once(COMPARING)
-    servers.outcome[0] = fails(Unfit("another model"))
+    servers.outcome[0] = fails(DwdpConfigError("another model"))
     servers.restart()
     may_end.set()
     assert servers.news_once(REFUSED) == ["decode 0: gets no requests: another model"]
@@ -132,39 +130,8 @@ def test_what_only_happened_is_tried_again(tmp_path: Path, monkeypatch: pytest.M
     servers.outcome[0] = fails(DwdpConfigError("rank 0 does not answer"))
     servers.restart()
     assert servers.news_once(REFUSED) == ["decode 0: gets no requests: rank 0 does not answer"]
-    assert not servers.forgotten
     servers.outcome[0] = lambda: None
     assert servers.news_once(ADMITTED) == ["decode 0: fits the ranks, and gets requests"]
-
-
-def test_the_router_forgets_one_that_is_another_if_it_has_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(admission, "AGAIN_S", 0.0)
-    servers = Servers(tmp_path, 2)
-    servers.outcome[1] = fails(Unfit("--dtype is 'float16' there"))
-    servers.restart(1)
-    servers.news_once(REFUSED, 1)
-    wait_until(lambda: not servers.admission.poll() and bool(servers.forgotten), timeout_s=10)
-    assert set(servers.forgotten) == {"http://127.0.0.1:1"}
-    servers.outcome[1] = lambda: None
-    wait_until(
-        lambda: (
-            servers.admission.poll()
-            == ["decode 1: fits the ranks, and gets requests once the router is started again"]
-        ),
-        timeout_s=10,
-    )
-
-
-def test_the_only_one_is_not_forgotten(tmp_path: Path) -> None:
-    """It may be put right, and the router cannot be told of it again."""
-    servers = Servers(tmp_path, 1)
-    servers.outcome[0] = fails(Unfit("another model"))
-    servers.restart()
-    servers.news_once(REFUSED)
-    servers.admission.poll()
-    assert not servers.forgotten
 
 
 def test_nobody_says_anything(tmp_path: Path) -> None:

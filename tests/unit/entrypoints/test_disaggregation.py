@@ -27,6 +27,7 @@ FACTS: dict[str, Any] = {
     "decode_arguments": ("--max-num-seqs", "7"),
     "decode_urls": ("http://10.0.0.7:8000",),
     "relay_ports": (9101, 9102),
+    "door_ports": (9201, 9202, 9203),
     "side_channel_ports": (5600, 5700, 5800),
     "transfer": {"kv_connector_extra_config": {"kv_lease_duration": 60}},
 }
@@ -78,10 +79,15 @@ def test_the_router_asks_relays_and_every_decode_server() -> None:
         "http://127.0.0.1:9101/routed",
         "http://127.0.0.1:9102/routed",
     ]
-    assert options(command, "--decode") == made.decode_urls
+    doors = ["9201", "9202", "9203"]
+    assert options(command, "--decode") == [f"http://127.0.0.1:{port}" for port in doors]
     assert made.decode_urls[2] == "http://10.0.0.7:8000"
     assert "--vllm-pd-disaggregation" in command and "--worker-urls" not in command
-    assert made.relay_command()[-3:] == ["9101,9102", *made.rank_urls]
+    relay = made.relay_command()
+    assert relay[-3:] == ["9101,9102", *made.rank_urls]
+    opened = [f"{port}={url}" for port, url in zip(doors, made.decode_urls, strict=True)]
+    assert options(relay, "--decode") == opened
+    assert [made.door(index) for index in (0, 2)] == ["127.0.0.1:9201", "127.0.0.1:9203"]
     assert made.control_command()[-5:] == made.rank_urls + made.decode_urls
 
 
@@ -205,12 +211,31 @@ def test_a_decode_url_that_does_not_answer_is_refused(
     assert not (tmp_path / "logs").exists()
 
 
+def test_too_little_shared_memory_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(launcher, "find_program", lambda name: name)
+    monkeypatch.setattr(launcher, "check_nixl", lambda: None)
+    monkeypatch.setattr(launcher, "free_bytes", lambda: 64 * 2**20)
+    with pytest.raises(DwdpConfigError, match=r"^decode servers cannot start with 64 MiB free"):
+        launcher.launch(disaggregated(decode_urls=()), tmp_path / "logs", print)
+    assert not (tmp_path / "logs").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
         (["--prefill-only", "--decode-servers", "1"], "--prefill-only runs no router"),
         (["--decode-args", "-tp 2"], "--decode-args is for the servers of --decode-servers"),
         (["--decode-url", "x"], "must be like"),
+        (
+            ["--decode-servers", "1", "--api-key", "k"],
+            "--api-key, and VLLM_API_KEY, cannot be used",
+        ),
+        (
+            ["--decode-url", "http://127.0.0.1:1", "--api-key=k"],
+            "check keys in front of the router",
+        ),
     ],
 )
 def test_options_that_contradict_each_other(arguments: list[str], problem: str) -> None:

@@ -406,8 +406,9 @@ def disaggregated(fakes: LaunchPlan, use: Callable[[Any, str, Any], None], **fac
     use(launch, "check_nixl", lambda: None)
     pairs: list[tuple[str, str]] = []
     use(deployment, "check_pair", lambda rank, decode, _: pairs.append((rank.name, decode.name)))
-    *relays, decode = free_ports(3, {fakes.port, *fakes.rank_ports})
-    given = {"relay_ports": tuple(relays), "decode_ports": (decode,)} | facts
+    *relays, decode, door = free_ports(4, {fakes.port, *fakes.rank_ports})
+    ports = {"relay_ports": tuple(relays), "decode_ports": (decode,), "door_ports": (door,)}
+    given = ports | facts
     made = Disaggregation(side_channel_ports=(5600, 5700), **given)
     return replace(fakes, disaggregation=made), pairs
 
@@ -467,7 +468,7 @@ def test_ranks_alone_need_no_router(
     fakes: LaunchPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "vllm-router").unlink()
-    facts = {"relay_ports": (), "decode_ports": (), "only_prefill": True}
+    facts = {"relay_ports": (), "decode_ports": (), "door_ports": (), "only_prefill": True}
     made, pairs = disaggregated(fakes, monkeypatch.setattr, **facts)
     complete = f"all 2 ranks serve at {', '.join(made.rank_urls)}"
     lines = run(made, tmp_path, lambda line, _: interrupt() if line == complete else None)

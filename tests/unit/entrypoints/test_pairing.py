@@ -13,7 +13,7 @@ import pytest
 from tests.unit.entrypoints.test_relay import served
 from vllm_dwdp.compat.frontend.nixl import Handshake, Question
 from vllm_dwdp.entrypoints.launch import pairing
-from vllm_dwdp.entrypoints.launch.pairing import Server, Unfit, check_pair
+from vllm_dwdp.entrypoints.launch.pairing import Server, check_pair
 from vllm_dwdp.errors import DwdpConfigError
 
 pytestmark = pytest.mark.timeout(60)
@@ -76,9 +76,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._answer(json.dumps({"kv_transfer_params": self.server.says["offers"]}))
 
     def _answer(self, text: str, status: int = 200) -> None:
-        key = self.server.says["key"]
-        is_let_in = not key or self.headers["Authorization"] == f"Bearer {key}"
-        self.send_response(status if is_let_in else 401)
+        self.send_response(401 if self.server.says["key"] else status)
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
         self.wfile.write(text.encode())
@@ -88,14 +86,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 @contextmanager
-def pair(rank: Fake, decode: Fake, key: str = "") -> Iterator[tuple[Server, Server]]:
+def pair(rank: Fake, decode: Fake) -> Iterator[tuple[Server, Server]]:
     with served(rank) as ours, served(decode) as theirs:
-        yield Server("rank 0", ours, key), Server("decode 0", theirs, key)
+        yield Server("rank 0", ours), Server("decode 0", theirs)
 
 
 def test_a_pair_that_fits() -> None:
-    rank, decode = Fake(key="k"), Fake(key="k")
-    with pair(rank, decode, "k") as servers:
+    rank, decode = Fake(), Fake()
+    with pair(rank, decode) as servers:
         check_pair(*servers)
     ((computed,), (fetched,)) = rank.asked, decode.asked
     assert computed["prompt"] == fetched["prompt"] and len(fetched["prompt"]) > 2 * 32
@@ -118,7 +116,7 @@ def test_what_differs_has_a_name(field: str, label: str) -> None:
     with pair(rank, decode) as servers:
         here = rank.says[field]
         problem = rf"decode 0 \(.*\) cannot .* {label} is '64' there and '{here}' here"
-        with pytest.raises(Unfit, match=problem):
+        with pytest.raises(DwdpConfigError, match=problem):
             check_pair(*servers)
     assert not rank.asked, "nothing is computed for a server that cannot decode it"
 
@@ -199,7 +197,9 @@ def test_a_backend_that_answers_wrongly_is_refused_though_bytes_arrive(
     decode = Fake(offers=THEIRS)
     with (
         pair(Fake(offers=OURS), decode) as servers,
-        pytest.raises(Unfit, match=r"CPU_MLA backend .* other tokens .* without decode servers"),
+        pytest.raises(
+            DwdpConfigError, match=r"CPU_MLA backend .* other tokens .* without decode servers"
+        ),
     ):
         check_pair(*servers)
     assert not decode.asked

@@ -1,5 +1,6 @@
 """What stands between the router and ranks that die, with small real servers as ranks."""
 
+import http.client
 import http.server
 import json
 import socket
@@ -9,12 +10,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
 
-from vllm_dwdp.entrypoints.launch import relay as relay_module
+from vllm_dwdp.entrypoints.launch import door as door_module
+from vllm_dwdp.entrypoints.launch.door import DoorServer
 from vllm_dwdp.entrypoints.launch.ports import free_ports
 from vllm_dwdp.entrypoints.launch.relay import RelayServer, parse
 
@@ -28,6 +30,7 @@ class Rank(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.name, self.status = name, status
         self.asked: list[tuple[str, str | None, bytes]] = []
+        self.on_request: Callable[[], object] = bool
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -36,6 +39,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.server.asked.append((self.path, self.headers["X-Request-Id"], body))
+        self.server.on_request()
         if self.server.status == 0:
             self.connection.shutdown(socket.SHUT_RDWR)
             return
@@ -156,12 +160,22 @@ def test_what_stays_one_sequence_is_computed_by_a_rank(body: object) -> None:
 def test_nothing_new_is_taken_once_the_launch_ends(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Also where the ranks have ended: the decode server would compute it while it drains."""
+    """The router chooses no rank any more; what it had sent to one is refused at the door."""
     monkeypatch.setenv("DWDP_ENDING_FILE", str(tmp_path / "ending"))
     with relayed(200, None) as (ask, ranks):
         assert ask()[0] == 200
         (tmp_path / "ending").touch()
-        assert (ask()[0], ask("GET")[0]) == (503, 503)
+        assert ask() == (200, {"kv_transfer_params": None}) and ask("GET")[0] == 503
+        assert len(ranks[0].asked) == 1
+
+
+def test_a_rank_that_refuses_because_the_launch_ends_leaves_the_refusal_to_the_door(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DWDP_ENDING_FILE", str(tmp_path / "ending"))
+    with relayed(503) as (ask, ranks):
+        ranks[0].on_request = (tmp_path / "ending").touch
+        assert ask() == (200, {"kv_transfer_params": None})
         assert len(ranks[0].asked) == 1
 
 
@@ -172,24 +186,33 @@ def test_it_listens_where_it_is_told_to() -> None:
     assert parse([str(port), "http://x"]).host == "127.0.0.1"
 
 
+def test_each_door_is_a_port_and_a_url() -> None:
+    given = parse(["--decode", "9=http://a:1", "--decode", "8=http://b:2", "7", "http://rank0:3"])
+    assert given.decode == [(9, "http://a:1"), (8, "http://b:2")]
+    assert (given.ports, given.urls) == ([7], ["http://rank0:3"])
+
+
 def test_every_rank_has_a_port(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(["8000,8001", "http://rank0:8000"])
     assert "2 ports for 1 ranks: each rank has one port" in capsys.readouterr().err
 
 
-GETS_NOTHING = "The decode server at 127.0.0.1:2 gets nothing yet; it is "
 FOR_DECODE = "___prefill_addr_127.0.0.1:1/routed___decode_addr_127.0.0.1:2_" + 32 * "a"
 
 
-def test_a_prompt_for_a_decode_server_that_is_being_compared_waits(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.fixture
+def say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """Return what says of decode servers what they are."""
     file = tmp_path / "decode.json"
     monkeypatch.setenv("DWDP_ADMISSION_FILE", str(file))
-    file.write_text(
-        json.dumps({"127.0.0.1:2": ["being compared", ""], "127.0.0.1:3": ["gone", ""]})
-    )
+    return lambda said: file.write_text(json.dumps(said))
+
+
+def test_a_prompt_for_a_decode_server_that_is_being_compared_waits(
+    say: Callable[..., None],
+) -> None:
+    say({"127.0.0.1:2": ["being compared", ""], "127.0.0.1:3": ["gone", ""]})
     with relayed(200) as (ask, ranks), ThreadPoolExecutor(1) as pool:
         waits = pool.submit(ask, name=FOR_DECODE)
         assert (
@@ -197,26 +220,90 @@ def test_a_prompt_for_a_decode_server_that_is_being_compared_waits(
         )
         time.sleep(0.3)
         assert not waits.done() and len(ranks[0].asked) == 2
-        file.write_text(json.dumps({"127.0.0.1:2": ["admitted", ""]}))
+        say({"127.0.0.1:2": ["admitted", ""]})
         assert waits.result(timeout=20) == (200, {"by": "rank 0"})
+
+
+@pytest.mark.parametrize("state", ["refused", "gone", "being compared"])
+def test_a_prompt_for_a_decode_server_that_may_not_get_it_is_not_computed(
+    say: Callable[..., None], monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    monkeypatch.setattr(door_module, "HOLD_S", {"gone": 0.1})
+    monkeypatch.setattr(door_module, "LONGEST_HOLD_S", 0.1)
+    say({"127.0.0.1:2": [state, ""]})
+    with relayed(200) as (ask, ranks):
+        assert ask(name=FOR_DECODE) == (200, {"kv_transfer_params": None})
+        assert not ranks[0].asked
+
+
+class Door:
+    """A door, and what a client of it sees."""
+
+    def __init__(self, server: DoorServer) -> None:
+        self.server = server
+
+    def ask(self, method: str = "POST", **body: object) -> tuple[int, dict[str, str], str]:
+        """Return status, headers and content; follows nothing."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.server_port, timeout=20)
+        with closing(connection):
+            connection.request(method, "/v1/completions", json.dumps(body) if body else None)
+            response = connection.getresponse()
+            return response.status, dict(response.headers), response.read().decode()
+
+
+@pytest.fixture
+def door() -> Iterator[tuple[Door, Rank]]:
+    """Yield a door, and the decode server behind it."""
+    decode = Rank("decode", 200)
+    with served(decode) as url:
+        server = DoorServer("127.0.0.1", free_ports(1)[0], url)
+        with served(server):
+            yield Door(server), decode
+
+
+def test_a_door_sends_the_router_on(door: tuple[Door, Rank], say: Callable[..., None]) -> None:
+    """Tokens then come from the decode server itself."""
+    opened, decode = door
+    for said in ({}, {opened.server.place: ["admitted", ""]}):
+        say(said)
+        status, headers, _ = opened.ask()
+        assert status == 307
+        assert headers["Location"] == f"http://127.0.0.1:{decode.server_port}/v1/completions"
+        assert opened.ask("GET")[0] == 200
+    assert len(decode.asked) == 2, "it was asked for its health"
 
 
 @pytest.mark.parametrize(
     ("state", "reason", "told"),
     [
         ("refused", "--dtype is another one", "--dtype is another one"),
-        ("gone", "", GETS_NOTHING + "gone."),
-        ("being compared", "", GETS_NOTHING + "being compared."),
+        ("gone", "", "The decode server is gone, and gets nothing."),
+        ("being compared", "", "The decode server is being compared, and gets nothing."),
     ],
 )
-def test_a_prompt_for_a_decode_server_that_may_not_get_it_is_not_computed(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, state: str, reason: str, told: str
+def test_a_door_refuses_what_the_server_may_not_get(
+    door: tuple[Door, Rank], say: Callable[..., None], state: str, reason: str, told: str
 ) -> None:
-    monkeypatch.setattr(relay_module, "HOLD_S", {"gone": 0.1})
-    monkeypatch.setattr(relay_module, "LONGEST_HOLD_S", 0.1)
-    file = tmp_path / "decode.json"
-    monkeypatch.setenv("DWDP_ADMISSION_FILE", str(file))
-    file.write_text(json.dumps({"127.0.0.1:2": [state, reason]}))
-    with relayed(200) as (ask, ranks):
-        assert ask(name=FOR_DECODE) == (503, {"error": {"message": told}})
-        assert not ranks[0].asked
+    opened, decode = door
+    say({opened.server.place: [state, reason]})
+    status, headers, content = opened.ask()
+    assert (status, headers["Retry-After"]) == (503, "5")
+    error = json.loads(content)["error"]
+    assert (error["message"], error["code"]) == (told, 503)
+    assert opened.ask("GET")[0] == 200, "nobody else would say why"
+    say({opened.server.place: [state, reason], "127.0.0.1:1": ["admitted", ""]})
+    assert opened.ask("GET")[0] == 503, "the router is to choose the other one"
+    assert len(decode.asked) == 1
+
+
+def test_a_door_lets_pass_what_a_rank_has_computed_when_the_launch_ends(
+    door: tuple[Door, Rank], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DWDP_ENDING_FILE", str(tmp_path / "ending"))
+    (tmp_path / "ending").touch()
+    opened, _ = door
+    assert opened.ask(kv_transfer_params={"remote_host": "127.0.0.1"})[0] == 307
+    for body in ({}, {"kv_transfer_params": None}):
+        status, headers, content = opened.ask(**body)
+        assert (status, headers["Retry-After"]) == (503, "5")
+        assert json.loads(content)["error"]["message"] == "This launch ends, and takes nothing new."

@@ -100,7 +100,10 @@ def test_a_launch_that_ends_takes_nothing_new(
     (tmp_path / "ending").touch()
     assert asked.ask(f"/routed{path}", PIN) == "This launch ends, and takes nothing new."
     assert asked.status == 503
-    assert asked.ask(path) == "", "who addresses the rank itself meets vLLM"
+    assert asked.ask(path) == "This launch ends, and takes nothing new.", "vLLM would answer badly"
+    assert (b"retry-after", b"5") in asked.sent[0]["headers"]
+    assert asked.ask("/metrics") == "", "figures are read to the end"
+    assert asked.ask("/routed/metrics")
 
 
 def test_a_control_request_is_told_of_the_control_port(monkeypatch: pytest.MonkeyPatch) -> None:

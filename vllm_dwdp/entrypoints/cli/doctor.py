@@ -24,6 +24,9 @@ def doctor(
     tensor_parallel_size: Annotated[
         int, typer.Option(min=1, help="Workers, and GPUs, of a rank.")
     ] = 1,
+    decode_servers: Annotated[
+        int, typer.Option(min=0, help="Stock servers on this machine that decode.")
+    ] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Check this machine and say what to change. Exits 1 if something would stop a start."""
@@ -32,6 +35,7 @@ def doctor(
         expert_bytes=int(expert_gib * 2**30),
         executor=executor,
         tensor_parallel_size=tensor_parallel_size,
+        decode_servers=decode_servers,
     )
     if as_json:
         print_json([finding.as_dict() for finding in findings])

@@ -24,7 +24,7 @@ from vllm_dwdp.entrypoints.launch.disaggregation import (
     take_transfer_config,
 )
 from vllm_dwdp.entrypoints.launch.memory import Shares, divide_memory, says_how_much
-from vllm_dwdp.entrypoints.launch.plan import LaunchPlan, split_arguments
+from vllm_dwdp.entrypoints.launch.plan import LaunchPlan, api_key, split_arguments
 from vllm_dwdp.entrypoints.launch.ports import free_ports, free_ports_in_a_row
 from vllm_dwdp.entrypoints.tables import say
 from vllm_dwdp.errors import DwdpConfigError
@@ -101,6 +101,12 @@ def launch(
         urls = tuple(check_url(url) for url in decode_url or ())
         check_side_channel(os.environ, host, urls, prefill_only)
         for_decode = split_decode_arguments(decode_args)
+        if not prefill_only and api_key((*arguments, *for_decode), os.environ):
+            raise DwdpConfigError(
+                "--api-key, and VLLM_API_KEY, cannot be used with decode servers: in this mode "
+                "vllm-router sends no client's key on to them. Leave it out, and check keys in front of "
+                "the router."
+            )
         of_each_decode = [devices_of((*arguments, *for_decode))] * decode_servers
         disaggregation = _disaggregation(
             ranks,
@@ -159,7 +165,8 @@ def _disaggregation(
     ranks: int, of_each_decode: Sequence[int], asked: Disaggregation
 ) -> Disaggregation:
     """Return what was asked for, with ports that are free."""
-    found = free_ports(ranks + len(of_each_decode))
+    num_decodes = len(of_each_decode)
+    found = free_ports(ranks + 2 * num_decodes + len(asked.decode_urls))
     first = os.environ.get(SIDE_CHANNEL_PORT_ENV, "")
     channels = [int(first) if first.isdecimal() else free_ports_in_a_row(ranks, found)]
     taken = {*found, *range(channels[0], channels[0] + ranks)}
@@ -169,6 +176,7 @@ def _disaggregation(
     return replace(
         asked,
         relay_ports=tuple(found[:ranks]),
-        decode_ports=tuple(found[ranks:]),
+        decode_ports=tuple(found[ranks : ranks + num_decodes]),
+        door_ports=tuple(found[ranks + num_decodes :]),
         side_channel_ports=tuple(channels),
     )

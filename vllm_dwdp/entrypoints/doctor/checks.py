@@ -4,7 +4,6 @@ import os
 import platform
 import re
 import resource
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -13,6 +12,7 @@ from pathlib import Path
 from vllm_dwdp.device.container import Limits, read_limits
 from vllm_dwdp.device.limits import available_bytes, files_needed
 from vllm_dwdp.entrypoints.doctor.gpus import Topology, find_topology, has_driver
+from vllm_dwdp.entrypoints.doctor.queues import ENLARGE, WORKER_QUEUE_BYTES, free_bytes, says
 from vllm_dwdp.errors import DwdpError
 from vllm_dwdp.logger import format_gib
 
@@ -20,8 +20,6 @@ TESTED_VLLM = ((0, 32), (0, 34))
 """First version that is tested, and first that is not."""
 AMPLE_FILES = 4096
 MAPPINGS_NEEDED = 65530
-SHM_FOLDER = "/dev/shm"
-WORKER_QUEUE_BYTES = 10 * (24 * 2**20 + 4096)
 TASKS_PER_WORKER = 256
 BATCHED_COPIES_CUDA = 12080
 FAIR_SCHEDULER_LINUX = (6, 18, 45)
@@ -47,7 +45,12 @@ def found(check: str, seen: str, advice: str = "", verdict: str = "warning") -> 
 
 
 def examine(
-    *, group_size: int, expert_bytes: int, executor: str, tensor_parallel_size: int = 1
+    *,
+    group_size: int,
+    expert_bytes: int,
+    executor: str,
+    tensor_parallel_size: int = 1,
+    decode_servers: int = 0,
 ) -> list[Finding]:
     """Run every check, in the order in which a start would meet them.
 
@@ -56,6 +59,7 @@ def examine(
         expert_bytes: one full copy of the experts, 0 if unknown.
         executor: what runs a rank's worker, `uni` or `mp`.
         tensor_parallel_size: workers of a rank; several are processes of their own.
+        decode_servers: stock servers beside the ranks; on a CPU each has a worker process.
     """
     num_workers = group_size * tensor_parallel_size
     return [
@@ -65,7 +69,7 @@ def examine(
         _mappings(),
         _memory(expert_bytes),
         _memfd(),
-        *([_worker_queues()] if executor == "mp" or tensor_parallel_size > 1 else []),
+        *_worker_queues(executor == "mp" or tensor_parallel_size > 1, decode_servers),
         _cores(num_workers),
         judge_scheduler(platform.release()),
         *judge_container(read_limits(), num_workers, expert_bytes),
@@ -160,25 +164,27 @@ def _memfd() -> Finding:
     return found("sealed memory", f"memfd with seals, Linux {release}")
 
 
-def _worker_queues() -> Finding:
-    try:
-        return judge_worker_queues(shutil.disk_usage(SHM_FOLDER).free)
-    except OSError as error:
-        return found("shared memory", str(error), f"mount a tmpfs at {SHM_FOLDER}", "problem")
+def _worker_queues(ranks_have_some: bool, decode_servers: int) -> list[Finding]:
+    decodes_have_some = bool(decode_servers) and not has_driver()
+    if not ranks_have_some and not decodes_have_some:
+        return []
+    return [judge_worker_queues(free_bytes(), ranks_have_some)]
 
 
-def judge_worker_queues(free_bytes: int) -> Finding:
+def judge_worker_queues(free: int, ranks_have_some: bool) -> Finding:
     """Judge whether vLLM may make its queues between an engine and its worker process.
 
-    It asks for the room of each queue when it makes it, and fills next to nothing of it.
+    Args:
+        free: bytes that may be asked for.
+        ranks_have_some: or only stock decode servers.
     """
-    advice = (
-        "docker run --shm-size=1g, or, for a rank of one worker, dwdp executor 'uni', which needs "
-        f"none; each queue asks for up to {format_gib(WORKER_QUEUE_BYTES)}"
+    instead = (
+        "" if not ranks_have_some else "; a rank of one worker with dwdp executor 'uni' needs none"
     )
-    is_short = free_bytes < WORKER_QUEUE_BYTES
-    seen = f"{format_gib(free_bytes)} free in {SHM_FOLDER}"
-    return found("shared memory", seen, advice if is_short else "", "problem")
+    needed = f"the queue of a worker process takes {WORKER_QUEUE_BYTES / 2**20:.0f} MiB"
+    is_short = free < WORKER_QUEUE_BYTES
+    advice = f"{ENLARGE}; {needed}{instead}" if is_short else ""
+    return found("shared memory", says(free), advice, "problem")
 
 
 def _cores(num_workers: int) -> Finding:

@@ -1,8 +1,8 @@
 """Which decode servers get requests: those that were compared with the ranks since they came.
 
 A server that comes back may be another one: of another model, or with other settings where it runs
-elsewhere. The router takes it as soon as it answers. So what each of them is stands in a file, and the
-relay, which every request passes before it reaches a decode server, goes by that.
+elsewhere. So what each of them is stands in a file, and its `door`, which every request passes before it
+reaches a decode server, goes by that.
 
 Runs in launch's loop; a comparison is a thread, because it computes a prompt.
 """
@@ -15,9 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from vllm_dwdp.entrypoints.launch.pairing import Unfit
 from vllm_dwdp.errors import DwdpError
 
 ADMISSION_FILE_ENV = "DWDP_ADMISSION_FILE"
@@ -34,23 +32,19 @@ class Candidate:
 
     Args:
         name: for the terminal.
-        url: of it.
+        place: host and port of its door, by which the router knows it.
         identity: asks who answers: empty if nobody does, `SOMEBODY` where that cannot be told.
         compare: makes what compares it with the ranks; None while no rank is there.
         state: one of those above.
         reason: why it was refused.
-        differs: whether that is what it is, and not what happened meanwhile.
-        is_forgotten: whether the router was told to forget it.
     """
 
     name: str
-    url: str
+    place: str
     identity: Callable[[], str]
     compare: Callable[[], Callable[[], None] | None]
     state: str = GONE
     reason: str = ""
-    differs: bool = False
-    is_forgotten: bool = False
     _admitted: str = ""
     _again_at: float = 0.0
     _comparison: "_Comparison | None" = None
@@ -64,7 +58,7 @@ class Candidate:
         """Look at it again; a line if there is news."""
         now = self.identity()
         if not now:
-            self.state, self.reason, self.differs = GONE, "", False
+            self.state, self.reason = GONE, ""
             self._comparison, self._again_at = None, 0.0
         elif now == self._admitted != SOMEBODY:
             self.state = ADMITTED  # it was only silent
@@ -89,14 +83,10 @@ class Candidate:
         self._comparison = None
         known, self.reason = self.reason, str(comparison.error or "")
         self.state = REFUSED if comparison.error else ADMITTED
-        self.differs = isinstance(comparison.error, Unfit)
-        self.is_forgotten = self.is_forgotten and not self.differs  # a router may be a new one
         self._again_at = time.monotonic() + AGAIN_S
         if self.state == ADMITTED:
             self.admit()
-            from_when = " once the router is started again" if self.is_forgotten else ""
-            self.is_forgotten = False
-            return f"{self.name}: fits the ranks, and gets requests{from_when}"
+            return f"{self.name}: fits the ranks, and gets requests"
         return "" if self.reason == known else f"{self.name}: gets no requests: {self.reason}"
 
 
@@ -119,16 +109,12 @@ class Admission:
 
     Args:
         candidates: the servers.
-        file: that the relay reads.
-        forget: tells the router to send nothing to a URL any more; it cannot be told the contrary.
+        file: that the relay and the doors read.
     """
 
-    def __init__(
-        self, candidates: Sequence[Candidate], file: Path, forget: Callable[[str], None]
-    ) -> None:
+    def __init__(self, candidates: Sequence[Candidate], file: Path) -> None:
         self.candidates = tuple(candidates)
         self._file = file
-        self._forget = forget
         self._written: dict[str, list[str]] = {}
 
     def admit_all(self) -> None:
@@ -141,11 +127,6 @@ class Admission:
         """Look at all again; lines of news."""
         news = [each.poll() for each in self.candidates]
         self._write()
-        has_another = any(each.state == ADMITTED for each in self.candidates)
-        for each in self.candidates:
-            if each.differs and has_another and not each.is_forgotten:
-                self._forget(each.url)
-                each.is_forgotten = True
         return [*filter(None, news)]
 
     @property
@@ -154,7 +135,7 @@ class Admission:
         return all(each.state == ADMITTED for each in self.candidates)
 
     def _write(self) -> None:
-        now = {urlsplit(each.url).netloc: [each.state, each.reason] for each in self.candidates}
+        now = {each.place: [each.state, each.reason] for each in self.candidates}
         if now == self._written:
             return
         new = self._file.with_suffix(".new")
@@ -169,7 +150,7 @@ class Admission:
 
 
 def read_admission(environment: Mapping[str, str] = os.environ) -> dict[str, tuple[str, str]]:
-    """State and reason of each decode server by host and port; empty where nobody says."""
+    """State and reason of each decode server by its door's place; empty where nobody says."""
     try:
         found = json.loads(Path(environment.get(ADMISSION_FILE_ENV, "")).read_text())
         return {place: (state, reason) for place, (state, reason) in found.items()}

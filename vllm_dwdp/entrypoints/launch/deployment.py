@@ -1,6 +1,5 @@
 """Everything that a launch keeps running, by role: what `status` shows of it, and which servers fit."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -8,9 +7,9 @@ from pathlib import Path
 
 from vllm_dwdp.entrypoints.launch.admission import SOMEBODY, Admission, Candidate
 from vllm_dwdp.entrypoints.launch.child import Child
-from vllm_dwdp.entrypoints.launch.fronts import admission_file, answers, forget_decode
+from vllm_dwdp.entrypoints.launch.fronts import admission_file, answers
 from vllm_dwdp.entrypoints.launch.pairing import Server, check_pair
-from vllm_dwdp.entrypoints.launch.plan import LaunchPlan, api_key
+from vllm_dwdp.entrypoints.launch.plan import LaunchPlan
 from vllm_dwdp.entrypoints.launch.roster import Entry
 from vllm_dwdp.entrypoints.launch.server import READY_PATH
 
@@ -31,7 +30,6 @@ class Deployment:
         return Admission(
             [self._candidate(index, url) for index, url in enumerate(self.plan.decode_urls)],
             admission_file(self.logs),
-            partial(forget_decode, self.plan),
         )
 
     def _candidate(self, index: int, url: str) -> Candidate:
@@ -39,7 +37,7 @@ class Deployment:
         ours = self.decodes[index] if index < len(self.decodes) else None
         return Candidate(
             name=f"decode {index}",
-            url=url,
+            place=self.plan.door(index),
             identity=partial(_process_of, ours) if ours else partial(_who_answers, url),
             compare=lambda: self._comparison(index),
         )
@@ -51,10 +49,9 @@ class Deployment:
 
     def _compare(self, index: int, ranks: Sequence[int]) -> None:
         plan = self.plan
-        key = api_key(plan.arguments, os.environ)
-        decode = Server(f"decode {index}", plan.decode_urls[index], key)
+        decode = Server(f"decode {index}", plan.decode_urls[index])
         for rank in ranks:
-            ours = Server(f"rank {rank}", plan.rank_url(rank), key)
+            ours = Server(f"rank {rank}", plan.rank_url(rank))
             check_pair(ours, decode, (plan.model, *plan.arguments))
 
     @property
@@ -71,10 +68,10 @@ class Deployment:
         decode = [_entry("decode", *each) for each in enumerate(self.decodes)]
         ours = zip([*prefill, *decode], [*plan.rank_urls, *plan.decode_urls], strict=False)
         elsewhere = [
-            Entry(
-                role="decode", index=index, url=each.url, pid=None, state=f"elsewhere, {each.state}"
+            Entry(role="decode", index=index, url=url, pid=None, state=f"elsewhere, {each.state}")
+            for index, (url, each) in enumerate(
+                zip(plan.decode_urls, self.admission.candidates, strict=True)
             )
-            for index, each in enumerate(self.admission.candidates)
             if index >= len(decode)
         ]
         return [entry(url) for entry, url in ours] + elsewhere

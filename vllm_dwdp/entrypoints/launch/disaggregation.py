@@ -52,6 +52,7 @@ class Disaggregation:
         memory: of each process where the CPU computes; None leaves it to vLLM and the user.
         decode_urls: of servers that already run elsewhere.
         relay_ports: one for each rank; the router asks there (`relay`).
+        door_ports: one for each decode server; the router finds it there (`door`).
         side_channel_ports: the first one of the ranks (rank r has the r-th from it), then one for each
             decode server.
         transfer: fields of the user's own for the transfer config of both sides.
@@ -63,6 +64,7 @@ class Disaggregation:
     memory: Shares | None = None
     decode_urls: tuple[str, ...] = ()
     relay_ports: tuple[int, ...] = ()
+    door_ports: tuple[int, ...] = ()
     side_channel_ports: tuple[int, ...]
     transfer: Mapping[str, Any] = field(default_factory=dict)
     only_prefill: bool = False

@@ -8,7 +8,6 @@ import socket
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from urllib.parse import urlencode
 
 from vllm_dwdp.entrypoints.launch.admission import ADMISSION_FILE_ENV
 from vllm_dwdp.entrypoints.launch.child import Child
@@ -41,13 +40,6 @@ def answers(url: str) -> bool:
 def admission_file(logs: Path) -> Path:
     """Return the file that says which decode servers get requests; the relay reads it."""
     return logs.absolute() / f"decode-{os.getpid()}.json"
-
-
-def forget_decode(plan: LaunchPlan, url: str) -> None:
-    """Have the router send nothing to a decode server any more."""
-    asked = f"{plan.url}/remove_worker?{urlencode({'url': url})}"
-    with contextlib.suppress(OSError, http.client.HTTPException):
-        _WITHOUT_PROXY.open(urllib.request.Request(asked, method="POST"), timeout=HEALTH_TIMEOUT_S)
 
 
 def ending_file(logs: Path) -> Path:

@@ -15,7 +15,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from vllm_dwdp.config import DwdpConfig
@@ -23,6 +23,7 @@ from vllm_dwdp.distributed.launch import place_in_group
 from vllm_dwdp.distributed.meeting import parse_endpoint
 from vllm_dwdp.distributed.status import query_status
 from vllm_dwdp.entrypoints.doctor.gpus import count_gpus, one_gpu_each
+from vllm_dwdp.entrypoints.doctor.queues import check_queues, free_bytes
 from vllm_dwdp.entrypoints.launch.child import Child
 from vllm_dwdp.entrypoints.launch.cores import cores_for_each, physical_cores
 from vllm_dwdp.entrypoints.launch.deadlines import default_start_timeout_s, shutdown_timeout_s
@@ -94,6 +95,8 @@ def launch(plan: LaunchPlan, logs: Path, report: Callable[[str], None]) -> None:
     config = DwdpConfig.from_options(plan.dwdp_options, plan.num_ranks)
     sizes = _decode_devices(plan)
     workers, num_gpus = plan.tensor_parallel_size, count_gpus()
+    if who := with_worker_processes(config, workers, sizes, num_gpus):
+        check_queues(who, free_bytes())
     gpus = one_gpu_each(plan.num_ranks, os.environ, num_gpus, sizes, workers)
     to_divide = [] if num_gpus else physical_cores()
     cores = cores_for_each(plan.num_ranks, os.environ, sizes, to_divide, workers)
@@ -176,6 +179,15 @@ def _decode_devices(plan: LaunchPlan) -> list[int]:
         return []
     count = len(plan.disaggregation.decode_ports)
     return [devices_of((*plan.arguments, *plan.disaggregation.decode_arguments))] * count
+
+
+def with_worker_processes(
+    config: DwdpConfig, workers_of_a_rank: int, decode_devices: Sequence[int], num_gpus: int
+) -> str:
+    """Return in words which servers have worker processes; empty if none has."""
+    ranks_have = config.executor == "mp" or workers_of_a_rank > 1
+    decodes_have = any(count > 1 or not num_gpus for count in decode_devices)
+    return " and ".join(["ranks"] * ranks_have + ["decode servers"] * decodes_have)
 
 
 def _end_all(groups: list[list[Child]], report: Callable[[str], None], ending: Path) -> None:

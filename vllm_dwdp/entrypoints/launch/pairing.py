@@ -41,25 +41,17 @@ WRONG_BACKENDS = {
 _WITHOUT_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-class Unfit(DwdpConfigError):
-    """A decode server that is another than the ranks need; no retry changes that."""
-
-
 class Server:
     """A server of a pair, and how it is asked.
 
     Args:
         name: for sentences.
         url: of it.
-        api_key: that clients of it send; empty without one.
     """
 
-    def __init__(self, name: str, url: str, api_key: str) -> None:
+    def __init__(self, name: str, url: str) -> None:
         self.name = f"{name} ({url})"
         self._url = url
-        self._headers = {"Content-Type": "application/json"}
-        if api_key:
-            self._headers["Authorization"] = f"Bearer {api_key}"
 
     def get(self, path: str) -> str:
         """Return the answer to `GET path`."""
@@ -80,7 +72,9 @@ class Server:
         ]
 
     def _ask(self, path: str, body: bytes | None) -> str:
-        request = urllib.request.Request(self._url + path, body, self._headers)
+        request = urllib.request.Request(
+            self._url + path, body, {"Content-Type": "application/json"}
+        )
         try:
             with _WITHOUT_PROXY.open(request, timeout=REQUEST_TIMEOUT_S) as response:
                 return str(response.read().decode())
@@ -100,8 +94,8 @@ def check_pair(rank: Server, decode: Server, arguments: Sequence[str] = ()) -> N
         arguments: of the rank's `vllm serve`, its model first.
 
     Raises:
-        Unfit: they differ, with the field and both values.
-        DwdpConfigError: one does not answer, or no byte arrives.
+        DwdpConfigError: they differ, with the field and both values; or one does not answer, or no byte
+            arrives.
     """
     rank_says, decode_says = facts(rank), facts(decode)
     for field, value in rank_says.items():
@@ -115,7 +109,7 @@ def check_pair(rank: Server, decode: Server, arguments: Sequence[str] = ()) -> N
         )
     seen = _handshake(offered)
     if seen is not None and seen.backend in WRONG_BACKENDS:
-        raise Unfit(
+        raise DwdpConfigError(
             f"{decode.name} cannot decode what {rank.name} computes: {WRONG_BACKENDS[seen.backend]}. "
             "Serve this model without decode servers, or on GPUs."
         )
@@ -135,8 +129,8 @@ def check_pair(rank: Server, decode: Server, arguments: Sequence[str] = ()) -> N
     raise problem
 
 
-def _differ(rank: Server, decode: Server, field: str, here: str, there: str) -> Unfit:
-    return Unfit(
+def _differ(rank: Server, decode: Server, field: str, here: str, there: str) -> DwdpConfigError:
+    return DwdpConfigError(
         f"{decode.name} cannot decode what {rank.name} computes: {field} is "
         f"{there!r} there and {here!r} here. Start it with the same."
     )

@@ -158,6 +158,15 @@ class LaunchPlan:
         return self.disaggregation.urls if self.disaggregation else []
 
     @property
+    def _doors(self) -> list[str]:
+        assert self.disaggregation is not None
+        return [f"{RANK_HOST}:{port}" for port in self.disaggregation.door_ports]
+
+    def door(self, index: int) -> str:
+        """Return the host and port at which the router finds a decode server."""
+        return self._doors[index]
+
+    @property
     def rank_urls(self) -> list[str]:
         """The URLs of all ranks."""
         return [self.rank_url(rank) for rank in range(self.num_ranks)]
@@ -187,7 +196,7 @@ class LaunchPlan:
             *("--vllm-pd-disaggregation", "--kv-connector", "nixl"),
             *("--worker-startup-check-interval", "1"),
             *(word for url in relays for word in ("--prefill", url)),
-            *(word for url in self.decode_urls for word in ("--decode", url)),
+            *(word for door in self._doors for word in ("--decode", f"http://{door}")),
         ]
 
     def relay_command(self) -> list[str]:
@@ -195,7 +204,9 @@ class LaunchPlan:
         assert self.disaggregation is not None
         module = "vllm_dwdp.entrypoints.launch.relay"
         ports = ",".join(map(str, self.disaggregation.relay_ports))
-        return [sys.executable, "-m", module, ports, *self.rank_urls]
+        decodes = zip(self.disaggregation.door_ports, self.decode_urls, strict=True)
+        doors = (word for port, url in decodes for word in ("--decode", f"{port}={url}"))
+        return [sys.executable, "-m", module, *doors, ports, *self.rank_urls]
 
     def control_command(self) -> list[str]:
         """Return the program that repeats control requests on every rank."""

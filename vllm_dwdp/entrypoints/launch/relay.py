@@ -10,77 +10,36 @@ the decode server makes of a request. So what becomes several sequences is not a
 of several prompts all but one would decode another prompt's blocks, and of several samples all but the
 first would read blocks that are free again. The decode server computes these prompts itself.
 
-A decode server that came back gets nothing until it was compared with the ranks again (`admission`). The
-router names it in the id of each request, so that its prompts wait here, or are refused.
+The router names the decode server in the id of each request: so a prompt for one that gets nothing waits
+here, and is not computed if it is refused. The router hears of that at the server's `door`, which this
+process opens as well.
 
 A prompt may be asked for twice: computing it has no effect but that its KV blocks are kept for a while,
 and blocks that nobody fetches are freed when their lease ends.
 
     python -m vllm_dwdp.entrypoints.launch.relay PORT_0,PORT_1,... URL_OF_RANK_0 URL_OF_RANK_1 ...
 
-It listens on 127.0.0.1; with `--host ADDRESS` elsewhere, for a router in another container.
+It listens on 127.0.0.1; with `--host ADDRESS` elsewhere, for a router in another container. `--decode
+PORT=URL` opens a door.
 """
 
 import argparse
-import http.client
-import http.server
 import json
-import os
 import re
 import sys
 import threading
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from urllib.parse import urlsplit
 
-from vllm_dwdp.entrypoints.launch.admission import ADMITTED, GONE, REFUSED, read_admission
-from vllm_dwdp.entrypoints.launch.routed import ENDING_FILE_ENV
+from vllm_dwdp.entrypoints.launch.door import DoorServer, reason_against, wait_until_admitted
+from vllm_dwdp.entrypoints.launch.hop import HOST, Answer, Hop, HopServer, ask, reason_to_end
 
-HOST = "127.0.0.1"
-HEALTH_TIMEOUT_S = 4.0
 ANSWER_TIMEOUT_S = 1800.0
 """As long as the router itself waits."""
 NOT_PASSED_ON = ("host", "content-length", "connection", "transfer-encoding")
 DECODE = re.compile(r"___decode_addr_(.+)_[0-9a-f]+$")
-"""In the id that vllm-router gives a request: the host and port of its decode server."""
-HOLD_S = {GONE: 5.0}
-"""So long waits a prompt for a decode server that is not there."""
-LONGEST_HOLD_S = 60.0
-"""And for one that is being compared."""
-HOLD_INTERVAL_S = 0.05
-ENDS = "This launch ends, and takes nothing new."
-COMPUTE_IT_THERE = json.dumps({"kv_transfer_params": None}).encode()
+"""In the id that vllm-router gives a request: the host and port of its decode server's door."""
+COMPUTE_IT_THERE = Answer(status=200, body=json.dumps({"kv_transfer_params": None}).encode())
 """The answer of a rank that has computed nothing: nothing is to be fetched."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What a rank answered."""
-
-    status: int
-    content_type: str
-    body: bytes
-
-
-def ask(
-    url: str, method: str, target: str, body: bytes, headers: dict[str, str], timeout_s: float
-) -> Answer | None:
-    """Ask one rank; None where it gives no answer."""
-    place = urlsplit(url)
-    connection = http.client.HTTPConnection(place.hostname or "", place.port, timeout=timeout_s)
-    try:
-        connection.request(method, target, body, headers)
-        response = connection.getresponse()
-        return Answer(
-            status=response.status,
-            content_type=response.getheader("Content-Type") or "application/json",
-            body=response.read(),
-        )
-    except (OSError, http.client.HTTPException):
-        return None
-    finally:
-        connection.close()
 
 
 def is_one_sequence(body: bytes) -> bool:
@@ -97,29 +56,15 @@ def is_one_sequence(body: bytes) -> bool:
     return not (is_batch or asked.get("use_beam_search") or any(count != 1 for count in samples))
 
 
-def wait_for_decode(request_id: str) -> str:
-    """Wait until the decode server of a request may get it; why it may not, empty if it may."""
+def is_refused(request_id: str) -> bool:
+    """Whether nobody decodes this request; waits until that is known."""
     named = DECODE.search(request_id)
-    begun = time.monotonic()
-    while named is not None:
-        state, reason = read_admission().get(named[1], (ADMITTED, ""))
-        if state == ADMITTED:
-            break
-        if state == REFUSED:
-            return reason
-        if time.monotonic() - begun > HOLD_S.get(state, LONGEST_HOLD_S):
-            return f"The decode server at {named[1]} gets nothing yet; it is {state}."
-        time.sleep(HOLD_INTERVAL_S)
-    return ""
+    if named is not None:
+        wait_until_admitted(named[1])
+    return bool(reason_to_end() or (named and reason_against(named[1])))
 
 
-def refusal(reason: str) -> Answer:
-    """Return a 503 that says why."""
-    body = json.dumps({"error": {"message": reason}}).encode()
-    return Answer(status=503, content_type="application/json", body=body)
-
-
-class RelayServer(http.server.ThreadingHTTPServer):
+class RelayServer(HopServer):
     """Listens in the place of one rank.
 
     Args:
@@ -128,35 +73,22 @@ class RelayServer(http.server.ThreadingHTTPServer):
         host: address to listen on.
     """
 
-    daemon_threads = True
-    request_queue_size = 1024
-
     def __init__(self, port: int, urls: Sequence[str], host: str = HOST) -> None:
         self.urls = tuple(urls)
-        super().__init__((host, port), _Handler)
+        super().__init__(host, port, _Handler)
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
+class _Handler(Hop):
     server: RelayServer
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
-        """Health and figures are those of the rank itself."""
-        if self._refuses():
-            return
-        answer = ask(self.server.urls[0], "GET", self.path, b"", {}, HEALTH_TIMEOUT_S)
-        self._answer(
-            answer
-            or Answer(status=503, content_type="text/plain", body=b"the rank does not answer")
-        )
+        """Health and figures are those of the rank itself; at the end the router shall not choose it."""
+        self._answer_health(self.server.urls[0], reason_to_end())
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or "0"))
-        if self._refuses():
-            return
-        if reason := wait_for_decode(self.headers.get("X-Request-Id") or ""):
-            self._answer(refusal(reason))
+        body = self._body()
+        if is_refused(self.headers.get("X-Request-Id") or ""):
+            self._answer(COMPUTE_IT_THERE)  # the door says why not
             return
         headers = {
             name: value for name, value in self.headers.items() if name.lower() not in NOT_PASSED_ON
@@ -168,32 +100,21 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 self._answer(answer)
                 return
             failed = answer or failed
-        self._answer(
-            failed or Answer(status=200, content_type="application/json", body=COMPUTE_IT_THERE)
-        )
-
-    def _refuses(self) -> bool:
-        """At the end the ranks go first: nobody else would refuse what is new."""
-        ends = os.path.exists(os.environ.get(ENDING_FILE_ENV, ""))
-        if ends:
-            self._answer(refusal(ENDS))
-        return ends
-
-    def _answer(self, answer: Answer) -> None:
-        self.send_response(answer.status)
-        self.send_header("Content-Type", answer.content_type)
-        self.send_header("Content-Length", str(len(answer.body)))
-        self.end_headers()
-        self.wfile.write(answer.body)
-
-    def log_request(self, code: object = "-", size: object = "-") -> None:
-        """Log no request: the ranks do."""
+        self._answer(COMPUTE_IT_THERE if failed is None or reason_to_end() else failed)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse this program's arguments: `host`, and of each rank one of `ports` and of `urls`."""
+    """Parse this program's arguments: `host`, `decode` doors, and of each rank a port and a URL."""
     parser = argparse.ArgumentParser(prog="python -m vllm_dwdp.entrypoints.launch.relay")
     parser.add_argument("--host", default=HOST, help="address to listen on (%(default)s)")
+    parser.add_argument(
+        "--decode",
+        action="append",
+        default=[],
+        type=_door,
+        metavar="PORT=URL",
+        help="a decode server, and the port at which the router finds it; repeat",
+    )
     parser.add_argument("ports", type=_ports, help="one for each rank, with commas between them")
     parser.add_argument("urls", nargs="+", help="of the ranks, in the same order")
     given = parser.parse_args(arguments)
@@ -208,13 +129,18 @@ def _ports(text: str) -> list[int]:
     return [int(port) for port in text.split(",")]
 
 
+def _door(text: str) -> tuple[int, str]:
+    port, _, url = text.partition("=")
+    return int(port), url
+
+
 def main(arguments: Sequence[str]) -> None:
     """Serve until the process is ended."""
     given = parse(arguments)
-    threads = []
+    hops: list[HopServer] = [DoorServer(given.host, *door) for door in given.decode]
     for rank, port in enumerate(given.ports):
-        relay = RelayServer(port, [*given.urls[rank:], *given.urls[:rank]], given.host)
-        threads.append(threading.Thread(target=relay.serve_forever, daemon=True))
+        hops.append(RelayServer(port, [*given.urls[rank:], *given.urls[:rank]], given.host))
+    threads = [threading.Thread(target=hop.serve_forever, daemon=True) for hop in hops]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -27,6 +27,11 @@ CONTROL_URL_ENV = "DWDP_CONTROL_URL"
 """Variable of a rank's environment: where one request reaches all ranks, if that was asked for."""
 ENDING_FILE_ENV = "DWDP_ENDING_FILE"
 """Variable of a rank's environment: a file that is there once the launch is told to end."""
+ENDS = "This launch ends, and takes nothing new."
+RETRY_AFTER_S = 5
+"""After a refusal with 503: another launch may serve by then, or what was refused here."""
+UNTIL_THE_END = frozenset({"/metrics"})
+"""Routes that a rank serves to whoever addresses it itself while it ends."""
 PIN = b"x-data-parallel-rank"
 
 CONTROL_ROUTES = frozenset(
@@ -57,22 +62,26 @@ class Routed:
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         """Pass on what is nobody's concern here, as it would have come without the router."""
-        if scope["type"] in ("http", "websocket") and scope["path"].startswith(ROUTED + "/"):
-            take_prefix_off(scope)
-            if scope["type"] == "http" and (refusal := self.refusal(scope)):
+        if scope["type"] in ("http", "websocket"):
+            is_routed = scope["path"].startswith(ROUTED + "/")
+            if is_routed:
+                take_prefix_off(scope)
+            if scope["type"] == "http" and (refusal := self.refusal(scope, is_routed)):
                 await _answer(send, *refusal)
                 return
         await self.app(scope, receive, send)
 
-    def refusal(self, scope: Scope) -> tuple[int, str, str] | None:
+    def refusal(self, scope: Scope, is_routed: bool) -> tuple[int, str, str] | None:
         """Status, kind and message of the answer to a request that vLLM shall not see.
 
-        At the end all are refused, also those for health: the router stops sending, and whoever asks it
-        for readiness. vLLM's engine would answer some with 200 and no text.
+        At the end all are refused, also those for health: a router stops sending, and whoever asks it
+        for readiness. vLLM's engine aborts what comes while it drains, and its server answers some of
+        that with 200 and no text, and some with 500.
         """
-        if os.path.exists(self.ending_file):
-            return 503, "ServiceUnavailableError", "This launch ends, and takes nothing new."
-        reason = refusal_of(scope)
+        ends = os.path.exists(self.ending_file)
+        if ends and (is_routed or scope["path"] not in UNTIL_THE_END):
+            return 503, "ServiceUnavailableError", ENDS
+        reason = refusal_of(scope) if is_routed else ""
         return (400, "BadRequestError", f"{reason} {self.advice}") if reason else None
 
 
@@ -121,6 +130,7 @@ async def _answer(send: Send, status: int, kind: str, message: str) -> None:
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),
+        *([(b"retry-after", str(RETRY_AFTER_S).encode())] if status == 503 else []),
     ]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
