@@ -272,6 +272,20 @@ def test_cpu_worker_sizes_by_resident_memory(monkeypatch: pytest.MonkeyPatch) ->
         assert cpu_worker.CPUWorker.determine_available_memory(worker) == 2**30 - 2**20
 
 
+def test_segments_of_messages_are_mapped_by_all_workers_once_they_have_met() -> None:
+    """And by nobody afterwards, so that their names may go."""
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    assert "-cpushm" in inspect.getsource(_CPUSHMDistributed.make_group_name)
+    source = inspect.getsource(_CPUSHMDistributed._init_cpu_shm)
+    order = [source.index(step) for step in ("init_shm_manager", "join_shm_manager", "return")]
+    assert order == sorted(order)
+    assert "barrier" in source[order[1] : order[2]]
+    assert "self._init_cpu_shm()" in inspect.getsource(_CPUSHMDistributed.__init__)
+    assert "init_worker_distributed_environment(" in inspect.getsource(CPUWorker.init_device)
+
+
 def test_cpu_binding_variable_and_its_parser() -> None:
     from vllm import envs
     from vllm.utils.ompmultiprocessing import OMPProcessManager

@@ -1,10 +1,12 @@
 """LoRA adapters of random weights in PEFT's format, and engines that are driven with them.
 
-The driving functions run in an engine process (`engine_process.py`), stock or ours.
+The driving functions run in an engine process (`engine_process.py`), stock or ours. As a program it
+drives an offline `LLM` over two ranks: python -m tests.e2e.adapters CASE
 """
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +148,27 @@ def tokens(engine: Any, case: dict[str, Any], names: list[str]) -> list[list[int
         for output in engine.step():
             found[output.request_id] = list(output.outputs[0].token_ids)
     return list(found.values())
+
+
+def offline(case: dict[str, Any]) -> dict[str, Any]:
+    """Ask an offline `LLM` over two ranks: with one adapter for a call, then one for each prompt."""
+    from vllm import SamplingParams
+
+    from vllm_dwdp import LLM
+
+    llm = LLM(case["model"], data_parallel_size=2, **case["llm"])
+    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+
+    def tokens(prompts: list[str], adapters: Any) -> list[list[int]]:
+        outputs = llm.generate(prompts, params, lora_request=adapters, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    names = ["base", *sorted(case["adapters"])]
+    found = {name: tokens(ADAPTED_PROMPTS, request(case, name)) for name in names}
+    dealt = [(text, name) for _ in range(4) for text in ADAPTED_PROMPTS for name in names]
+    mixed = tokens([text for text, _ in dealt], [request(case, name) for _, name in dealt])
+    return {"tokens": found, "mixed": mixed, "dealt": dealt, "status": llm.dwdp_status()}
+
+
+if __name__ == "__main__":
+    print("FOUND", json.dumps(offline(json.loads(sys.argv[1]))))

@@ -4,6 +4,9 @@ Every rank has every adapter whole, also its part of experts that other ranks ho
 """
 
 import json
+import os
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -16,6 +19,7 @@ from tests.e2e.adapters import ADAPTED_PROMPTS, DENSE, EXPERTS, NUM_TOKENS, make
 from tests.e2e.conftest import Checkpoints, StockEngine
 from tests.e2e.matrix import run_cases
 from tests.helpers import triton_in_torch
+from tests.helpers.engines import ROOT
 from vllm_dwdp.entrypoints.launch.server import Server, serving
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -106,6 +110,38 @@ def test_adapters_come_and_go(expected: Result, ranks: list[Result]) -> None:
     assert expected["loaded"] == [[], [1], [1, 2], [2]]
     assert [result["loaded"] for result in ranks] == [expected["loaded"]] * 4
     assert expected["tokens"]["dense, later"] == expected["tokens"]["dense"]
+
+
+@pytest.mark.feature("LoRA in an offline `LLM` over several ranks (`lora_request`)")
+def test_offline_one_adapter_for_a_call_and_one_for_each_prompt(
+    stock: StockEngine, checkpoints: Checkpoints, case: dict[str, Any]
+) -> None:
+    """Whichever rank gets a prompt loads its adapter then."""
+    model = checkpoints("qwen3_moe", 8)
+    alone = case | {"engine_args": LORA, "drive": "tests.e2e.adapters:each_alone"}
+    expected = stock(model, **alone)["tokens"]
+    llm = LORA | {"enforce_eager": True, "max_model_len": 512, "max_num_seqs": 1, "seed": 0}
+    llm |= {"max_num_batched_tokens": 64, "additional_config": {"dwdp": {"mode": "prefetch"}}}
+    asked = json.dumps({"model": model, "adapters": case["adapters"], "llm": llm})
+    ended = subprocess.run(
+        [sys.executable, "-m", "tests.e2e.adapters", asked],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        cwd=ROOT,
+        env=os.environ | triton_in_torch.environment() | {"VLLM_CPU_KVCACHE_SPACE": "1"},
+    )
+    assert ended.returncode == 0, ended.stdout[-4000:] + ended.stderr[-4000:]
+    (line,) = [line for line in ended.stdout.splitlines() if line.startswith("FOUND ")]
+    found = json.loads(line.removeprefix("FOUND "))
+    assert found["tokens"] == expected
+    places = [(ADAPTED_PROMPTS.index(text), name) for text, name in found["dealt"]]
+    assert {name for _, name in places} == set(expected)
+    assert found["mixed"] == [expected[name][place] for place, name in places]
+    for status in found["status"]:
+        fetched = sum(status["fetched_bytes"].values())
+        assert fetched > 20 * status["remote_expert_bytes"] > 0, "a rank has answered nothing"
 
 
 @pytest.mark.slow

@@ -20,6 +20,11 @@ class DwdpCPUWorker(DwdpWorker, CPUWorker):
         cpu.keep_weights_as_they_are()
         return HostDevice()
 
+    def init_device(self) -> None:
+        """As vLLM's; then nothing of it has a name that a killed worker would leave behind."""
+        super().init_device()
+        cpu.forget_names_of_messages()
+
     def load_model(self, **kwargs: Any) -> None:
         """As `DwdpWorker`; then look whether another rank computes on the same cores."""
         super().load_model(**kwargs)

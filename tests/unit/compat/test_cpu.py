@@ -1,9 +1,11 @@
 """Which cores a rank runs on. Threads have an affinity of their own, so each test runs in one."""
 
+import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -172,3 +174,21 @@ def test_zentorch_reads_shared_experts_where_they_lie(monkeypatch: pytest.Monkey
         DwdpConfigError, match=r"WEIGHT_CACHE='1' lets zentorch pack experts in place"
     ):
         cpu.keep_weights_as_they_are()
+
+
+def test_segments_that_are_mapped_lose_their_names_and_others_keep_theirs() -> None:
+    segments = [Path(f"/dev/shm/dwdp_test_{os.getpid()}_{name}-cpushm_0") for name in "abc"]
+    mapped, forgotten, of_another = segments
+    try:
+        for segment in segments:
+            segment.write_bytes(b"tensor")
+        with mapped.open("r+b") as first, forgotten.open("r+b") as second:
+            kept = [mmap.mmap(file.fileno(), 6) for file in (first, second)]
+        forgotten.unlink()  # as a peer does
+        cpu.forget_names_of_messages()
+        assert not mapped.exists() and of_another.exists()
+        assert [each[:] for each in kept] == [b"tensor"] * 2
+        cpu.forget_names_of_messages()
+    finally:
+        for segment in segments:
+            segment.unlink(missing_ok=True)

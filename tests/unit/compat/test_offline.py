@@ -1,10 +1,10 @@
 """The offline client and its interrupts, over engines that are only said to exist."""
 
+import itertools
 import signal
 import subprocess
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from types import SimpleNamespace
@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from vllm.v1.engine import EngineCoreRequestType
+from vllm.v1.engine.core_client import SyncMPClient
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_dwdp.compat.frontend import offline
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.timeout(30)
 class Client(RankClient):
     """A client of two ranks of which nothing runs; keeps what it sends."""
 
-    def __init__(self, capacity: int = 2) -> None:
+    def __init__(self, capacity: int = 2, has_priorities: bool = False) -> None:
         names = ["EngineCore_DP0", "EngineCore_DP1"]
         manager = SimpleNamespace(
             failed_proc_name=None,
@@ -37,7 +38,9 @@ class Client(RankClient):
         self.utility_results: dict[int, Any] = {}
         self.sent: list[tuple[int, Any, Any]] = []
         self._capacity = capacity
-        self._waiting = deque()
+        self._has_priorities = has_priorities
+        self._waiting = []
+        self._arrivals = itertools.count()
         self._unfinished = [set(), set()]
 
     def shutdown(self, timeout: float | None = None) -> None:
@@ -88,6 +91,30 @@ def test_requests_go_where_there_is_room_and_aborts_make_some() -> None:
     abort, add = client.sent
     assert abort == (1, EngineCoreRequestType.ABORT, ["b"])
     assert (add[0], add[2].request_id) == (1, "d")
+
+
+@pytest.mark.parametrize(("has_priorities", "order"), [(False, "abcdefg"), (True, "abgcedf")])
+def test_what_waits_goes_by_the_scheduling_policy(has_priorities: bool, order: str) -> None:
+    """As in vLLM's scheduler: a lower number goes first, and of equal ones the earlier."""
+    client = Client(capacity=1, has_priorities=has_priorities)
+    for name, priority in zip("abcdefg", (9, 9, 2, 5, 2, 5, -1), strict=True):
+        client.add_request(SimpleNamespace(request_id=name, priority=priority))  # type: ignore[arg-type]
+    while len(client.sent) < len(order):
+        client._unfinished[0].clear()
+        client._feed()
+    assert "".join(request.request_id for _, _, request in client.sent) == order
+
+
+@pytest.mark.parametrize(("policy", "capacity"), [("fcfs", 10), ("priority", 8)])
+def test_nothing_waits_in_a_rank_where_priorities_count(
+    policy: str, capacity: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SyncMPClient, "__init__", lambda self, config: None)
+    monkeypatch.setattr(SyncMPClient, "__del__", lambda self: None, raising=False)
+    monkeypatch.setattr(RankClient, "core_engines", [b"0", b"1"], raising=False)
+    config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=8, policy=policy))
+    client = RankClient(config)
+    assert client._capacity == capacity
 
 
 def test_answers_are_joined_in_rank_order() -> None:

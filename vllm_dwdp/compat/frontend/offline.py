@@ -5,10 +5,11 @@ to know of more: a request goes to the rank with room, an abort to the rank that
 utility call to every rank. Runs in the process that owns the `LLM`.
 """
 
+import heapq
+import itertools
 import queue
 import time
 import uuid
-from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -30,29 +31,35 @@ NAME_TIMEOUT_S = 20.0
 class RankClient(SyncMPClient):
     """Drives N independent engines; each gets at most `capacity` unfinished requests at a time.
 
-    The rest waits here, in order, so that ranks are fed as they become free instead of being dealt
-    fixed shares of an unequal load.
+    The rest waits here, in the order of the scheduling policy, so that ranks are fed as they become free
+    instead of being dealt fixed shares of an unequal load.
     """
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
-        # A few more than a rank can run, so that it need not wait for us between requests.
         max_num_seqs = vllm_config.scheduler_config.max_num_seqs
-        self._capacity = max_num_seqs + max(1, max_num_seqs // 4)
-        self._waiting: deque[EngineCoreRequest] = deque()
+        self._has_priorities = vllm_config.scheduler_config.policy == "priority"
+        # A few more than a rank can run, so that it need not wait for us between requests; but none
+        # that would have to wait there while a more urgent one waits here.
+        num_ahead = 0 if self._has_priorities else max(1, max_num_seqs // 4)
+        self._capacity = max_num_seqs + num_ahead
+        self._waiting: list[tuple[int, int, EngineCoreRequest]] = []
+        self._arrivals = itertools.count()
         self._unfinished: list[set[str]] = [set() for _ in self.core_engines]
         self.last_rank = 0
 
     def add_request(self, request: EngineCoreRequest) -> None:
         """Send the request to the least loaded rank, or keep it until one has room."""
-        self._waiting.append(request)
+        urgency = request.priority if self._has_priorities else 0
+        heapq.heappush(self._waiting, (urgency, next(self._arrivals), request))
         self._feed()
 
     def abort_requests(self, request_ids: list[str]) -> None:
         """Abort each request on the rank that has it."""
         self.ensure_alive()
         wanted = set(request_ids)
-        self._waiting = deque(entry for entry in self._waiting if entry.request_id not in wanted)
+        self._waiting = [entry for entry in self._waiting if entry[-1].request_id not in wanted]
+        heapq.heapify(self._waiting)
         for rank, unfinished in enumerate(self._unfinished):
             if here := unfinished & wanted:
                 self._unfinished[rank] = unfinished - here
@@ -146,7 +153,7 @@ class RankClient(SyncMPClient):
             rank = min(range(len(self._unfinished)), key=lambda rank: len(self._unfinished[rank]))
             if len(self._unfinished[rank]) >= self._capacity:
                 return
-            request = self._waiting.popleft()
+            *_, request = heapq.heappop(self._waiting)
             self._unfinished[rank].add(request.request_id)
             self._send_to(rank, EngineCoreRequestType.ADD, request)
 

@@ -1,8 +1,10 @@
 """The CPU build of vLLM: which cores a rank runs on, and how much memory it counts as its own."""
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -160,6 +162,21 @@ class _ProportionalProcess:
 
     def memory_info(self) -> SimpleNamespace:
         return SimpleNamespace(rss=proportional_set_bytes(self._pid))
+
+
+MESSAGE_SEGMENT = re.compile(r"/dev/shm/\S*cpushm\S*")
+
+
+def forget_names_of_messages() -> None:
+    """Remove the names of the segments through which the workers of this rank exchange tensors.
+
+    vLLM removes them when a worker's process runs its last destructors, so a killed one leaves them
+    behind. Call once the workers have met: all have mapped them then. The memory lives as long as the
+    last mapping.
+    """
+    mapped = Path("/proc/self/maps").read_text()
+    for place in sorted(set(MESSAGE_SEGMENT.findall(mapped))):
+        Path(place).unlink(missing_ok=True)
 
 
 ZENDNN_CACHE_ENV = "ZENDNNL_MATMUL_WEIGHT_CACHE"
