@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.e2e import uneven_experts
 from tests.e2e.conftest import Checkpoints, StockEngine
 from tests.e2e.matrix import run_cases
 from tests.e2e.models import MODELS, UNTRIED, Model
@@ -161,6 +162,23 @@ def kept(layers: Iterable[dict[str, int]]) -> dict[str, Any]:
             window = layer["window"]
             per_token[window] = per_token.get(window, 0) + layer["token_bytes"]
     return {"bytes per token by window": per_token, "states": sorted(states)}
+
+
+@pytest.mark.slow
+@pytest.mark.model("Odd shape: layers with different numbers of experts")
+def test_layers_with_different_numbers_of_experts(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    model = uneven_experts.take_experts_away(Path(checkpoints("qwen3_moe")), tmp_path / "uneven")
+    case = {"model": model} | uneven_experts.REPLACE
+    ((expected,),) = run_cases(tmp_path, "stock", [case | {"name": "stock"}]).values()
+    cases = [
+        case | {"name": mode, "num_ranks": 2, "dwdp": {"mode": mode}}
+        for mode in ("direct", "prefetch")
+    ]
+    for mode, ranks in run_cases(tmp_path, "ranks", cases, RACES).items():
+        for found in ranks:
+            assert found["weights"] == expected["weights"], mode
+            assert found["tokens"] == expected["tokens"], mode
+            assert found["status"]["remote_expert_bytes"] > 0
 
 
 @pytest.mark.slow
