@@ -47,12 +47,15 @@ VISION = {
     "out_hidden_size": 128,
     "num_position_embeddings": 64,
 }
+IMAGE_TOKEN, IMAGE_TOKEN_ID = "<|img|>", 494
+"""The first token that is free in the checkpoints' vocabulary."""
 VISION_TOKENS = {
-    "image_token_id": 500,
-    "video_token_id": 501,
-    "vision_start_token_id": 502,
-    "vision_end_token_id": 503,
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
 }
+"""Fields of the config and the tokens that they name, in the order of their ids."""
 
 
 def _of(model_type: str, experts: str, **fields: Any) -> Builder:
@@ -69,7 +72,7 @@ def _with_vision(model_type: str, text: Builder, **vision: Any) -> Builder:
             vision_config=VISION | vision,
             dtype="bfloat16",
             tie_word_embeddings=False,
-            **VISION_TOKENS,
+            **{field: IMAGE_TOKEN_ID + number for number, field in enumerate(VISION_TOKENS)},
         )
         return config
 
@@ -102,9 +105,6 @@ QWEN3_5_TEXT = _of(
         "mrope_interleaved": True,
     },
 )
-
-IMAGE_TOKEN, IMAGE_TOKEN_ID = "<|img|>", 494
-"""The first token that is free in the checkpoints' vocabulary."""
 
 
 def _aria(num_experts: int) -> transformers.PretrainedConfig:
