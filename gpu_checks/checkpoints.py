@@ -13,7 +13,7 @@ from typing import Any
 import transformers
 from transformers.models.aria.image_processing_pil_aria import AriaImageProcessorPil
 
-from gpu_checks.families import FAMILIES, IMAGE_TOKEN, VISION_TOKENS
+from gpu_checks.families import FAMILIES, IMAGE_TOKEN, LLAMA4_TOKENS, VISION_TOKENS
 from gpu_checks.published import PUBLISHED, write_published
 from vllm_dwdp.entrypoints.bench.checkpoints import COMMON, qwen3_moe, write_checkpoint
 
@@ -197,33 +197,49 @@ def _save_aria_processor(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def _save_qwen_vl_processor(folder: Path) -> None:
+def _write_processor(folder: Path, tokens: list[str], files: dict[str, dict[str, Any]]) -> None:
     """Let the tokenizer know the tokens for images, and say what prepares these.
 
     transformers makes such a processor only where torchvision is installed, so the files are written.
     """
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-    tokenizer.add_special_tokens({"additional_special_tokens": list(VISION_TOKENS.values())})
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
     tokenizer.save_pretrained(folder)
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+def _save_qwen_vl_processor(folder: Path) -> None:
     sizes = {
+        "processor_class": "Qwen3VLProcessor",
         "patch_size": 16,
         "merge_size": 2,
         "temporal_patch_size": 2,
         "size": {"shortest_edge": 32 * 32, "longest_edge": 128 * 128},
     }
-    files: dict[str, dict[str, Any]] = {
+    files = {
         "preprocessor_config": {"image_processor_type": "Qwen2VLImageProcessor"} | sizes,
         "video_preprocessor_config": {"video_processor_type": "Qwen3VLVideoProcessor"} | sizes,
     }
-    for name, content in files.items():
-        content["processor_class"] = "Qwen3VLProcessor"
-        (folder / f"{name}.json").write_text(json.dumps(content))
+    _write_processor(folder, list(VISION_TOKENS.values()), files)
+
+
+def _save_llama4_processor(folder: Path) -> None:
+    tiles = {"size": {"height": 56, "width": 56}, "max_patches": 4}
+    separators = ["<|image|>", "<|tile_x_separator|>", "<|tile_y_separator|>"]
+    named = {"processor_class": "Llama4Processor"}
+    files = {
+        "preprocessor_config": {"image_processor_type": "Llama4ImageProcessor"} | tiles | named,
+        "processor_config": named | {"patch_size": 14, "pixel_shuffle_ratio": 0.5},
+    }
+    _write_processor(folder, [*LLAMA4_TOKENS.values(), *separators], files)
 
 
 PROCESSORS: dict[str, Callable[[Path], None]] = {
     "aria": _save_aria_processor,
     "qwen3_vl_moe": _save_qwen_vl_processor,
     "qwen3_5_moe": _save_qwen_vl_processor,
+    "llama4": _save_llama4_processor,
 }
 """What writes the processor of a family whose checkpoints are asked with images."""
 

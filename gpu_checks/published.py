@@ -24,6 +24,11 @@ CONFIGURATION = """from transformers import PretrainedConfig
 
 class OwnConfig(PretrainedConfig):
     model_type = "{model_type}"
+
+    def __init__(self, vision_config=None, **fields):
+        if vision_config is not None:
+            self.vision_config = PretrainedConfig(**vision_config)
+        super().__init__(**fields)
 """
 
 COMMON: Fields = {
@@ -64,7 +69,7 @@ class Published:
 
     Args:
         architecture, model_type: in config.json.
-        experts: the field that counts them.
+        experts: the field that counts them; empty if `fields` does, kind by kind.
         fields: others, beside `COMMON`.
         tensors: names and shapes, of the fields; None if nothing reads them.
         has_own_configuration: the checkpoint brings the class of its config.
@@ -88,7 +93,7 @@ class Published:
             | {"architectures": [self.architecture], "model_type": self.model_type}
             | (mapped if self.has_own_configuration else {})
             | self.fields
-            | {self.experts: num_experts}
+            | ({self.experts: num_experts} if self.experts else {})
             | overrides
         )
 
@@ -368,6 +373,33 @@ def _step3p5(config: Fields) -> Shapes:
     return _step3(config, attention, router_bias=config["moe_num_experts"])
 
 
+def _ernie_vl(config: Fields) -> Shapes:
+    """List the language model: experts for text in a layer, and as many others for images."""
+    hidden, (count, others) = config["hidden_size"], config["moe_num_experts"]
+    widths = [config["moe_intermediate_size"][expert >= count] for expert in range(count + others)]
+
+    def layer(prefix: str, number: int) -> Shapes:
+        inner = f"{prefix}.mlp"
+        if number < min(config["moe_layer_start_index"]):
+            rest = _mlp(inner, config, config["intermediate_size"])
+        else:
+            rest = (
+                {
+                    f"{inner}.gate.weight": (hidden, count),
+                    f"{inner}.gate.weight_1": (hidden, others),
+                }
+                | {f"{inner}.moe_statics.e_score_correction_bias": (2, count)}
+                | _mlp(f"{inner}.shared_experts", config, widths[0])
+                | _all(
+                    _mlp(f"{inner}.experts.{expert}", config, width)
+                    for expert, width in enumerate(widths)
+                )
+            )
+        return _norms(prefix, config) | _attention(f"{prefix}.self_attn", config) | rest
+
+    return _model(config, layer)
+
+
 BAILING_V2: Fields = GROUPED | {
     "use_bias": False,
     "use_qkv_bias": False,
@@ -556,6 +588,39 @@ PUBLISHED: dict[str, Published] = {
         tensors=_step3p5,
         has_own_configuration=False,
         without=("num_key_value_heads", "num_experts_per_tok"),
+    ),
+    "ernie4_5_vl_moe": Published(
+        architecture="Ernie4_5_VLMoeForConditionalGeneration",
+        model_type="ernie4_5_moe_vl",
+        experts="",
+        fields={
+            "moe_num_experts": [8, 8],
+            "moe_intermediate_size": [96, 64],
+            "moe_layer_start_index": [1, 1],
+            "moe_layer_end_index": [2, 2],
+            "moe_layer_interval": 1,
+            "moe_num_shared_experts": 1,
+            "moe_k": 2,
+            "use_bias": False,
+            "freq_allocation": 4,
+            "im_patch_id": 500,
+            "pixel_hidden_size": 64,
+            "spatial_conv_size": 2,
+            "temporal_conv_size": 2,
+            "use_temporal_conv": True,
+            "vision_config": {
+                "depth": 1,
+                "embed_dim": 64,
+                "hidden_size": 64,
+                "in_channels": 3,
+                "mlp_ratio": 2,
+                "num_heads": 2,
+                "patch_size": 14,
+                "spatial_merge_size": 2,
+            },
+        },
+        tensors=_ernie_vl,
+        without=("num_experts_per_tok",),
     ),
     "bailing_moe_v2_5": Published(
         architecture="BailingMoeV2_5ForCausalLM",

@@ -46,6 +46,7 @@ def _model(row: str, architecture: str, **others: Any) -> Model:
 
 
 ONE_IMAGE = {"limit_mm_per_prompt": {"image": 1, "video": 0}, "max_num_batched_tokens": 512}
+TEXT_ONLY = {"limit_mm_per_prompt": {"image": 0, "video": 0, "audio": 0}}
 QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 TRUSTED = {"trust_remote_code": True}
 """For a checkpoint that brings its own configuration."""
@@ -109,6 +110,33 @@ MODELS = {
         "Qwen3VLMoeForConditionalGeneration",
         engine_args=ONE_IMAGE,
         asked={"image_token": QWEN_IMAGE},
+        needs_torchvision=True,
+    ),
+    "qwen3_vl_moe_transformers": _model(
+        "Qwen3-VL-MoE with an image, --model-impl transformers",
+        "TransformersMultiModalMoEForCausalLM",
+        checkpoint="qwen3_vl_moe",
+        engine_args=ONE_IMAGE | {"model_impl": "transformers"},
+        asked={"image_token": QWEN_IMAGE},
+        needs_torchvision=True,
+    ),
+    "llama4": _model(
+        "Llama-4, with an image",
+        "Llama4ForConditionalGeneration",
+        engine_args={"limit_mm_per_prompt": {"image": 1}, "max_num_batched_tokens": 512},
+        asked={"image_token": "<|image|>"},
+        needs_torchvision=True,
+    ),
+    "gemma4_multimodal": _model(
+        "Gemma-4 26B-A4B, the multimodal model asked with text",
+        "Gemma4ForConditionalGeneration",
+        engine_args=TEXT_ONLY,
+        needs_torchvision=True,
+    ),
+    "ernie4_5_vl_moe": _model(
+        "ERNIE-4.5-VL asked with text: its experts for images never run",
+        "Ernie4_5_VLMoeForConditionalGeneration",
+        engine_args=TEXT_ONLY | TRUSTED,
         needs_torchvision=True,
     ),
     "qwen3_5_moe": _model(
@@ -218,49 +246,45 @@ assert {model.checkpoint or name for name, model in MODELS.items()} <= set(
 )
 
 _PUBLISHED = "transformers has no such model; its code is published with its weights"
-_TORCHVISION = "its processor needs torchvision, which the test environment lacks"
+_PROCESSOR = "a small checkpoint needs the files of its processor, which nobody has written"
 UNTRIED: dict[str, str] = {
     "BailingMoeV2_5ForCausalLM": _PUBLISHED,
     "BailingMoeV3ForCausalLM": _PUBLISHED,
     "BailingMoeV3VLForConditionalGeneration": _PUBLISHED,
     "ClefOmniForJointSchema": _PUBLISHED,
     "ColQwen3_5": _PUBLISHED,
-    "Cosmos3EdgeForConditionalGeneration": _TORCHVISION,
+    "Cosmos3EdgeForConditionalGeneration": _PROCESSOR,
     "DeepseekV4ForCausalLM": "its published format (compress_ratios, FP8) is not transformers'",
     "DeepseekV41ForCausalLM": _PUBLISHED,
     "DiffusionGemmaForBlockDiffusion": "it generates by diffusion of blocks, which needs a GPU",
     "EmbeddingGemma2Model": "no published one has experts; its text model is Gemma-4's",
-    "Ernie4_5_VLMoeForConditionalGeneration": _TORCHVISION,
-    "Gemma4ForConditionalGeneration": _TORCHVISION,
-    "Gemma4UnifiedForConditionalGeneration": _TORCHVISION,
+    "Gemma4UnifiedForConditionalGeneration": _PROCESSOR,
     "Glm5NextForCausalLM": _PUBLISHED,
-    "Glm5NextForConditionalGeneration": _TORCHVISION,
+    "Glm5NextForConditionalGeneration": _PROCESSOR,
     "InklingForCausalLM": "vLLM wants the special tokens of its own tokenizer",
-    "InklingForConditionalGeneration": _TORCHVISION,
+    "InklingForConditionalGeneration": _PROCESSOR,
     "InternS1ProForConditionalGeneration": _PUBLISHED,
     "InternS2MobiusForConditionalGeneration": _PUBLISHED,
     "InternS2PreviewForConditionalGeneration": _PUBLISHED,
     "JambaForSequenceClassification": "its text model is Jamba",
     "K2HorizonForCausalLM": _PUBLISHED,
     "KimiK3ForConditionalGeneration": _PUBLISHED,
-    "Llama4ForConditionalGeneration": _TORCHVISION,
     "LongcatFlashNgramForCausalLM": _PUBLISHED,
     "MiMoV2OmniForCausalLM": _PUBLISHED,
-    "MiniCPMV4_6ForConditionalGeneration": _TORCHVISION,
-    "MiniCPMV4_7ForConditionalGeneration": _TORCHVISION,
+    "MiniCPMV4_6ForConditionalGeneration": _PROCESSOR,
+    "MiniCPMV4_7ForConditionalGeneration": _PROCESSOR,
     "MistralLarge3ForCausalLM": "Mistral's own format; its layers are DeepSeek-V3's",
     "NemotronH_Nano_Omni_Reasoning_V3": _PUBLISHED,
     "NemotronH_Nano_VL_V2": _PUBLISHED,
-    "NemotronH_Omni_Reasoning_V3": _TORCHVISION,
+    "NemotronH_Omni_Reasoning_V3": _PROCESSOR,
     "NemotronH_Super_Omni_Reasoning_V3": _PUBLISHED,
     "OpenAIPrivacyFilterForTokenClassification": "it labels tokens; its layers are gpt-oss'",
     "PanguEmbeddedForCausalLM": "published ones have no experts",
-    "Qwen3OmniMoeForConditionalGeneration": _TORCHVISION,
+    "Qwen3OmniMoeForConditionalGeneration": _PROCESSOR,
     "Qwen3_5ForCausalLM": "published ones have no experts",
     "Qwen3_5ForConditionalGeneration": "published ones have no experts",
-    "Qwen4ExpForCausalLM": "vLLM imports torchvision for it, which the test environment lacks",
-    "Qwen4ExpForConditionalGeneration": _TORCHVISION,
+    "Qwen4ExpForCausalLM": "no small checkpoint has been made of it",
+    "Qwen4ExpForConditionalGeneration": _PROCESSOR,
     "SarvamMLAForCausalLM": _PUBLISHED,
-    "TransformersMultiModalMoEForCausalLM": _TORCHVISION,
 }
 """Architectures without a checkpoint here, and why."""
