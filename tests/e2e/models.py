@@ -193,6 +193,13 @@ MODELS = {
         asked={"pooling": "embed"},
         on_push=True,
     ),
+    "qwen3_moe_late_interaction": _model(
+        "Qwen3-MoE that embeds every token, for late interaction",
+        "Qwen3MoeForCausalLM",
+        checkpoint="qwen3_moe",
+        engine_args={"runner": "pooling", "convert": "embed"},
+        asked={"pooling": "token_embed"},
+    ),
     "qwen3_moe_classifier": _model(
         "Qwen3-MoE that classifies or rewards",
         "Qwen3MoeForCausalLM",
