@@ -225,9 +225,9 @@ def _save_qwen_vl_processor(folder: Path) -> None:
 
 
 def _save_llama4_processor(folder: Path) -> None:
-    tiles = {"size": {"height": 56, "width": 56}, "max_patches": 4}
+    tiles: dict[str, Any] = {"size": {"height": 56, "width": 56}, "max_patches": 4}
     separators = ["<|image|>", "<|tile_x_separator|>", "<|tile_y_separator|>"]
-    named = {"processor_class": "Llama4Processor"}
+    named: dict[str, Any] = {"processor_class": "Llama4Processor"}
     files = {
         "preprocessor_config": {"image_processor_type": "Llama4ImageProcessor"} | tiles | named,
         "processor_config": named | {"patch_size": 14, "pixel_shuffle_ratio": 0.5},

@@ -98,6 +98,10 @@ class Published:
         )
 
 
+TABLE = ".tid2eid"
+"""The end of the name of what holds experts, of which there are `num_experts`, and no weights."""
+
+
 def write_published(
     folder: Path, family: Published, num_experts: int, seed: int, **overrides: Any
 ) -> Path:
@@ -115,7 +119,12 @@ def write_published(
     if family.tensors is not None:
         dice = torch.Generator().manual_seed(seed)
         shapes = family.tensors(config)
-        tensors = {name: _random(name, shape, dice) for name, shape in shapes.items()}
+        tensors = {
+            name: torch.randint(num_experts, shape, generator=dice, dtype=torch.int32)
+            if name.endswith(TABLE)
+            else _random(name, shape, dice)
+            for name, shape in shapes.items()
+        }
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     done.touch()
     return folder
@@ -400,6 +409,71 @@ def _ernie_vl(config: Fields) -> Shapes:
     return _model(config, layer)
 
 
+def _deepseek_v4(config: Fields) -> Shapes:
+    """List DeepSeek's own names: streams that are mixed, layers that compress what they keep.
+
+    The first layers choose experts by a table of tokens.
+    """
+    hidden, vocabulary, streams = config["hidden_size"], config["vocab_size"], config["hc_mult"]
+    count, width = config["n_routed_experts"], config["moe_intermediate_size"]
+
+    def mixing(prefix: str, rows: int, scales: int) -> Shapes:
+        sizes = {"fn": (rows, streams * hidden), "base": (rows,), "scale": (scales,)}
+        return {f"{prefix}_{name}": shape for name, shape in sizes.items()}
+
+    def compressor(prefix: str, ratio: int, size: int) -> Shapes:
+        rows = size * (1 + (ratio == 4))
+        inner = _weights(prefix, wkv=(rows, hidden), wgate=(rows, hidden), norm=(size,))
+        return inner | {f"{prefix}.ape": (ratio, rows)}
+
+    def attention(prefix: str, ratio: int) -> Shapes:
+        heads, size, rank = (
+            config[name] for name in ("num_attention_heads", "head_dim", "q_lora_rank")
+        )
+        groups, out = config["o_groups"], config["o_lora_rank"]
+        found = {f"{prefix}.attn_sink": (heads,)} | _weights(
+            prefix,
+            wq_a=(rank, hidden),
+            wkv=(size, hidden),
+            q_norm=(rank,),
+            kv_norm=(size,),
+            wq_b=(heads * size, rank),
+            wo_a=(groups * out, heads * size // groups),
+            wo_b=(hidden, groups * out),
+        )
+        if ratio:
+            found |= compressor(f"{prefix}.compressor", ratio, size)
+        if ratio == 4:
+            indexers, index_size = config["index_n_heads"], config["index_head_dim"]
+            found |= compressor(f"{prefix}.indexer.compressor", ratio, index_size)
+            found |= _weights(
+                f"{prefix}.indexer",
+                wq_b=(indexers * index_size, rank),
+                weights_proj=(indexers, hidden),
+            )
+        return found
+
+    def layer(number: int) -> Shapes:
+        prefix, inner = f"layers.{number}", f"layers.{number}.ffn"
+        is_hashed = number < config["num_hash_layers"]
+        hashed = {f"{inner}.gate.tid2eid": (vocabulary, config["num_experts_per_tok"])}
+        gated = {"w1": (width, hidden), "w2": (hidden, width), "w3": (width, hidden)}
+        experts = (f"experts.{expert}" for expert in range(count))
+        return (
+            _weights(prefix, attn_norm=(hidden,), ffn_norm=(hidden,))
+            | mixing(f"{prefix}.hc_attn", (2 + streams) * streams, 3)
+            | mixing(f"{prefix}.hc_ffn", (2 + streams) * streams, 3)
+            | attention(f"{prefix}.attn", config["compress_ratios"][number])
+            | _weights(inner, gate=(count, hidden))
+            | (hashed if is_hashed else {f"{inner}.gate.bias": (count,)})
+            | _all(_weights(f"{inner}.{each}", **gated) for each in (*experts, "shared_experts"))
+        )
+
+    ends = {"embed.weight": (vocabulary, hidden), "head.weight": (vocabulary, hidden)}
+    layers = _all(layer(number) for number in range(config["num_hidden_layers"]))
+    return ends | {"norm.weight": (hidden,)} | mixing("hc_head", streams, 1) | layers
+
+
 BAILING_V2: Fields = GROUPED | {
     "use_bias": False,
     "use_qkv_bias": False,
@@ -676,7 +750,16 @@ PUBLISHED: dict[str, Published] = {
             "swiglu_limit": 10.0,
             "compress_rope_theta": 160000.0,
             "moe_intermediate_size": 128,
+            "rope_scaling": {
+                "type": "yarn",
+                "rope_type": "yarn",
+                "factor": 4,
+                "original_max_position_embeddings": 512,
+                "beta_fast": 32,
+                "beta_slow": 1,
+            },
         },
+        tensors=_deepseek_v4,
         has_own_configuration=False,
     ),
     "dots3_note": Published(
