@@ -13,7 +13,8 @@ from typing import Any
 import transformers
 from transformers.models.aria.image_processing_pil_aria import AriaImageProcessorPil
 
-from gpu_checks.families import FAMILIES, IMAGE_TOKEN
+from gpu_checks.families import FAMILIES, IMAGE_TOKEN, LLAMA4_TOKENS, VISION_TOKENS
+from gpu_checks.published import PUBLISHED, write_published
 from vllm_dwdp.entrypoints.bench.checkpoints import COMMON, qwen3_moe, write_checkpoint
 
 DERIVED_HEADS = {key: value for key, value in COMMON.items() if key != "head_dim"}
@@ -164,23 +165,25 @@ def make_checkpoint(
 
     Args:
         folder: created if absent; a folder that holds a finished checkpoint is kept as it is.
-        architecture: a key of `ARCHITECTURES` or `FAMILIES`.
+        architecture: a key of `ARCHITECTURES`, `FAMILIES` or `PUBLISHED`.
         num_experts: routed experts per MoE layer.
         seed: of the weights.
         overrides: fields of the Hugging Face config, e.g. `hidden_size=1024`.
     """
+    if architecture in PUBLISHED:
+        return write_published(folder, PUBLISHED[architecture], num_experts, seed, **overrides)
     builder = (ARCHITECTURES | FAMILIES)[architecture]
     write_checkpoint(folder, builder(num_experts), seed, **overrides)
     if architecture in PUBLISHED_AS:
         file = folder / "config.json"
         config = json.loads(file.read_text()) | {"architectures": [PUBLISHED_AS[architecture]]}
         file.write_text(json.dumps(config, indent=2))
-    if architecture == "aria":
-        _save_processor(folder)
+    if architecture in PROCESSORS:
+        PROCESSORS[architecture](folder)
     return folder
 
 
-def _save_processor(folder: Path) -> None:
+def _save_aria_processor(folder: Path) -> None:
     """Let the tokenizer of a checkpoint know a token for images, and write what prepares them."""
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(
         folder, extra_special_tokens={"image_token": IMAGE_TOKEN}
@@ -194,12 +197,59 @@ def _save_processor(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def _write_processor(folder: Path, tokens: list[str], files: dict[str, dict[str, Any]]) -> None:
+    """Let the tokenizer know the tokens for images, and say what prepares these.
+
+    transformers makes such a processor only where torchvision is installed, so the files are written.
+    """
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    tokenizer.save_pretrained(folder)
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+def _save_qwen_vl_processor(folder: Path) -> None:
+    sizes = {
+        "processor_class": "Qwen3VLProcessor",
+        "patch_size": 16,
+        "merge_size": 2,
+        "temporal_patch_size": 2,
+        "size": {"shortest_edge": 32 * 32, "longest_edge": 128 * 128},
+    }
+    files = {
+        "preprocessor_config": {"image_processor_type": "Qwen2VLImageProcessor"} | sizes,
+        "video_preprocessor_config": {"video_processor_type": "Qwen3VLVideoProcessor"} | sizes,
+    }
+    _write_processor(folder, list(VISION_TOKENS.values()), files)
+
+
+def _save_llama4_processor(folder: Path) -> None:
+    tiles: dict[str, Any] = {"size": {"height": 56, "width": 56}, "max_patches": 4}
+    separators = ["<|image|>", "<|tile_x_separator|>", "<|tile_y_separator|>"]
+    named: dict[str, Any] = {"processor_class": "Llama4Processor"}
+    files = {
+        "preprocessor_config": {"image_processor_type": "Llama4ImageProcessor"} | tiles | named,
+        "processor_config": named | {"patch_size": 14, "pixel_shuffle_ratio": 0.5},
+    }
+    _write_processor(folder, [*LLAMA4_TOKENS.values(), *separators], files)
+
+
+PROCESSORS: dict[str, Callable[[Path], None]] = {
+    "aria": _save_aria_processor,
+    "qwen3_vl_moe": _save_qwen_vl_processor,
+    "qwen3_5_moe": _save_qwen_vl_processor,
+    "llama4": _save_llama4_processor,
+}
+"""What writes the processor of a family whose checkpoints are asked with images."""
+
+
 def main() -> None:
     """Write one: `FOLDER --architecture qwen3_moe --experts 8`."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument(
-        "--architecture", choices=sorted(ARCHITECTURES | FAMILIES), default="qwen3_moe"
+        "--architecture", choices=sorted(ARCHITECTURES | FAMILIES | PUBLISHED), default="qwen3_moe"
     )
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--config", type=json.loads, default={}, help="JSON overrides")

@@ -47,12 +47,20 @@ VISION = {
     "out_hidden_size": 128,
     "num_position_embeddings": 64,
 }
-VISION_TOKENS = {
-    "image_token_id": 500,
-    "video_token_id": 501,
-    "vision_start_token_id": 502,
-    "vision_end_token_id": 503,
+IMAGE_TOKEN, IMAGE_TOKEN_ID = "<|img|>", 494
+"""The first token that is free in the checkpoints' vocabulary."""
+LLAMA4_TOKENS = {
+    "boi_token_index": "<|image_start|>",
+    "eoi_token_index": "<|image_end|>",
+    "image_token_index": "<|patch|>",
 }
+VISION_TOKENS = {
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+}
+"""Fields of a config and the tokens that they name, in the order of their ids from `IMAGE_TOKEN_ID`."""
 
 
 def _of(model_type: str, experts: str, **fields: Any) -> Builder:
@@ -69,7 +77,7 @@ def _with_vision(model_type: str, text: Builder, **vision: Any) -> Builder:
             vision_config=VISION | vision,
             dtype="bfloat16",
             tie_word_embeddings=False,
-            **VISION_TOKENS,
+            **{field: IMAGE_TOKEN_ID + number for number, field in enumerate(VISION_TOKENS)},
         )
         return config
 
@@ -103,9 +111,6 @@ QWEN3_5_TEXT = _of(
     },
 )
 
-IMAGE_TOKEN, IMAGE_TOKEN_ID = "<|img|>", 494
-"""The first token that is free in the checkpoints' vocabulary."""
-
 
 def _aria(num_experts: int) -> transformers.PretrainedConfig:
     """Return a vision tower with a projector to 128 tokens, and experts in fused tensors."""
@@ -130,6 +135,48 @@ def _aria(num_experts: int) -> transformers.PretrainedConfig:
         projector_patch_to_query_dict={1225: 128},
         image_token_index=IMAGE_TOKEN_ID,
         dtype="bfloat16",
+    )
+
+
+def _llama4(num_experts: int) -> transformers.PretrainedConfig:
+    """Return a vision tower whose tiles of 56 pixels are four tokens each, and the text model."""
+    return transformers.Llama4Config(
+        text_config=FAMILIES["llama4_text"](num_experts).to_dict(),
+        vision_config={
+            "hidden_size": 64,
+            "intermediate_size": 256,  # of four patches, which the projector takes together
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 56,
+            "patch_size": 14,
+            "projector_input_dim": 128,
+            "projector_output_dim": 128,
+            "vision_output_dim": 128,
+        },
+        dtype="bfloat16",
+        tie_word_embeddings=False,
+        **{field: IMAGE_TOKEN_ID + number for number, field in enumerate(LLAMA4_TOKENS)},
+    )
+
+
+def _gemma4_multimodal(num_experts: int) -> transformers.PretrainedConfig:
+    """Return a vision tower and the text model."""
+    return transformers.Gemma4Config(
+        text_config=FAMILIES["gemma4"](num_experts).to_dict(),
+        vision_config={
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "position_embedding_size": 64,
+        },
+        audio_config=None,
+        dtype="bfloat16",
+        tie_word_embeddings=True,
+        **dict.fromkeys(("image_token_id", "boi_token_id", "eoi_token_id"), IMAGE_TOKEN_ID),
+        **dict.fromkeys(("video_token_id", "audio_token_id", "boa_token_id"), IMAGE_TOKEN_ID),
     )
 
 
@@ -412,6 +459,8 @@ FAMILIES: dict[str, Builder] = {
         **HEADS | {"intermediate_size": 96, "num_experts_per_tok": 2},
     ),
     "aria": _aria,
+    "llama4": _llama4,
+    "gemma4_multimodal": _gemma4_multimodal,
     "qwen3_moe_classifier": _qwen3_moe_classifier,
     "qwen3_5_moe_text": QWEN3_5_TEXT,
 }

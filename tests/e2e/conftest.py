@@ -57,7 +57,9 @@ class StockEngine:
         """Return the result of a case of this model and these settings."""
         return self.all([model], **settings)[model]
 
-    def all(self, models: Sequence[str], **settings: Any) -> dict[str, dict[str, Any]]:
+    def all(
+        self, models: Sequence[str], environment: dict[str, str] | None = None, **settings: Any
+    ) -> dict[str, dict[str, Any]]:
         """Return the results by model; missing ones are computed by two processes beside each other."""
         names = {model: json.dumps([model, settings], sort_keys=True) for model in models}
         missing = [
@@ -69,7 +71,7 @@ class StockEngine:
         def run(half: int) -> dict[str, list[dict[str, Any]]]:
             cases = missing[half::2]
             name = f"{len(self._results)}-{half}"
-            return run_cases(self._folder, name, cases) if cases else {}
+            return run_cases(self._folder, name, cases, environment) if cases else {}
 
         with ThreadPoolExecutor(2) as pool:
             for results in list(pool.map(run, (0, 1))):

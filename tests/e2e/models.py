@@ -8,6 +8,7 @@ from typing import Any
 
 from gpu_checks.checkpoints import ARCHITECTURES
 from gpu_checks.families import FAMILIES, IMAGE_TOKEN
+from gpu_checks.published import PUBLISHED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,7 @@ class Model:
         engine_args: beside those of every test engine.
         asked: what else a case of `engine_process` says, e.g. how it is asked.
         stock_error: what stock vLLM says; empty if it serves the model.
-        needs: a package that vLLM imports for it and that may be absent.
+        needs_torchvision: vLLM or transformers import it for this model.
         window_added: tokens that vLLM keeps beyond the window that the config says.
         on_push: run by `make test` too.
     """
@@ -35,7 +36,7 @@ class Model:
     engine_args: dict[str, Any] = field(default_factory=dict)
     asked: dict[str, Any] = field(default_factory=dict)
     stock_error: str = ""
-    needs: str = ""
+    needs_torchvision: bool = False
     window_added: int = 0
     on_push: bool = False
 
@@ -44,7 +45,13 @@ def _model(row: str, architecture: str, **others: Any) -> Model:
     return Model(row=f"{row} ({architecture})", architecture=architecture, **others)
 
 
-TEXT_ONLY = {"limit_mm_per_prompt": {"image": 0, "video": 0}}
+ONE_IMAGE = {"limit_mm_per_prompt": {"image": 1, "video": 0}, "max_num_batched_tokens": 512}
+TEXT_ONLY = {"limit_mm_per_prompt": {"image": 0, "video": 0, "audio": 0}}
+QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+TRUSTED = {"trust_remote_code": True}
+"""For a checkpoint that brings its own configuration."""
+NO_WEIGHTS = {"load_format": "dummy"}
+"""For one that stock vLLM refuses before it reads any."""
 ONLY_SOFTMAX = 'assert self.scoring_func == "softmax"'
 NO_SPARSE = "Sparse Attention is not supported on CPU"
 
@@ -99,16 +106,45 @@ MODELS = {
     "phimoe": _model("Phi-3.5-MoE", "PhiMoEForCausalLM"),
     "qwen3_next": _model("Qwen3-Next, hybrid", "Qwen3NextForCausalLM", on_push=True),
     "qwen3_vl_moe": _model(
-        "Qwen3-VL-MoE, text",
+        "Qwen3-VL-MoE, with an image",
         "Qwen3VLMoeForConditionalGeneration",
+        engine_args=ONE_IMAGE,
+        asked={"image_token": QWEN_IMAGE},
+        needs_torchvision=True,
+    ),
+    "qwen3_vl_moe_transformers": _model(
+        "Qwen3-VL-MoE with an image, --model-impl transformers",
+        "TransformersMultiModalMoEForCausalLM",
+        checkpoint="qwen3_vl_moe",
+        engine_args=ONE_IMAGE | {"model_impl": "transformers"},
+        asked={"image_token": QWEN_IMAGE},
+        needs_torchvision=True,
+    ),
+    "llama4": _model(
+        "Llama-4, with an image",
+        "Llama4ForConditionalGeneration",
+        engine_args={"limit_mm_per_prompt": {"image": 1}, "max_num_batched_tokens": 512},
+        asked={"image_token": "<|image|>"},
+        needs_torchvision=True,
+    ),
+    "gemma4_multimodal": _model(
+        "Gemma-4 26B-A4B, the multimodal model asked with text",
+        "Gemma4ForConditionalGeneration",
         engine_args=TEXT_ONLY,
-        needs="torchvision",
+        needs_torchvision=True,
+    ),
+    "ernie4_5_vl_moe": _model(
+        "ERNIE-4.5-VL asked with text: its experts for images never run",
+        "Ernie4_5_VLMoeForConditionalGeneration",
+        engine_args=TEXT_ONLY | TRUSTED,
+        needs_torchvision=True,
     ),
     "qwen3_5_moe": _model(
-        "Qwen3.5-MoE, text",
+        "Qwen3.5-MoE, with an image",
         "Qwen3_5MoeForConditionalGeneration",
-        engine_args=TEXT_ONLY,
-        needs="torchvision",
+        engine_args=ONE_IMAGE,
+        asked={"image_token": QWEN_IMAGE},
+        needs_torchvision=True,
         stock_error="expect x to be transposed",
     ),
     "flex_olmo": _model("FlexOlmo, Transformers back end", "FlexOlmoForCausalLM"),
@@ -137,7 +173,7 @@ MODELS = {
     "qwen3_5_moe_text": _model(
         "Qwen3.5-MoE, text model alone",
         "Qwen3_5MoeForCausalLM",
-        needs="torchvision",
+        needs_torchvision=True,
         stock_error="expect x to be transposed",
     ),
     "aria": _model(
@@ -156,6 +192,13 @@ MODELS = {
         engine_args={"runner": "pooling", "convert": "embed"},
         asked={"pooling": "embed"},
         on_push=True,
+    ),
+    "qwen3_moe_late_interaction": _model(
+        "Qwen3-MoE that embeds every token, for late interaction",
+        "Qwen3MoeForCausalLM",
+        checkpoint="qwen3_moe",
+        engine_args={"runner": "pooling", "convert": "embed"},
+        asked={"pooling": "token_embed"},
     ),
     "qwen3_moe_classifier": _model(
         "Qwen3-MoE that classifies or rewards",
@@ -176,67 +219,79 @@ MODELS = {
         stock_error="no valid sparse MLA backend is available",
     ),
     "minimax_m3": _model("MiniMax-M3", "MiniMaxM3SparseForCausalLM", stock_error=ONLY_SOFTMAX),
+    "bailing_moe": _model("Ling-lite, Ling-plus", "BailingMoeForCausalLM", engine_args=TRUSTED),
+    "bailing_moe_v2": _model("Ling-2.0, Ring-2.0", "BailingMoeV2ForCausalLM", engine_args=TRUSTED),
+    "sarvam_moe": _model("Sarvam-30B", "SarvamMoEForCausalLM", engine_args=TRUSTED),
+    "param2_moe": _model("Param-2", "Param2MoEForCausalLM", engine_args=TRUSTED),
+    "deepseek": _model("DeepSeek-MoE 16B", "DeepseekForCausalLM", engine_args=TRUSTED),
+    "pangu_ultra_moe": _model(
+        "openPangu-Ultra-MoE", "PanguUltraMoEForCausalLM", engine_args=TRUSTED
+    ),
+    "pangu_pro_moe_v2": _model(
+        "openPangu-Pro-MoE 2",
+        "PanguProMoEV2ForCausalLM",
+        engine_args=TRUSTED | NO_WEIGHTS,
+        stock_error="SinkFullAttentionManager.__init__() got an unexpected keyword argument",
+    ),
+    "mimo_v2": _model("MiMo-V2", "MiMoV2ForCausalLM", engine_args=TRUSTED),
+    "longcat_flash": _model(
+        "LongCat-Flash", "LongcatFlashForCausalLM", stock_error="no attribute 'topk_softmax'"
+    ),
+    "step3_text": _model("Step-3, text", "Step3TextForCausalLM"),
+    "step3p5": _model("Step-3.5-Flash", "Step3p5ForCausalLM", stock_error=ONLY_SOFTMAX),
+    "dots3_note": _model(
+        "dots.note",
+        "Dots3NoteForCausalLM",
+        engine_args=NO_WEIGHTS,
+        stock_error="failed to be inspected",
+    ),
 }
 """By name."""
 
-assert {model.checkpoint or name for name, model in MODELS.items()} <= set(ARCHITECTURES | FAMILIES)
+assert {model.checkpoint or name for name, model in MODELS.items()} <= set(
+    ARCHITECTURES | FAMILIES | PUBLISHED
+)
 
 _PUBLISHED = "transformers has no such model; its code is published with its weights"
-_TORCHVISION = "its processor needs torchvision, which the test environment lacks"
+_PROCESSOR = "a small checkpoint needs the files of its processor, which nobody has written"
 UNTRIED: dict[str, str] = {
-    "BailingMoeForCausalLM": _PUBLISHED,
-    "BailingMoeV2ForCausalLM": _PUBLISHED,
     "BailingMoeV2_5ForCausalLM": _PUBLISHED,
     "BailingMoeV3ForCausalLM": _PUBLISHED,
     "BailingMoeV3VLForConditionalGeneration": _PUBLISHED,
     "ClefOmniForJointSchema": _PUBLISHED,
     "ColQwen3_5": _PUBLISHED,
-    "Cosmos3EdgeForConditionalGeneration": _TORCHVISION,
-    "DeepseekForCausalLM": _PUBLISHED,
+    "Cosmos3EdgeForConditionalGeneration": _PROCESSOR,
     "DeepseekV4ForCausalLM": "its published format (compress_ratios, FP8) is not transformers'",
     "DeepseekV41ForCausalLM": _PUBLISHED,
     "DiffusionGemmaForBlockDiffusion": "it generates by diffusion of blocks, which needs a GPU",
-    "Dots3NoteForCausalLM": _PUBLISHED,
     "EmbeddingGemma2Model": "no published one has experts; its text model is Gemma-4's",
-    "Ernie4_5_VLMoeForConditionalGeneration": _TORCHVISION,
-    "Gemma4ForConditionalGeneration": _TORCHVISION,
-    "Gemma4UnifiedForConditionalGeneration": _TORCHVISION,
+    "Gemma4UnifiedForConditionalGeneration": _PROCESSOR,
     "Glm5NextForCausalLM": _PUBLISHED,
-    "Glm5NextForConditionalGeneration": _TORCHVISION,
+    "Glm5NextForConditionalGeneration": _PROCESSOR,
     "InklingForCausalLM": "vLLM wants the special tokens of its own tokenizer",
-    "InklingForConditionalGeneration": _TORCHVISION,
+    "InklingForConditionalGeneration": _PROCESSOR,
     "InternS1ProForConditionalGeneration": _PUBLISHED,
     "InternS2MobiusForConditionalGeneration": _PUBLISHED,
     "InternS2PreviewForConditionalGeneration": _PUBLISHED,
     "JambaForSequenceClassification": "its text model is Jamba",
     "K2HorizonForCausalLM": _PUBLISHED,
     "KimiK3ForConditionalGeneration": _PUBLISHED,
-    "Llama4ForConditionalGeneration": _TORCHVISION,
-    "LongcatFlashForCausalLM": "transformers writes weights of its zero experts, vLLM has none",
     "LongcatFlashNgramForCausalLM": _PUBLISHED,
-    "MiMoV2ForCausalLM": _PUBLISHED,
     "MiMoV2OmniForCausalLM": _PUBLISHED,
-    "MiniCPMV4_6ForConditionalGeneration": _TORCHVISION,
-    "MiniCPMV4_7ForConditionalGeneration": _TORCHVISION,
+    "MiniCPMV4_6ForConditionalGeneration": _PROCESSOR,
+    "MiniCPMV4_7ForConditionalGeneration": _PROCESSOR,
     "MistralLarge3ForCausalLM": "Mistral's own format; its layers are DeepSeek-V3's",
     "NemotronH_Nano_Omni_Reasoning_V3": _PUBLISHED,
     "NemotronH_Nano_VL_V2": _PUBLISHED,
-    "NemotronH_Omni_Reasoning_V3": _TORCHVISION,
+    "NemotronH_Omni_Reasoning_V3": _PROCESSOR,
     "NemotronH_Super_Omni_Reasoning_V3": _PUBLISHED,
     "OpenAIPrivacyFilterForTokenClassification": "it labels tokens; its layers are gpt-oss'",
     "PanguEmbeddedForCausalLM": "published ones have no experts",
-    "PanguProMoEV2ForCausalLM": _PUBLISHED,
-    "PanguUltraMoEForCausalLM": _PUBLISHED,
-    "Param2MoEForCausalLM": _PUBLISHED,
-    "Qwen3OmniMoeForConditionalGeneration": _TORCHVISION,
+    "Qwen3OmniMoeForConditionalGeneration": _PROCESSOR,
     "Qwen3_5ForCausalLM": "published ones have no experts",
     "Qwen3_5ForConditionalGeneration": "published ones have no experts",
-    "Qwen4ExpForCausalLM": "vLLM imports torchvision for it, which the test environment lacks",
-    "Qwen4ExpForConditionalGeneration": _TORCHVISION,
+    "Qwen4ExpForCausalLM": "no small checkpoint has been made of it",
+    "Qwen4ExpForConditionalGeneration": _PROCESSOR,
     "SarvamMLAForCausalLM": _PUBLISHED,
-    "SarvamMoEForCausalLM": _PUBLISHED,
-    "Step3TextForCausalLM": _PUBLISHED,
-    "Step3p5ForCausalLM": _PUBLISHED,
-    "TransformersMultiModalMoEForCausalLM": _TORCHVISION,
 }
 """Architectures without a checkpoint here, and why."""

@@ -3,17 +3,20 @@
 Most run with `make test-all` only; many checkpoints share one engine process per rank.
 """
 
-import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.e2e import uneven_experts
 from tests.e2e.conftest import Checkpoints, StockEngine
 from tests.e2e.matrix import run_cases
-from tests.e2e.models import MODELS, UNTRIED, Model
+from tests.e2e.models import MODELS, UNTRIED
+from tests.helpers import torchvision
+from tests.helpers.environments import Unavailable
 from tests.helpers.moe_registry import architectures_with_experts
 from vllm_dwdp.planner.checkpoint import read_config
 from vllm_dwdp.planner.kv_cache import LayerCache
@@ -27,10 +30,6 @@ RACES = {"DWDP_DEBUG_POISON": "1", "DWDP_DEBUG_MAX_DELAY_US": "3000"}
 REPORT = {"fails": True, "report": "tests.e2e.kv_layers:report"}
 
 
-def lacks(model: Model) -> bool:
-    return bool(model.needs) and importlib.util.find_spec(model.needs) is None
-
-
 def rows(*, served: bool) -> list[Any]:
     """One test per model, which names its row of the table."""
     return [
@@ -40,7 +39,6 @@ def rows(*, served: bool) -> list[Any]:
             marks=[
                 pytest.mark.model(model.row),
                 *([] if model.on_push else [pytest.mark.slow]),
-                *([pytest.mark.skip(f"{model.needs} is not installed")] if lacks(model) else []),
             ],
         )
         for name, model in MODELS.items()
@@ -53,6 +51,7 @@ class Outcomes:
     """Results of stock engines and of two ranks, run for several models when one is asked for."""
 
     folder: Path
+    cache: Path
     checkpoints: Checkpoints
     stock_engine: StockEngine
     _ranks: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -61,15 +60,33 @@ class Outcomes:
         settings = self._settings(name)
         alike = [other for other in self._together(name) if self._settings(other) == settings]
         paths = [self.path(other) for other in alike]
-        return self.stock_engine.all(paths, **settings, **REPORT)[self.path(name)]
+        environment = self._environment(name)
+        found = self.stock_engine.all(paths, environment, **settings, **REPORT)
+        return found[self.path(name)]
 
     def ranks(self, name: str, mode: str) -> list[dict[str, Any]]:
         key = f"{name}@{mode}"
         if key not in self._ranks:
             modes = ("direct", "prefetch")
             cases = [self._case(each, mode) for each in self._together(name) for mode in modes]
-            self._ranks |= run_cases(self.folder, f"ranks-{len(self._ranks)}", cases, RACES)
+            environment = self._environment(name) | RACES
+            self._ranks |= run_cases(self.folder, f"ranks-{len(self._ranks)}", cases, environment)
         return self._ranks[key]
+
+    def _environment(self, name: str) -> dict[str, str]:
+        """Return what the engines of a model need; skip the test where it cannot be had."""
+        if not MODELS[name].needs_torchvision:
+            return {}
+        if isinstance(self._torchvision, Unavailable):
+            pytest.skip(str(self._torchvision))
+        return self._torchvision
+
+    @cached_property
+    def _torchvision(self) -> dict[str, str] | Unavailable:
+        try:
+            return torchvision.variables(self.cache)
+        except Unavailable as reason:
+            return reason
 
     def _together(self, name: str) -> list[str]:
         if MODELS[name].stock_error:
@@ -77,7 +94,9 @@ class Outcomes:
         alike = [
             each
             for each, model in MODELS.items()
-            if model.on_push == MODELS[name].on_push and not model.stock_error and not lacks(model)
+            if not model.stock_error
+            and model.on_push == MODELS[name].on_push
+            and model.needs_torchvision == MODELS[name].needs_torchvision
         ]
         start = alike.index(name) // PER_PROCESS * PER_PROCESS
         return alike[start : start + PER_PROCESS]
@@ -101,9 +120,13 @@ class Outcomes:
 
 @pytest.fixture(scope="module")
 def outcomes(
-    tmp_path_factory: pytest.TempPathFactory, checkpoints: Checkpoints, stock: StockEngine
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    checkpoints: Checkpoints,
+    stock: StockEngine,
 ) -> Outcomes:
-    return Outcomes(tmp_path_factory.mktemp("models"), checkpoints, stock)
+    cache = Path(request.config.cache.mkdir("torchvision"))
+    return Outcomes(tmp_path_factory.mktemp("models"), cache, checkpoints, stock)
 
 
 @pytest.mark.parametrize("name", rows(served=True))
@@ -161,6 +184,23 @@ def kept(layers: Iterable[dict[str, int]]) -> dict[str, Any]:
             window = layer["window"]
             per_token[window] = per_token.get(window, 0) + layer["token_bytes"]
     return {"bytes per token by window": per_token, "states": sorted(states)}
+
+
+@pytest.mark.slow
+@pytest.mark.model("Odd shape: layers with different numbers of experts")
+def test_layers_with_different_numbers_of_experts(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    model = uneven_experts.take_experts_away(Path(checkpoints("qwen3_moe")), tmp_path / "uneven")
+    case = {"model": model} | uneven_experts.REPLACE
+    ((expected,),) = run_cases(tmp_path, "stock", [case | {"name": "stock"}]).values()
+    cases = [
+        case | {"name": mode, "num_ranks": 2, "dwdp": {"mode": mode}}
+        for mode in ("direct", "prefetch")
+    ]
+    for mode, ranks in run_cases(tmp_path, "ranks", cases, RACES).items():
+        for found in ranks:
+            assert found["weights"] == expected["weights"], mode
+            assert found["tokens"] == expected["tokens"], mode
+            assert found["status"]["remote_expert_bytes"] > 0
 
 
 @pytest.mark.slow

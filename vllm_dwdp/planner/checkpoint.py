@@ -132,12 +132,15 @@ class ConfigFields:
         return 2 if self.model_type.startswith("longcat_flash") else 1
 
     def layers(self, name: str, num_layers: int) -> tuple[int, ...]:
-        """Return a list of layer numbers, empty if it is not given.
+        """Return a list of layer numbers, empty if it is not given; Step writes it as a text.
 
         Raises:
             DwdpConfigError: it is no list of different layers of the model.
         """
-        listed = self.list_of(name)
+        value = self.config.get(name)
+        parts = value.split(",") if isinstance(value, str) else []
+        is_text = bool(parts) and all(part.strip().isdecimal() for part in parts)
+        listed = [int(part) for part in parts] if is_text else self.list_of(name)
         for entry in listed:
             whole(f"{self.named(name)}: an entry", entry, 0, num_layers - 1)
         if len(set(listed)) < len(listed):
@@ -147,10 +150,14 @@ class ConfigFields:
     def per_layer(self, name: str, num_layers: int) -> list[Any]:
         """Return a list with one entry per layer, empty if it is not given.
 
+        Further entries, of the layers beside the model that predict more tokens, are left out.
+
         Raises:
             DwdpConfigError: it is no such list.
         """
         listed = self.list_of(name)
+        if len(listed) == num_layers + self.first("num_nextn_predict_layers", default=0):
+            listed = listed[:num_layers]
         if listed and len(listed) != num_layers:
             raise DwdpConfigError(
                 f"{self.named(name)} has {len(listed)} entries; it must have one for each of the "
@@ -175,14 +182,15 @@ class ConfigFields:
 def moe_layers(fields: ConfigFields, num_layers: int) -> tuple[int, ...]:
     """Find the layers with routed experts.
 
-    Follows the families: `moe_layers` or `interleave_moe_layer_step` (Llama-4), `decoder_sparse_step`
-    and `mlp_only_layers` (Qwen), `first_k_dense_replace` and `moe_layer_freq` (DeepSeek, GLM; a
-    frequency, or a list of 0 and 1), `mlp_layer_types` (as transformers writes them), the kinds of
-    NemotronH's layers, `expert_layer_period` (Jamba), `moe_layer_start_index` (ERNIE),
-    `num_dense_layers` (LFM2).
+    Follows the families: `moe_layers` or `interleave_moe_layer_step` (Llama-4), `moe_layers_enum`
+    (Step), `decoder_sparse_step` and `mlp_only_layers` (Qwen), `first_k_dense_replace` and
+    `moe_layer_freq` (DeepSeek, GLM; a frequency, or a list of 0 and 1), `mlp_layer_types` (as
+    transformers writes them), the kinds of NemotronH's layers, `expert_layer_period` (Jamba),
+    `moe_layer_start_index` (ERNIE), `num_dense_layers` (LFM2).
     """
-    if listed := fields.layers("moe_layers", num_layers):
-        return listed
+    for name in ("moe_layers", "moe_layers_enum"):
+        if listed := fields.layers(name, num_layers):
+            return listed
     if types := fields.per_layer("mlp_layer_types", num_layers):
         return tuple(layer for layer, kind in enumerate(types) if kind != "dense")
     for name in ("layers_block_type", "hybrid_override_pattern"):
@@ -240,7 +248,8 @@ def layer_kinds(fields: ConfigFields, num_layers: int) -> list[LayerKind]:
 
     A list of names (`layer_types`, NemotronH's `layers_block_type` or `hybrid_override_pattern`), of 0
     and 1 (MiMo's `hybrid_layer_pattern`), of layer numbers (Kimi's `linear_attn_config`), or a period
-    (Qwen3-Next's `full_attention_interval`, Jamba's `attn_layer_period`, Llama-4's rotary layers).
+    (Qwen3-Next's `full_attention_interval`, Ling's `layer_group_size`, Jamba's `attn_layer_period`,
+    Llama-4's rotary layers).
 
     Raises:
         DwdpConfigError: a kind is unknown, or a list does not fit the layers.
@@ -274,6 +283,8 @@ def _periodic_kinds(fields: ConfigFields, num_layers: int) -> list[LayerKind]:
     if fields.config.get("linear_num_key_heads") is not None:
         every = fields.first("full_attention_interval", default=FULL_EVERY, low=1)
         return [LayerKind.STATE if (layer + 1) % every else LayerKind.FULL for layer in layers]
+    if group := fields.first("layer_group_size", default=0):
+        return [LayerKind.STATE if (layer + 1) % group else LayerKind.FULL for layer in layers]
     if fields.config.get("attn_layer_period") is not None:
         period, offset = fields.first("attn_layer_period"), fields.first("attn_layer_offset", low=0)
         return [LayerKind.FULL if layer % period == offset else LayerKind.STATE for layer in layers]

@@ -40,9 +40,8 @@ def feed_forwards(
         default=int("llama4" in fields.model_type),
     )
     shared_names = ("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size")
-    shared = (
-        fields.most(*shared_names, "shared_intermediate_size", default=0) or expert * num_shared
-    )
+    whole_names = ("shared_intermediate_size", "share_expert_dim")
+    shared = fields.most(*shared_names, *whole_names, default=0) or expert * num_shared
     if fields.attentions_per_layer > 1:
         shared += fields.attentions_per_layer * dense
     latent = fields.first("moe_latent_size", default=0) or hidden

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from vllm_dwdp.errors import DwdpConfigError
 from vllm_dwdp.planner.checkpoint import ConfigFields, LayerKind, layer_kinds, narrow_size
 from vllm_dwdp.planner.states import NO_STATE, LayerState, layer_state
 
@@ -121,8 +122,13 @@ def kv_cache(fields: ConfigFields, num_layers: int, kv_bits: float) -> KvCache:
         kv_bits: of an element of keys and values.
 
     Raises:
-        DwdpConfigError: a layer is of a kind, or keeps a state, that is unknown here.
+        DwdpConfigError: what a layer keeps is unknown here.
     """
+    if fields.config.get("compress_ratios") is not None:
+        raise DwdpConfigError(
+            f"{fields.named('compress_ratios')} says that layers compress their KV cache; what they "
+            "keep is unknown here. vLLM logs the size of its KV cache at start: plan with that."
+        )
     own_until = num_layers - fields.first("num_kv_shared_layers", default=0)
     kinds = layer_kinds(fields, num_layers)[:own_until]
     layers = [_layer_cache(fields, kind, layer, num_layers) for layer, kind in enumerate(kinds)]
@@ -159,7 +165,15 @@ def _elements(fields: ConfigFields, kind: LayerKind, layer: int, num_layers: int
 
 
 def _own_fields(fields: ConfigFields, layer: int, num_layers: int) -> ConfigFields:
-    """Let a layer's own entry of `per_layer_config` (Gemma 4) win; its keys are padded numbers."""
+    """Let a layer's own fields win: those of its kind (Step), or of its number (Gemma 4).
+
+    `per_layer_config` has padded numbers as keys.
+    """
+    others: Any = fields.config.get("attention_other_setting")
+    if isinstance(others, dict):
+        types = fields.per_layer("layer_types", num_layers)
+        is_other = bool(types) and types[layer] == others.get("attention_type")
+        return ConfigFields(fields.config | others) if is_other else fields
     listed: Any = fields.config.get("per_layer_config")
     if not isinstance(listed, dict):
         return fields

@@ -99,6 +99,16 @@ def _published_kimi_linear(fields: ConfigFields) -> LayerState:
     )
 
 
+def _lightning_attention(fields: ConfigFields) -> LayerState:
+    heads, hidden = fields.first("num_attention_heads"), fields.first("hidden_size")
+    size = fields.first("head_dim", default=max(1, hidden // heads), low=1)
+    return LayerState(
+        recurrent=heads * size * size,
+        recurrent_bits=_recurrent_bits(fields, HALF),
+        params=5 * hidden * heads * size,  # queries, keys, values, gate and output
+    )
+
+
 def _mamba2(fields: ConfigFields) -> LayerState:
     heads = fields.first("mamba_n_heads", "mamba_num_heads")
     width = heads * fields.first("mamba_d_head", "mamba_head_dim")
@@ -141,6 +151,7 @@ FAMILIES: dict[str, Callable[[ConfigFields], LayerState]] = {
     "linear_num_key_heads": _gated_delta_net,
     "linear_num_heads": _kimi_delta_attention,
     "linear_attn_config": _published_kimi_linear,
+    "layer_group_size": _lightning_attention,
     "mamba_n_heads": _mamba2,
     "mamba_num_heads": _mamba2,
     "mamba_d_state": _mamba1,

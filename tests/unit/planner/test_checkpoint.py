@@ -106,6 +106,8 @@ def test_the_frequency_of_layers_with_experts(change: dict[str, Any], expected: 
         ({"moe_layer_start_index": 2, "moe_layer_end_index": 46}, range(2, 47)),
         ({"decoder_sparse_step": None, "moe_layer_interval": 2}, range(1, 48, 2)),
         ({"num_dense_layers": 2}, range(2, 48)),
+        ({"moe_layers_enum": ",".join(map(str, range(3, 48)))}, range(3, 48)),
+        ({"mlp_layer_types": ["dense"] + ["sparse"] * 49, "num_nextn_predict_layers": 2}, range(1, 48)),
         ({"layers_block_type": ["attention", "moe"] * 24}, range(1, 48, 2)),
     ],
 )  # fmt: skip
@@ -139,6 +141,7 @@ def test_the_names_of_dbrx() -> None:
         ({"moe_intermediate_size": [64, 32]}, "expert_params", 3 * 2048 * 64),
         ({"moe_latent_size": 256}, "expert_params", 3 * 256 * 768),
         ({"shared_intermediate_size": 96}, "shared_params", 3 * 2048 * 96),
+        ({"share_expert_dim": 96}, "shared_params", 3 * 2048 * 96),
         ({"moe_num_shared_experts": 2}, "shared_params", 3 * 2048 * 2 * 768),
         ({"mlp_hidden_act": "relu2"}, "expert_params", 2 * 2048 * 768),
     ],

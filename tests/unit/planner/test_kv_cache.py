@@ -175,10 +175,35 @@ def test_the_letters_of_nemotron_h() -> None:
     )
 
 
+def test_ling_has_a_full_layer_at_the_end_of_each_group() -> None:
+    found = cache(DEEPSEEK_R1, layer_group_size=8)
+    assert (found.num_full, found.num_states) == (61 // 8, 61 - 61 // 8)
+    size = DEEPSEEK_R1["hidden_size"] // DEEPSEEK_R1["num_attention_heads"]
+    assert found.state_bytes == found.num_states * 2 * DEEPSEEK_R1["num_attention_heads"] * size**2
+
+
+def test_layers_of_one_kind_have_heads_of_their_own() -> None:
+    others = {"attention_type": "sliding_attention", "num_attention_groups": 2, "head_dim": 64}
+    found = cache(
+        {name: value for name, value in QWEN3_30B.items() if name != "num_key_value_heads"},
+        num_attention_groups=8,
+        head_dim=128,
+        sliding_window=512,
+        layer_types=["full_attention", "sliding_attention"] * 24,
+        attention_other_setting=others,
+    )
+    assert found.token_bytes == 24 * 2 * 8 * 128 * 2
+    assert found.window_bytes == 24 * 512 * 2 * 2 * 64 * 2
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"layer_types": ["compressed_sparse_attention"] * 92}, "whose KV cache is unknown here"),
+        (
+            {"compress_ratios": [0, 4] * 46},
+            "compress_ratios in config.json says that layers compress",
+        ),
         ({"layer_types": ["linear_attention"] * 92}, "no field that says its size is known here"),
         (
             {"layer_types": ["mamba"] * 92, "mamba_d_state": 16, "mamba_ssm_dtype": "int8"},

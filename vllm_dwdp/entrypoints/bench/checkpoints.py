@@ -70,7 +70,7 @@ def write_checkpoint(
     for key, value in overrides.items():
         setattr(config, key, value)
     _save_model(folder, config, seed)
-    _save_tokenizer(folder)
+    save_tokenizer(folder)
     done.touch()
     return folder
 
@@ -100,7 +100,7 @@ def _class_for(config: transformers.PretrainedConfig) -> Any:
     return transformers.AutoModelForCausalLM
 
 
-def _save_tokenizer(folder: Path) -> None:
+def save_tokenizer(folder: Path) -> None:
     """Write a byte-level tokenizer: every text round-trips, no file is downloaded."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     specials = ["<pad>", "<s>", "</s>", "<unk>"]
