@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 import venv
 import zipfile
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import yaml
 
 import vllm_dwdp
+from tests.helpers.emulated import emulated_python
 from tests.helpers.environments import Unavailable, environment
 
 ROOT = Path(__file__).parents[2]
@@ -130,6 +132,50 @@ def test_a_wheel_works_where_nothing_else_is(wheels: Path, tmp_path: Path) -> No
     assert re.search(r"copy engine.*ABI \d+, libdwdp.so", doctor.stdout), doctor.stdout
     copied = run(programs / "python", "-c", COPY)
     assert copied.stdout == "experts\n", copied.stderr
+
+
+DIGEST = """if 1:
+    import ctypes, hashlib
+    from vllm_dwdp.device.native import sum_pieces
+    words, keys = (hashlib.shake_128(text).digest(32000) for text in (b"words", b"keys"))
+    values = ctypes.create_string_buffer(words, len(words))
+    print(sum_pieces(ctypes.addressof(values), 4000, keys, 128).hex())
+"""
+OTHER_MACHINE = "aarch64"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the emulator comes from here")
+def test_the_wheel_of_the_other_machine_works_in_its_emulator(
+    wheels: Path, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """The command answers, the library copies, and a digest is the one of this machine."""
+    try:
+        python = emulated_python(request.config.cache.mkdir(OTHER_MACHINE), OTHER_MACHINE)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q"]
+    pip += [f"--platform=manylinux{tag}_{OTHER_MACHINE}" for tag in ("_2_28", "_2_17", "2014")]
+    wheel = str(wheel_for(wheels, OTHER_MACHINE))
+    command = [*pip, "--python-version=3.11", "--only-binary=:all:", "--target", tmp_path, wheel]
+    subprocess.run(command, check=True)
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        asked = python.command(*arguments, PYTHONPATH=tmp_path, COLUMNS="200")
+        return subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    machine = run("-c", "import platform; print(platform.machine())")
+    assert machine.stdout == f"{OTHER_MACHINE}\n", machine.stderr
+    doctor = run("-m", "vllm_dwdp.entrypoints.cli.main", "doctor")
+    assert re.search(r"copy engine.*ok.*ABI \d+, libdwdp.so", doctor.stdout), doctor.stderr
+    assert re.search(r"sealed memory.*ok", doctor.stdout)
+    copied = run("-c", COPY)
+    assert copied.stdout == "experts\n", copied.stderr
+    here = subprocess.run(
+        [sys.executable, "-c", DIGEST], capture_output=True, text=True, check=True
+    )
+    assert run("-c", DIGEST).stdout == here.stdout != ""
 
 
 @pytest.mark.slow

