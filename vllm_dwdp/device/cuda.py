@@ -26,7 +26,7 @@ POOL_PAGE_BYTES = 16 * 2**20
 
 
 class CudaShard:
-    """This rank's experts, one exportable allocation per piece, or those of an earlier life."""
+    """This rank's experts, one exportable allocation per piece, or those of an earlier start."""
 
     def __init__(self, memory: VirtualMemory, adopted: Allocations | None = None) -> None:
         self._memory = memory
@@ -200,7 +200,7 @@ class CudaMemory:
         return CudaShard(self.memory)
 
     def adopt_shard(self, handles: Handles) -> CudaShard:
-        """Return the allocations of an earlier life of this rank."""
+        """Return the allocations of an earlier start of this rank."""
         shard = CudaShard(self.memory, self.memory.import_pieces(handles, is_peers=False))
         handles.close()
         return shard

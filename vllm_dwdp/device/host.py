@@ -170,7 +170,7 @@ class HostShard:
 
 
 class AdoptedShard:
-    """A sealed shard of an earlier life of this rank, with the face of `HostShard`.
+    """A sealed shard of an earlier start of this rank, with the face of `HostShard`.
 
     The content is there already and whole; `append` hands out its parts in order, read-only. Its memory
     is this rank's own, so `map_writable` opens it anew, to write. Owns
@@ -317,7 +317,7 @@ class HostDevice:
         return HostShard(name)
 
     def adopt_shard(self, handles: Handles) -> AdoptedShard:
-        """Return the memfd of an earlier life."""
+        """Return the memfd of an earlier start."""
         return AdoptedShard(*_sealed_file(handles))
 
     def open_peer(self, handles: Handles) -> HostPeer:
@@ -367,7 +367,7 @@ def _sealed_file(handles: Handles) -> tuple[int, int]:
         raise DwdpMemoryError(
             f"a shard of {num_bytes} bytes came as {len(handles.fds)} descriptors of {size} bytes with "
             f"seals {seals:#x}; one sealed memfd of that size is required. Start every rank with the "
-            "same version, and see who else listens at the rendezvous."
+            "same version, and see which other program listens at the rendezvous."
         )
     return handles.fds[0], num_bytes
 

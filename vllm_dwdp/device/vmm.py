@@ -249,7 +249,7 @@ class VirtualMemory:
     def _warn_once(self, what: str, refusals: Sequence[AccessRefusedError]) -> None:
         if refusals and what not in self._said:
             self._said.add(what)
-            logger.warning("DWDP: this driver %s (%s)", what, refusals[0])
+            logger.warning("DWDP: the driver of this GPU %s (%s)", what, refusals[0])
 
     def import_pieces(self, handles: Handles, *, is_peers: bool) -> Allocations:
         """Return a shard's pieces; the descriptors stay the caller's.
@@ -266,7 +266,11 @@ class VirtualMemory:
             try:
                 return self._import(kind, handles.num_bytes, is_peers)
             except DwdpMemoryError as error:
-                logger.warning("DWDP: %s. Its fabric handles are tried instead", error)
+                logger.warning(
+                    "DWDP imports the shard of a peer by its CUDA fabric handles, because its file "
+                    "descriptors cannot be imported: %s",
+                    error,
+                )
         return self._import(kinds[-1], handles.num_bytes, is_peers)
 
     def _import(

@@ -182,4 +182,5 @@ def _check_a_fill(
         position = rings.positions[index]
         rings.queue.issue(rings.rings[position.ring].batches[position.index], None)
         rings.queue.drain()
-        check_views(direct[index], rings.views[index])
+        weights = [weight.name for weight in layers[index].weights]
+        check_views(layers[index].name, weights, direct[index], rings.views[index])

@@ -13,9 +13,9 @@ is then fetched at once, and after the last layer the first layer of the next st
                   |   wait(1): returns when slot 1 holds layer 1
                   record(0): layer 0 is done, so slot 0 is filled with layer 2
 
-What a slot holds is compared at every wait, so a forward that was cut short, a dummy or profiling run,
-or a skipped layer costs one late fill and nothing else: a *heal*, which waits for all kernels so far. A
-ring of no more layers than slots is filled once and never again; so a ring of one layer has one slot
+What a slot holds is compared at every wait. So a forward that was cut short, a dummy or profiling run,
+or a skipped layer costs one late fill and nothing else: a *repair*, which waits for all kernels so far.
+A ring of no more layers than slots is filled once and never again. So a ring of one layer has one slot
 (`ring_slots`).
 """
 
@@ -38,13 +38,13 @@ class Fill:
     Args:
         layer: index in the ring.
         after: the layer that the slot holds; the copies wait for its record. None if it holds nothing.
-        is_heal: out of step: nobody knows whether `after` was recorded since its kernels read the slot,
-            so it must be recorded now; and its own copies may still be on their way.
+        is_repair: the forward is out of step. Nobody knows whether `after` was recorded since its
+            kernels read the slot, so it must be recorded now; its own copies may still be on their way.
     """
 
     layer: int
     after: int | None
-    is_heal: bool
+    is_repair: bool
 
 
 @dataclass
@@ -112,7 +112,7 @@ class SlotSchedule:
         if self._holds[slot] == following:
             return ()
         self._holds[slot] = following
-        return (Fill(following, after=layer, is_heal=False),)
+        return (Fill(following, after=layer, is_repair=False),)
 
     def _fill_missing(self, layers: Sequence[int]) -> list[Fill]:
         fills = []
@@ -120,6 +120,6 @@ class SlotSchedule:
             slot = self.slot(layer)
             before = self._holds[slot]
             if before != layer:
-                fills.append(Fill(layer, after=before, is_heal=before is not None))
+                fills.append(Fill(layer, after=before, is_repair=before is not None))
                 self._holds[slot] = layer
         return fills

@@ -222,7 +222,7 @@ class WaitBeforeFill(Ring):
 
 
 class HealWithoutRecord(Ring):
-    """A heal trusts the last record of the layer that a forward left behind."""
+    """A repair trusts the last record of the layer that a forward left behind."""
 
     def _fill(self, fills):  # type: ignore[no-untyped-def]
         for fill in fills:

@@ -221,7 +221,7 @@ class Server:
             for member in alive:
                 member.kill()
         if alive:
-            raise ServerError(f"left behind: {alive}")
+            raise ServerError(f"processes of the server were left behind, and killed: {alive}")
         return code
 
     def _is_alive(self) -> bool:
