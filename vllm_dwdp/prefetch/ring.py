@@ -99,8 +99,9 @@ class Ring:
         """Note a launched graph that made `fills` itself and consumed these layers last, in order."""
         for layer in fills:
             self._num_fills[layer] += 1
-        for layer in consumed:
+        for layer in consumed:  # all before the first record, whose fill may fail
             self._schedule.graph_left(layer)
+        for layer in consumed:
             self.record(layer)
 
     def synchronize(self) -> None:
@@ -138,14 +139,20 @@ class Ring:
             self._late_layers += 1
 
     def _fill(self, fills: Sequence[Fill]) -> None:
-        """Issue the copies of these layers, each behind whatever still uses its slot."""
+        """Issue the copies of these layers, each behind whatever still uses its slot.
+
+        Raises:
+            TransferError: the device refused copies. A later forward fetches that layer again.
+        """
         for fill in fills:
             after = None if fill.after is None else self.batches[fill.after]
             if fill.is_repair:
                 assert after is not None
                 self._queue.wait(after)
                 self._queue.record(after)
+            self._schedule.begin_fill(fill)
+            self._queue.issue(self.batches[fill.layer], after)
+            self._schedule.end_fill(fill)
             self._repairs += fill.is_repair
             self._first_fills += fill.after is None
             self._num_fills[fill.layer] += 1
-            self._queue.issue(self.batches[fill.layer], after)
