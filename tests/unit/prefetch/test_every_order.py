@@ -3,9 +3,9 @@
 The state of a ring and of what its device knows is finite (`ordered_device`), so forwards of any number
 and kind are covered for rings of one to five layers on one and two slots: eager layers and graphs of any
 cut in any mixture, graphs whose capture failed or that were awaited and not launched, layers that are
-skipped, forwards that are cut short before or after any wait, kernel or record, and fills that the driver
-refuses in their middle. The host is ahead by any number of steps, because nothing here depends on how far
-the device has got.
+skipped, forwards that are cut short before or after any wait, kernel or record, and fills that the
+driver refuses in their middle. The host is ahead by any number of steps, because nothing here depends
+on how far the device has got.
 
 Rings that are broken on purpose show that the walk finds what it is for.
 """
