@@ -15,10 +15,11 @@ from contextlib import ExitStack, suppress
 
 import torch
 
+from vllm_dwdp.device.allocations import Allocations
 from vllm_dwdp.device.base import Handles, Segment
 from vllm_dwdp.device.cuda_driver import CudaDevice
 from vllm_dwdp.device.cuda_queue import CudaQueue
-from vllm_dwdp.device.vmm import Allocations, CudaMapping, VirtualMemory
+from vllm_dwdp.device.vmm import CudaMapping, VirtualMemory
 from vllm_dwdp.errors import DwdpMemoryError
 from vllm_dwdp.layout.slots import SlotLayout
 
