@@ -72,10 +72,6 @@ DWDP_API int dwdp_cuda_makes_handles(void* device, int handle_types, int* made) 
   return checked([&] { *made = device_of(device).makes_handles(handle_types) ? 1 : 0; });
 }
 
-DWDP_API int dwdp_cuda_can_access_peer(void* device, int ordinal, int* can_access) {
-  return checked([&] { *can_access = device_of(device).can_access_peer(ordinal) ? 1 : 0; });
-}
-
 DWDP_API int dwdp_cuda_create(void* device, std::size_t num_bytes, int handle_type,
                               Allocation* allocation) {
   return checked([&] { *allocation = device_of(device).create(num_bytes, handle_type); });

@@ -71,14 +71,6 @@ bool Device::makes_handles(int handle_types) const {
   return exported;
 }
 
-bool Device::can_access_peer(int ordinal) const {
-  DeviceId peer;
-  driver().device_get(&peer, ordinal);
-  int can_access = 0;
-  driver().can_access_peer(&can_access, context_.device(), peer);
-  return can_access != 0;
-}
-
 Allocation Device::create(std::size_t num_bytes, int handle_type) const {
   const Current current(context_);
   const AllocationProperties pinned = properties(handle_type);

@@ -60,7 +60,6 @@ class Device {
   std::size_t granularity(int handle_types) const;  // of sizes and addresses
   void memory_info(std::size_t* free_bytes, std::size_t* total_bytes) const;
   bool makes_handles(int handle_types) const;  // by making and exporting a small allocation
-  bool can_access_peer(int ordinal) const;
 
   Allocation create(std::size_t num_bytes, int handle_type) const;
   void release(Allocation allocation) const;

@@ -184,7 +184,6 @@ class Driver {
   Entry<int*> version{library_, "cuDriverGetVersion"};
   Entry<DeviceId*, int> device_get{library_, "cuDeviceGet"};
   Entry<char*, int, DeviceId> device_name{library_, "cuDeviceGetName"};
-  Entry<int*, DeviceId, DeviceId> can_access_peer{library_, "cuDeviceCanAccessPeer"};
   Entry<Context*, DeviceId> primary_retain{library_, "cuDevicePrimaryCtxRetain"};
   Entry<DeviceId> primary_release{library_, "cuDevicePrimaryCtxRelease_v2"};
   Entry<Context> context_push{library_, "cuCtxPushCurrent_v2"};

@@ -20,11 +20,11 @@ from gpu_checks.expert_ranks import (
     wrong_weights,
 )
 from gpu_checks.ring_check import RingCheck, provoke_races
+from vllm_dwdp.device.access import Access
 from vllm_dwdp.device.base import Handles
 from vllm_dwdp.device.cuda_driver import CudaDevice
 from vllm_dwdp.device.digest import digest_host_memory
 from vllm_dwdp.device.tensor import tensor_at
-from vllm_dwdp.device.vmm import Access
 from vllm_dwdp.model_executor import ops
 from vllm_dwdp.model_executor.costs import ServedModel, costs_from
 from vllm_dwdp.model_executor.measure import measure_speeds
@@ -88,7 +88,7 @@ def views(argument: str) -> str:
 def check_writable_peers(gpu: Accelerator) -> None:
     """Check views over writable peers, as where a driver maps nothing read-only."""
     memory = gpu.open_memory()
-    memory.memory.best_access = Access(writable=True, piecewise=False)
+    memory.memory.access.best = Access(writable=True, piecewise=False)
     try:
         with local_ranks(memory, SHAPE, 2, 3) as ranks:
             for rank in ranks:

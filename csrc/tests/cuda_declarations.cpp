@@ -35,7 +35,6 @@ SAME_CALL(init, cuInit);
 SAME_CALL(version, cuDriverGetVersion);
 SAME_CALL(device_get, cuDeviceGet);
 SAME_CALL(device_name, cuDeviceGetName);
-SAME_CALL(can_access_peer, cuDeviceCanAccessPeer);
 SAME_CALL(primary_retain, cuDevicePrimaryCtxRetain);
 SAME_CALL(primary_release, cuDevicePrimaryCtxRelease_v2);
 SAME_CALL(context_push, cuCtxPushCurrent_v2);

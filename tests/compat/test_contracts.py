@@ -873,6 +873,21 @@ def test_layers_are_built_and_processed_inside_of_vllms_config_context(
     assert makers - during_an_update == {"routed_experts", "twin"}, "when vLLM processes a layer"
 
 
+def test_checksums_of_a_model_are_those_of_its_modules() -> None:
+    """A key is a prefix of the rank, without which it is the path of the tensor."""
+    import torch
+    from vllm.model_executor.model_loader.weight_checksum import compute_tensor_digests
+    from vllm.v1.worker.gpu_worker import Worker
+
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+    of_layer = {f"1.{name}": each for name, each in compute_tensor_digests(model[1]).items()}
+    assert of_layer.items() <= compute_tensor_digests(model).items()
+    assert set(of_layer) == {"1.weight", "1.bias"}
+    assert "compute_tensor_digests" in calls(Worker.compute_weight_checksums)
+    prefix = inspect.getsource(Worker._weight_checksum_prefix).rstrip()
+    assert prefix.endswith(':"'), "names would not be told apart from the prefix"
+
+
 def test_gpu_worker_hooks() -> None:
     from vllm.utils import mem_utils
     from vllm.v1.worker.gpu_worker import Worker

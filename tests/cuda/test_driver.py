@@ -48,7 +48,7 @@ def test_every_broken_rule_is_an_error_that_names_call_arguments_and_result() ->
             device.create(PAGE, handle_type="fabric")
         with pytest.raises(DwdpMemoryError, match="a fabric handle of 3 bytes .* must have 64"):
             device.import_fabric(b"abc")
-        assert not device.supports_fabric
+        assert not device.makes_handles("fabric")
 
         device.map(address, 2 * PAGE, handle)
         for call in (
@@ -143,7 +143,7 @@ def test_fabric_handles_are_passed_as_bytes() -> None:
         CudaDevice(0) as device,
         mapped(device, PAGE, handle_type="fabric") as (address, handles),
     ):
-        assert device.supports_fabric
+        assert device.makes_handles("fabric")
         device.write(address, b"over the fabric")
         name = device.export_fabric(handles[0])
         assert len(name) == 64
@@ -157,11 +157,7 @@ def test_fabric_handles_are_passed_as_bytes() -> None:
         device.release(imported)
 
 
-def test_peers_and_ordinals() -> None:
-    with CudaDevice(0) as device:
-        assert device.can_access_peer(1)
-        with pytest.raises(DwdpMemoryError, match=r"cuDeviceGet\(_, 7\) .*INVALID_DEVICE"):
-            device.can_access_peer(7)
+def test_a_device_that_is_not_there_is_named() -> None:
     with pytest.raises(TransferError, match=r"opening CUDA device 7 failed: cuDeviceGet\(_, 7\)"):
         CudaDevice(7)
 

@@ -24,4 +24,4 @@ def test_ranks_of_one_host_meet_where_fabric_handles_work(posix: int) -> None:
         timeout=200,
     )
     assert "as seen by 3 ranks" in ended.stdout, ended.stderr
-    assert ("fabric handles are tried instead" in ended.stderr) == (posix == 1)
+    assert ("by its CUDA fabric handles" in ended.stderr) == (posix == 1)

@@ -171,8 +171,8 @@ def test_a_forward_that_was_cut_short_is_healed_behind_its_kernels() -> None:
             model.stream.copy(model.outputs + NUM_LAYERS * NUM_BYTES, model.sources, NUM_BYTES)
         model.stream.copy(model._at(model.outputs, 2), model._at(model.slots, 0), NUM_BYTES)
         model.ring.begin_forward()
-        assert model.eager.counters().heals == 2
-        assert not model.wrong(range(3)), "the heal has overwritten what they read"
+        assert model.eager.counters().repairs == 2
+        assert not model.wrong(range(3)), "the repair has overwritten what they read"
         model.run(EVERY)
         assert not model.wrong(EVERY)
 

@@ -205,7 +205,9 @@ def test_where_it_cannot_fork_ranks_start_as_programs(
     lines: list[str] = []
     with forked_ranks(tmp_path / "template.log", lines.append) as ranks:
         ranks.wait_until_ready([])
-        assert lines == ["ranks start as programs of their own: importing vLLM started 2 threads"]
+        assert lines == [
+            "ranks start as programs of their own, not as forks: importing vLLM started 2 threads"
+        ]
         with (tmp_path / "log").open("ab") as output:
             process = ranks.start(["/bin/true"], output, os.environ)
         assert isinstance(process, subprocess.Popen)
@@ -221,7 +223,7 @@ def test_a_process_that_dies_while_it_imports_is_not_replaced(tmp_path: Path) ->
         ranks.wait_until_ready([])
         assert time.monotonic() - started < 10
     (line,) = lines
-    assert line.startswith("ranks start as programs of their own: it ended with -9")
+    assert line.startswith("ranks start as programs of their own, not as forks: it ended with -9")
 
 
 def test_only_the_vllm_of_this_environment_is_forked(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ TRANSFER = {
     "prepare": "tests.helpers.weight_files:register",
     "engine_args": {"weight_transfer_config": {"backend": "files"}},
 }
+CHECKED = {"report": "tests.helpers.weight_files:checksums"}
 AGREE = "vllm_dwdp.distributed.weight_agreement:WeightAgreement.agree"
 WRITE = "vllm_dwdp.model_executor.incoming:ModelUpdate.finish"
 
@@ -74,12 +75,15 @@ def test_all_ranks_serve_the_new_weights(
     old: str, new: str, tokens: dict[str, list[list[int]]], tmp_path: Path
 ) -> None:
     cases = [
-        case("direct", old, reload(new), reload(old)),
+        case("direct", old, reload(new), reload(old), **CHECKED),
         case("prefetch", old, reload(new), {"calls": [["reload_weights", {}]]}),
-        case("prefetch-sent", old, transfer(new), reload(old), **TRANSFER),
+        case("prefetch-sent", old, transfer(new), reload(old), **TRANSFER, **CHECKED),
     ]
     wanted = {"direct": (new, old), "prefetch": (new, new), "prefetch-sent": (new, old)}
-    for name, ranks in run_cases(tmp_path, "reloaded", cases).items():
+    found = run_cases(tmp_path, "reloaded", cases)
+    checked = [rank["checksums"] for name in ("direct", "prefetch-sent") for rank in found[name]]
+    assert all(each == checked[0] for each in checked), "/weight_checker reads what slots hold"
+    for name, ranks in found.items():
         for rank in ranks:
             assert rank["tokens"] == tokens[old]
             for number, (said, model) in enumerate(

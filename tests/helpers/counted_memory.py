@@ -13,9 +13,9 @@ from unittest.mock import patch
 import torch
 
 from vllm_dwdp.device import cuda
+from vllm_dwdp.device.allocations import Allocation, Allocations
 from vllm_dwdp.device.cuda import CudaMemory, CudaPeer
 from vllm_dwdp.device.queue import Waves
-from vllm_dwdp.device.vmm import Allocation, Allocations
 from vllm_dwdp.layout.composite import WeightLayout
 from vllm_dwdp.layout.model import ModelLayout, PrivateRows, smallest_composite_bytes
 from vllm_dwdp.layout.placement import Placement

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -91,3 +92,9 @@ def parts_of(model: str) -> list[list[str]]:
         ["embed", *(f"layers.{n}." for n in range(0, layers, 2))],
         ["model.norm", "lm_head", *(f"layers.{n}." for n in range(1, layers, 2))],
     ]
+
+
+def checksums(worker: Any) -> dict[str, Any]:
+    """Return what `/weight_checker` says of a worker's weights, by name; for `report`."""
+    found = worker.compute_weight_checksums()
+    return {"checksums": {name.rpartition(":")[2]: each for name, each in found.items()}}

@@ -60,7 +60,7 @@ class Shard(Protocol):
 
     @property
     def is_adopted(self) -> bool:
-        """Whether it is the memory of an earlier life of this rank: whole, as a start finds it."""
+        """Whether it is the memory of an earlier start of this rank: whole, as a start finds it."""
 
     def append(self, piece_bytes: Sequence[int]) -> Mapping:
         """Return the next part of the shard, one range over pieces of these sizes.
@@ -179,7 +179,7 @@ class Device(Protocol):
         """Return an empty shard, owned by the caller."""
 
     def adopt_shard(self, handles: Handles) -> Shard:
-        """Return the memory of an earlier life of this rank; owns `handles` once it returns.
+        """Return the memory of an earlier start of this rank; owns `handles` once it returns.
 
         Raises:
             DwdpMemoryError, TransferError: the handles cannot be used; they stay the caller's.

@@ -15,10 +15,11 @@ from contextlib import ExitStack, suppress
 
 import torch
 
+from vllm_dwdp.device.allocations import Allocations
 from vllm_dwdp.device.base import Handles, Segment
 from vllm_dwdp.device.cuda_driver import CudaDevice
 from vllm_dwdp.device.cuda_queue import CudaQueue
-from vllm_dwdp.device.vmm import Allocations, CudaMapping, VirtualMemory
+from vllm_dwdp.device.vmm import CudaMapping, VirtualMemory
 from vllm_dwdp.errors import DwdpMemoryError
 from vllm_dwdp.layout.slots import SlotLayout
 
@@ -26,7 +27,7 @@ POOL_PAGE_BYTES = 16 * 2**20
 
 
 class CudaShard:
-    """This rank's experts, one exportable allocation per piece, or those of an earlier life."""
+    """This rank's experts, one exportable allocation per piece, or those of an earlier start."""
 
     def __init__(self, memory: VirtualMemory, adopted: Allocations | None = None) -> None:
         self._memory = memory
@@ -200,7 +201,7 @@ class CudaMemory:
         return CudaShard(self.memory)
 
     def adopt_shard(self, handles: Handles) -> CudaShard:
-        """Return the allocations of an earlier life of this rank."""
+        """Return the allocations of an earlier start of this rank."""
         shard = CudaShard(self.memory, self.memory.import_pieces(handles, is_peers=False))
         handles.close()
         return shard

@@ -41,7 +41,6 @@ def _library() -> ctypes.CDLL:
         "granularity": (pointer, number, out(size)),
         "memory_info": (pointer, out(size), out(size)),
         "makes_handles": (pointer, number, out(number)),
-        "can_access_peer": (pointer, number, out(number)),
         "create": (pointer, size, number, out(uint64)),
         "release": (pointer, uint64),
         "export_fd": (pointer, uint64, out(number)),
@@ -104,7 +103,7 @@ class _Native:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -168,24 +167,12 @@ class CudaDevice(_Native):
         """Memory of the device that nobody has allocated."""
         return self._memory_info()[0]
 
-    @property
-    def supports_fabric(self) -> bool:
-        """Whether this device makes fabric handles."""
-        return self.makes_handles("fabric")
-
     def makes_handles(self, handle_type: HandleType) -> bool:
         """Whether an allocation of this type can be made and exported here (tried)."""
         made, kind = ctypes.c_int(), _HANDLE_TYPES[handle_type]
         status = self._status(self._lib.dwdp_cuda_makes_handles, kind, ctypes.byref(made))
         self._check_memory(status, f"probing for memory handles of type {handle_type!r}")
         return bool(made.value)
-
-    def can_access_peer(self, other_ordinal: int) -> bool:
-        """Whether this device can read the memory of another one in place."""
-        can = ctypes.c_int()
-        status = self._status(self._lib.dwdp_cuda_can_access_peer, other_ordinal, ctypes.byref(can))
-        self._check_memory(status, f"asking for access to CUDA device {other_ordinal}")
-        return bool(can.value)
 
     def create(self, num_bytes: int, *, handle_type: HandleType) -> int:
         """Allocate memory without an address; the caller releases the handle."""

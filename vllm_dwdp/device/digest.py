@@ -58,10 +58,11 @@ def digest_host_memory(address: int, num_bytes: int) -> bytes:
         num_words = min(THREAD_BYTES, num_bytes - start) // WORD_BYTES
         return sum_pieces(address + start, num_words, keys, PIECE_WORDS)
 
+    starts = range(0, num_bytes, THREAD_BYTES)
+    if len(starts) <= 1:
+        return _conclude(num_bytes, b"".join(map(sums_from, starts)))
     with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
-        return _conclude(
-            num_bytes, b"".join(pool.map(sums_from, range(0, num_bytes, THREAD_BYTES)))
-        )
+        return _conclude(num_bytes, b"".join(pool.map(sums_from, starts)))
 
 
 def digest_tensor(words: torch.Tensor) -> bytes:
@@ -83,6 +84,23 @@ def digest_tensor(words: torch.Tensor) -> bytes:
         tail = words[num_whole * PIECE_WORDS :].view(1, tail_words)
         _sum_batch(tail, keys[..., :tail_words], scratch, sums[num_whole:])
     return _conclude(words.nbytes, sums.cpu().numpy().tobytes())
+
+
+def digest_content(tensor: torch.Tensor) -> bytes:
+    """Return a digest of the elements of any tensor, made on its device, wherever they lie there.
+
+    It is that of the whole words, and of the up to seven bytes behind them.
+    """
+    content = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    num_bytes = content.numel() // WORD_BYTES * WORD_BYTES
+    whole = content[:num_bytes]
+    if whole.data_ptr() % WORD_BYTES or whole.storage_offset() % WORD_BYTES:
+        whole = whole.clone()
+    if whole.device.type == "cpu":
+        digest = digest_host_memory(whole.data_ptr(), num_bytes)
+    else:
+        digest = digest_tensor(whole.view(torch.int64))
+    return hashlib.sha256(digest + content[num_bytes:].cpu().numpy().tobytes()).digest()
 
 
 @functools.cache

@@ -27,7 +27,7 @@ def wait_until_freed(device: Device, num_bytes: int, rank: int) -> None:
     if free >= num_bytes:
         return
     logger.info(
-        "DWDP rank %d waits for memory of its device, which a process that died may still hold: "
+        "DWDP rank %d waits for memory of its device, which a dead process may still hold: "
         "%s free, %s needed. %s",
         rank,
         format_gib(free),
@@ -39,7 +39,7 @@ def wait_until_freed(device: Device, num_bytes: int, rank: int) -> None:
         free, before = device.memory_info()[0], free
         freed_at = now if free > before else freed_at
     logger.info(
-        "DWDP rank %d goes on after %.1f s: %s free%s",
+        "DWDP rank %d waited %.1f s for memory of its device: %s free%s",
         rank,
         time.monotonic() - began,
         format_gib(free),

@@ -1,7 +1,6 @@
 """The host device's copy queue: native threads, configured from the cores this process may use."""
 
 import os
-from types import TracebackType
 
 from vllm_dwdp.device.native import NativeQueue
 
@@ -48,10 +47,5 @@ class HostCopyQueue(NativeQueue):
     def __enter__(self) -> "HostCopyQueue":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

@@ -1,20 +1,21 @@
 """CUDA virtual memory: allocations without addresses, and address ranges over whole ones.
 
-Owns the choice of handle types, the count of what is mapped, and what is tried where a driver refuses
-access. Shards, peers and slots are made of it in `device.cuda`. Source: CUDA driver API, section Virtual
-Memory Management.
+Owns the choice of handle types and the count of what is mapped. Shards, peers and slots are made of it
+in `device.cuda`. Source: CUDA driver API, section Virtual Memory Management.
 """
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
 
+from vllm_dwdp.device.access import RangeAccess
+from vllm_dwdp.device.allocations import Allocation, Allocations
 from vllm_dwdp.device.base import Handles
-from vllm_dwdp.device.cuda_driver import AccessRefusedError, CudaDevice, HandleType
+from vllm_dwdp.device.cuda_driver import CudaDevice, HandleType
 from vllm_dwdp.device.digest import digest_tensor
 from vllm_dwdp.device.tensor import tensor_at
 from vllm_dwdp.errors import DwdpMemoryError, DwdpUnsupportedError
@@ -34,67 +35,6 @@ class CudaMapping:
     def unmap(self) -> None:
         """Unmap every allocation and free the addresses."""
         self._undo.close()
-
-
-@dataclass(frozen=True)
-class Allocation:
-    """Device memory; whoever made or imported it releases `handle` once.
-
-    Args:
-        is_peers: another rank made it, so it may lie on another GPU.
-    """
-
-    handle: int
-    num_bytes: int
-    is_peers: bool = False
-
-
-@dataclass(frozen=True)
-class Access:
-    """A way to make a range accessible: writable or not, in one call or one for each allocation."""
-
-    writable: bool
-    piecewise: bool
-
-
-_WAYS = tuple(
-    Access(writable, piecewise) for writable in (False, True) for piecewise in (False, True)
-)
-"""What is tried, best first: protection is worth more than calls."""
-
-
-class Allocations:
-    """Allocations one after the other, addressed by byte offset; `release` gives the handles back.
-
-    What is mapped stays: mappings hold the memory, not the handles.
-    """
-
-    def __init__(self, device: CudaDevice) -> None:
-        self._device = device
-        self._allocations: dict[int, Allocation] = {}
-        self.num_bytes = 0
-
-    def add(self, allocation: Allocation) -> None:
-        """Append an allocation, owned from now on."""
-        self._allocations[self.num_bytes] = allocation
-        self.num_bytes += allocation.num_bytes
-
-    def between(self, offset: int, num_bytes: int) -> Iterator[Allocation]:
-        """Yield the whole allocations that make up `[offset, offset + num_bytes)`."""
-        end = offset + num_bytes
-        while offset < end:
-            allocation = self._allocations[offset]
-            assert offset + allocation.num_bytes <= end, "a segment ends within an allocation"
-            yield allocation
-            offset += allocation.num_bytes
-
-    def __iter__(self) -> Iterator[Allocation]:
-        return iter(self._allocations.values())
-
-    def release(self) -> None:
-        """Release every handle."""
-        while self._allocations:
-            self._device.release(self._allocations.popitem()[1].handle)
 
 
 class VirtualMemory:
@@ -117,10 +57,7 @@ class VirtualMemory:
         self.handle_type = _passable(device, carries_fds)
         self.page_bytes = max(device.granularity_bytes, device.granularity_of(self.handle_type))
         self.mapped: Counter[str] = Counter(ranges=0, allocations=0, peer_allocations=0)
-        self.best_access = _WAYS[0]
-        """Tried before those that follow it in `_WAYS`."""
-        self._access: dict[tuple[bool, bool, bool], Access] = {}
-        self._said: set[str] = set()
+        self.access = RangeAccess(device)
 
     def allocate(self, num_bytes: int, purpose: str, *, shared: bool) -> Allocation:
         """Create memory without an address.
@@ -158,7 +95,7 @@ class VirtualMemory:
             for each in allocations:
                 self._map(address + offset, each, undo)
                 offset += each.num_bytes
-            self._allow(address, allocations, writable=writable)
+            self.access.allow(address, allocations, writable=writable)
             self._count(undo, "ranges")
             return CudaMapping(address, num_bytes, undo.pop_all())
 
@@ -202,55 +139,6 @@ class VirtualMemory:
         words = (mapping.num_bytes // torch.int64.itemsize,)
         return digest_tensor(tensor_at(mapping.address, torch.int64, words, self._torch_device))
 
-    def _allow(self, address: int, allocations: Sequence[Allocation], *, writable: bool) -> None:
-        """Set access in the best way that the driver accepts for such a range, and remember it.
-
-        Raises:
-            DwdpMemoryError: it accepts none.
-        """
-        is_mixed = len({each.is_peers for each in allocations}) > 1
-        kind = (writable, is_mixed, len(allocations) > 1)
-        best = Access(writable or self.best_access.writable, self.best_access.piecewise)
-        first = self._access.get(kind, best)
-        refusals: list[AccessRefusedError] = []
-        for way in _WAYS[_WAYS.index(first) :]:
-            if way.piecewise and len(allocations) == 1:
-                continue
-            try:
-                self._set_access(address, allocations, way)
-            except AccessRefusedError as error:
-                refusals.append(error)
-                continue
-            self._access[kind] = way
-            if way.writable and not writable:
-                self._warn_once(
-                    "maps no device memory read-only: peers' experts are mapped writable, though "
-                    "nothing writes them",
-                    refusals,
-                )
-            if way.piecewise:
-                self._warn_once(
-                    "sets no access over several allocations in one call: it gets one call for each",
-                    refusals,
-                )
-            return
-        memory = "its own and its peers' memory" if is_mixed else "device memory"
-        raise DwdpMemoryError(
-            f"this driver gives access to no range over {len(allocations)} allocations of {memory}, "
-            f"neither in one call nor in one for each: {refusals[0]}"
-        )
-
-    def _set_access(self, address: int, allocations: Sequence[Allocation], way: Access) -> None:
-        sizes = [each.num_bytes for each in allocations]
-        for num_bytes in sizes if way.piecewise else [sum(sizes)]:
-            self.device.set_access(address, num_bytes, writable=way.writable)
-            address += num_bytes
-
-    def _warn_once(self, what: str, refusals: Sequence[AccessRefusedError]) -> None:
-        if refusals and what not in self._said:
-            self._said.add(what)
-            logger.warning("DWDP: this driver %s (%s)", what, refusals[0])
-
     def import_pieces(self, handles: Handles, *, is_peers: bool) -> Allocations:
         """Return a shard's pieces; the descriptors stay the caller's.
 
@@ -266,7 +154,11 @@ class VirtualMemory:
             try:
                 return self._import(kind, handles.num_bytes, is_peers)
             except DwdpMemoryError as error:
-                logger.warning("DWDP: %s. Its fabric handles are tried instead", error)
+                logger.warning(
+                    "DWDP imports the shard of a peer by its CUDA fabric handles, because its file "
+                    "descriptors cannot be imported: %s",
+                    error,
+                )
         return self._import(kinds[-1], handles.num_bytes, is_peers)
 
     def _import(

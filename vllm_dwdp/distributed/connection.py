@@ -41,7 +41,7 @@ class Connection(ABC):
         self.close()
 
     def close(self) -> None:
-        """Hang up; what was sent still arrives."""
+        """Close the connection; what was sent still arrives."""
         self.sock.close()
 
     @abstractmethod
@@ -62,7 +62,7 @@ class Connection(ABC):
 
         Raises:
             ProtocolError: it is longer, or brings more descriptors, than allowed, or is not authentic.
-            ConnectionError: the peer hung up.
+            ConnectionError: the peer closed the connection.
         """
 
     def send_message(
@@ -88,7 +88,7 @@ class Connection(ABC):
         """
         received = self.receive(messages.FDS_PER_MESSAGE)
         if received is None:
-            raise TimeoutError("the peer does not answer")
+            raise TimeoutError("the peer has sent no reply")
         data, fds = received
         try:
             return messages.decode_reply(data), fds
@@ -109,7 +109,7 @@ class Connection(ABC):
         if self._deadline is not None:
             left_s = self._deadline - time.monotonic()
             if left_s <= 0:
-                raise TimeoutError("the peer took too long")
+                raise TimeoutError("the exchange took longer than its deadline")
             self.sock.settimeout(left_s)
 
 
@@ -153,7 +153,7 @@ class PacketConnection(Connection):
                 fds += [fd for (fd,) in _INT.iter_unpack(content[:whole])]
         if not flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
             if not data and not fds:
-                raise ConnectionResetError("the peer hung up")
+                raise ConnectionResetError("the peer closed the connection")
             return data, fds
         close_all(fds)
         if flags & socket.MSG_CTRUNC and len(fds) < max_fds:
@@ -191,12 +191,12 @@ class SecureConnection(Connection):
         self._channel = SecureChannel(secret, purpose, listens=listens, max_bytes=MAX_MESSAGE_BYTES)
 
     def shake_hands(self) -> None:
-        """Authenticate both ends (the dialling side, blocking).
+        """Authenticate both ends (the dialling side; blocks).
 
         Raises:
             SecretMismatchError: one end does not know the other's secret.
             ProtocolError: no rank listens there.
-            OSError: the peer hung up or took too long.
+            OSError: the peer closed the connection or took too long.
         """
         while not self._channel.is_open:
             self._read()
@@ -243,5 +243,5 @@ class SecureConnection(Connection):
         self._limit_next_call()
         data = self.sock.recv(min(self._channel.num_wanted, READ_BYTES))
         if not data:
-            raise ConnectionResetError("the peer hung up")
+            raise ConnectionResetError("the peer closed the connection")
         return self._channel.feed(data)

@@ -148,7 +148,7 @@ class Dialler:
         return messages.Borrow(*ours, wanted, wants_handles)
 
     def _exchange(self, peer: int, request: messages.Request) -> _Answer | None:
-        """Dial, ask, hear the whole answer, hang up; None if the peer does not answer (yet)."""
+        """Dial, ask, hear the whole answer, close; None if the peer does not answer (yet)."""
         timeout_s = REPLY_TIMEOUT_S
         if self.wait is not None:
             self.wait.notice()  # a round of many silent peers takes longer than a notice
@@ -178,7 +178,9 @@ def _check_shard(answer: _Answer, shard: messages.Shard, peer: int, wanted: int)
         ProtocolError: it is not.
     """
     if shard.dwdp_rank != wanted:
-        raise ProtocolError(f"{name_of(peer)} sent the shard of {shard.dwdp_rank}, not {wanted}'s")
+        raise ProtocolError(
+            f"{name_of(peer)} sent the shard of rank {shard.dwdp_rank}, not that of rank {wanted}"
+        )
     kinds = (answer.fds, answer.fabric_handles)
     if {len(kind) for kind in kinds if kind} != {len(shard.handle_bytes)}:
         raise ProtocolError(

@@ -87,7 +87,7 @@ class ShardExchange:
     def _timeout(self, missing: list[int], purpose: str) -> JoinTimeoutError:
         dialler = self._dialler
         seen = "".join(
-            f" Rank {rank} answered last: {dialler.problems[rank]}."
+            f" The last exchange with rank {rank} failed: {dialler.problems[rank]}."
             for rank in missing
             if rank in dialler.problems
         )

@@ -244,7 +244,9 @@ class GroupState:
         rank = request.dwdp_rank
         if rank not in self.peer_ranks:
             return messages.Refused(
-                f"there is no rank {rank} besides rank {self.dwdp_rank} of {self.group_size}"
+                f"rank {rank} is no other rank of this group: this is rank {self.dwdp_rank} of "
+                f"{self.group_size}. Start every rank with the same --data-parallel-size, group_size "
+                "and rendezvous"
             )
         if isinstance(request, messages.Hello | messages.Borrow):
             if self._progress.failure:
@@ -255,13 +257,17 @@ class GroupState:
                 )
             differences = self.fingerprint.differences(request.fingerprint)
             if differences:
-                reason = f"the ranks do not serve the same thing: {describe(differences)}"
+                reason = (
+                    f"the ranks do not serve the same model and layout: {describe(differences)}"
+                )
                 if self._progress.update and "checkpoint_digest" in differences:
                     reason += (
                         f". The weights of this group have been updated since it started (update "
                         f"{self._progress.update}): start with that checkpoint, or, if they came from a "
                         "trainer, restart all ranks of the group and send them again"
                     )
+                else:
+                    reason += ". Start every rank with the same checkpoint, arguments and versions"
                 reason = reason[:MAX_REASON]
                 if rank not in self._held:
                     self._refusals[rank] = reason
@@ -269,7 +275,10 @@ class GroupState:
                 return messages.Refused(reason)
         seen = self._generations.get(rank, 0)
         if request.generation < seen:
-            reason = f"generation {request.generation} of rank {rank} is stale; {seen} was here"
+            reason = (
+                f"generation {request.generation} of rank {rank} is stale: generation {seen}, a later "
+                "start, has joined. End the older process"
+            )
             self._note(f"rank {rank} was refused: {reason}")
             return messages.Refused(reason, seen)
         return None

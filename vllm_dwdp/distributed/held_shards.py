@@ -90,10 +90,11 @@ class HeldShards:
                 return [(messages.NotYet(), ())]
             own = self._shards.get(request.dwdp_rank)
             if own is not None and request.generation < own.generation:
-                reason = f"generation {request.generation} of rank {own.rank} is stale"
-                return [
-                    (messages.Refused(f"{reason}; {own.generation} was here", own.generation), ())
-                ]
+                reason = (
+                    f"generation {request.generation} of rank {own.rank} is stale: generation "
+                    f"{own.generation}, a later start, has joined. End the older process"
+                )
+                return [(messages.Refused(reason, own.generation), ())]
             shard = self._shards.get(request.wanted)
         if shard is None:
             return [(messages.NotYet(), ())]

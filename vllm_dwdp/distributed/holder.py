@@ -75,7 +75,7 @@ class GroupHolder:
                 lambda sock: endpoint.greet(sock, group, HOLDER),
                 functools.partial(_answer, shards, group_size),
                 lambda: None,
-                f"dwdp-holder-{group}",
+                f"holder of group {group}",
             )
             undo.callback(server.close)
             return cls(endpoint, group, group_size, make_room, shards, undo.pop_all())

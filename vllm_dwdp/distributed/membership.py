@@ -104,7 +104,7 @@ class Membership:
                 lambda sock: endpoint.greet(sock, group, dwdp_rank),
                 functools.partial(_answer, dialler, state, status),
                 status.note_dropped,
-                f"dwdp-membership-{dwdp_rank}",
+                f"rank {dwdp_rank} of group {group}",
             )
             undo.callback(server.close)
             undo.push(dialler.tell_failure)

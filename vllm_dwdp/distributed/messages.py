@@ -240,7 +240,7 @@ def collect_handles(
                 raise ProtocolError(f"a peer sent {type(reply).__name__} among a shard's handles")
             if reply.num_fds != len(batch):
                 raise ProtocolError(
-                    f"a peer sent {len(batch)} descriptors and counted {reply.num_fds}"
+                    f"a peer sent {len(batch)} descriptors with a message that counts {reply.num_fds}"
                 )
             fabric_handles += reply.fabric_handles
         if len(fds) > header.num_fds or len(fabric_handles) > header.num_fabric_handles:

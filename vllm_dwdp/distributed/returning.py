@@ -42,8 +42,11 @@ class Return:
             reply = dialler.ask(peer, dialler.dwdp_rank)
             if isinstance(reply, messages.Refused) and reply.seen_generation > dialler.generation:
                 logger.warning(
-                    "DWDP rank %d: the clock of this host is behind an earlier start of this rank",
+                    "DWDP rank %d of group %d: the clock of this host was set back since an earlier "
+                    "start of this rank, which therefore takes a later generation than the clock says. "
+                    "Set the clock (NTP)",
                     dialler.dwdp_rank,
+                    dialler.group,
                 )
                 seen = reply.seen_generation
                 dialler.generation = seen + 1

@@ -123,15 +123,17 @@ class SecureChannel:
         self._transcript = self._nonce + nonce + self._purpose
         if not hmac.compare_digest(proof, self._prove(b"dialler")):
             self.outgoing += _REFUSED + bytes(TAG_BYTES)
-            raise SecretMismatchError("it does not know this rank's secret, or wants another rank")
+            raise SecretMismatchError(
+                "the peer does not know this rank's secret, or dialled another rank"
+            )
         self.outgoing += _ACCEPTED + self._prove(b"listener")
         self._awaits = _Awaits.LENGTH
 
     def _take_verdict(self, received: bytes) -> None:
         if received[:1] == _REFUSED:
-            raise SecretMismatchError("it refused this rank's secret, or is another rank")
+            raise SecretMismatchError("the peer refused this rank's secret, or is another rank")
         if not hmac.compare_digest(received, _ACCEPTED + self._prove(b"listener")):
-            raise SecretMismatchError("it did not prove that it knows this rank's secret")
+            raise SecretMismatchError("the peer did not prove that it knows this rank's secret")
         self._awaits = _Awaits.LENGTH
 
     def _take_length(self, received: bytes) -> None:
@@ -156,7 +158,9 @@ class SecureChannel:
 
     def _after_magic(self, received: bytes) -> bytes:
         if not received.startswith(MAGIC):
-            raise ProtocolError("a peer does not speak this protocol; no rank listens there")
+            raise ProtocolError(
+                "what listens or dials there is no rank: it does not speak this protocol"
+            )
         return received[len(MAGIC) :]
 
     def _prove(self, role: bytes) -> bytes:

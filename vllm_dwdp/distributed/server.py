@@ -1,4 +1,4 @@
-"""The thread that answers: accepts, reads one request, replies, hangs up.
+"""The thread that answers: accepts, reads one request, replies, closes.
 
 It never blocks on a connection, so that a slow, silent or hostile peer delays nobody; every
 connection has a deadline, and their number is bounded.
@@ -44,7 +44,7 @@ class Server:
         greet: makes the connection of an accepted socket, or None for one that is turned away.
         answer: makes the packets of a reply, in the thread; their descriptors must stay open.
         on_drop: called, in the thread, for each connection that was no peer's.
-        name: of the thread.
+        who: who listens, for the log and the name of the thread.
     """
 
     def __init__(
@@ -53,19 +53,20 @@ class Server:
         greet: Callable[[socket.socket], Connection | None],
         answer: Answer,
         on_drop: Callable[[], None],
-        name: str,
+        who: str,
     ) -> None:
         self._listener = listener
         self._greet = greet
         self._answer = answer
         self._on_drop = on_drop
+        self._who = who
         self._selector = selectors.DefaultSelector()
         self._wake_reader, self._wake_writer = socket.socketpair()
         self._open: dict[socket.socket, _Conversation] = {}
         self._last_warning = 0.0
         self._selector.register(listener, selectors.EVENT_READ)
         self._selector.register(self._wake_reader, selectors.EVENT_READ)
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"dwdp {who}", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
@@ -73,7 +74,7 @@ class Server:
         self._wake_writer.send(b"x")
         self._thread.join()
         for sock in list(self._open):
-            self._hang_up(sock)
+            self._drop(sock)
         self._selector.close()
         for owned in (self._listener, self._wake_reader, self._wake_writer):
             owned.close()
@@ -90,13 +91,13 @@ class Server:
                     self._serve(key.fileobj)
             now = time.monotonic()
             for sock in [s for s, open_ in self._open.items() if open_.deadline < now]:
-                self._hang_up(sock)
+                self._drop(sock)
 
     def _accept(self) -> None:
         try:
             sock, _ = self._listener.accept()
         except OSError as error:
-            self._warn("accepting a connection failed: %s", error)
+            self._warn("a connection could not be accepted: %s", error)
             time.sleep(0.01)
             return
         if len(self._open) >= MAX_CONNECTIONS:
@@ -114,11 +115,11 @@ class Server:
         self._selector.register(sock, selectors.EVENT_READ)
 
     def _make_room(self) -> None:
-        """Hang up on the connection that has been silent longest, for one that may not be."""
+        """Close the connection that has been silent longest, for one that may not be."""
         silent = (s for s, conversation in self._open.items() if conversation.rest is None)
         oldest = next(silent, None)
         if oldest is not None:
-            self._hang_up(oldest)
+            self._drop(oldest)
 
     def _serve(self, sock: socket.socket) -> None:
         conversation = self._open.get(sock)
@@ -131,11 +132,11 @@ class Server:
             pass  # it only looked whether we are alive, or died meanwhile
         except (OSError, RendezvousError) as error:
             self._on_drop()
-            self._warn("a connection was dropped: %s", error)
+            self._warn("a connection was closed that is no peer's: %s", error)
         except Exception as error:  # a bug of ours, which the thread must outlive
             self._on_drop()
-            self._warn("answering failed: %s", error, with_trace=True)
-        self._hang_up(sock)
+            self._warn("a request could not be answered: %s", error, with_trace=True)
+        self._drop(sock)
 
     def _go_on(self, sock: socket.socket, conversation: _Conversation) -> bool:
         """Read the request or send more of the reply; whether anything is left to do."""
@@ -155,7 +156,7 @@ class Server:
             conversation.unsent = next(conversation.rest, None)
         return not connection.flush()
 
-    def _hang_up(self, sock: socket.socket) -> None:
+    def _drop(self, sock: socket.socket) -> None:
         self._open.pop(sock, None)
         with suppress(KeyError, ValueError):
             self._selector.unregister(sock)
@@ -166,4 +167,4 @@ class Server:
         now = time.monotonic()
         if now - self._last_warning > WARNING_INTERVAL_S:
             self._last_warning = now
-            logger.warning("DWDP rendezvous: " + text, error, exc_info=with_trace)
+            logger.warning("DWDP %s: " + text, self._who, error, exc_info=with_trace)

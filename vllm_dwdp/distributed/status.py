@@ -113,5 +113,8 @@ def query_status(endpoint: Endpoint, group: int, rank: int, timeout_s: float) ->
         reply, stray = connection.receive_reply()
     messages.close_all(stray)
     if not isinstance(reply, messages.Status):
-        raise RendezvousError(f"rank {rank} of group {group} answered {type(reply).__name__}")
+        raise RendezvousError(
+            f"rank {rank} of group {group} answered a status request with {type(reply).__name__}. Use "
+            "the version of vllm-dwdp that its ranks run"
+        )
     return reply.content

@@ -24,7 +24,7 @@ from vllm_dwdp.errors import ProtocolError, RendezvousError
 
 LOCK_TIMEOUT_S = 10.0
 POLL_S = 0.05
-CROWD_POLL_S = 0.002
+BACKLOG_POLL_S = 0.002
 _NOBODY = (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR, errno.ECONNRESET)
 _UCRED = struct.Struct("3i")
 
@@ -58,19 +58,19 @@ class _LocalEndpoint(Endpoint):
             while (error := client.connect_ex(self._address(group, rank))) == errno.EAGAIN:
                 if time.monotonic() > deadline:
                     break
-                time.sleep(CROWD_POLL_S)
+                time.sleep(BACKLOG_POLL_S)
         except BaseException:
             client.close()
             raise
         if not error:
-            self._refuse_strangers(client, group, rank)
+            self._refuse_other_users(client, group, rank)
             return PacketConnection(client, deadline)
         client.close()
         if error in _NOBODY or error == errno.EAGAIN:
             return None
         raise OSError(error, os.strerror(error), self._address(group, rank))
 
-    def _refuse_strangers(self, client: socket.socket, group: int, rank: int) -> None:
+    def _refuse_other_users(self, client: socket.socket, group: int, rank: int) -> None:
         uid, trusted = _peer_uid(client), {os.geteuid(), 0, *self._owners()}
         if uid not in trusted:
             client.close()
@@ -89,7 +89,7 @@ class _LocalEndpoint(Endpoint):
         return {rank for rank in ranks if self._is_alive(group, rank)}
 
     def _is_alive(self, group: int, rank: int) -> bool:
-        """Whether somebody listens there, also if a crowd keeps us from being heard."""
+        """Whether somebody listens there, also where its backlog is full."""
         with _socket() as probe:
             probe.setblocking(False)
             return probe.connect_ex(self._address(group, rank)) in (0, errno.EAGAIN)

@@ -229,7 +229,7 @@ class WeightAgreement:
                 return None
             raise self._missed(step, f"{name} is dead")
         if self._starts.setdefault(rank, peer.started) != peer.started:
-            raise self._missed(step, f"{name} has started anew meanwhile")
+            raise self._missed(step, f"{name} has restarted meanwhile")
         is_under_way = Step.PAUSED <= peer.step <= Step.WHOLE and not peer.failure
         if step is Step.PAUSED and (late := peer.update - self.update + (not is_under_way)) > 0:
             # It has counted updates that this rank has not seen, or not begun.
@@ -237,7 +237,7 @@ class WeightAgreement:
         if peer.update != self.update:
             return None
         if peer.step == Step.WITHDRAWN:
-            raise _NothingWritten(f"{name} gave it up")
+            raise _NothingWritten(f"{name} withdrew from it")
         if peer.failure:
             raise self._missed(step, f"{name}: {peer.failure.removesuffix(REPAIR).strip(' .')}")
         return peer if peer.step >= step else None

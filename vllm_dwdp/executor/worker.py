@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vllm_dwdp.compat.worker import independent, reloading
+from vllm_dwdp.compat.worker import checksums, independent, reloading
 from vllm_dwdp.compat.worker.signals import end_with_engine, vllm_watches_engine
 from vllm_dwdp.device.base import Device
 from vllm_dwdp.distributed.fingerprint import Fingerprint
@@ -147,6 +147,14 @@ class DwdpWorker:
         with self._failing_group(group):
             super().reload_weights(*given)  # type: ignore[misc]
         group.weights.finish(self._fingerprint if from_checkpoint else None)
+
+    def compute_weight_checksums(self) -> dict[str, str]:
+        """As vLLM's, for `/weight_checker`; of experts as kernels read them, not as slots hold them."""
+        found: dict[str, str] = super().compute_weight_checksums()  # type: ignore[misc]
+        if self.expert_group is None or self.expert_group.views.rings is None:
+            return found
+        layers = self.expert_group.views.whole_layers()
+        return found | checksums.of_layers(found, self.get_model(), layers)  # type: ignore[attr-defined]
 
     def reset_weights(self) -> None:
         """Refused where experts are shared: vLLM's zeroes them in place."""

@@ -45,7 +45,8 @@ def adopt_shard(
         refused = True
     if refused:
         logger.warning(
-            "DWDP rank %d loads its experts from disk; they are held twice until the peers restart",
+            "DWDP rank %d loads its experts from disk, because no peer has them intact. The peers hold "
+            "the earlier copy as well until they restart",
             rank,
         )
     return None
@@ -58,7 +59,9 @@ def _try_to_adopt(device: Device, kept: PublishedShard, rank: int, cost: StartCo
         try:
             adopted = device.adopt_shard(handles_of(kept))
         except (DwdpMemoryError, TransferError) as error:
-            logger.warning("DWDP rank %d cannot use its experts at a peer: %s", rank, error)
+            logger.warning(
+                "DWDP rank %d cannot map the experts that a peer keeps for it: %s", rank, error
+            )
             return None
         undo.pop_all()
         undo.callback(adopted.close)
@@ -66,6 +69,7 @@ def _try_to_adopt(device: Device, kept: PublishedShard, rank: int, cost: StartCo
             undo.pop_all()
             return adopted
     logger.warning(
-        "DWDP rank %d: the experts that a peer kept for it are not what it published", rank
+        "DWDP rank %d: the experts that a peer kept for it have another digest than it published",
+        rank,
     )
     return None

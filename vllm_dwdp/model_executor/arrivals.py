@@ -1,11 +1,14 @@
-"""What has come of new weights, in a few bytes: by it ranks tell whether they were given the same."""
+"""What has come of new weights, in a few bytes: by it ranks tell whether they were given the same.
+
+Every byte counts, also of experts that this rank does not keep. Weights of a trainer are in memory when
+they come, so that nothing is read for it.
+"""
 
 import hashlib
 
 import torch
 
-SAMPLE_BYTES = 4096
-"""Of a routed expert; every byte of another tensor counts."""
+from vllm_dwdp.device.digest import digest_content
 
 
 class Arrivals:
@@ -20,19 +23,16 @@ class Arrivals:
         self._before = before
 
     def note(self, name: str, tensor: torch.Tensor) -> None:
-        """Note a tensor that came; of a routed expert, another rank's or ours, its beginning counts."""
+        """Note a tensor that came: its name, type, shape and bytes."""
         if not self._before:
             self.digests[name] = b""
             return
-        content = tensor.detach().reshape(-1).view(torch.uint8)
-        if ".experts." in name:
-            content = content[:SAMPLE_BYTES]
         digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(content.cpu().contiguous().numpy())
+        digest.update(digest_content(tensor))
         self.digests[name] = digest.digest()
 
     def identity(self) -> str:
-        """Of the weights after the update."""
+        """Return the identity of the weights after the update."""
         digest = hashlib.sha256(self._before.encode())
         for name, each in sorted(self.digests.items()):
             digest.update(name.encode() + each)

@@ -53,7 +53,9 @@ class ServedModel:
         try:
             return shape_of(dict(self.config))
         except DwdpConfigError as error:
-            logger.info("DWDP knows no break-even of this model: %s", error)
+            logger.info(
+                "DWDP cannot plan the compute of this model, only measure copies: %s", error
+            )
             return None
 
 

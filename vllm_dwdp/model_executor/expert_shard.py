@@ -38,7 +38,7 @@ class ExpertShard:
         config: of the group.
         dwdp_rank: our position in it.
         device: that holds the experts.
-        adopted: memory of an earlier life of this rank; then no expert is read from disk.
+        adopted: memory of an earlier start of this rank; then no expert is read from disk.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class ExpertShard:
 
     @property
     def is_adopted(self) -> bool:
-        """Whether the experts are those of an earlier life of this rank."""
+        """Whether the experts are those of an earlier start of this rank."""
         return self.memory.is_adopted
 
     def placement(self, num_experts: int) -> Placement:
@@ -204,7 +204,7 @@ class ExpertShard:
     def fill_edges(self, layout: ModelLayout, peers: Mapping[int, PeerMemory]) -> None:
         """Copy the bytes that neighbours own on our first and last pages; the shard is whole then.
 
-        Memory of an earlier life has them already.
+        Memory of an earlier start has them already.
         """
         if self.is_adopted:
             return

@@ -100,7 +100,7 @@ class ModelUpdate:
         if layer.layer_name in self.facts:
             raise WeightUpdateError(
                 f"{layer.layer_name} was given weights again after all of them had come. Send the "
-                "weights of a layer one after the other, each once"
+                "weights of a layer one after the other, each of them once"
             )
         if layer in self._begun:
             self._begun.remove(layer)

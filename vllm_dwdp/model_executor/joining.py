@@ -9,7 +9,7 @@ The order is the same on every rank. Each stage returns what it made and pushes 
 is built last, from values. Whatever fails, everything made so far is given back, and the peers are told
 why.
 
-A rank that comes back adopts the shard of its earlier life from any survivor instead of loading it,
+A rank that comes back adopts the shard of its earlier start from any survivor instead of loading it,
 and gets the shard of a peer that is dead from whoever holds it. So a shard is stored once whoever
 dies, and survivors have nothing to exchange.
 """

@@ -10,7 +10,7 @@ clock is the host's, around work that ends before it is read, so one code serves
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,16 +91,22 @@ def measure_speeds(device: Device, peers: Mapping[int, tuple[int, int]]) -> Spee
     return speeds
 
 
-def check_views(direct: LayerView, ring: LayerView) -> None:
+def check_views(
+    layer_name: str, weights: Sequence[str], direct: LayerView, ring: LayerView
+) -> None:
     """Check that a layer that was just fetched reads the same in both views.
+
+    Args:
+        layer_name: of the layer.
+        weights: names of its composite tensors, in the order of the views.
 
     Raises:
         TransferError: it does not; the device's memory cannot be trusted.
     """
-    for number, (read, copied) in enumerate(zip(direct.composites, ring.composites, strict=True)):
+    for name, read, copied in zip(weights, direct.composites, ring.composites, strict=True):
         if not _same_bytes(read, copied):
             raise TransferError(
-                f"composite tensor {number} of a layer reads differently through copies than in place: "
+                f"{layer_name}: {name} reads differently through copies than in place: "
                 "this device or its driver does not do what DWDP expects of it. Use stock vLLM, and "
                 "report the GPU and the driver version."
             )

@@ -48,7 +48,7 @@ class PrivateTensors:
             stored.copy_(own)
 
     def adopt(self, area: int) -> None:
-        """Take our rows from the shard of an earlier life, as `publish` left them there."""
+        """Take our rows from the shard of an earlier start, as `publish` left them there."""
         for own, stored in self._own_rows(area):
             own.copy_(stored)
 

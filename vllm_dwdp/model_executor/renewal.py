@@ -78,7 +78,7 @@ class WeightRenewal:
         """
         if self._begun is not None:
             raise WeightUpdateError(
-                "new weights are on their way to this rank. Call finish_weight_update before it serves"
+                "this rank is taking new weights. Call finish_weight_update before it serves"
             )
         if refusal := self.refusal:
             raise WeightUpdateError(refusal)
@@ -101,7 +101,8 @@ class WeightRenewal:
         """
         if self._begun is not None:
             raise WeightUpdateError(
-                "an update of the weights is under way already. Call finish_weight_update first"
+                "this rank is taking new weights already. Call finish_weight_update before the next "
+                "update"
             )
         self._device.synchronize()
         if self._views.rings is not None:
@@ -148,7 +149,7 @@ class WeightRenewal:
             if not arrivals.digests:
                 raise WeightUpdateError(
                     "no weights came by way of the model's load_weights; a transfer that writes into "
-                    "its tensors itself cannot renew shared experts"
+                    "its tensors itself cannot renew shared experts. Use the backend nccl or ipc"
                 )
             if fingerprint_of is None:
                 before = self._membership.fingerprint

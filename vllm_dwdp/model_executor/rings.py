@@ -44,7 +44,7 @@ class PrefetchRings:
         slice_bytes: int | None,
         resources: ExitStack,
     ) -> None:
-        device = mapper.device
+        self._device = device = mapper.device
         self.slot_bytes = 0
         self.positions: dict[int, RingPosition] = {}
         self.views: dict[int, LayerView] = {}
@@ -90,6 +90,24 @@ class PrefetchRings:
         """Fetch all layers anew in the next forward: they have new weights. No forward runs now."""
         for ring in self.rings:
             ring.forget()
+
+    def hold(self, layer: int) -> None:
+        """Fetch a layer into its slot, and return when it is there. No forward runs now.
+
+        The next forward fetches its layers anew.
+
+        Args:
+            layer: index in the layout.
+
+        Raises:
+            TransferError: the device refused copies.
+        """
+        position = self.positions[layer]
+        ring = self.rings[position.ring]
+        self._device.synchronize()  # kernels may still read the slot
+        ring.forget()
+        self.queue.issue(ring.batches[position.index], None)
+        self.queue.drain()
 
     def counters(self) -> list[RingCounters]:
         """Return a snapshot of each ring."""

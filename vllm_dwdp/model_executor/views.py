@@ -4,9 +4,10 @@ Built once at start from the mapped memory, in the worker's main thread. A devic
 the kernels has both views; then each forward takes the one that suits its size.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 
 from vllm_dwdp.compat.worker.reachable import reachable_tensors
 from vllm_dwdp.errors import DwdpMemoryError, DwdpUnsupportedError
@@ -58,6 +59,18 @@ class ExpertViews:
         if self.rings is not None and self._mode is Mode.PREFETCH:
             self.rings.begin_forward()
         return self._mode
+
+    def whole_layers(self) -> Iterator[Any]:
+        """Yield vLLM's layers, each while its tensors read all its experts. No forward runs meanwhile.
+
+        A tensor over a slot reads the layer that the slot holds, so slots are filled layer by layer.
+        """
+        if Mode.DIRECT in self._bindings:
+            self._use(Mode.DIRECT)
+        for index, entry in enumerate(self._layers):
+            if self._mode is Mode.PREFETCH and self.rings is not None:
+                self.rings.hold(index)
+            yield entry.layer
 
     def check_all_follow(self) -> None:
         """Prove that no tensor which was made since the views were bound lies over one of them.
@@ -179,7 +192,6 @@ def _check_a_fill(
     layers, rank = mapper.layout.layers, mapper.dwdp_rank
     index = next((n for n, layer in enumerate(layers) if layer.remote_bytes(rank)), None)
     if index is not None:
-        position = rings.positions[index]
-        rings.queue.issue(rings.rings[position.ring].batches[position.index], None)
-        rings.queue.drain()
-        check_views(direct[index], rings.views[index])
+        rings.hold(index)
+        weights = [weight.name for weight in layers[index].weights]
+        check_views(layers[index].name, weights, direct[index], rings.views[index])

@@ -10,6 +10,8 @@ from vllm_dwdp.planner.cost import CostModel, Step
 from vllm_dwdp.planner.simulate import default_pulls, dwdp_step, lockstep
 
 NUM_STEPS = 400
+SLICE_MIB = 2.0
+"""As TensorRT-LLM slices, whose figures these are."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def saturated_gain(
 ) -> float:
     """Tokens per second and GPU of DWDP over DEP."""
     dice, count = random.Random(0), prompts_per_step(lengths, max_tokens)
-    pulls = pulls or default_pulls(dwdp)
+    pulls = pulls or default_pulls(dwdp, SLICE_MIB)
     lockstep_s = independent_s = 0.0
     for _ in range(NUM_STEPS):
         steps = draw_steps(lengths, count, dep.group_size, variation, dice)

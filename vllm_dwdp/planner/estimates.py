@@ -95,6 +95,13 @@ def memory_bytes(model: CostModel) -> RankMemory:
     return RankMemory(experts, slots, dense, usable - (experts + slots + dense))
 
 
+def mtp_bytes(model: CostModel) -> float:
+    """Return what layers that draft take besides: experts, and a ring of their own; 0 without any."""
+    layers = model.shape.num_mtp_layers
+    experts = layers * model.resident_experts * model.shape.expert_bytes
+    return experts + ring_slots(layers) * model.remote_bytes
+
+
 def replica_kv_bytes(model: CostModel) -> float:
     """Return what a full copy of the weights leaves for the KV cache; negative if it does not fit."""
     usable = USABLE_MEMORY * model.hardware.memory_gb * 1e9
@@ -276,6 +283,11 @@ def assumptions(model: CostModel) -> list[str]:
         "rank where its skew is named.",
         f"vLLM uses {100 * USABLE_MEMORY:.0f} % of the memory.",
     ]
+    if model.hardware.num_gpus > 1:
+        said.append(
+            f"The {model.hardware.num_gpus} GPUs of a rank divide all that it does evenly, and their "
+            "all-reduces take no time, with DWDP as with expert parallelism."
+        )
     if dequantised:
         said.append(
             f"Experts in {dequantised[0].bits:.4g} bits are dequantised in their kernel on "

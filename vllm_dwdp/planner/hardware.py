@@ -15,7 +15,7 @@ BUILT_IN = Path(__file__).with_name("hardware.toml")
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """One accelerator, at its dense peaks.
+    """One accelerator, or several as one, at its dense peaks.
 
     Args:
         name: as in the table.
@@ -25,6 +25,7 @@ class Hardware:
         link_gbps: to peers, one direction, 1e9 bytes per second.
         source: `data sheet`, or how these peaks were measured.
         measured: names and values of `Efficiency` that were measured too.
+        num_gpus: accelerators that are counted as one.
     """
 
     name: str
@@ -36,6 +37,14 @@ class Hardware:
     link_gbps: float
     source: str = "data sheet"
     measured: tuple[tuple[str, float], ...] = ()
+    num_gpus: int = 1
+
+    def times(self, count: int) -> "Hardware":
+        """Count several accelerators as one: the GPUs of a rank, which divide all that it does."""
+        if count == 1:
+            return self
+        peaks = {name: count * getattr(self, name) for name in _PEAKS}
+        return replace(self, name=f"{count} x {self.name}", num_gpus=count, **peaks)
 
     @property
     def efficiency(self) -> "Efficiency":
@@ -54,6 +63,12 @@ class Hardware:
         if product_bits == 4:
             return self.fp4_tflops * 1e12
         return (self.fp8_tflops if product_bits == 8 else self.bf16_tflops) * 1e12
+
+
+_PEAKS = (
+    *("bf16_tflops", "fp8_tflops", "fp4_tflops"),
+    *("memory_gb", "memory_gbps", "link_gbps"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +176,7 @@ def _read(path: Path) -> dict[str, Hardware]:
 
 def _entry(path: Path, name: str, entry: Any) -> Hardware:
     optional = {"source", "efficiency"}
-    wanted = {field.name for field in fields(Hardware)} - {"name", "source", "measured"}
+    wanted = set(_PEAKS)
     if not isinstance(entry, dict) or set(entry) - optional != wanted:
         raise DwdpConfigError(
             f"--hardware {path}: entry {name!r} must have exactly {', '.join(sorted(wanted))}, and may "
@@ -173,6 +188,9 @@ def _entry(path: Path, name: str, entry: Any) -> Hardware:
             f"--hardware {path}: {name}.efficiency may have {', '.join(MEASURABLE)} and nothing else."
         )
     where = f"--hardware {path}: {name}"
+    peaks: dict[str, Any] = {
+        key: _peak(f"{where}.{key}", key, entry[key]) for key in sorted(wanted)
+    }
     return Hardware(
         name=name.lower(),
         source=str(entry.get("source", "data sheet")),
@@ -180,7 +198,7 @@ def _entry(path: Path, name: str, entry: Any) -> Hardware:
             (key, _reached(f"{where}.efficiency.{key}", key, value))
             for key, value in reached.items()
         ),
-        **{key: _peak(f"{where}.{key}", key, entry[key]) for key in sorted(wanted)},
+        **peaks,
     )
 
 

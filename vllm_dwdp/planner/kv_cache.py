@@ -115,11 +115,15 @@ class KvCache:
         return (keys + 2 * self.state_bytes) / len(self.layers)
 
 
-def kv_cache(fields: ConfigFields, num_layers: int, kv_bits: float) -> KvCache:
+def kv_cache(
+    fields: ConfigFields, num_layers: int, kv_bits: float, tensor_parallel_size: int = 1
+) -> KvCache:
     """Read what every layer keeps.
 
     Args:
         kv_bits: of an element of keys and values.
+        tensor_parallel_size: GPUs of a rank, together. They divide the heads of keys and values, and
+            repeat them where they are fewer; each keeps all of a latent.
 
     Raises:
         DwdpConfigError: what a layer keeps is unknown here.
@@ -131,34 +135,41 @@ def kv_cache(fields: ConfigFields, num_layers: int, kv_bits: float) -> KvCache:
         )
     own_until = num_layers - fields.first("num_kv_shared_layers", default=0)
     kinds = layer_kinds(fields, num_layers)[:own_until]
-    layers = [_layer_cache(fields, kind, layer, num_layers) for layer, kind in enumerate(kinds)]
+    layers = [
+        _layer_cache(fields, kind, layer, num_layers, tensor_parallel_size)
+        for layer, kind in enumerate(kinds)
+    ]
     shared = [LayerCache()] * (num_layers - len(layers))
     return KvCache((*layers, *shared), kv_bits)
 
 
-def _layer_cache(fields: ConfigFields, kind: LayerKind, layer: int, num_layers: int) -> LayerCache:
+def _layer_cache(
+    fields: ConfigFields, kind: LayerKind, layer: int, num_layers: int, num_gpus: int
+) -> LayerCache:
     if kind is LayerKind.NONE:
         return LayerCache()
     if kind is LayerKind.STATE:
         return LayerCache(state=layer_state(fields))
     window = narrow_size(fields, kind)
     return LayerCache(
-        elements=_elements(fields, kind, layer, num_layers),
-        index_bytes=_index_bytes(fields, layer, num_layers),
+        elements=_elements(fields, kind, layer, num_layers, num_gpus),
+        index_bytes=num_gpus * _index_bytes(fields, layer, num_layers),
         window=window,
         is_chunk=kind is LayerKind.CHUNK and bool(window),
     )
 
 
-def _elements(fields: ConfigFields, kind: LayerKind, layer: int, num_layers: int) -> int:
-    """Count what a layer of attention keeps of a token."""
+def _elements(
+    fields: ConfigFields, kind: LayerKind, layer: int, num_layers: int, num_gpus: int
+) -> int:
+    """Count what a layer of attention keeps of a token, on all GPUs of a rank."""
     if fields.config.get("kv_lora_rank") is not None:
         latent = fields.first("kv_lora_rank") + fields.first("qk_rope_head_dim", low=0)
-        return latent * fields.attentions_per_layer
+        return num_gpus * latent * fields.attentions_per_layer
     own = _own_fields(fields, layer, num_layers)
     heads_names, size_names, value_names = KV_FIELDS.get(kind, ((), (), ()))
     num_heads = fields.first("num_attention_heads")
-    heads = own.first(*heads_names, *KV_HEADS, default=num_heads, low=1)
+    heads = max(num_gpus, own.first(*heads_names, *KV_HEADS, default=num_heads, low=1))
     derived = max(1, fields.first("hidden_size") // num_heads)
     size = own.first(*size_names, "head_dim", default=derived, low=1)
     return heads * (size + own.first(*value_names, "v_head_dim", default=size, low=1))

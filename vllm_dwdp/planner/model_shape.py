@@ -25,6 +25,7 @@ class ModelShape:
         name: architecture.
         num_layers: all of them.
         moe_layers: those with routed experts, ascending.
+        num_mtp_layers: further layers with experts, which run only to draft tokens.
         num_experts, experts_per_token: of an MoE layer.
         expert_params: of one routed expert.
         shared_params: of the shared experts of a layer.
@@ -56,6 +57,7 @@ class ModelShape:
     shared_precision: Precision = _UNQUANTISED
     dense_mlp_precision: Precision = _UNQUANTISED
     attention_precision: Precision = _UNQUANTISED
+    num_mtp_layers: int = 0
 
     @property
     def num_moe_layers(self) -> int:
@@ -146,6 +148,7 @@ def shape_of(
     expert_dtype: str | None = None,
     kv_dtype: str | None = None,
     dense_dtype: str | None = None,
+    tensor_parallel_size: int = 1,
 ) -> ModelShape:
     """Read the shape of a model, whatever its family calls its fields.
 
@@ -153,6 +156,7 @@ def shape_of(
         config: of the text model.
         expert_dtype, kv_dtype, dense_dtype: override what `quantization_config` says of the routed
             experts, of the KV cache, and of all other linear weights; keys of `FORMATS`.
+        tensor_parallel_size: GPUs of a rank, which its KV cache depends on.
 
     Raises:
         DwdpConfigError: the config describes no routed experts, or a field is missing or wrong.
@@ -175,7 +179,8 @@ def shape_of(
     )
     kv_type = _override("--kv-dtype", kv_dtype)
     without_experts = sorted(set(range(num_layers)) - set(with_experts))
-    cache = kv_cache(fields, num_layers, kv_type.bits if kv_type else quantisation.kv_bits)
+    kv_bits = kv_type.bits if kv_type else quantisation.kv_bits
+    cache = kv_cache(fields, num_layers, kv_bits, tensor_parallel_size)
     return ModelShape(
         name=fields.architecture,
         num_layers=num_layers,
@@ -196,6 +201,7 @@ def shape_of(
         shared_precision=dense or quantisation.precision("shared", with_experts),
         dense_mlp_precision=dense or quantisation.precision("dense", without_experts),
         attention_precision=dense or quantisation.precision("attention", range(num_layers)),
+        num_mtp_layers=fields.first("num_nextn_predict_layers", default=0),
     )
 
 

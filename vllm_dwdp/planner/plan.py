@@ -17,6 +17,7 @@ from vllm_dwdp.planner.estimates import (
     direct_crossover,
     kv_tokens,
     memory_bytes,
+    mtp_bytes,
     parts,
     redundancy,
     replica_fits,
@@ -96,12 +97,19 @@ def _memory(model: CostModel, traffic: Traffic) -> list[Figure]:
         _figure(topic, "resident experts", sizes.experts / 1e9, "GB", "config"),
         _figure(topic, "prefetch slots", sizes.slots / 1e9, "GB", "config"),
         _figure(topic, "dense weights", sizes.dense / 1e9, "GB", "config"),
+        *_drafting(topic, model),
         _figure(topic, "KV cache", sizes.kv_cache / 1e9, "GB", "spec"),
         *_per_sequence(topic, model.shape.kv_cache),
         _figure(topic, "tokens that fit the KV cache", kv_tokens(model, context), "tokens", "spec"),
         _figure(topic, "weights of a full replica", weights / 1e9, "GB", "config"),
         _figure(topic, "KV cache of a full replica", replica_kv_bytes(model) / 1e9, "GB", "spec"),
     ]  # fmt: skip
+
+
+def _drafting(topic: str, model: CostModel) -> Iterator[Figure]:
+    if drafting := mtp_bytes(model):
+        what = "experts and slots of its MTP layers, if they draft"
+        yield _figure(topic, what, drafting / 1e9, "GB", "config")
 
 
 def _per_sequence(topic: str, cache: KvCache) -> Iterator[Figure]:
@@ -217,9 +225,11 @@ def kv_shortage(model: CostModel, context_tokens: int, num_sequences: int) -> It
 
 def _about_memory(model: CostModel) -> Iterator[str]:
     yield from lacking_memory(model)
+    num_gpus = model.hardware.num_gpus
+    where = "one accelerator" if num_gpus == 1 else f"the {num_gpus} GPUs of a rank"
     if replica_fits(model):
         yield (
-            "A full replica fits one accelerator: plain data parallelism (dwdp mode 'replica') is "
+            f"A full replica fits {where}: plain data parallelism (dwdp mode 'replica') is "
             "faster. DWDP pays off here only if room for the KV cache is the point: "
             f"{memory_bytes(model).kv_cache / 1e9:.0f} GB instead of "
             f"{replica_kv_bytes(model) / 1e9:.0f} GB per rank."

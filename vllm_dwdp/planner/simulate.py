@@ -22,8 +22,8 @@ from vllm_dwdp.planner.contention import PullOrder, Pulls, contended_layer, fine
 from vllm_dwdp.planner.cost import CostModel, Step
 from vllm_dwdp.planner.traffic import Request
 
-SLICE_MIB = 2.0
-"""As TensorRT-LLM slices. On GPUs the runtime cuts larger slices (`device.cuda_queue`)."""
+SLICE_MIB = 32.0
+"""As the runtime cuts copies on GPUs (`device.cuda_queue`)."""
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

@@ -29,7 +29,7 @@ class RingCounters:
         late_layers: waits that had to sleep.
         fills: layers fetched.
         first_fills: of these, into slots that held nothing.
-        heals: of these, in place of another layer that a forward out of step had left behind.
+        repairs: of these, in place of another layer that a forward out of step had left behind.
     """
 
     fetched_bytes: dict[int, int]
@@ -37,7 +37,7 @@ class RingCounters:
     late_layers: int
     fills: int
     first_fills: int
-    heals: int
+    repairs: int
 
 
 class Ring:
@@ -65,7 +65,7 @@ class Ring:
         self._peer_bytes = peer_bytes
         self._num_fills = [0] * len(batches)
         self._wait_seconds = 0.0
-        self._late_layers = self._first_fills = self._heals = 0
+        self._late_layers = self._first_fills = self._repairs = 0
 
     def slot(self, layer_index: int) -> int:
         """Return the slot that the layer uses."""
@@ -99,8 +99,9 @@ class Ring:
         """Note a launched graph that made `fills` itself and consumed these layers last, in order."""
         for layer in fills:
             self._num_fills[layer] += 1
-        for layer in consumed:
+        for layer in consumed:  # all before the first record, whose fill may fail
             self._schedule.graph_left(layer)
+        for layer in consumed:
             self.record(layer)
 
     def synchronize(self) -> None:
@@ -128,7 +129,7 @@ class Ring:
             late_layers=self._late_layers,
             fills=sum(self._num_fills),
             first_fills=self._first_fills,
-            heals=self._heals,
+            repairs=self._repairs,
         )
 
     def _await(self, layer: int) -> None:
@@ -138,14 +139,20 @@ class Ring:
             self._late_layers += 1
 
     def _fill(self, fills: Sequence[Fill]) -> None:
-        """Issue the copies of these layers, each behind whatever still uses its slot."""
+        """Issue the copies of these layers, each behind whatever still uses its slot.
+
+        Raises:
+            TransferError: the device refused copies. A later forward fetches that layer again.
+        """
         for fill in fills:
             after = None if fill.after is None else self.batches[fill.after]
-            if fill.is_heal:
+            if fill.is_repair:
                 assert after is not None
                 self._queue.wait(after)
                 self._queue.record(after)
-            self._heals += fill.is_heal
+            self._schedule.begin_fill(fill)
+            self._queue.issue(self.batches[fill.layer], after)
+            self._schedule.end_fill(fill)
+            self._repairs += fill.is_repair
             self._first_fills += fill.after is None
             self._num_fills[fill.layer] += 1
-            self._queue.issue(self.batches[fill.layer], after)

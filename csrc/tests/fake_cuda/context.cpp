@@ -199,13 +199,6 @@ FAKE_API Result cuDeviceGetName(char* name, int num_bytes, int) {
   return kSuccess;
 }
 
-FAKE_API Result cuDeviceCanAccessPeer(int* can_access, int device, int peer) {
-  return api([&](Lock&) {
-    require(device < settings().num_devices && peer < settings().num_devices, kInvalidDevice);
-    *can_access = device != peer ? 1 : 0;
-  });
-}
-
 FAKE_API Result cuDevicePrimaryCtxRetain(void** context, int device) {
   return api([&](Lock&) {
     require(initialized, kNotInitialized);

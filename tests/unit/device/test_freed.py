@@ -64,9 +64,9 @@ def test_it_waits_until_there_is_enough(clock: Clock, lines: Any) -> None:
     wait_until_freed(Freeing(1, 1, 2, 2, 9.5), 9 * GIB, 1)
     assert clock.now == 4 * freed.POLL_S
     assert lines() == [
-        "DWDP rank 1 waits for memory of its device, which a process that died may still hold: "
+        "DWDP rank 1 waits for memory of its device, which a dead process may still hold: "
         "1.00 GiB free, 9.00 GiB needed. GPU:0; process 77 uses 300.000 MB GPU memory",
-        "DWDP rank 1 goes on after 1.0 s: 9.50 GiB free",
+        "DWDP rank 1 waited 1.0 s for memory of its device: 9.50 GiB free",
     ]
 
 
@@ -74,8 +74,8 @@ def test_what_stays_taken_is_not_waited_for_long(clock: Clock, lines: Any) -> No
     wait_until_freed(Freeing(1, 2), 9 * GIB, 1)
     assert freed.STEADY_S <= clock.now <= freed.STEADY_S + 2 * freed.POLL_S
     assert lines()[-1] == (
-        f"DWDP rank 1 goes on after {clock.now:.1f} s: 2.00 GiB free, 9.00 GiB needed. "
-        "GPU:0; process 77 uses 300.000 MB GPU memory"
+        f"DWDP rank 1 waited {clock.now:.1f} s for memory of its device: 2.00 GiB free, "
+        "9.00 GiB needed. GPU:0; process 77 uses 300.000 MB GPU memory"
     )
 
 

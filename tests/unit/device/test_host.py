@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_dwdp.device import host, limits
+from vllm_dwdp.device import host, limits, pages
 from vllm_dwdp.device.base import Handles, Segment
 from vllm_dwdp.errors import DwdpMemoryError
 from vllm_dwdp.layout.composite import ByteRange
@@ -90,7 +90,7 @@ def test_a_composite_shows_pages_of_several_files_as_one_range() -> None:
         Segment(span=ByteRange(PAGE, 2 * PAGE), backing=second, offset=0),
         Segment(span=ByteRange(2 * PAGE, 3 * PAGE), backing=first, offset=0),
     ]
-    composite = host.map_composite(segments, 3 * PAGE)
+    composite = pages.map_composite(segments, 3 * PAGE)
     assert ctypes.string_at(composite.address, 3 * PAGE) == b"1" * PAGE + b"2" * PAGE + b"1" * PAGE
     first.close()
     second.close()
@@ -108,7 +108,7 @@ def test_a_composite_that_cannot_be_finished_is_given_back() -> None:
         Segment(span=ByteRange(PAGE, 2 * PAGE), backing=SimpleNamespace(fd=-1), offset=0),
     ]
     with pytest.raises(DwdpMemoryError, match=r"mmap of .* failed: Bad file descriptor"):
-        host.map_composite(segments, 2 * PAGE)
+        pages.map_composite(segments, 2 * PAGE)
     assert mappings() == before[1] + 1, "only the shard itself"
     shard.close()
     assert (open_files(), mappings()) == before
@@ -165,7 +165,7 @@ def test_slots_are_private_and_given_back() -> None:
     slots = host.HostSlots(2 * PAGE)
     span = ByteRange(0, PAGE)
     segment = Segment(span=span, backing=slots, offset=PAGE, writable=True)
-    composite = host.map_composite([segment], PAGE)
+    composite = pages.map_composite([segment], PAGE)
     ctypes.memset(composite.address + 8, 9, 1)
     assert os.pread(slots.fd, 1, PAGE + 8) == b"\x09"
     slots.close()
@@ -191,7 +191,7 @@ def test_too_few_open_files_names_the_limit(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_proportional_memory_counts_a_shared_page_once() -> None:
     shard = shard_with(b"x" * (64 * PAGE))
-    views = [host.map_pages(shard.fd, 0, 64 * PAGE, writable=False) for _ in range(4)]
+    views = [pages.map_pages(shard.fd, 0, 64 * PAGE, writable=False) for _ in range(4)]
     for view in views:
         ctypes.string_at(view.address, 64 * PAGE)
     before = limits.proportional_set_bytes()

@@ -103,7 +103,7 @@ BAD_HANDLES = {
     "miscounted": [(messages.Handles(100, ()), 100), (messages.Handles(100, ()), 99)],
     "too many": [(messages.Handles(250, ()), 250)] * 2
     + [(messages.Handles(101, FABRIC[:750] * 2), 101)],
-    "hung up": [(messages.Handles(250, ()), 250)],
+    "cut short": [(messages.Handles(250, ()), 250)],
 }
 
 

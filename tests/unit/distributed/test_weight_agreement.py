@@ -213,7 +213,7 @@ def test_a_rank_that_gives_up_after_others_saw_it_pause_serves_on_and_so_do_they
         assert all(rank.weights.is_under_way for rank in ranks.ranks)
         weights._go_to(1, Step.WITHDRAWN)
         for other in others:
-            with pytest.raises(WeightUpdateError, match="not begun: rank 1 of group 0 gave it up"):
+            with pytest.raises(WeightUpdateError, match="not begun: rank 1 of group 0 withdrew"):
                 other.result(timeout=TIMEOUT_S)
         assert ranks.serving == {0, 1, 2} and not ranks.wrote
         assert not any(rank.weights.refusal for rank in ranks.ranks)

@@ -58,7 +58,7 @@ def test_a_driver_without_a_device_is_no_gpu(
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     with caplog.at_level(logging.WARNING):
         assert gpus.count_gpus() == 0
-    assert "(Driver Not Loaded): no rank is given a GPU" in caplog.text
+    assert "no rank a GPU: the NVIDIA driver does not answer (Driver Not Loaded)" in caplog.text
     assert fake.calls == calls
 
 

@@ -921,30 +921,30 @@ def test_what_a_dead_child_left_behind_is_removed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "doing", "hopeless_after"),
+    ("code", "doing", "given_up_after"),
     [
         ("raise SystemExit(0)", "", 1),
         ("raise SystemExit(1)", "waits for ranks [1]", 3),
         ("import os; os.kill(os.getpid(), 9)", "", 3),
     ],
 )
-def test_when_a_child_is_hopeless(
-    code: str, doing: str, hopeless_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_when_a_child_is_given_up(
+    code: str, doing: str, given_up_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who waited for a peer and gave up has no wrong settings: it is started again."""
     monkeypatch.setattr(child, "FIRST_BACKOFF_S", 0.01)
     waits = f"while ! test -e {tmp_path}/go; do sleep 0.01; done"
     ends = shlex.join([*PYTHON, "-c", code])
     never = made_child(tmp_path / "log", "sh", "-c", f"{waits}; exec {ends}", doing=doing)
-    while not never.is_hopeless:
+    while not never.is_given_up:
         never.poll()
         if never.state == "starting" and never.doing == doing:
             (tmp_path / "go").touch()
         time.sleep(0.005)
-    assert never.num_restarts == hopeless_after
+    assert never.num_restarts == given_up_after
 
 
-def test_a_child_that_served_once_is_never_hopeless(
+def test_a_child_that_served_once_is_never_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(child, "FIRST_BACKOFF_S", 0.01)
@@ -955,12 +955,12 @@ def test_a_child_that_served_once_is_never_hopeless(
     while served.num_restarts < 4:
         served.poll()
         time.sleep(0.005)
-    assert not served.is_hopeless
+    assert not served.is_given_up
 
 
 def test_only_what_this_life_wrote_is_its_failure(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    log.write_text("ValueError: of an earlier life\n")
+    log.write_text("ValueError: of an earlier start\n")
     silent = made_child(log, "true")
     poll_until(silent, "starting")
     poll_until(silent, "ended")

@@ -16,14 +16,14 @@ def view(value: float = float("nan")) -> LayerView:
 
 
 def test_the_same_bytes_pass_whatever_they_mean() -> None:
-    check_views(view(), view())
+    check_views("layers.3", ["w2_weight"], view(), view())
 
 
 def test_one_differing_byte_is_refused() -> None:
     other = view()
     other.tensors["w2_weight"].view(torch.uint8)[3, 7] ^= 1
-    with pytest.raises(TransferError, match="tensor 0 of a layer reads differently through copies"):
-        check_views(view(), other)
+    with pytest.raises(TransferError, match="layers.3: w2_weight reads differently through"):
+        check_views("layers.3", ["w2_weight"], view(), other)
 
 
 def test_every_byte_that_is_timed_is_pulled_once() -> None:

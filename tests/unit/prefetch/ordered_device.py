@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from vllm_dwdp.device.queue import Waves
+from vllm_dwdp.errors import TransferError
 from vllm_dwdp.prefetch.captured_ring import CapturedRing, RingGraph
 from vllm_dwdp.prefetch.ring import Ring
 
@@ -30,6 +31,8 @@ class Node:
 
 
 COMPUTE, COPY = 0, 1
+TORN = -1
+"""In place of a batch: some of its copies were enqueued, and then the driver refused one."""
 
 
 @dataclass
@@ -58,6 +61,8 @@ class OrderedDevice:
         self.known = [0] * (2 + 2 * self.num_batches)
         self.marks: dict[int, set[int]] = {}
         self.front: set[int] = set()
+        self.fails_in = 0
+        """From now on so many fills: that one fails after some of its copies; 0: none does."""
         self._num_added = 0
 
     def ready(self, batch: int) -> int:
@@ -120,10 +125,15 @@ class OrderedDevice:
                 )
             self.known[COPY] |= recorded
         after_copies = self.write(batch, self.known[COPY], [])
-        self.known[COPY] = self.known[self.ready(batch)] = after_copies
+        self.known[COPY] = after_copies
+        self.fails_in -= 1
+        if self.fails_in == 0:
+            self.holds[slot] = TORN
+            raise TransferError("a copy was refused")
+        self.known[self.ready(batch)] = after_copies
 
     def wait(self, batch: int) -> float:
-        if self.holds[batch % self.num_slots] != batch:
+        if self.holds[batch % self.num_slots] not in (batch, TORN):  # kernels must not read that
             raise Broken(f"a wait for layer {batch} is enqueued before its fill")
         self.known[COMPUTE] |= self.known[self.ready(batch)]
         return 0.0

@@ -42,10 +42,10 @@ def test_a_full_graph_fetches_its_own_layers_and_the_host_only_wraps_around(
     _, graph = model.graphs[whole]
     assert graph.needs == list(range(min(NUM_SLOTS, num_layers)))
     assert graph.fills == list(range(NUM_SLOTS, num_layers))
-    heals, fills = model.eager.counters().heals, model.eager.counters().fills
+    repairs, fills = model.eager.counters().repairs, model.eager.counters().fills
     for _ in range(3):
         model.piece(whole)
-    assert model.eager.counters().heals == heals, "the wrap-around was missing"
+    assert model.eager.counters().repairs == repairs, "the wrap-around was missing"
     sharing = [len(range(slot, num_layers, NUM_SLOTS)) for slot in range(NUM_SLOTS)]
     per_step = sum(count for count in sharing if count > 1)
     assert model.eager.counters().fills - fills == 3 * per_step
@@ -60,4 +60,4 @@ def test_in_piecewise_graphs_the_host_fetches_everything_and_no_piece_joins_a_co
         assert not graph.fills
         assert [node.kind for node in nodes] == ["read"]
     counters = model.eager.counters()
-    assert (counters.heals, counters.first_fills) == (0, NUM_SLOTS)
+    assert (counters.repairs, counters.first_fills) == (0, NUM_SLOTS)

@@ -3,8 +3,9 @@
 The state of a ring and of what its device knows is finite (`ordered_device`), so forwards of any number
 and kind are covered for rings of one to five layers on one and two slots: eager layers and graphs of any
 cut in any mixture, graphs whose capture failed or that were awaited and not launched, layers that are
-skipped, and forwards that are cut short before or after any wait, kernel or record. The host is ahead by
-any number of steps, because nothing here depends on how far the device has got.
+skipped, forwards that are cut short before or after any wait, kernel or record, and fills that the
+driver refuses in their middle. The host is ahead by any number of steps, because nothing here depends
+on how far the device has got.
 
 Rings that are broken on purpose show that the walk finds what it is for.
 """
@@ -15,11 +16,13 @@ from dataclasses import dataclass
 import pytest
 
 from tests.unit.prefetch.ordered_device import Broken, Model, OrderedDevice
+from vllm_dwdp.errors import TransferError
 from vllm_dwdp.prefetch.captured_ring import CapturedRing, RingGraph
 from vllm_dwdp.prefetch.ring import Ring
 
-Action = tuple[str, int, int]
-"""What the host does, with the layer, and for a graph the layer behind its last one."""
+Action = tuple[str, int, int, int]
+"""What the host does, with the layer, for a graph the layer behind its last one, and which of the fills
+that it leads to fails; 0 if none does."""
 IDLE, WAITED, RAN = "idle", "waited", "ran"
 
 
@@ -28,7 +31,7 @@ class State:
     """Between two actions of the host.
 
     Args:
-        holds: what the schedule believes of each slot.
+        schedule: what it believes of each slot.
         written: what was written last in each.
         is_read: whether it was read since.
         known: what the device has ordered.
@@ -36,7 +39,7 @@ class State:
         phase: of that layer.
     """
 
-    holds: tuple[int | None, ...]
+    schedule: tuple[tuple[int | None, int | None], ...]
     written: tuple[int | None, ...]
     is_read: tuple[bool, ...]
     known: tuple[int, ...]
@@ -48,7 +51,7 @@ class State:
         """Return the state of a model."""
         device = model.device
         return cls(
-            model.eager._schedule.holds,
+            model.eager._schedule.state,
             tuple(device.holds),
             tuple(device.is_read),
             tuple(device.known),
@@ -58,7 +61,7 @@ class State:
 
     def put_into(self, model: Model) -> None:
         """Bring a model back to it."""
-        model.eager._schedule._holds[:] = self.holds
+        model.eager._schedule.state = self.schedule
         model.device.holds[:] = self.written
         model.device.is_read[:] = self.is_read
         model.device.known[:] = self.known
@@ -67,23 +70,34 @@ class State:
 def actions(state: State, num_layers: int) -> Iterator[Action]:
     """All that may come next. Any forward may end here, and the next begin, with its hook or without."""
     layer = state.layer
-    yield "begin", 0, 0
-    yield "cut short", 0, 0
+    yield "cut short", 0, 0, 0
+    for fails_in in range(3):
+        yield "begin", 0, 0, fails_in
+        if state.phase == RAN:
+            yield "record", layer, 0, fails_in
+        elif state.phase == IDLE and layer < num_layers:
+            yield "wait", layer, 0, fails_in
+            for stop in range(layer + 1, num_layers + 1):
+                yield "graph", layer, stop, fails_in
+                yield "await a graph", layer, stop, fails_in
     if state.phase == WAITED:
-        yield "kernels", layer, 0
-    elif state.phase == RAN:
-        yield "record", layer, 0
-    elif layer < num_layers:
-        yield "wait", layer, 0
-        yield "skip", layer, 0
-        for stop in range(layer + 1, num_layers + 1):
-            yield "graph", layer, stop
-            yield "await a graph", layer, stop
+        yield "kernels", layer, 0, 0
+    elif state.phase == IDLE and layer < num_layers:
+        yield "skip", layer, 0, 0
 
 
 def act(model: Model, action: Action) -> tuple[int, str]:
-    """Do it; the layer that comes next and its phase."""
-    name, layer, stop = action
+    """Do it; the layer that comes next and its phase. A fill that fails ends the forward."""
+    name, layer, stop, model.device.fails_in = action
+    try:
+        return act_out(model, name, layer, stop)
+    except TransferError:
+        return 0, IDLE
+    finally:
+        model.device.fails_in = 0
+
+
+def act_out(model: Model, name: str, layer: int, stop: int) -> tuple[int, str]:
     match name:
         case "begin":
             model.ring.begin_forward()
@@ -221,13 +235,24 @@ class WaitBeforeFill(Ring):
         self._fill(self._schedule.fills_at_wait(layer_index))
 
 
-class HealWithoutRecord(Ring):
-    """A heal trusts the last record of the layer that a forward left behind."""
+class RepairWithoutRecord(Ring):
+    """A repair trusts the last record of the layer that a forward left behind."""
 
     def _fill(self, fills):  # type: ignore[no-untyped-def]
         for fill in fills:
             after = None if fill.after is None else self.batches[fill.after]
+            self._schedule.begin_fill(fill)
             self._queue.issue(self.batches[fill.layer], after)
+            self._schedule.end_fill(fill)
+
+
+class EarlyNote(Ring):
+    """A fill counts as made before its copies are enqueued."""
+
+    def _fill(self, fills):  # type: ignore[no-untyped-def]
+        for fill in fills:
+            self._schedule.end_fill(fill)
+        super()._fill(fills)
 
 
 class RefillBeforeLaunch(CapturedRing):
@@ -257,7 +282,8 @@ BROKEN = [
     (Model(3, device=LateJoin), "does not wait for its copies"),
     (Model(3, ring=FillBeforeRecord), "enqueued before the record"),
     (Model(3, ring=WaitBeforeFill), "is enqueued before its fill"),
-    (Model(3, ring=HealWithoutRecord), "enqueued before the record"),
+    (Model(3, ring=RepairWithoutRecord), "enqueued before the record"),
+    (Model(3, ring=EarlyNote), "reads layer -1|is enqueued before its fill"),
     (Model(3, captured_ring=RefillBeforeLaunch), "enqueued before the record|reads layer"),
     (Model(3, captured_ring=ForgottenGraph), "is enqueued before its fill"),
 ]

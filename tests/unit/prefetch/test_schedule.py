@@ -117,20 +117,20 @@ def test_any_sequence_of_whole_cut_and_skipping_forwards_is_safe_and_makes_progr
 
 
 @given(num_layers=st.integers(1, 64), seed=st.integers(0, 2**32), num_forwards=st.integers(2, 5))
-def test_in_the_steady_state_each_layer_is_filled_once_a_forward_and_nothing_heals(
+def test_in_the_steady_state_each_layer_is_filled_once_a_forward_and_nothing_repairs(
     num_layers: int, seed: int, num_forwards: int
 ) -> None:
     ring, queue = make(num_layers, seed)
     forward(ring, queue, range(num_layers), begin=True)
     queue.drain()
-    assert ring.counters().heals == 0, "a healthy start heals nothing"
+    assert ring.counters().repairs == 0, "a healthy start repairs nothing"
     assert ring.counters().first_fills == min(NUM_SLOTS, num_layers)
     fills = queue.num_fills
     for _ in range(num_forwards):
         forward(ring, queue, range(num_layers), begin=True)
     sharing = [len(range(slot, num_layers, NUM_SLOTS)) for slot in range(NUM_SLOTS)]
     per_forward = sum(count for count in sharing if count > 1)  # alone in its slot: it stays
-    assert ring.counters().heals == 0
+    assert ring.counters().repairs == 0
     assert queue.num_fills - fills == num_forwards * per_forward
 
 
@@ -159,5 +159,5 @@ def test_a_forward_out_of_step_heals_and_a_first_fill_is_no_heal() -> None:
     forward(ring, queue, range(3), begin=True)  # cut short: the slots expect layers 3 and 4
     forward(ring, queue, range(5), begin=True)
     counters = ring.counters()
-    assert (counters.first_fills, counters.heals) == (2, 2)
+    assert (counters.first_fills, counters.repairs) == (2, 2)
     assert counters.fills == queue.num_fills

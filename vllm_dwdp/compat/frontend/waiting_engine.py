@@ -107,7 +107,11 @@ def in_place(starting: Any) -> Iterator[None]:
         yield
         return
     if changed := read_differently(engine.loaded_with, os.environ):
-        logger.info("DWDP starts its engine anew, for which these differ: %s", ", ".join(changed))
+        logger.info(
+            "DWDP starts a new engine process, not the one that was forked early, because these "
+            "variables have changed since: %s",
+            ", ".join(changed),
+        )
         engine.dismiss()
         yield
         return

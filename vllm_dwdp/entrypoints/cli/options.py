@@ -48,6 +48,7 @@ def cost_model(
     dtypes: Dtypes,
     hardware: Path | None,
     experts_per_rank: int = 0,
+    tensor_parallel_size: int = 1,
 ) -> CostModel:
     """Build the cost model that the options describe.
 
@@ -57,8 +58,13 @@ def cost_model(
     if model is None:
         raise DwdpConfigError("--model is missing: give a model folder or its config.json.")
     whole("--ranks", ranks, 2)
+    whole("--tensor-parallel-size", tensor_parallel_size, 1)
     shape = shape_of(
-        read_config(model), dtypes.experts or None, dtypes.kv_cache or None, dtypes.dense or None
+        read_config(model),
+        dtypes.experts or None,
+        dtypes.kv_cache or None,
+        dtypes.dense or None,
+        tensor_parallel_size,
     )
     even = -(-shape.num_experts // ranks)
     if experts_per_rank:
@@ -66,7 +72,7 @@ def cost_model(
     found = find_hardware(gpu, hardware)
     return CostModel(
         shape=shape,
-        hardware=found,
+        hardware=found.times(tensor_parallel_size),
         efficiency=found.efficiency,
         group_size=ranks,
         extra_experts=max(0, experts_per_rank - even),

@@ -19,6 +19,7 @@ from vllm_dwdp.entrypoints.cli.options import (
 from vllm_dwdp.entrypoints.pictures.draw import PngFile
 from vllm_dwdp.entrypoints.pictures.planner import plan_pictures
 from vllm_dwdp.entrypoints.tables import figure, print_json, say, show
+from vllm_dwdp.errors import DwdpConfigError
 from vllm_dwdp.planner.disaggregated import DECODE_GPUS
 from vllm_dwdp.planner.disaggregated_plan import DecodeServers, Feeding, plan_feeding
 from vllm_dwdp.planner.plan import Figure, make_plan
@@ -29,6 +30,7 @@ def plan(
     model: Model = None,
     gpu: Gpu = "gb200",
     ranks: Annotated[int, typer.Option(help="Ranks that share one copy.")] = 4,
+    tensor_parallel_size: Annotated[int, typer.Option(help="GPUs of a rank.")] = 1,
     input_tokens: Annotated[int, typer.Option(help="Per request.")] = 8192,
     output_tokens: Annotated[int, typer.Option(help="Per request.")] = 1024,
     variation: Annotated[
@@ -69,7 +71,12 @@ def plan(
     """
     picture = PngFile(png)
     dtypes = Dtypes(experts=expert_dtype, dense=dense_dtype, kv_cache=kv_dtype)
-    cost = cost_model(model, gpu, ranks, dtypes, hardware, experts_per_rank)
+    cost = cost_model(model, gpu, ranks, dtypes, hardware, experts_per_rank, tensor_parallel_size)
+    if decode_servers and tensor_parallel_size > 1:
+        raise DwdpConfigError(
+            "--decode-servers plans with ranks of one GPU each, and --tensor-parallel-size is "
+            f"{tensor_parallel_size}. Leave one of them out."
+        )
     traffic = Traffic(
         input_tokens=input_tokens,
         output_tokens=output_tokens,
@@ -93,7 +100,7 @@ def plan(
         ("" if each.topic == before else each.topic, each.quantity, _value(each), each.unit, each.origin)
         for before, each in zip(["", *topics], made.figures, strict=False)
     ]  # fmt: skip
-    title = f"{cost.shape.name} on {ranks} x {gpu} ({cost.hardware.source})"
+    title = f"{cost.shape.name} on {ranks} x {cost.hardware.name} ({cost.hardware.source})"
     show(title, ("", "quantity", "value", "unit", "origin"), rows)
     say(*(f"- {sentence}" for sentence in made.advice))
     say("Assumed:", *(f"- {sentence}" for sentence in made.assumptions))

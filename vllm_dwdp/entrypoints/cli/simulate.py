@@ -31,6 +31,7 @@ from vllm_dwdp.planner.disaggregated import DECODE_GPUS, Service, output_tokens_
 from vllm_dwdp.planner.estimates import assumptions
 from vllm_dwdp.planner.plan import kv_shortage, lacking_memory
 from vllm_dwdp.planner.simulate import (
+    SLICE_MIB,
     Outcome,
     check_steps,
     coarsened,
@@ -62,7 +63,7 @@ def simulate(
     routing_skew: Annotated[float, typer.Option(help="Busiest rank over the mean.")] = 1.1,
     slice_mib: Annotated[
         float, typer.Option(help="Of a copy; 0 copies a peer's share whole.")
-    ] = 2.0,
+    ] = SLICE_MIB,
     pull_order: Annotated[str, typer.Option(help="rotated or random.")] = "rotated",
     output_tokens: Annotated[int, typer.Option(help="Generated on separate servers.")] = 1024,
     tokens_per_user: Annotated[float, typer.Option(help="Per second, on those servers.")] = 50.0,

@@ -144,7 +144,10 @@ def count_gpus() -> int:
             pynvml.nvmlShutdown()
     except pynvml.NVMLError as error:
         # Containers may have the driver's library without a device; a rank that needs one says so.
-        logger.warning("The NVIDIA driver does not answer (%s): no rank is given a GPU.", error)
+        logger.warning(
+            "DWDP gives no rank a GPU: the NVIDIA driver does not answer (%s). See nvidia-smi",
+            error,
+        )
         return 0
 
 

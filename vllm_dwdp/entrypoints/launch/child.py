@@ -42,7 +42,7 @@ _ELSEWHERE = re.compile(r"root cause|\babove\b")
 
 @dataclass
 class Child:
-    """One process that is kept running, until it `is_hopeless`: another start would end alike.
+    """One process that is kept running, until it `is_given_up`: another start would end alike.
 
     Args:
         name: for the terminal.
@@ -76,7 +76,7 @@ class Child:
     doing: str = ""
     failure: str = ""
     num_restarts: int = 0
-    is_hopeless: bool = False
+    is_given_up: bool = False
     process: Process | None = None
     _has_begun: bool = False
     _has_served: bool = False
@@ -98,7 +98,7 @@ class Child:
             if time.monotonic() >= self._start_at:
                 self._try_to_start()
         elif self.process.poll() is not None:
-            self._bury()
+            self._note_end()
         elif self.is_ready():
             self._ready_since = self._ready_since or time.monotonic()
             self._has_begun = self._has_served = True
@@ -123,7 +123,7 @@ class Child:
     def _try_to_start(self) -> None:
         if obstacle := self.obstacle():
             self._wait_for_next_start("cannot start, tries", obstacle)
-            self.is_hopeless = not self._has_served and self.num_restarts >= MAX_EARLY_ENDS
+            self.is_given_up = not self._has_served and self.num_restarts >= MAX_EARLY_ENDS
         else:
             self._start()
 
@@ -147,9 +147,9 @@ class Child:
             "hung and was ended, starts",
             "; ".join([f"did not serve within {self.start_timeout_s:g} s", *filter(None, known)]),
         )
-        self.is_hopeless = not self._has_served and self.num_restarts >= MAX_EARLY_ENDS
+        self.is_given_up = not self._has_served and self.num_restarts >= MAX_EARLY_ENDS
 
-    def _bury(self) -> None:
+    def _note_end(self) -> None:
         """Remove what a dead child left, and start it again after a while."""
         assert self.process is not None
         code = self.process.wait()
@@ -164,7 +164,7 @@ class Child:
         failure = "" if code == -signal.SIGKILL else last_error(self.tail())
         self._wait_for_next_start(f"{_ending(code)}, starts", failure, at_once=at_once)
         self._ready_since = None
-        self.is_hopeless = not self._has_served and (
+        self.is_given_up = not self._has_served and (
             self.num_restarts >= MAX_EARLY_ENDS or (code >= 0 and not self._has_begun)
         )
 

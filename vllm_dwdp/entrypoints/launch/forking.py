@@ -173,7 +173,7 @@ class Ranks:
 
     def _give_up(self, error: Exception) -> None:
         """There is no use in another one: this one never could."""
-        self._report(f"ranks start as programs of their own: {error}")
+        self._report(f"ranks start as programs of their own, not as forks: {error}")
         self.close()
 
     def _replace(self, error: Exception) -> None:

@@ -150,7 +150,7 @@ def _serve(
         for child in (*deployment.servers, *fronts) if opened else deployment.servers:
             if child.poll():
                 report(_describe(child))
-            if child.is_hopeless:
+            if child.is_given_up:
                 raise DwdpError(
                     f"{child.name} ended before it ever served: {child.failure or child.state}\n"
                     f"{child.tail()[-TAIL_CHARACTERS:]}"

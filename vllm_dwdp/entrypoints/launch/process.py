@@ -44,7 +44,9 @@ class Process(Protocol):
         """Send it a signal, unless its end has been seen."""
 
 
-def start_process(command: list[str], output: BinaryIO, environment: Mapping[str, str]) -> Process:
+def start_process(
+    command: list[str], output: BinaryIO, environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
     """Start a program in a session of its own, which ends with us.
 
     Args:

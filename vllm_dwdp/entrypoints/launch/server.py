@@ -14,14 +14,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_dwdp.entrypoints.launch.ports import free_ports
-from vllm_dwdp.entrypoints.launch.process import ending_with
+from vllm_dwdp.entrypoints.launch.process import start_process
 
 VLLM = str(Path(sys.executable).with_name("vllm"))
 SERVE = (VLLM, "serve")
@@ -65,24 +64,12 @@ class Server:
         self.command = [*program, *arguments, "--host", "127.0.0.1", "--port", str(port)]
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as output:
-            self.process = subprocess.Popen(
-                self.command,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=_DEFAULTS | os.environ | environment,
-                start_new_session=True,
-                preexec_fn=ending_with(os.getpid()),  # noqa: PLW1509 - it takes no lock
-            )
+            self.process = start_process(self.command, output, _DEFAULTS | os.environ | environment)
 
     def __enter__(self) -> "Server":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def is_ready(self) -> bool:
@@ -221,7 +208,7 @@ class Server:
             for member in alive:
                 member.kill()
         if alive:
-            raise ServerError(f"left behind: {alive}")
+            raise ServerError(f"processes of the server were left behind, and killed: {alive}")
         return code
 
     def _is_alive(self) -> bool:
