@@ -128,7 +128,7 @@ def test_a_dense_eagle_head(stock: StockEngine, source: str, tmp_path: Path) -> 
 def test_an_eagle_head_with_experts(
     stock: StockEngine, checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
-    """Of DeepSeek, whose head alone has experts in vLLM.
+    """Of DeepSeek, whose layers are experts in the head too.
 
     A prompt may not be longer than a step: on CPUs vLLM 0.32 computes MLA prompts whole, and with a
     drafter it never schedules a longer one.
