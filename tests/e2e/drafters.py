@@ -94,6 +94,24 @@ def make_dense_eagle(folder: Path, target: str) -> str:
     return write_head(folder, target, config, head)
 
 
+def make_expert_eagle(folder: Path, target: str) -> str:
+    """Write an Eagle head that is the first layer of a DeepSeek target, experts included."""
+    of_target = json.loads(Path(target, "config.json").read_text())
+    tensors = load_file(Path(target, "model.safetensors"))
+    hidden = of_target["hidden_size"]
+    layer = of_target | {"architectures": ["DeepSeekMTPModel"], "num_hidden_layers": 1}
+    del layer["num_nextn_predict_layers"]
+    config = {"model_type": "eagle", "architectures": ["EagleDeepSeekMTPModel"], "model": layer}
+    head = layer_of(tensors, 0, "layers.0.") | {
+        "embed_tokens.weight": tensors["model.embed_tokens.weight"].clone(),
+        "norm.weight": tensors["model.norm.weight"].clone(),
+        "enorm.weight": torch.ones(hidden).bfloat16(),
+        "hnorm.weight": torch.ones(hidden).bfloat16(),
+        "fc.weight": embedding_only(hidden),
+    }
+    return write_head(folder, target, config, head)
+
+
 def write_head(folder: Path, target: str, config: dict[str, Any], tensors: Tensors) -> str:
     """Write a drafter of its own beside the target's tokenizer."""
     shutil.copytree(target, folder, ignore=shutil.ignore_patterns("model.safetensors"))

@@ -168,6 +168,12 @@ def findings_of_worker(case: dict[str, Any], wrapper: Any) -> dict[str, Any]:
     return found
 
 
+def mapped_segments(worker: Any) -> dict[str, list[str]]:
+    """Return what a worker maps of vLLM's segments for tensors of all workers: each with its fate."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return {"segments": sorted({line.split(maxsplit=5)[5] for line in lines if "cpushm" in line})}
+
+
 def take_place(case: dict[str, Any], rank: int) -> None:
     """Make this process `rank` of the case, in vLLM's SPMD offline style; all share GPU 0."""
     os.environ["VLLM_DP_SIZE"] = str(case.get("num_ranks", 1))

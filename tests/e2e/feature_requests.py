@@ -8,9 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 LONG = "Independent ranks read each other's experts " * 6
 SHORT = "The capital of France is"
-CITIES = ["Paris", "Rome"]
+PROMPTS = [SHORT, "a", LONG[:40], LONG[7:], "x y z"]
+CITIES = ["Paris", "Rome", "Oslo", "Cairo", "Lima", "Quito", "Hanoi", "Baku"]
+LETTERS = "abcdefgh"
+NUM_LETTERS = 8
 SETTINGS: dict[str, Any] = {
     "enforce_eager": True,
     "max_model_len": 512,
@@ -22,7 +27,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
-    """Return the answers to a case's requests by name, or the error of an engine that does not start.
+    """Return the answers to a case's requests by name, or the error that ended the engine.
 
     Args:
         case: `llm` are arguments of `vllm.LLM`, `requests` names of `REQUESTS`.
@@ -36,9 +41,11 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         settings["additional_config"] = {"dwdp": case["dwdp"]}
     try:
         llm = LLM(case["model"], **(settings | case.get("llm", {})))
+        result: dict[str, Any] = {
+            "answers": {name: REQUESTS[name](llm) for name in case["requests"]}
+        }
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
-    result: dict[str, Any] = {"answers": {name: REQUESTS[name](llm) for name in case["requests"]}}
     if is_rank:
         (result["status"],) = llm.collective_rpc("dwdp_status")
     llm.llm_engine.engine_core.shutdown()
@@ -65,16 +72,16 @@ def choice(llm: Any) -> Any:
     from vllm.sampling_params import StructuredOutputsParams
 
     asked = StructuredOutputsParams(choice=CITIES)
-    outputs = generate(llm, [SHORT], structured_outputs=asked, ignore_eos=False, max_tokens=20)
-    return outputs[0].outputs[0].text
+    outputs = generate(llm, PROMPTS, structured_outputs=asked, ignore_eos=False, max_tokens=20)
+    return [output.outputs[0].text for output in outputs]
 
 
 def schema(llm: Any) -> Any:
     from vllm.sampling_params import StructuredOutputsParams
 
-    ranks = {"type": "array", "items": {"enum": ["a", "b"]}, "minItems": 2, "maxItems": 2}
-    asked = StructuredOutputsParams(json=ranks)
-    outputs = generate(llm, [SHORT], structured_outputs=asked, ignore_eos=False, max_tokens=60)
+    count = {"minItems": NUM_LETTERS, "maxItems": NUM_LETTERS}
+    asked = StructuredOutputsParams(json={"type": "array", "items": {"enum": [*LETTERS]}} | count)
+    outputs = generate(llm, [SHORT], structured_outputs=asked, ignore_eos=False, max_tokens=120)
     return outputs[0].outputs[0].text
 
 
@@ -123,6 +130,63 @@ def batch(llm: Any) -> Any:
     return tokens(llm, [SHORT, "a", LONG[:40]], max_tokens=12)
 
 
+def constraints(llm: Any) -> Any:
+    """Return tokens under each way to forbid or to prefer some."""
+    (plain,) = tokens(llm, [SHORT])
+    asked: dict[str, dict[str, Any]] = {
+        "allowed": {"allowed_token_ids": [7, 11, 13]},
+        "biased": {"logit_bias": {plain[0]: -100, 17: 100}},
+        "stopped": {"stop_token_ids": [plain[2]]},
+        "later": {"stop_token_ids": [plain[2]], "min_tokens": 5},
+        "penalised": {"repetition_penalty": 0.1},
+        "processed": {"extra_args": {"only_even": True}},
+    }
+    return {"plain": plain} | {
+        name: tokens(llm, [SHORT], **each)[0] for name, each in asked.items()
+    }
+
+
+def chat(llm: Any) -> Any:
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    (output,) = llm.chat([{"role": "user", "content": "hello"}], params, use_tqdm=False)
+    return list(output.outputs[0].token_ids)
+
+
+def extension(llm: Any) -> Any:
+    """Return what a method of `plugged_in.ExpertRows` finds, which joined the worker's class."""
+    (found,) = llm.collective_rpc("count_expert_rows")
+    return found
+
+
+def priorities(llm: Any) -> Any:
+    """Return the order in which requests end that came in another one, and their tokens."""
+    from vllm import SamplingParams
+
+    engine = llm.llm_engine
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    for name, priority in (("a", 5), ("b", 3), ("c", 4), ("d", 0)):
+        engine.add_request(name, f"{name} {SHORT}", params, priority=priority)
+    ended = []
+    while engine.has_unfinished_requests():
+        ended += [
+            [output.request_id, list(output.outputs[0].token_ids)]
+            for output in engine.step()
+            if output.finished
+        ]
+    return ended
+
+
+def embeds(llm: Any) -> Any:
+    """Return tokens of a prompt, and those of the rows of the embedding that its tokens name."""
+    (output,) = generate(llm, [SHORT])
+    with safe_open(Path(llm.model_config.model, "model.safetensors"), "pt") as file:
+        rows = file.get_tensor("model.embed_tokens.weight")[output.prompt_token_ids]
+    (embedded,) = generate(llm, [{"prompt_embeds": rows}])
+    return [list(each.outputs[0].token_ids) for each in (output, embedded)]
+
+
 def routed_experts(llm: Any) -> Any:
     (output,) = generate(llm, [SHORT])
     found = output.outputs[0].routed_experts
@@ -141,7 +205,7 @@ REQUESTS: dict[str, Callable[[Any], Any]] = {
     each.__name__: each
     for each in (
         *(choice, schema, logprobs, prompt_logprobs, several, beams, prefix, chunks, batch),
-        *(routed_experts, profile),
+        *(routed_experts, profile, constraints, chat, extension, priorities, embeds),
     )
 }
 

@@ -16,6 +16,8 @@ import pytest
 
 from tests.e2e.conftest import Checkpoints, StockEngine
 from tests.e2e.engine_process import PROMPTS
+from tests.e2e.feature_requests import REQUESTS
+from tests.e2e.matrix import run_cases
 from vllm_dwdp.compat.frontend.ranks import ENDPOINT_ENV
 
 pytestmark = [
@@ -57,6 +59,18 @@ def expected(stock: StockEngine, checkpoints: Checkpoints) -> list[list[int]]:
     return tokens
 
 
+@pytest.fixture(scope="module")
+def stock_answers(
+    checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """Return what one stock `LLM` answers to some of `feature_requests.REQUESTS`."""
+    case = {"name": "stock", "model": checkpoints("qwen3_moe", 8), "llm": SETTINGS}
+    case |= {"run": "tests.e2e.feature_requests:run", "requests": ["chat", "several", "beams"]}
+    (result,) = run_cases(tmp_path_factory.mktemp("offline"), "stock", [case])["stock"]
+    answers: dict[str, Any] = result["answers"]
+    return answers
+
+
 def params(max_tokens: int = 12) -> Any:
     from vllm import SamplingParams
 
@@ -69,7 +83,9 @@ def tokens_of(outputs: list[Any]) -> list[list[int]]:
 
 @pytest.mark.every_version
 @pytest.mark.feature("Offline `LLM` over several ranks: `generate`, `chat`")
-def test_generate_and_chat_in_order(llm: Any, expected: list[list[int]]) -> None:
+def test_generate_and_chat_in_order(
+    llm: Any, expected: list[list[int]], stock_answers: dict[str, Any]
+) -> None:
     warm = [entry["steps"]["direct"] for entry in llm.dwdp_status()]
     prompts = PROMPTS * 5
     outputs = llm.generate(prompts, params())
@@ -81,9 +97,23 @@ def test_generate_and_chat_in_order(llm: Any, expected: list[list[int]]) -> None
     steps = [entry["steps"]["direct"] for entry in status]
     assert all(now > then for now, then in zip(steps, warm, strict=True)), "only one rank worked"
 
-    conversation = [{"role": "user", "content": "hello"}]
-    (answer,) = llm.chat(conversation, params(), use_tqdm=False)
-    assert len(answer.outputs[0].token_ids) == 12
+    assert REQUESTS["chat"](llm) == stock_answers["chat"]
+
+
+@pytest.mark.feature("Offline `LLM` over several ranks: several samples of a prompt, beam search")
+def test_samples_and_beams_of_several_ranks(llm: Any, stock_answers: dict[str, Any]) -> None:
+    """Each sample, and each beam in each step, is a request of its own, and goes where there is room."""
+    assert REQUESTS["several"](llm) == stock_answers["several"]
+    beams, expected = REQUESTS["beams"](llm), stock_answers["beams"]
+    assert [tokens for tokens, _ in beams] == [tokens for tokens, _ in expected]
+    assert [score for _, score in beams] == pytest.approx([score for _, score in expected])
+
+
+@pytest.mark.feature("Offline `LLM` over several ranks: `enqueue` and `wait_for_completion`")
+def test_requests_that_are_enqueued(llm: Any, expected: list[list[int]]) -> None:
+    for prompt in PROMPTS * 2:
+        llm.enqueue(prompt, params(), use_tqdm=False)
+    assert tokens_of(llm.wait_for_completion(use_tqdm=False)) == expected * 2
 
 
 @pytest.mark.usefixtures("llm")

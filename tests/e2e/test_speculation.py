@@ -121,3 +121,25 @@ def test_a_dense_eagle_head(stock: StockEngine, source: str, tmp_path: Path) -> 
     expected, ranks = run_both(stock, tmp_path, model, "direct", "prefetch", **spec(eagle))
     check_counted(expected, ranks, least_accepted=0.1)
     assert [len(result["fetched"]) for result in ranks] == [0, 0, 1, 1], "it has no ring"
+
+
+@pytest.mark.slow
+@pytest.mark.feature("Speculative decoding: Eagle with experts")
+def test_an_eagle_head_with_experts(
+    stock: StockEngine, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """Of DeepSeek, whose layers are experts in the head too.
+
+    A prompt may not be longer than a step: on CPUs vLLM 0.32 computes MLA prompts whole, and with a
+    drafter it never schedules a longer one.
+    """
+    source = checkpoints("deepseek_v3", 8, first_k_dense_replace=0)
+    model = drafters.make_target(tmp_path / "target", source)
+    head = drafters.make_expert_eagle(tmp_path / "head", model)
+    eagle = {"method": "eagle", "model": head, "num_speculative_tokens": 2}
+    case = {"engine_args": {"speculative_config": eagle, "max_num_batched_tokens": 512}}
+    expected, ranks = run_both(stock, tmp_path, model, "direct", "prefetch", **case)
+    check_counted(expected, ranks, least_accepted=0.2)
+    for result in ranks[2:]:
+        target, drafter = result["fetched"]
+        assert target > drafter == result["remote_bytes"][1], "one layer, fetched once and for all"

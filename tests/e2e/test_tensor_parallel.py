@@ -66,9 +66,10 @@ def check_workers(workers: list[dict[str, Any]], mode: str) -> None:
 def test_tokens_of_two_ranks_of_two_workers(
     expected: list[list[int]], model: str, tmp_path: Path
 ) -> None:
+    common = TENSOR | {"model": model, "num_ranks": 2}
+    common["report"] = "tests.e2e.engine_process:mapped_segments"
     cases: list[dict[str, Any]] = [
-        TENSOR | {"name": mode, "model": model, "num_ranks": 2, "dwdp": {"mode": mode}}
-        for mode in ("direct", "prefetch")
+        common | {"name": mode, "dwdp": {"mode": mode}} for mode in ("direct", "prefetch")
     ]
     for mode, ranks in run_cases(tmp_path, "tensor", cases).items():
         assert [result["tokens"] for result in ranks] == [expected, expected], mode
@@ -77,6 +78,8 @@ def test_tokens_of_two_ranks_of_two_workers(
         for worker in workers:
             status = worker["status"]
             assert status["read_share"] == pytest.approx((4, 3)[status["rank"]] / NUM_EXPERTS)
+            assert worker["segments"], "through which its workers exchange tensors"
+            assert all(name.endswith(" (deleted)") for name in worker["segments"]), "left by a kill"
         slices = [worker["weights"] for worker in workers]
         assert slices[0] == slices[2] != slices[1] == slices[3], "as the kernels see them"
 

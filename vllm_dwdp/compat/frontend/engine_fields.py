@@ -23,7 +23,9 @@ _SUPPORTED = {
         data_parallel_external_lb data_parallel_backend _api_process_count _api_process_rank
         enable_prefix_caching enable_chunked_prefill max_num_batched_tokens max_num_seqs
         gpu_memory_utilization kv_cache_memory_bytes num_gpu_blocks_override disable_log_stats
-        enable_lora max_loras max_lora_rank speculative_config
+        enable_lora max_loras max_lora_rank speculative_config dtype kv_cache_dtype hf_overrides
+        safetensors_load_strategy model_loader_extra_config worker_extension_cls profiler_config
+        enable_prompt_embeds kv_sharing_fast_prefill model_impl runner convert
     """,
     "names the model's files; ranks compare what they found": """
         revision code_revision hf_token download_dir ignore_patterns use_tqdm_on_load
@@ -72,7 +74,7 @@ _IRRELEVANT = {
 
 _UNTESTED = {
     "kernels, graphs and formats of the experts themselves": """
-        dtype quantization quantization_config allow_deprecated_quantization moe_backend linear_backend
+        quantization quantization_config allow_deprecated_quantization moe_backend linear_backend
         kernel_config ir_op_priority compilation_config cudagraph_capture_sizes
         max_cudagraph_capture_size optimization_level performance_mode enable_flashinfer_autotune
         jit_monitor_mode jit_monitor_verbose cudagraph_metrics async_scheduling
@@ -83,14 +85,12 @@ _UNTESTED = {
         enable_nccl_comm_suspend
     """,
     "models built or read in other ways": """
-        model_impl model_class_overrides model_weights hf_config_path hf_overrides config_format
-        trust_remote_code safetensors_load_strategy
-        safetensors_prefetch_num_threads safetensors_prefetch_block_size model_loader_extra_config
-        pt_load_map_location worker_extension_cls scheduler_cls engram_config diffusion_config
+        model_class_overrides model_weights hf_config_path config_format trust_remote_code
+        safetensors_prefetch_num_threads safetensors_prefetch_block_size pt_load_map_location
+        scheduler_cls engram_config diffusion_config
     """,
     "several models, or other uses of one": """
-        spec_method spec_model spec_tokens runner convert pooler_config
-        enable_prompt_embeds
+        spec_method spec_model spec_tokens pooler_config
     """,
     "tunes tensor parallelism": """
         enable_batch_sharded_sampling disable_custom_all_reduce max_parallel_loading_workers
@@ -104,12 +104,11 @@ _UNTESTED = {
     "looks into layers or steps": """
         enable_return_routed_experts return_sampling_mask aux_output_config enable_trace_replay
         watermark_config collect_detailed_traces enable_layerwise_nvtx_tracing enable_mfu_metrics
-        profiler_config
     """,
     "attention and state-space layers": """
-        attention_config attention_backend kv_cache_dtype kv_cache_dtype_skip_layers
+        attention_config attention_backend kv_cache_dtype_skip_layers
         disable_sliding_window disable_cascade_attn disable_hybrid_kv_cache_manager
-        sparse_indexer_topk_backend kv_sharing_fast_prefill swa_bounded_replay mamba_config
+        sparse_indexer_topk_backend swa_bounded_replay mamba_config
         mamba_cache_dtype mamba_ssm_cache_dtype mamba_block_size mamba_cache_mode
         enable_mamba_shared_prefix_checkpoint replayssm_buffer_len use_replayssm mamba_backend
         mamba_ssu_algorithm enable_mamba_cache_stochastic_rounding mamba_cache_philox_rounds

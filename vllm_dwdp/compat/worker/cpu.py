@@ -170,9 +170,9 @@ MESSAGE_SEGMENT = re.compile(r"/dev/shm/\S*cpushm\S*")
 def forget_names_of_messages() -> None:
     """Remove the names of the segments through which the workers of this rank exchange tensors.
 
-    vLLM removes them when a worker's process runs its last destructors, so a killed one leaves them
-    behind. Call once the workers have met: all have mapped them then. The memory lives as long as the
-    last mapping.
+    vLLM leaves that to the last destructors of a worker's process, which run neither where it is killed
+    nor where it was forked. Call once the workers have met: all have mapped them then. The memory lives
+    as long as the last mapping.
     """
     mapped = Path("/proc/self/maps").read_text()
     for place in sorted(set(MESSAGE_SEGMENT.findall(mapped))):
