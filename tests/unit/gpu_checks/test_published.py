@@ -49,6 +49,7 @@ def test_a_configuration_of_its_own_has_the_fields(
 
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = make_checkpoint(tmp_path / "model", "ernie4_5_vl_moe")
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
     assert config.model_type == "ernie4_5_moe_vl"
     assert config.moe_intermediate_size == [96, 64]
     assert config.vision_config.patch_size == 14, "not a dictionary"
