@@ -782,13 +782,5 @@ PUBLISHED: dict[str, Published] = {
         has_own_configuration=False,
         without=("head_dim",),
     ),
-    "kimi_k3": Published(
-        architecture="KimiK3ForConditionalGeneration",
-        model_type="kimi_k3",
-        experts="num_experts",
-        fields={"text_config": COMMON | LATENT | {"num_experts": 8, "num_experts_per_token": 2}},
-        has_own_configuration=False,
-        without=tuple(COMMON),
-    ),
 }
 """By name; what `gpu_checks.checkpoints` writes beside `FAMILIES`."""

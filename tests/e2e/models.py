@@ -141,10 +141,9 @@ MODELS = {
         stock_error="Ernie4_5_VLRotaryEmbedding.forward_native() takes from 3 to 4 positional",
     ),
     "qwen3_5_moe": _model(
-        "Qwen3.5-MoE, with an image",
+        "Qwen3.5-MoE, text",
         "Qwen3_5MoeForConditionalGeneration",
-        engine_args=ONE_IMAGE,
-        asked={"image_token": QWEN_IMAGE},
+        engine_args=TEXT_ONLY,
         needs_torchvision=True,
         stock_error="expect x to be transposed",
     ),
