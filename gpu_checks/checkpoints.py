@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers.models.aria.image_processing_pil_aria import AriaImageProcessorPil
 
 from gpu_checks.families import FAMILIES, IMAGE_TOKEN, LLAMA4_TOKENS, VISION_TOKENS
 from gpu_checks.published import PUBLISHED, write_published
-from vllm_dwdp.entrypoints.bench.checkpoints import COMMON, qwen3_moe, write_checkpoint
+from vllm_dwdp.entrypoints.bench.checkpoints import COMMON, DONE, qwen3_moe, write_checkpoint
 
 DERIVED_HEADS = {key: value for key, value in COMMON.items() if key != "head_dim"}
 """`COMMON` for families whose heads have the size that the hidden size gives them."""
@@ -158,6 +159,10 @@ PUBLISHED_AS = {"phimoe": "PhiMoEForCausalLM"}
 """What published configs call an architecture, where transformers calls it otherwise."""
 
 
+TRANSPOSED = ("qwen3_vl_moe",)
+"""Families whose published experts are `[num_experts, inputs, outputs]`, and transformers' are not."""
+
+
 def make_checkpoint(
     folder: Path, architecture: str, num_experts: int = 8, seed: int = 0, **overrides: Any
 ) -> Path:
@@ -172,15 +177,27 @@ def make_checkpoint(
     """
     if architecture in PUBLISHED:
         return write_published(folder, PUBLISHED[architecture], num_experts, seed, **overrides)
+    if (folder / DONE).exists():
+        return folder
     builder = (ARCHITECTURES | FAMILIES)[architecture]
     write_checkpoint(folder, builder(num_experts), seed, **overrides)
     if architecture in PUBLISHED_AS:
         file = folder / "config.json"
         config = json.loads(file.read_text()) | {"architectures": [PUBLISHED_AS[architecture]]}
         file.write_text(json.dumps(config, indent=2))
+    if architecture in TRANSPOSED:
+        _transpose_experts(folder / "model.safetensors")
     if architecture in PROCESSORS:
         PROCESSORS[architecture](folder)
     return folder
+
+
+def _transpose_experts(file: Path) -> None:
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if ".experts." in name:
+            tensors[name] = tensor.transpose(1, 2).contiguous()
+    save_file(tensors, file, {"format": "pt"})
 
 
 def _save_aria_processor(folder: Path) -> None:
@@ -238,7 +255,6 @@ def _save_llama4_processor(folder: Path) -> None:
 PROCESSORS: dict[str, Callable[[Path], None]] = {
     "aria": _save_aria_processor,
     "qwen3_vl_moe": _save_qwen_vl_processor,
-    "qwen3_5_moe": _save_qwen_vl_processor,
     "llama4": _save_llama4_processor,
 }
 """What writes the processor of a family whose checkpoints are asked with images."""

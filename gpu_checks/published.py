@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from vllm_dwdp.entrypoints.bench.checkpoints import save_tokenizer
+from vllm_dwdp.entrypoints.bench.checkpoints import DONE, save_tokenizer
 
 Shapes = dict[str, tuple[int, ...]]
 Fields = dict[str, Any]
@@ -106,7 +106,7 @@ def write_published(
     folder: Path, family: Published, num_experts: int, seed: int, **overrides: Any
 ) -> Path:
     """Write config, configuration, tokenizer and random bf16 weights; one that is there is kept."""
-    done = folder / "model.safetensors.done"
+    done = folder / DONE
     if done.exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -189,12 +189,19 @@ def _latent_attention(prefix: str, config: Fields) -> Shapes:
         config["hidden_size"],
     )
     nope, rope, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
-    queries = config["q_lora_rank"]
+    rows, middle = heads * (nope + rope), config["q_lora_rank"]
+    queries = (
+        {"q_proj": (rows, hidden)}
+        if middle is None
+        else {
+            "q_a_proj": (middle, hidden),
+            "q_a_layernorm": (middle,),
+            "q_b_proj": (rows, middle),
+        }
+    )
     return _weights(
         prefix,
-        q_a_proj=(queries, hidden),
-        q_a_layernorm=(queries,),
-        q_b_proj=(heads * (nope + rope), queries),
+        **queries,
         kv_a_proj_with_mqa=(rank + rope, hidden),
         kv_a_layernorm=(rank,),
         kv_b_proj=(heads * (nope + value), rank),
@@ -525,7 +532,12 @@ PUBLISHED: dict[str, Published] = {
         experts="num_experts",
         fields=LATENT
         | GROUPED
-        | {"head_dim": 576, "first_k_dense_replace": 1, "num_shared_experts": 1},
+        | {
+            "q_lora_rank": None,
+            "head_dim": 576,
+            "first_k_dense_replace": 1,
+            "num_shared_experts": 1,
+        },
         tensors=_sarvam_mla,
     ),
     "param2_moe": Published(
@@ -769,14 +781,6 @@ PUBLISHED: dict[str, Published] = {
         fields=LATENT | GROUPED | {"first_k_dense_replace": 1, "n_shared_experts": 1},
         has_own_configuration=False,
         without=("head_dim",),
-    ),
-    "kimi_k3": Published(
-        architecture="KimiK3ForConditionalGeneration",
-        model_type="kimi_k3",
-        experts="num_experts",
-        fields={"text_config": COMMON | LATENT | {"num_experts": 8, "num_experts_per_token": 2}},
-        has_own_configuration=False,
-        without=tuple(COMMON),
     ),
 }
 """By name; what `gpu_checks.checkpoints` writes beside `FAMILIES`."""

@@ -112,14 +112,6 @@ MODELS = {
         asked={"image_token": QWEN_IMAGE},
         needs_torchvision=True,
     ),
-    "qwen3_vl_moe_transformers": _model(
-        "Qwen3-VL-MoE with an image, --model-impl transformers",
-        "TransformersMultiModalMoEForCausalLM",
-        checkpoint="qwen3_vl_moe",
-        engine_args=ONE_IMAGE | {"model_impl": "transformers"},
-        asked={"image_token": QWEN_IMAGE},
-        needs_torchvision=True,
-    ),
     "llama4": _model(
         "Llama-4, with an image",
         "Llama4ForConditionalGeneration",
@@ -134,16 +126,16 @@ MODELS = {
         needs_torchvision=True,
     ),
     "ernie4_5_vl_moe": _model(
-        "ERNIE-4.5-VL asked with text: its experts for images never run",
+        "ERNIE-4.5-VL, asked with text",
         "Ernie4_5_VLMoeForConditionalGeneration",
         engine_args=TEXT_ONLY | TRUSTED,
         needs_torchvision=True,
+        stock_error="Ernie4_5_VLRotaryEmbedding.forward_native() takes from 3 to 4 positional",
     ),
     "qwen3_5_moe": _model(
-        "Qwen3.5-MoE, with an image",
+        "Qwen3.5-MoE, text",
         "Qwen3_5MoeForConditionalGeneration",
-        engine_args=ONE_IMAGE,
-        asked={"image_token": QWEN_IMAGE},
+        engine_args=TEXT_ONLY,
         needs_torchvision=True,
         stock_error="expect x to be transposed",
     ),
@@ -221,6 +213,16 @@ MODELS = {
     "minimax_m3": _model("MiniMax-M3", "MiniMaxM3SparseForCausalLM", stock_error=ONLY_SOFTMAX),
     "bailing_moe": _model("Ling-lite, Ling-plus", "BailingMoeForCausalLM", engine_args=TRUSTED),
     "bailing_moe_v2": _model("Ling-2.0, Ring-2.0", "BailingMoeV2ForCausalLM", engine_args=TRUSTED),
+    "bailing_moe_v2_5": _model(
+        "Ling-2.5, hybrid",
+        "BailingMoeV2_5ForCausalLM",
+        engine_args=TRUSTED | NO_WEIGHTS | {"enable_prefix_caching": False},
+        stock_error="is not supported by attention backend(s): CPU_MLA",
+    ),
+    "deepseek_v4": _model(
+        "DeepSeek-V4", "DeepseekV4ForCausalLM", stock_error="_token_request_mapping_kernel["
+    ),
+    "sarvam_mla": _model("Sarvam-105B", "SarvamMLAForCausalLM", engine_args=TRUSTED),
     "sarvam_moe": _model("Sarvam-30B", "SarvamMoEForCausalLM", engine_args=TRUSTED),
     "param2_moe": _model("Param-2", "Param2MoEForCausalLM", engine_args=TRUSTED),
     "deepseek": _model("DeepSeek-MoE 16B", "DeepseekForCausalLM", engine_args=TRUSTED),
@@ -255,13 +257,11 @@ assert {model.checkpoint or name for name, model in MODELS.items()} <= set(
 _PUBLISHED = "transformers has no such model; its code is published with its weights"
 _PROCESSOR = "a small checkpoint needs the files of its processor, which nobody has written"
 UNTRIED: dict[str, str] = {
-    "BailingMoeV2_5ForCausalLM": _PUBLISHED,
     "BailingMoeV3ForCausalLM": _PUBLISHED,
     "BailingMoeV3VLForConditionalGeneration": _PUBLISHED,
     "ClefOmniForJointSchema": _PUBLISHED,
     "ColQwen3_5": _PUBLISHED,
     "Cosmos3EdgeForConditionalGeneration": _PROCESSOR,
-    "DeepseekV4ForCausalLM": "its published format (compress_ratios, FP8) is not transformers'",
     "DeepseekV41ForCausalLM": _PUBLISHED,
     "DiffusionGemmaForBlockDiffusion": "it generates by diffusion of blocks, which needs a GPU",
     "EmbeddingGemma2Model": "no published one has experts; its text model is Gemma-4's",
@@ -292,6 +292,6 @@ UNTRIED: dict[str, str] = {
     "Qwen3_5ForConditionalGeneration": "published ones have no experts",
     "Qwen4ExpForCausalLM": "no small checkpoint has been made of it",
     "Qwen4ExpForConditionalGeneration": _PROCESSOR,
-    "SarvamMLAForCausalLM": _PUBLISHED,
+    "TransformersMultiModalMoEForCausalLM": "no run of a model with images by it was seen to end",
 }
 """Architectures without a checkpoint here, and why."""

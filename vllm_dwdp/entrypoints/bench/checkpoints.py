@@ -33,6 +33,8 @@ COMMON: dict[str, Any] = {
     "dtype": "bfloat16",
 }
 """What every family's config can take."""
+DONE = "model.safetensors.done"
+"""A file beside the weights of a finished checkpoint."""
 
 
 def qwen3_moe(num_experts: int) -> transformers.PretrainedConfig:
@@ -63,7 +65,7 @@ def write_checkpoint(
     folder: Path, config: transformers.PretrainedConfig, seed: int = 0, **overrides: Any
 ) -> Path:
     """Write random weights of any architecture, as `make_checkpoint` does."""
-    done = folder / "model.safetensors.done"
+    done = folder / DONE
     if done.exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
