@@ -77,7 +77,7 @@ def relayed(*statuses: int | None) -> Iterator[tuple[Ask, list[Rank]]]:
                 continue
             ranks.append(Rank(f"rank {number}", status))
             urls.append(opened.enter_context(served(ranks[-1])))
-        relay = opened.enter_context(served(RelayServer(free_ports(1)[0], urls)))
+        relay = opened.enter_context(served(RelayServer(0, urls)))
 
         def ask(
             method: str = "POST", body: bytes = b"the prompt", name: str = "7"
@@ -266,7 +266,7 @@ def door() -> Iterator[tuple[Door, Rank]]:
     """Yield a door, and the decode server behind it."""
     decode = Rank("decode", 200)
     with served(decode) as url:
-        server = DoorServer("127.0.0.1", free_ports(1)[0], url)
+        server = DoorServer("127.0.0.1", 0, url)
         with served(server):
             yield Door(server), decode
 
