@@ -397,16 +397,25 @@ def test_what_is_between_may_be_killed_under_load(
     check_kv_still_moves(launch)
 
 
+def shared_memory(pid: int) -> set[Path]:
+    """Return the files of /dev/shm that a server's processes have mapped."""
+    family = [pid, *(each.pid for each in psutil.Process(pid).children(recursive=True))]
+    maps = [Path(f"/proc/{each}/maps").read_text() for each in family]
+    return {Path(each) for each in re.findall(r"(/dev/shm/\S+)$", "\n".join(maps), re.MULTILINE)}
+
+
 def test_a_decode_server_that_is_killed_loses_its_own_streams_and_comes_back(
     launch: Disaggregated, stock: Server
 ) -> None:
     body = {"prompt": "a stream that breaks", "max_tokens": 1500}
     served = launch.log.read_text().count("\nall 2 ranks serve at")
     pid, _ = launch.place("decode 0", "decode")
+    queues = shared_memory(pid)
+    assert queues, "vLLM has none between an engine and its worker"
     with ThreadPoolExecutor(1) as pool:
         stream = pool.submit(pieces, launch.url, **body)
         wait_until(lambda: metric(launch.decode, "vllm:num_requests_running") > 0)
-        os.killpg(pid, signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
         try:
             assert stream.result(timeout=60)[1] != "data: [DONE]"
         except (OSError, ValueError) as error:
@@ -416,6 +425,7 @@ def test_a_decode_server_that_is_killed_loses_its_own_streams_and_comes_back(
     print(refused.value.code, refused.value.read().decode())
     assert refused.value.code >= 500
     launch.place("decode 0", "decode", 1)
+    assert not [each for each in queues if each.exists()]
     launch.line("^all 2 ranks serve at", served)
     prompt = "and back " * 12
     expected = choices(ask(stock.url, **GREEDY, prompt=prompt))

@@ -77,7 +77,7 @@ def relayed(*statuses: int | None) -> Iterator[tuple[Ask, list[Rank]]]:
                 continue
             ranks.append(Rank(f"rank {number}", status))
             urls.append(opened.enter_context(served(ranks[-1])))
-        relay = opened.enter_context(served(RelayServer(free_ports(1)[0], urls)))
+        relay = opened.enter_context(served(RelayServer(0, urls)))
 
         def ask(
             method: str = "POST", body: bytes = b"the prompt", name: str = "7"
@@ -140,17 +140,27 @@ def test_health_is_that_of_the_rank_itself(first: int | None, status: int) -> No
         {"messages": [], "n": 2},
         {"prompt": "one", "best_of": 3},
         {"prompt": "one", "use_beam_search": True},
+        {"prompt": "one", "prompt_logprobs": 0},
+        {"messages": [], "prompt_logprobs": 2},
+        {"prompt": "one", "echo": True, "logprobs": 1},
     ],
 )
-def test_what_becomes_several_sequences_is_left_to_the_decode_server(body: object) -> None:
-    """It would decode the blocks of one prompt for all of them."""
+def test_what_needs_the_whole_prompt_is_left_to_the_decode_server(body: object) -> None:
+    """It would decode the blocks of one prompt for several sequences, or invent log-probabilities."""
     with relayed(200) as (ask, ranks):
         assert ask(body=json.dumps(body).encode()) == (200, {"kv_transfer_params": None})
         assert not ranks[0].asked
 
 
 @pytest.mark.parametrize(
-    "body", [{"prompt": [1, 2]}, {"prompt": ["one"]}, {"prompt": "one", "n": 1, "best_of": None}, 3]
+    "body",
+    [
+        {"prompt": [1, 2]},
+        {"prompt": ["one"]},
+        {"prompt": "one", "n": 1, "best_of": None},
+        {"echo": False, "prompt_logprobs": None},
+        3,
+    ],
 )
 def test_what_stays_one_sequence_is_computed_by_a_rank(body: object) -> None:
     with relayed(200) as (ask, _):
@@ -256,7 +266,7 @@ def door() -> Iterator[tuple[Door, Rank]]:
     """Yield a door, and the decode server behind it."""
     decode = Rank("decode", 200)
     with served(decode) as url:
-        server = DoorServer("127.0.0.1", free_ports(1)[0], url)
+        server = DoorServer("127.0.0.1", 0, url)
         with served(server):
             yield Door(server), decode
 

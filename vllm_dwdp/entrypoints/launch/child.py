@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from vllm_dwdp.entrypoints.launch.process import Process, reap_group, start_process
+from vllm_dwdp.entrypoints.launch.process import Process, kill_group, reap_group, start_process
 
 FIRST_BACKOFF_S = 1.0
 LONGEST_BACKOFF_S = 60.0
@@ -203,8 +203,7 @@ class Child:
 
     def _kill_group(self) -> None:
         assert self.process is not None
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        kill_group(self.process.pid)
 
 
 def _ending(code: int) -> str:

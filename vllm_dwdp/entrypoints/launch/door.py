@@ -67,8 +67,8 @@ class DoorServer(HopServer):
 
     def __init__(self, host: str, port: int, url: str) -> None:
         self.url = url
-        self.place = f"{host}:{port}"
         super().__init__(host, port, _Handler)
+        self.place = f"{host}:{self.server_port}"
 
 
 class _Handler(Hop):

@@ -13,12 +13,17 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import BinaryIO, Protocol
+
+import psutil
 
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1
 REAP_TIMEOUT_S = 1.0
+TRACKER = "multiprocessing.resource_tracker"
+"""In the command line of the process by which Python removes shared memory of processes that died."""
+TRACKER_TIMEOUT_S = 2.0
 
 
 class Process(Protocol):
@@ -101,6 +106,48 @@ class ForkedProcess:
         """As `Process.send_signal`."""
         if self.poll() is None:
             os.kill(self.pid, sig)
+
+
+def kill_group(group: int) -> None:
+    """Kill what is left of a process group.
+
+    Resource trackers come last: once the others are dead, they remove the shared memory that these leave
+    (vLLM's queues to workers), and end by themselves.
+    """
+    trackers = []
+    for member in _members(group):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if is_tracker(member):
+                trackers.append(member)
+                member.resume()  # it may be stopped, as all of its group
+            else:
+                member.kill()
+    deadline = time.monotonic() + TRACKER_TIMEOUT_S
+    while any(map(_runs, trackers)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def _members(group: int) -> Iterator[psutil.Process]:
+    for pid in psutil.pids():
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getpgid(pid) == group:
+                yield psutil.Process(pid)
+
+
+def _runs(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    return False
+
+
+def is_tracker(process: psutil.Process) -> bool:
+    """Whether it is a resource tracker of Python's."""
+    try:
+        return TRACKER in " ".join(process.cmdline())
+    except psutil.ZombieProcess:
+        return False
 
 
 def reap_group(group: int) -> None:

@@ -8,7 +8,9 @@ to the next one. What no rank answers at all is left to the decode server, which
 A rank's answer says where the KV blocks of one prompt are, and the router hands it to everything that
 the decode server makes of a request. So what becomes several sequences is not asked of a rank at all:
 of several prompts all but one would decode another prompt's blocks, and of several samples all but the
-first would read blocks that are free again. The decode server computes these prompts itself.
+first would read blocks that are free again. Nor is what asks for log-probabilities of the prompt: vLLM
+makes those of fetched tokens out of memory that nobody has written. The decode server computes these
+prompts itself.
 
 The router names the decode server in the id of each request: so a prompt for one that gets nothing waits
 here, and is not computed if it is refused. The router hears of that at the server's `door`, which this
@@ -42,8 +44,11 @@ COMPUTE_IT_THERE = Answer(status=200, body=json.dumps({"kv_transfer_params": Non
 """The answer of a rank that has computed nothing: nothing is to be fetched."""
 
 
-def is_one_sequence(body: bytes) -> bool:
-    """Whether a decode server makes one sequence of this; what we cannot read is for the rank."""
+def is_for_a_rank(body: bytes) -> bool:
+    """Whether a decode server makes one sequence of this, and tells nothing of its prompt.
+
+    What we cannot read is for the rank, which refuses it.
+    """
     try:
         asked = json.loads(body)
     except ValueError:
@@ -53,7 +58,9 @@ def is_one_sequence(body: bytes) -> bool:
     prompt = asked.get("prompt")
     is_batch = isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)
     samples = [asked.get(name) or 1 for name in ("n", "best_of")]
-    return not (is_batch or asked.get("use_beam_search") or any(count != 1 for count in samples))
+    is_several = is_batch or asked.get("use_beam_search") or any(count != 1 for count in samples)
+    tells_of_prompt = asked.get("prompt_logprobs") is not None or asked.get("echo")
+    return not (is_several or tells_of_prompt)
 
 
 def is_refused(request_id: str) -> bool:
@@ -94,7 +101,7 @@ class _Handler(Hop):
             name: value for name, value in self.headers.items() if name.lower() not in NOT_PASSED_ON
         }
         failed = None
-        for url in self.server.urls if is_one_sequence(body) else ():
+        for url in self.server.urls if is_for_a_rank(body) else ():
             answer = ask(url, "POST", self.path, body, headers, ANSWER_TIMEOUT_S)
             if answer is not None and answer.status < 500:
                 self._answer(answer)

@@ -20,7 +20,7 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_dwdp.entrypoints.launch.ports import free_ports
-from vllm_dwdp.entrypoints.launch.process import start_process
+from vllm_dwdp.entrypoints.launch.process import is_tracker, start_process
 
 VLLM = str(Path(sys.executable).with_name("vllm"))
 SERVE = (VLLM, "serve")
@@ -180,12 +180,13 @@ class Server:
                     member.send_signal(sent)
 
     def kill(self) -> None:
-        """SIGKILL for the whole family, ranks first."""
+        """SIGKILL for the whole family, ranks first; resource trackers end when all others have."""
         family = [*self.ranks(), *self.processes()] if self._is_alive() else []
         self._let_go()
         for member in family:
             with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
+                if not is_tracker(member):
+                    member.kill()
         self.process.kill()
         self.process.wait(timeout=STOP_TIMEOUT_S)
         psutil.wait_procs(family, timeout=STOP_TIMEOUT_S)
