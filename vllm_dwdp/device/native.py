@@ -1,6 +1,6 @@
 """The typed face of `libdwdp.so` (sources in `csrc/`), loaded on first use.
 
-Its CUDA part is in `vllm_dwdp.device.cuda_driver`.
+Its CUDA part is in `device.cuda_library`, `device.cuda_driver` and `device.cuda_copies`.
 
 Every call releases the GIL (ctypes) and takes about a microsecond. Importing this module needs no
 library.
