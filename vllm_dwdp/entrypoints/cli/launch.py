@@ -97,28 +97,12 @@ def launch(
     if decode_args and not decode_servers:
         raise DwdpConfigError("--decode-args is for the servers of --decode-servers, which is 0.")
     if prefill_only or decode_servers or decode_url:
-        arguments, transfer = take_transfer_config(arguments)
         urls = tuple(check_url(url) for url in decode_url or ())
         check_side_channel(os.environ, host, urls, prefill_only)
-        for_decode = split_decode_arguments(decode_args)
-        of_each_decode = [devices_of((*arguments, *for_decode))] * decode_servers
-        disaggregation = _disaggregation(
-            ranks,
-            of_each_decode,
-            Disaggregation(
-                decode_arguments=for_decode,
-                memory=_memory(
-                    model,
-                    ranks * size_of(arguments, TENSOR_PARALLEL),
-                    of_each_decode,
-                    (*arguments, *for_decode),
-                ),
-                decode_urls=urls,
-                side_channel_ports=(),
-                transfer=transfer,
-                only_prefill=prefill_only,
-            ),
+        arguments, disaggregation = _disaggregation(
+            model, ranks, arguments, decode_servers, split_decode_arguments(decode_args)
         )
+        disaggregation = replace(disaggregation, decode_urls=urls, only_prefill=prefill_only)
     rank_ports = (
         tuple(range(port, port + ranks))
         if prefill_only
@@ -156,8 +140,27 @@ def _memory(
 
 
 def _disaggregation(
-    ranks: int, of_each_decode: Sequence[int], asked: Disaggregation
-) -> Disaggregation:
+    model: str,
+    ranks: int,
+    arguments: Sequence[str],
+    decode_servers: int,
+    decode_arguments: tuple[str, ...],
+) -> tuple[tuple[str, ...], Disaggregation]:
+    """Return what is left of the arguments of every server, and what there is besides ranks."""
+    rest, transfer = take_transfer_config(arguments)
+    of_a_decode_server = (*rest, *decode_arguments)
+    of_each_decode = [devices_of(of_a_decode_server)] * decode_servers
+    rank_workers = ranks * size_of(rest, TENSOR_PARALLEL)
+    asked = Disaggregation(
+        decode_arguments=decode_arguments,
+        memory=_memory(model, rank_workers, of_each_decode, of_a_decode_server),
+        side_channel_ports=(),
+        transfer=transfer,
+    )
+    return rest, _with_ports(asked, ranks, of_each_decode)
+
+
+def _with_ports(asked: Disaggregation, ranks: int, of_each_decode: Sequence[int]) -> Disaggregation:
     """Return what was asked for, with ports that are free."""
     found = free_ports(ranks + len(of_each_decode))
     first = os.environ.get(SIDE_CHANNEL_PORT_ENV, "")
