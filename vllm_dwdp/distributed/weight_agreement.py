@@ -139,7 +139,7 @@ class WeightAgreement:
         """
         self._dialler.fingerprint = fingerprint
         self._state.end_update(fingerprint, layout, peers)
-        # The rest stays: a peer may hear of it only now.
+        # Proof, digest and generation stay: a peer may ask for them only now.
         self._state.set_progress(msgspec.structs.replace(self._state.progress(), step=Step.DONE))
 
     def fail(self, error: BaseException) -> None:
@@ -200,7 +200,7 @@ class WeightAgreement:
                         wait.missing -= {rank}
                 if step is Step.PAUSED and any(
                     peer.update != self.update for peer in reached.values()
-                ):  # ours has a later number by now: all say it again
+                ):  # this rank has taken a later number, which every peer must confirm
                     wait.missing, reached = frozenset(dialler.peer_ranks), {}
                 if wait.missing and wait.left_s < 0:
                     raise self._missed(

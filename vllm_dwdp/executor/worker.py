@@ -177,7 +177,7 @@ class DwdpWorker:
     def _start_transfer(self, model: torch.nn.Module | None, start: Callable[[], None]) -> None:
         group = self.expert_group
         if group is None or model is None or self.weight_transfer_engine is None:  # type: ignore[attr-defined]
-            start()  # for itself, or to say what is missing
+            start()  # no experts are shared, or vLLM says what is missing
             return
         self._begin_update(model, from_checkpoint=False)
         with self._failing_group(group):
