@@ -14,7 +14,7 @@ from pathlib import Path
 from vllm_dwdp.device.queue import Waves
 from vllm_dwdp.errors import NativeLibraryError, TransferError
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 LIBRARY_PATH = Path(__file__).with_name("libdwdp.so")
 
 _BUILD = "Build it with `make native` in a checkout, or reinstall with `pip install -e .`"
