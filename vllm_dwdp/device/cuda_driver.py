@@ -110,7 +110,14 @@ class CudaDevice(NativeObject):
         return data.raw
 
     def import_fabric(self, data: bytes) -> int:
-        """Return a handle of a peer's allocation, to be released."""
+        """Return a handle of a peer's allocation, to be released.
+
+        Args:
+            data: what the peer's `export_fabric` returned.
+
+        Raises:
+            DwdpMemoryError: it has another length, or the driver refuses it.
+        """
         if len(data) != _FABRIC_HANDLE_BYTES:
             raise DwdpMemoryError(
                 f"a fabric handle of {len(data)} bytes cannot be imported: it must have "

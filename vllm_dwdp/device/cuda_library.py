@@ -67,7 +67,13 @@ def cuda_library() -> ctypes.CDLL:
 
 
 def check(status: int, action: str, error: type[DwdpError]) -> None:
-    """Raise `error`, with the library's own words, unless `status` is 0."""
+    """Raise `error`, with the library's own words, unless `status` is 0.
+
+    Args:
+        status: what a function of the library returned.
+        action: what the function was to do, as the subject of "… failed".
+        error: the class to raise.
+    """
     if status:
         raise error(f"{action} failed: {library().dwdp_last_error().decode()}")
 

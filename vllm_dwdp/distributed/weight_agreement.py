@@ -106,6 +106,9 @@ class WeightAgreement:
 
         Args:
             proof: a digest of the weights and of their layout.
+
+        Raises:
+            WeightUpdateError: a rank has written other weights, has failed, or takes too long.
         """
         self._go_to(self.update, Step.WRITTEN, proof=proof)
         for rank, peer in self._wait(Step.WRITTEN, "write their experts").items():
@@ -121,6 +124,9 @@ class WeightAgreement:
 
         Args:
             digest: of all of our shard, which is whole.
+
+        Raises:
+            WeightUpdateError: a rank has failed or takes too long.
         """
         proof = self._state.progress().proof
         generation = max(time.time_ns(), self._dialler.generation + 1)
