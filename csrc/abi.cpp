@@ -13,7 +13,7 @@ std::string& dwdp::abi::last_error() {
   return message;
 }
 
-DWDP_API int dwdp_abi_version() { return 5; }
+DWDP_API int dwdp_abi_version() { return 6; }
 
 DWDP_API const char* dwdp_last_error() { return dwdp::abi::last_error().c_str(); }
 

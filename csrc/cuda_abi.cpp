@@ -1,4 +1,4 @@
-// The CUDA part of the C ABI, which `vllm_dwdp/device/cuda_driver.py` calls through ctypes. Addresses are
+// The CUDA part of the C ABI, declared for ctypes in `vllm_dwdp/device/cuda_library.py`. Addresses are
 // device addresses. Functions return 0, the driver's status, or -1; `dwdp_last_error` says more.
 #include <cstdint>
 #include <cstring>

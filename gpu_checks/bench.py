@@ -149,7 +149,7 @@ def measure_steps(model: Model, rounds: int) -> dict[str, Any]:
     model.gpu.synchronize()
     model.rings.queue.drain()
     # The ring must give what resident weights give; checked before `join` and `gather`, which use
-    # its slots behind its back, and after making the steps, which did so too.
+    # its slots without its schedule, and after making the steps, which did so too.
     for layer in range(NUM_LAYERS):
         model.prefetch(layer)
     same = {}
@@ -236,7 +236,7 @@ def copies_against_plain(
             action()
             if number >= 2:
                 times[name].append(time.perf_counter() - started)
-    # Layer 0's slot now holds layer 0 whatever the ring thinks: it is the first layer of a step.
+    # Layer 0's slot now holds layer 0 whatever its schedule says: it is the first layer of a step.
     reads = read_gbps(gpu, rank)
     return {
         "how": queue.describe(),
@@ -314,6 +314,6 @@ def issue_us(rank: RankMemory, rings: PrefetchRings) -> dict[str, float]:
         started = time.perf_counter()
         queue.issue(ring.batches[number % NUM_LAYERS], None)
         times.append((time.perf_counter() - started) * 1e6)
-    queue.drain()  # the last two were layers 0 and 1, which the ring believes in its slots
+    queue.drain()  # layers 0 and 1 came last, as the schedule has it
     plan = plan_layer_copies(rank.layout.layers[0], rank.dwdp_rank, queue.slice_bytes)
     return {"issue": statistics.median(times[2:]), "slices": sum(map(len, plan))}

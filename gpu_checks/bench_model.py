@@ -16,7 +16,7 @@ from gpu_checks.bench_cases import MODES, NUM_LAYERS
 from gpu_checks.expert_gather import ExpertGather
 from gpu_checks.expert_ranks import RankMemory
 from gpu_checks.moe_kernels import MoeKernel, Routing
-from vllm_dwdp.device.cuda_driver import CudaCopyQueue
+from vllm_dwdp.device.cuda_copies import CudaCopyQueue
 from vllm_dwdp.device.queue import ResolvedSlice
 from vllm_dwdp.model_executor import ops
 from vllm_dwdp.model_executor.composites import CompositeMapper, LayerView

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from gpu_checks.accelerator import Accelerator, accelerator
 from gpu_checks.compute_stream import ComputeStream
 from gpu_checks.driver_memory import PAGE, mapped
-from vllm_dwdp.device.cuda_driver import CudaCopyQueue, CudaDevice
+from vllm_dwdp.device.cuda_copies import CudaCopyQueue
+from vllm_dwdp.device.cuda_driver import CudaDevice
 from vllm_dwdp.device.queue import Waves
 
 FILL_US = 7_400

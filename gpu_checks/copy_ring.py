@@ -9,7 +9,8 @@ from contextlib import contextmanager
 
 from gpu_checks.compute_stream import ComputeStream, Graph
 from gpu_checks.driver_memory import PAGE, mapped
-from vllm_dwdp.device.cuda_driver import CudaCopyQueue, CudaDevice
+from vllm_dwdp.device.cuda_copies import CudaCopyQueue
+from vllm_dwdp.device.cuda_driver import CudaDevice
 
 NUM_LAYERS, NUM_SLOTS = 6, 2
 SLOT_BYTES = 64 * 1024

@@ -13,7 +13,8 @@ from gpu_checks.accelerator import accelerator
 from gpu_checks.compute_stream import BatchCopies, ComputeStream
 from gpu_checks.copy_ring import SLOT_BYTES, CopyRing, copy_ring
 from gpu_checks.driver_memory import PAGE, driver_call, mapped
-from vllm_dwdp.device.cuda_driver import CudaCopyQueue, CudaDevice, HandleType
+from vllm_dwdp.device.cuda_copies import CudaCopyQueue
+from vllm_dwdp.device.cuda_driver import CudaDevice, HandleType
 from vllm_dwdp.errors import DwdpError
 
 # --- copies and captures -------------------------------------------------------------------------

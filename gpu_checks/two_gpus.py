@@ -19,7 +19,8 @@ import torch
 from gpu_checks.accelerator import Accelerator, accelerator
 from gpu_checks.driver_memory import PAGE, ROOT, exported_content, exporter, imported, mapped
 from gpu_checks.peer_memory import holds
-from vllm_dwdp.device.cuda_driver import AccessRefusedError, CudaCopyQueue, CudaDevice
+from vllm_dwdp.device.cuda_copies import CudaCopyQueue
+from vllm_dwdp.device.cuda_driver import AccessRefusedError, CudaDevice
 from vllm_dwdp.device.tensor import tensor_at
 from vllm_dwdp.errors import DwdpError, DwdpMemoryError
 

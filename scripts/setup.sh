@@ -30,7 +30,7 @@ command -v "${CXX:-g++}" >/dev/null || {
     exit 2
   }
 }
-# -qq: warnings about a machine's package index would bury the lines that matter; errors still show.
+# -qq: warnings about a machine's package index would hide the lines that matter; errors still show.
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 
 if ! [ -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then

@@ -14,7 +14,8 @@ from gpu_checks.fake import Counts, counts
 from gpu_checks.simulated_cuda import SimulatedCudaMemory
 from tests.cuda.conftest import is_older_driver
 from tests.helpers.expert_shapes import R1_MOE_LAYERS, r1_nvfp4
-from vllm_dwdp.device.cuda_driver import CudaCopyQueue, CudaDevice
+from vllm_dwdp.device.cuda_copies import CudaCopyQueue
+from vllm_dwdp.device.cuda_driver import CudaDevice
 from vllm_dwdp.device.cuda_queue import CudaQueue
 from vllm_dwdp.device.queue import Waves
 from vllm_dwdp.errors import TransferError

@@ -10,7 +10,8 @@ import pytest
 from gpu_checks import peer_memory
 from gpu_checks.driver_memory import PAGE, mapped
 from gpu_checks.fake import SIMULATED_ENV, fake_settings, live_objects
-from vllm_dwdp.device.cuda_driver import AccessRefusedError, CudaCopyQueue, CudaDevice
+from vllm_dwdp.device.cuda_copies import CudaCopyQueue
+from vllm_dwdp.device.cuda_driver import AccessRefusedError, CudaDevice
 from vllm_dwdp.errors import DwdpMemoryError, TransferError
 
 

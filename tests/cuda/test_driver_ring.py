@@ -12,7 +12,8 @@ from gpu_checks.compute_stream import ComputeStream
 from gpu_checks.copy_ring import copy_ring
 from gpu_checks.fake import fake_cuda_environment, fake_settings
 from tests.cuda.conftest import is_older_driver
-from vllm_dwdp.device.cuda_driver import CudaCopyQueue, CudaDevice
+from vllm_dwdp.device.cuda_copies import CudaCopyQueue
+from vllm_dwdp.device.cuda_driver import CudaDevice
 from vllm_dwdp.errors import TransferError
 
 ROOT = Path(__file__).parents[2]

@@ -65,7 +65,11 @@ class CudaShard:
             )
 
     def seal(self) -> None:
-        """Device memory cannot be sealed; peers map it read-only where the driver can."""
+        """Device memory cannot be sealed; peers map it read-only where the driver can.
+
+        Raises:
+            DwdpMemoryError: the layout of the model does not fill an adopted shard.
+        """
         if self.is_adopted and self.num_bytes != self.allocations.num_bytes:
             raise DwdpMemoryError(
                 f"the shard that a peer kept for this rank has {self.allocations.num_bytes} bytes, but "

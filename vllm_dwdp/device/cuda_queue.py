@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import torch
 
-from vllm_dwdp.device.cuda_driver import CudaCopyQueue, CudaDevice
+from vllm_dwdp.device.cuda_copies import CudaCopyQueue
+from vllm_dwdp.device.cuda_driver import CudaDevice
 from vllm_dwdp.device.host_queue import DELAY_ENV, POISON_ENV
 from vllm_dwdp.device.queue import Waves
 

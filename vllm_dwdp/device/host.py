@@ -42,7 +42,11 @@ class HostShard:
         self._writable: list[Mapping] = []
 
     def append(self, piece_bytes: Sequence[int]) -> Mapping:
-        """Grow by these bytes (page-aligned, zeroed) and return the new part, writable."""
+        """Grow by these bytes (page-aligned, zeroed) and return the new part, writable.
+
+        Raises:
+            DwdpMemoryError: the host or the container has too little memory for it.
+        """
         num_bytes = sum(piece_bytes)
         if not num_bytes:
             return Mapping(0, 0)
@@ -113,7 +117,11 @@ class AdoptedShard:
         self._whole = map_pages(fd, 0, capacity_bytes, writable=False)
 
     def append(self, piece_bytes: Sequence[int]) -> Mapping:
-        """Return the next bytes of the whole."""
+        """Return the next bytes of the whole.
+
+        Raises:
+            DwdpMemoryError: they end behind it.
+        """
         num_bytes = sum(piece_bytes)
         part = Mapping(self._whole.address + self.num_bytes, num_bytes)
         self.num_bytes += num_bytes

@@ -1,6 +1,6 @@
 """The typed face of `libdwdp.so` (sources in `csrc/`), loaded on first use.
 
-Its CUDA part is in `vllm_dwdp.device.cuda_driver`.
+Its CUDA part is in `device.cuda_library`, `device.cuda_driver` and `device.cuda_copies`.
 
 Every call releases the GIL (ctypes) and takes about a microsecond. Importing this module needs no
 library.
@@ -14,7 +14,7 @@ from pathlib import Path
 from vllm_dwdp.device.queue import Waves
 from vllm_dwdp.errors import NativeLibraryError, TransferError
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 LIBRARY_PATH = Path(__file__).with_name("libdwdp.so")
 
 _BUILD = "Build it with `make native` in a checkout, or reinstall with `pip install -e .`"

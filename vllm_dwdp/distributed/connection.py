@@ -203,7 +203,12 @@ class SecureConnection(Connection):
             self.flush()
 
     def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
-        """As `Connection.send`; the rest of a message that did not fit waits for `flush`."""
+        """As `Connection.send`; the rest of a message that did not fit waits for `flush`.
+
+        Raises:
+            BlockingIOError: an earlier message still waits.
+            OSError: the peer closed the connection.
+        """
         assert not fds, "descriptors cannot travel over TCP"
         if not self.flush():
             raise BlockingIOError

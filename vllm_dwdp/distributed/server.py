@@ -133,7 +133,7 @@ class Server:
         except (OSError, RendezvousError) as error:
             self._on_drop()
             self._warn("a connection was closed that is no peer's: %s", error)
-        except Exception as error:  # a bug of ours, which the thread must outlive
+        except Exception as error:  # a bug: the thread must go on answering other peers
             self._on_drop()
             self._warn("a request could not be answered: %s", error, with_trace=True)
         self._drop(sock)

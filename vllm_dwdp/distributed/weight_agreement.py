@@ -106,6 +106,9 @@ class WeightAgreement:
 
         Args:
             proof: a digest of the weights and of their layout.
+
+        Raises:
+            WeightUpdateError: a rank has written other weights, has failed, or takes too long.
         """
         self._go_to(self.update, Step.WRITTEN, proof=proof)
         for rank, peer in self._wait(Step.WRITTEN, "write their experts").items():
@@ -121,6 +124,9 @@ class WeightAgreement:
 
         Args:
             digest: of all of our shard, which is whole.
+
+        Raises:
+            WeightUpdateError: a rank has failed or takes too long.
         """
         proof = self._state.progress().proof
         generation = max(time.time_ns(), self._dialler.generation + 1)
@@ -139,7 +145,7 @@ class WeightAgreement:
         """
         self._dialler.fingerprint = fingerprint
         self._state.end_update(fingerprint, layout, peers)
-        # The rest stays: a peer may hear of it only now.
+        # Proof, digest and generation stay: a peer may ask for them only now.
         self._state.set_progress(msgspec.structs.replace(self._state.progress(), step=Step.DONE))
 
     def fail(self, error: BaseException) -> None:
@@ -200,7 +206,7 @@ class WeightAgreement:
                         wait.missing -= {rank}
                 if step is Step.PAUSED and any(
                     peer.update != self.update for peer in reached.values()
-                ):  # ours has a later number by now: all say it again
+                ):  # this rank has taken a later number, which every peer must confirm
                     wait.missing, reached = frozenset(dialler.peer_ranks), {}
                 if wait.missing and wait.left_s < 0:
                     raise self._missed(

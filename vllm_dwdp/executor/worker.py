@@ -157,7 +157,11 @@ class DwdpWorker:
         return found | checksums.of_layers(found, self.get_model(), layers)  # type: ignore[attr-defined]
 
     def reset_weights(self) -> None:
-        """Refused where experts are shared: vLLM's zeroes them in place."""
+        """As vLLM's, which zeroes the weights in place; refused where experts are shared.
+
+        Raises:
+            DwdpUnsupportedError: this worker is a rank of a group.
+        """
         if self.expert_group is not None:
             raise DwdpUnsupportedError(
                 "reset_weights zeroes the tensors of a model in place, and those of the experts lie in "
@@ -177,7 +181,7 @@ class DwdpWorker:
     def _start_transfer(self, model: torch.nn.Module | None, start: Callable[[], None]) -> None:
         group = self.expert_group
         if group is None or model is None or self.weight_transfer_engine is None:  # type: ignore[attr-defined]
-            start()  # for itself, or to say what is missing
+            start()  # no experts are shared, or vLLM says what is missing
             return
         self._begin_update(model, from_checkpoint=False)
         with self._failing_group(group):

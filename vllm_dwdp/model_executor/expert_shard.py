@@ -146,7 +146,12 @@ class ExpertShard:
         )
 
     def fill_weight(self, sharded: ShardedLayer, resident: torch.Tensor) -> None:
-        """Write the bytes of the resident experts of the weight that was added last."""
+        """Write the bytes of the resident experts of the weight that was added last.
+
+        Args:
+            sharded: the layer that it was added to.
+            resident: uint8 of shape (bytes,), as `ExpertRows.bytes_of` returns it.
+        """
         weight = sharded.weights[-1]
         before = weight.layout.resident(self.dwdp_rank).start
         before -= weight.layout.shard_pages(self.dwdp_rank).start

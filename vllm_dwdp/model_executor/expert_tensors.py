@@ -37,7 +37,11 @@ class TensorOverRows:
     stride: tuple[int, ...]
 
     def over(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return the same tensor over other rows: `rows` is their bytes, from row 0 on."""
+        """Return the same tensor over other rows.
+
+        Args:
+            rows: their bytes, from row 0 on; uint8 of shape (bytes,).
+        """
         place = torch.empty(0, dtype=self.dtype, device=rows.device)
         return place.set_(rows.untyped_storage(), self.offset, self.shape, self.stride)
 
@@ -66,7 +70,10 @@ class ExpertRows:
         return self.num_experts * self.row_bytes
 
     def bytes_of(self, experts: ExpertRange) -> torch.Tensor:
-        """Return the bytes of some rows; fewer where the storage ends within the last one."""
+        """Return the bytes of some rows, uint8 of shape (rows * `row_bytes`,).
+
+        There are fewer where the storage ends within the last row.
+        """
         return self.rows[experts.start * self.row_bytes : experts.stop * self.row_bytes]
 
 

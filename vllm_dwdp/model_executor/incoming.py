@@ -150,7 +150,7 @@ class ModelUpdate:
             for path, tensor in processed.tensors.replicated.items():
                 if id(tensor) not in serving:
                     entry.replicated[path].copy_(tensor)
-        for parameter in parameters:  # whoever loads still has them
+        for parameter in parameters:  # the loader still refers to them
             if id(parameter) not in serving:
                 parameter.data = parameter.data.new_empty(0)
         self.facts[layer.layer_name] = facts

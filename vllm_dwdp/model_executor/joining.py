@@ -138,7 +138,12 @@ def load_experts(
     cost: StartCost,
     undo: ExitStack,
 ) -> LoadedExperts:
-    """Load the model with our experts only, or adopt them from a survivor."""
+    """Load the model with our experts only, or adopt them from a survivor.
+
+    Raises:
+        PeerMismatchError: the shard that a survivor kept was laid out for another model.
+        DwdpUnsupportedError: experts of the model cannot be shared.
+    """
     adopted = adopt_shard(device, membership, seat.rank, cost)
     memory = None if adopted is None else adopted.shard
     shard = ExpertShard(seat.launch.config, seat.dwdp_rank, device, memory)

@@ -21,7 +21,13 @@ def install_rings(rings: Sequence[Ring | CapturedRing]) -> None:
 
 
 def wait_layer(hidden_states: torch.Tensor, ring: int, index: int) -> None:
-    """Hold `hidden_states`, the layer's input, back until the layer's experts are in their slot."""
+    """Hold the layer's input back until the layer's experts are in their slot.
+
+    Args:
+        hidden_states: the layer's input, of any shape; it is not read.
+        ring: number of the ring, as installed.
+        index: of the layer within the ring.
+    """
     if torch.compiler.is_compiling():
         torch.ops.vllm_dwdp.wait_layer(hidden_states, ring, index)
     else:
@@ -29,7 +35,13 @@ def wait_layer(hidden_states: torch.Tensor, ring: int, index: int) -> None:
 
 
 def record_layer(output: torch.Tensor, ring: int, index: int) -> None:
-    """Mark, after `output` was produced, that the layer's slot may be refilled."""
+    """Mark, after `output` was produced, that the layer's slot may be refilled.
+
+    Args:
+        output: what the layer's kernels wrote, of any shape; it is not read.
+        ring: number of the ring, as installed.
+        index: of the layer within the ring.
+    """
     if torch.compiler.is_compiling():
         torch.ops.vllm_dwdp.record_layer(output, ring, index)
     else:

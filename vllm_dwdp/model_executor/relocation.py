@@ -76,7 +76,9 @@ def _holders(address: int) -> str:
 
 def _lies_at(found: object, address: int) -> bool:
     """Whether `found` is a tensor over the storage at `address`."""
-    if not issubclass(type(found), torch.Tensor):  # `isinstance` asks objects, and some dislike it
+    if not issubclass(
+        type(found), torch.Tensor
+    ):  # `isinstance` asks for `__class__`, which some raise on
         return False
     with suppress(RuntimeError, NotImplementedError):  # a tensor without a storage of its own
         return bool(found.untyped_storage().data_ptr() == address)  # type: ignore[attr-defined]

@@ -98,7 +98,7 @@ class DwdpRoutedExperts(LoadsRawParameters):
         self.raw = RawParameters(
             self, num_experts, registry.loads(num_experts), moe.num_slices(moe_config)
         )
-        self._twin: tuple[LayerTwin, ...] = ()  # a tuple: no module of the model
+        self._twin: tuple[LayerTwin, ...] = ()  # in a tuple torch registers no module
         if registry.needs_proof(self):
             self._twin = (LayerTwin(self.make_twin(), self),)
         moe.around_processing(self, self._process)
@@ -132,7 +132,7 @@ class DwdpRoutedExperts(LoadsRawParameters):
         """Serve from `binding` from now on; the memory behind it must outlive the layer."""
         for tensor, placed in binding.tensors:
             tensor.data = placed
-        # Past torch's own, which looks for parameters and takes as long as all tensors of a layer.
+        # Not by torch's own, which looks for parameters and takes as long as all tensors of a layer.
         object.__setattr__(self, "ring_position", binding.ring_position)
 
     def forward_modular(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

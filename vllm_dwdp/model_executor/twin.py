@@ -49,7 +49,9 @@ class LayerTwin:
             path: value.clone() if isinstance(value, torch.Tensor) else value
             for path, value in processed.independent_of_others(raw.resident).items()
         }
-        for rows in processed.tensors.per_expert:  # the layer itself is in circles
+        for rows in (
+            processed.tensors.per_expert
+        ):  # reference cycles keep the layer alive, so its memory goes by hand
             detach(each for each in rows.tensors if id(each.tensor) not in self._shared)
         return found
 
@@ -89,7 +91,7 @@ def check_same(layer_name: str, twin: Mapping[str, Any], layer: Mapping[str, Any
         if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
             same = torch.equal(one, other)
         else:
-            same = repr(one) == repr(other)  # also not a number
+            same = repr(one) == repr(other)  # by repr: NaN is not equal to itself
         if not same:
             raise DwdpUnsupportedError(
                 f"{layer_name}: what processing makes of {path} depends on experts that other ranks "

@@ -71,7 +71,7 @@ def _gated_delta_net(fields: ConfigFields) -> LayerState:
 def _kimi_delta_attention(fields: ConfigFields) -> LayerState:
     heads, size = fields.first("linear_num_heads"), fields.first("linear_head_dim")
     kernel, hidden = fields.first("linear_conv_kernel_dim", default=4), fields.first("hidden_size")
-    gates = 2 * (hidden * size + size * heads * size)  # each through a narrow middle
+    gates = 2 * (hidden * size + size * heads * size)  # each of two low-rank products
     return LayerState(
         convolution=3 * heads * size * (kernel - 1),
         recurrent=heads * size * size,

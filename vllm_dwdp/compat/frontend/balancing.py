@@ -14,9 +14,8 @@ class OnlyClient(DPLBAsyncMPClient):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.engines_running = (
-            True  # independent ranks run when they have requests: nobody wakes them
-        )
+        # vLLM wakes ranks that wait for each other; independent ranks run when they have requests.
+        self.engines_running = True
         self._said = [[0, 0, 0.0] for _ in self.core_engines]
 
     def _ensure_stats_update_task(self) -> None:

@@ -11,6 +11,32 @@ from prometheus_client import Counter, Gauge
 _LABELS = ("model_name", "engine")
 _PEER_STATES = ("missing", "published", "ready", "dead")
 
+_GAUGES = {
+    "resident_expert_bytes": "Expert bytes this engine holds.",
+    "remote_expert_bytes": "Expert bytes it reads from its peers.",
+    "slot_bytes": "Bytes of its prefetch slots.",
+    "rejoin_seconds": "Seconds it took to come back with an adopted shard; else 0.",
+    "read_expert_bytes": "Bytes of large expert tensors read from the checkpoint at start.",
+    "digested_bytes": "Bytes digested at start, of own shards and of lent ones.",
+    "saved_bytes": "Bytes saved against a full replica.",
+    "weight_update": "Number of the update that this engine's weights come from; 0: those of its start.",
+    "refuses": "1 if an update of the weights failed half-way, so that it must not serve.",
+    "generation_seconds": "Unix time at which this engine's rank started (its generation).",
+    "last_failure_seconds": "Unix time at which a peer last died or was refused; 0: never.",
+}
+"""Gauges by the field of a status that they show."""
+
+_COUNTERS = {
+    "prefetch_wait_seconds": (
+        "prefetch_wait_seconds",
+        "Seconds that layers waited for late copies.",
+    ),
+    "prefetch_copy_seconds": ("prefetch_copy_seconds", "Seconds that copies took."),
+    "late_prefetches": ("late_prefetch", "Layers whose copies were late."),
+    "dropped_connections": ("dropped_connections", "Connections to the rank that were no peer's."),
+}
+"""Counters by the field of a status that they follow: name and text."""
+
 
 class RankMetrics:
     """The metrics of the engines of one front end; build once per process."""
@@ -26,42 +52,7 @@ class RankMetrics:
             "group_size",
             "dwdp_rank",
         )
-        self._gauges = {
-            "resident_expert_bytes": _gauge(
-                "resident_expert_bytes", "Expert bytes this engine holds."
-            ),
-            "remote_expert_bytes": _gauge(
-                "remote_expert_bytes", "Expert bytes it reads from its peers."
-            ),
-            "slot_bytes": _gauge("slot_bytes", "Bytes of its prefetch slots."),
-            "rejoin_seconds": _gauge(
-                "rejoin_seconds", "Seconds it took to come back with an adopted shard; else 0."
-            ),
-            "read_expert_bytes": _gauge(
-                "read_expert_bytes",
-                "Bytes of large expert tensors read from the checkpoint at start.",
-            ),
-            "digested_bytes": _gauge(
-                "digested_bytes", "Bytes digested at start, of own shards and of lent ones."
-            ),
-            "saved_bytes": _gauge("saved_bytes", "Bytes saved against a full replica."),
-            "weight_update": _gauge(
-                "weight_update",
-                "Number of the update that this engine's weights come from; 0: those of its start.",
-            ),
-            "refuses": _gauge(
-                "refuses",
-                "1 if an update of the weights failed half-way, so that it must not serve.",
-            ),
-            "generation_seconds": _gauge(
-                "generation_seconds",
-                "Unix time at which this engine's rank started (its generation).",
-            ),
-            "last_failure_seconds": _gauge(
-                "last_failure_seconds",
-                "Unix time at which a peer last died or was refused; 0: never.",
-            ),
-        }
+        self._gauges = {name: _gauge(name, text) for name, text in _GAUGES.items()}
         self._start_seconds = _gauge(
             "start_seconds", "Seconds that each phase of the start took.", "phase"
         )
@@ -70,16 +61,7 @@ class RankMetrics:
         self._steps = _counter(
             "steps", "Forward passes of the model by the mode that they ran in.", "mode"
         )
-        self._counters = {
-            "prefetch_wait_seconds": _counter(
-                "prefetch_wait_seconds", "Seconds that layers waited for late copies."
-            ),
-            "prefetch_copy_seconds": _counter("prefetch_copy_seconds", "Seconds that copies took."),
-            "late_prefetches": _counter("late_prefetch", "Layers whose copies were late."),
-            "dropped_connections": _counter(
-                "dropped_connections", "Connections to the rank that were no peer's."
-            ),
-        }
+        self._counters = {field: _counter(*each) for field, each in _COUNTERS.items()}
 
     def update(self, engine: int, status: dict[str, Any]) -> None:
         """Copy one rank's status into the metrics of engine `engine`."""

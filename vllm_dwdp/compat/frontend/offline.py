@@ -98,7 +98,11 @@ class RankClient(SyncMPClient):
         return results[0]
 
     def ensure_alive(self) -> None:
-        """Raise, with the rank's name, if an engine is dead."""
+        """Return unless an engine is dead.
+
+        Raises:
+            EngineDeadError: one is; the message names its rank where that is known.
+        """
         if self.resources.engine_dead or self._failed_process():
             raise self._death()
 

@@ -95,7 +95,7 @@ def _client_of_its_ranks(
         return None
     if vllm_config.parallel_config.data_parallel_external_lb:
         return AsyncMPClient
-    if client_addresses:  # it is one of several
+    if client_addresses:  # one of several API servers
         return None
     from vllm_dwdp.compat.frontend.balancing import OnlyClient
 

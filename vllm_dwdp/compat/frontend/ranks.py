@@ -70,7 +70,7 @@ def uncouple(parallel: Any, started: StartedRanks) -> None:
     count = started.span.count
     if started.spmd_name is not None:
         parallel.data_parallel_size = parallel.data_parallel_size_local = 1
-        if not envs.VLLM_ENABLE_V1_MULTIPROCESSING:  # the engine's config too
+        if not envs.VLLM_ENABLE_V1_MULTIPROCESSING:  # the engine in this process reads it as well
             parallel.data_parallel_rank = 0
     elif parallel.data_parallel_size == 1 and count > 1:  # one LLM of several ranks
         parallel.data_parallel_size = parallel.data_parallel_size_local = count

@@ -47,7 +47,7 @@ class HookedUniProcExecutor(Hooked, UniProcExecutor):
 
     def _end_worker(self) -> None:
         worker = getattr(self, "driver_worker", None)
-        if worker is not None and "worker" in vars(worker):  # or it was never made
+        if worker is not None and "worker" in vars(worker):  # else it was never made
             worker.shutdown()
 
     def shutdown(self) -> None:

@@ -97,34 +97,15 @@ def launch(
     if decode_args and not decode_servers:
         raise DwdpConfigError("--decode-args is for the servers of --decode-servers, which is 0.")
     if prefill_only or decode_servers or decode_url:
-        arguments, transfer = take_transfer_config(arguments)
         urls = tuple(check_url(url) for url in decode_url or ())
         check_side_channel(os.environ, host, urls, prefill_only)
-        for_decode = split_decode_arguments(decode_args)
-        if not prefill_only and api_key((*arguments, *for_decode), os.environ):
-            raise DwdpConfigError(
-                "--api-key, and VLLM_API_KEY, cannot be used with decode servers: in this mode "
-                "vllm-router sends no client's key on to them. Leave it out, and check keys in front of "
-                "the router."
-            )
-        of_each_decode = [devices_of((*arguments, *for_decode))] * decode_servers
-        disaggregation = _disaggregation(
-            ranks,
-            of_each_decode,
-            Disaggregation(
-                decode_arguments=for_decode,
-                memory=_memory(
-                    model,
-                    ranks * size_of(arguments, TENSOR_PARALLEL),
-                    of_each_decode,
-                    (*arguments, *for_decode),
-                ),
-                decode_urls=urls,
-                side_channel_ports=(),
-                transfer=transfer,
-                only_prefill=prefill_only,
-            ),
+        asked = Disaggregation(
+            decode_arguments=split_decode_arguments(decode_args),
+            decode_urls=urls,
+            side_channel_ports=(),
+            only_prefill=prefill_only,
         )
+        arguments, disaggregation = _disaggregation(model, ranks, arguments, decode_servers, asked)
     rank_ports = (
         tuple(range(port, port + ranks))
         if prefill_only
@@ -162,8 +143,30 @@ def _memory(
 
 
 def _disaggregation(
-    ranks: int, of_each_decode: Sequence[int], asked: Disaggregation
-) -> Disaggregation:
+    model: str,
+    ranks: int,
+    arguments: Sequence[str],
+    decode_servers: int,
+    asked: Disaggregation,
+) -> tuple[tuple[str, ...], Disaggregation]:
+    """Return what is left of the arguments of every server, and what there is besides ranks."""
+    rest, transfer = take_transfer_config(arguments)
+    of_a_decode_server = (*rest, *asked.decode_arguments)
+    if not asked.only_prefill and api_key(of_a_decode_server, os.environ):
+        raise DwdpConfigError(
+            "--api-key, and VLLM_API_KEY, cannot be used with decode servers: in this mode "
+            "vllm-router sends no client's key on to them. Leave it out, and check keys in front of "
+            "the router."
+        )
+    of_each_decode = [devices_of(of_a_decode_server)] * decode_servers
+    rank_workers = ranks * size_of(rest, TENSOR_PARALLEL)
+    memory = _memory(model, rank_workers, of_each_decode, of_a_decode_server)
+    return rest, _with_ports(
+        replace(asked, memory=memory, transfer=transfer), ranks, of_each_decode
+    )
+
+
+def _with_ports(asked: Disaggregation, ranks: int, of_each_decode: Sequence[int]) -> Disaggregation:
     """Return what was asked for, with ports that are free."""
     num_decodes = len(of_each_decode)
     found = free_ports(ranks + 2 * num_decodes + len(asked.decode_urls))

@@ -74,6 +74,41 @@ def launch(plan: LaunchPlan, logs: Path, report: Callable[[str], None]) -> None:
         DwdpError: a rank ended by itself before it said what it does, or ended or hung too often
             before it ever served; carries the end of its log.
     """
+    check_startable(plan)
+    config = DwdpConfig.from_options(plan.dwdp_options, plan.num_ranks)
+    num_gpus = count_gpus()
+    places = _places(plan, num_gpus)
+    logs.mkdir(parents=True, exist_ok=True)
+    deployment = _deployment(plan, config, logs, places)
+    ranks, workers = deployment.ranks, plan.tensor_parallel_size
+    groups = plan.num_ranks // config.group_size * workers if plan.holds_experts else 0
+    forks = plan.forks_ranks and is_vllm_of_ours(find_program("vllm")) and not num_gpus
+    with (
+        roster(plan.dwdp_options["rendezvous"]) as servers,
+        expert_holder(config, groups, report) as holder,
+        forked_ranks(logs / "template.log" if forks else None, report) as starter,
+        _until_interrupted() as interrupted,
+    ):
+        for child in ranks:
+            child.start = starter.start
+        try:
+            report(
+                f"ranks will listen at {', '.join(plan.rank_urls)}; each has "
+                f"{ranks[0].start_timeout_s:.0f} s to start"
+            )
+            starter.wait_until_ready(interrupted)
+            _serve(deployment, holder, servers, report, interrupted)
+        finally:
+            _end_all([ranks, deployment.decodes, deployment.fronts], report, ending_file(logs))
+            admission_file(logs).unlink(missing_ok=True)
+
+
+def check_startable(plan: LaunchPlan) -> None:
+    """Refuse what could only fail later: programs, servers elsewhere and ports, before any process.
+
+    Raises:
+        DwdpConfigError: names what is missing or taken.
+    """
     check_environment(os.environ)
     for program in ("vllm", ROUTER) if plan.has_router else ("vllm",):
         find_program(program)
@@ -93,43 +128,35 @@ def launch(plan: LaunchPlan, logs: Path, report: Callable[[str], None]) -> None:
         if obstacle := port_obstacle(rank, plan.rank_host, port):
             raise DwdpConfigError(f"{obstacle}.")
     config = DwdpConfig.from_options(plan.dwdp_options, plan.num_ranks)
-    sizes = _decode_devices(plan)
-    workers, num_gpus = plan.tensor_parallel_size, count_gpus()
-    if who := with_worker_processes(config, workers, sizes, num_gpus):
+    sizes, workers = _decode_devices(plan), plan.tensor_parallel_size
+    if who := with_worker_processes(config, workers, sizes, count_gpus()):
         check_queues(who, free_bytes())
+
+
+def _places(plan: LaunchPlan, num_gpus: int) -> list[dict[str, str]]:
+    """Variables that give each rank, and then each decode server, its GPUs or cores."""
+    sizes, workers = _decode_devices(plan), plan.tensor_parallel_size
     gpus = one_gpu_each(plan.num_ranks, os.environ, num_gpus, sizes, workers)
     to_divide = [] if num_gpus else physical_cores()
     cores = cores_for_each(plan.num_ranks, os.environ, sizes, to_divide, workers)
-    places = [gpu | own_cores for gpu, own_cores in zip(gpus, cores, strict=True)]
-    logs.mkdir(parents=True, exist_ok=True)
-    ranks = [_rank_child(plan, config, rank, logs, places[rank]) for rank in range(plan.num_ranks)]
+    return [gpu | own_cores for gpu, own_cores in zip(gpus, cores, strict=True)]
+
+
+def _deployment(
+    plan: LaunchPlan, config: DwdpConfig, logs: Path, places: list[dict[str, str]]
+) -> Deployment:
+    """Everything that the launch keeps running, not started yet."""
     within_s = start_timeout_s(plan, config)
-    decodes = decode_children(plan, logs, places[plan.num_ranks :], within_s)
     routers = [router_child(plan, logs)] if plan.has_router else []
-    fronts = [*relay_children(plan, logs), *routers, *control_children(plan, logs)]
-    groups = plan.num_ranks // config.group_size * workers if plan.holds_experts else 0
-    forks = plan.forks_ranks and is_vllm_of_ours(find_program("vllm")) and not num_gpus
-    with (
-        roster(plan.dwdp_options["rendezvous"]) as servers,
-        expert_holder(config, groups, report) as holder,
-        forked_ranks(logs / "template.log" if forks else None, report) as starter,
-        _until_interrupted() as interrupted,
-    ):
-        for child in ranks:
-            child.start = starter.start
-        try:
-            report(
-                f"ranks will listen at {', '.join(plan.rank_urls)}; each has "
-                f"{ranks[0].start_timeout_s:.0f} s to start"
-            )
-            starter.wait_until_ready(interrupted)
-            deployment = Deployment(
-                plan=plan, ranks=ranks, decodes=decodes, fronts=fronts, logs=logs
-            )
-            _serve(deployment, holder, servers, report, interrupted)
-        finally:
-            _end_all([ranks, decodes, fronts], report, ending_file(logs))
-            admission_file(logs).unlink(missing_ok=True)
+    return Deployment(
+        plan=plan,
+        ranks=[
+            _rank_child(plan, config, rank, logs, places[rank]) for rank in range(plan.num_ranks)
+        ],
+        decodes=decode_children(plan, logs, places[plan.num_ranks :], within_s),
+        fronts=[*relay_children(plan, logs), *routers, *control_children(plan, logs)],
+        logs=logs,
+    )
 
 
 def _serve(

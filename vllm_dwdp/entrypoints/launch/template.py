@@ -77,9 +77,8 @@ def main(control: socket.socket) -> None:
 
 def load() -> str:
     """Import everything that a rank will need; why it must not be forked, if so."""
-    with contextlib.suppress(
-        ImportError
-    ):  # it finds the arguments beside the first environment only
+    # First of all: it finds the arguments in memory beside the first environment only.
+    with contextlib.suppress(ImportError):
         importlib.import_module("setproctitle").setproctitle("vllm-dwdp: imports vLLM for ranks")
     for name in (*loading.MODULES, *OURS):
         importlib.import_module(name)
