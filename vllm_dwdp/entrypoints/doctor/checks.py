@@ -1,6 +1,7 @@
 """What would stop or slow a start on this machine, and what to change."""
 
 import os
+import shutil
 import platform
 import re
 import resource
