@@ -1,10 +1,10 @@
 """What would stop or slow a start on this machine, and what to change."""
 
 import os
-import shutil
 import platform
 import re
 import resource
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
