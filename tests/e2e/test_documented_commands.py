@@ -45,7 +45,8 @@ FOLLOWED = sorted({step.page for step in TYPED if not runs_alone(step)})
 class Reader:
     """Types the commands of a page in a folder that looks like the checkout.
 
-    A server that is started ends when the next one is, or with the reader, as by Ctrl-C.
+    A server is interrupted, as by Ctrl-C, when the next one or a program with engines of its own is
+    started, and at the end.
     """
 
     def __init__(self, folder: Path, model: str) -> None:
@@ -74,6 +75,7 @@ class Reader:
             return self._serve(step)
         text = self._filled_in(step.text)
         if step.language == "python":
+            self.end()
             (self._folder / "typed.py").write_text(text)
             text = "python typed.py"
         ended = subprocess.run(
