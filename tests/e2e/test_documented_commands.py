@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.e2e
 PORT = "8000"
 """What pages say, and what `vllm serve` takes where they say nothing."""
 START_TIMEOUT_S = 280
-STEP_TIMEOUT_S = 200
+STEP_TIMEOUT_S = 280
 TYPED = [step for page in PAGES for step in steps(page) if not step.mark]
 
 
@@ -40,6 +41,13 @@ def runs_alone(step: Step) -> bool:
 
 ALONE = [step for step in TYPED if runs_alone(step)]
 FOLLOWED = sorted({step.page for step in TYPED if not runs_alone(step)})
+
+
+def end_session(leader: subprocess.Popen[bytes]) -> None:
+    """Kill what is left of a process and those that it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(leader.pid, signal.SIGKILL)
+    leader.wait(10)
 
 
 class Reader:
@@ -78,21 +86,16 @@ class Reader:
             self.end()
             (self._folder / "typed.py").write_text(text)
             text = "python typed.py"
-        ended = subprocess.run(
-            text,
-            shell=True,
-            cwd=self._folder,
-            env=self._environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=STEP_TIMEOUT_S,
-        )
+        typed = self._start(text, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        try:
+            output, errors = (each.decode() for each in typed.communicate(timeout=STEP_TIMEOUT_S))
+        finally:
+            end_session(typed)
         # doctor ends with 1 where the machine has a problem, which is not the page's.
         allowed = {0, 1} if step.words[1:2] == ["doctor"] else {0}
-        assert ended.returncode in allowed, f"{step}: {text}\n{ended.stdout}\n{ended.stderr}"
-        assert ended.stdout.strip(), f"{step}: {text} printed nothing"
-        return ended.stdout
+        assert typed.returncode in allowed, f"{step}: {text}\n{output}\n{errors}"
+        assert output.strip(), f"{step}: {text} printed nothing"
+        return output
 
     def end(self) -> None:
         """Interrupt the server, as at a terminal.
@@ -107,9 +110,17 @@ class Reader:
             os.killpg(server.pid, signal.SIGINT)
             server.wait(60)
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(server.pid, signal.SIGKILL)
-            server.wait(10)
+            end_session(server)
+
+    def _start(self, text: str, **output: Any) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            text,
+            shell=True,
+            cwd=self._folder,
+            env=self._environment,
+            start_new_session=True,
+            **output,
+        )
 
     def _filled_in(self, text: str) -> str:
         for word, meaning in self._words.items():
@@ -122,15 +133,8 @@ class Reader:
         text = step.text if PORT in step.text else shlex.join([*step.words, "--port", PORT])
         self._words[PORT] = str(port)
         with self._log.open("wb") as log:
-            self._server = subprocess.Popen(
-                f"exec {self._filled_in(text)}",
-                shell=True,
-                cwd=self._folder,
-                env=self._environment,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            command = f"exec {self._filled_in(text)}"
+            self._server = self._start(command, stdout=log, stderr=subprocess.STDOUT)
         wait_until(lambda: self._has_answered(step), START_TIMEOUT_S)
         shown = self._log.read_text()
         if met := re.search(r"ranks meet at (unix://\S+?);", shown):
