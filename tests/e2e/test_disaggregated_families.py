@@ -30,16 +30,16 @@ WRONG_ON_CPUS = pytest.mark.xfail(
     strict=True,
     raises=OtherTokens,
 )
+ROW = pytest.mark.feature("Disaggregated serving (NIXL): several model families")
 NUM_PROCESSES = 3
 """Two ranks and the decode engine."""
 
 
-@pytest.mark.feature("Disaggregated serving (NIXL): several model families")
 @pytest.mark.parametrize(
     "families",
     [
-        pytest.param(["qwen3_moe"], id="one-family"),
-        pytest.param(["mixtral", "gpt_oss"], id="others", marks=pytest.mark.slow),
+        pytest.param(["qwen3_moe"], id="one-family", marks=ROW),
+        pytest.param(["mixtral", "gpt_oss"], id="others", marks=[pytest.mark.slow, ROW]),
         pytest.param(["deepseek_v3"], id="mla", marks=[pytest.mark.slow, WRONG_ON_CPUS]),
     ],
 )
