@@ -4,6 +4,7 @@ Everything else comes from the environment of the tests. They are installed from
 later sessions find again.
 """
 
+import fcntl
 import os
 import subprocess
 import sysconfig
@@ -20,6 +21,8 @@ class Unavailable(Exception):
 def environment(folder: Path, *packages: str) -> Path:
     """Return the Python of an environment with these packages beside those of the tests.
 
+    Test processes that run side by side may ask for the same one: the first makes it.
+
     Args:
         folder: of it; made once.
         packages: with options of pip, as for `pip install`.
@@ -28,9 +31,12 @@ def environment(folder: Path, *packages: str) -> Path:
         Unavailable: PyPI has none or cannot be reached.
     """
     python, done = folder / "bin" / "python", folder / "done"
-    if not done.exists():
-        _make(folder, python, packages)
-        done.touch()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            _make(folder, python, packages)
+            done.touch()
     return python
 
 
