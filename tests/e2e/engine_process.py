@@ -290,14 +290,16 @@ def footprint() -> dict[str, int]:
     # Where this rank listens; its peers, and other tests, listen elsewhere.
     place = f"-{os.environ.get('VLLM_DP_MASTER_PORT')}/g0-r{os.environ.get('VLLM_DP_RANK')}"
     names = [thread.name for thread in threading.enumerate()]
+    native = []
+    for comm in Path("/proc/self/task").glob("*/comm"):
+        with contextlib.suppress(OSError):  # the thread has ended
+            native.append(comm.read_text())
     return {
         "memfds": sum("memfd:dwdp" in link for link in links),
         "mappings": Path("/proc/self/maps").read_text().count("memfd:dwdp"),
         "sockets": sum(LISTENING in line and line.endswith(place) for line in sockets),
         "threads": sum(name.startswith("dwdp") for name in names),
-        "native_threads": sum(
-            path.read_text().startswith("dwdp") for path in Path("/proc/self/task").glob("*/comm")
-        ),
+        "native_threads": sum(name.startswith("dwdp") for name in native),
     }
 
 
