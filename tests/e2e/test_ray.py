@@ -67,6 +67,8 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
     command += [f"--node-ip-address={get_ip()}", f"--port={port}", f"--num-cpus={NUM_CPUS}"]
     command += [f"--temp-dir={folder}", "--object-store-memory=100000000"]
     command += ["--include-dashboard=false", "--disable-usage-stats"]
+    # Any: the port above may be one of those that Ray gives to workers.
+    command += ["--min-worker-port=0", "--max-worker-port=0"]
     with (tmp_path / "ray.log").open("wb") as log:
         head = subprocess.Popen(
             command,
