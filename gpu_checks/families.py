@@ -17,18 +17,16 @@ HEADS = COMMON | {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_h
 DERIVED = {key: value for key, value in HEADS.items() if key != "head_dim"}
 """`HEADS` for families whose heads have the size that the hidden size gives them."""
 EXPERTS = {"intermediate_size": 160, "moe_intermediate_size": 96, "num_experts_per_tok": 2}
-MLA = DERIVED | {
+LATENT = {
     "num_key_value_heads": 4,
     "q_lora_rank": 64,
     "kv_lora_rank": 512,
     "qk_nope_head_dim": 128,
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
-    "n_shared_experts": 1,
-    "n_group": 1,
-    "topk_group": 1,
 }
 """Multi-head latent attention, of the sizes that vLLM's kernels on CPUs have."""
+MLA = DERIVED | LATENT | {"n_shared_experts": 1, "n_group": 1, "topk_group": 1}
 INDEXER = {"index_topk": 64, "index_head_dim": 128, "index_n_heads": 4}
 GATED_DELTA = {
     "linear_num_key_heads": 2,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from gpu_checks.families import EXPERTS, HEADS, LATENT
 from vllm_dwdp.entrypoints.bench.checkpoints import DONE, save_tokenizer
 
 Shapes = dict[str, tuple[int, ...]]
@@ -31,35 +32,9 @@ class OwnConfig(PretrainedConfig):
         super().__init__(**fields)
 """
 
-COMMON: Fields = {
-    "vocab_size": 512,
-    "hidden_size": 128,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "intermediate_size": 160,
-    "moe_intermediate_size": 96,
-    "num_experts_per_tok": 2,
-    "hidden_act": "silu",
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
-LATENT: Fields = {
-    "num_key_value_heads": 4,
-    "q_lora_rank": 64,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-}
-"""Multi-head latent attention, of the sizes that vLLM's kernels on CPUs have."""
+COMMON: Fields = (
+    HEADS | EXPERTS | {"hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10000.0}
+)
 GROUPED: Fields = {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.5}
 
 

@@ -46,13 +46,10 @@ class CudaCopyQueue(NativeObject):
     @functools.cached_property
     def driver_version(self) -> str:
         """The newest CUDA that the driver serves, e.g. `13.1`."""
-        version = ctypes.c_int()
-        self._call(
-            self._lib.dwdp_cuda_queue_driver_version,
-            "asking for the driver's version",
-            ctypes.byref(version),
+        version = self._ask(
+            self._lib.dwdp_cuda_queue_driver_version, "asking for the driver's version"
         )
-        return f"{version.value // 1000}.{version.value % 1000 // 10}"
+        return f"{version // 1000}.{version % 1000 // 10}"
 
     @property
     def num_copies(self) -> int:
@@ -131,29 +128,23 @@ class CudaCopyQueue(NativeObject):
 
     def is_capturing(self, stream: int) -> bool:
         """Whether `stream` is capturing a graph (or one that was spoilt and not ended yet)."""
-        capturing = ctypes.c_int()
-        self._call(
-            self._lib.dwdp_cuda_queue_is_capturing,
-            "asking whether a stream is capturing",
-            stream,
-            ctypes.byref(capturing),
-        )
-        return bool(capturing.value)
+        action = "asking whether a stream is capturing"
+        return bool(self._ask(self._lib.dwdp_cuda_queue_is_capturing, action, stream))
 
     def is_done(self, batch: int) -> bool:
         """Whether the batch's last issued fill is complete."""
-        done = ctypes.c_int()
-        self._call(
-            self._lib.dwdp_cuda_queue_is_done,
-            "asking whether copies are done",
-            batch,
-            ctypes.byref(done),
-        )
-        return bool(done.value)
+        action = "asking whether copies are done"
+        return bool(self._ask(self._lib.dwdp_cuda_queue_is_done, action, batch))
 
     def drain(self) -> None:
         """Block until the copy stream is idle."""
         self._call(self._lib.dwdp_cuda_queue_drain, "draining the copy stream")
+
+    def _ask(self, function: Callable[..., int], action: str, *arguments: object) -> int:
+        """Return what the library writes into the last argument."""
+        answer = ctypes.c_int()
+        self._call(function, action, *arguments, ctypes.byref(answer))
+        return answer.value
 
     def _call(self, function: Callable[..., int], action: str, *arguments: object) -> None:
         check(self._status(function, *arguments), action, TransferError)

@@ -37,9 +37,8 @@ class OtherWork:
     def _seconds(self) -> float:
         times = psutil.cpu_times()
         busy = sum(times) - times.idle - getattr(times, "iowait", 0.0)
-        busy -= getattr(times, "guest", 0.0) + getattr(
-            times, "guest_nice", 0.0
-        )  # counted in user time already
+        # Time of guests is counted in user time already.
+        busy -= getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)
         for process in self._ours:
             with contextlib.suppress(psutil.Error):
                 spent = process.cpu_times()
