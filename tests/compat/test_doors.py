@@ -27,7 +27,7 @@ from vllm_dwdp.entrypoints.launch.plan import ROUTER, LaunchPlan, find_program
 from vllm_dwdp.entrypoints.launch.ports import free_ports
 from vllm_dwdp.errors import DwdpConfigError
 
-pytestmark = [pytest.mark.compat, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.timeout(120)
 
 SERVER = f"""#!{sys.executable} -IS
 import http.server, json, sys

@@ -27,7 +27,7 @@ from vllm_dwdp.entrypoints.launch.plan import LaunchPlan
 from vllm_dwdp.entrypoints.launch.ports import free_ports
 from vllm_dwdp.entrypoints.launch.relay import DECODE
 
-pytestmark = [pytest.mark.compat, pytest.mark.timeout(60)]
+pytestmark = pytest.mark.timeout(60)
 
 
 class Listener(http.server.ThreadingHTTPServer):

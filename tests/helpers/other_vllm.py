@@ -49,6 +49,8 @@ def main() -> None:
 def make() -> None:
     """Make the environment anew."""
     site_packages = make_venv(FOLDER)
+    # A checkout installed in the first environment is not one of that folder's packages.
+    (site_packages / "checkout.pth").write_text(f"{ROOT}\n")
     with tempfile.TemporaryDirectory() as download:
         command = [
             sys.executable,

@@ -167,7 +167,7 @@ def _gpu() -> str:
 
 
 PARTS = {
-    "contracts with vLLM's private names": "tests/compat/",
+    "contracts with vLLM and vllm-router": "tests/compat/",
     "formats": "tests/formats/",
     "engines and servers": "tests/e2e/",
     "everything else": "tests/",
