@@ -173,7 +173,7 @@ class Membership:
         fabric_handles: Sequence[bytes] = (),
         layout: bytes = b"",
     ) -> None:
-        """Hand our shard to whoever asks; `fds` stay the caller's.
+        """Hand our shard to every peer that asks; `fds` stay the caller's.
 
         Args:
             layout: identity of what lies in the shards of the group; peers compare it.
@@ -214,7 +214,7 @@ class Membership:
         self._state.propose_limit(limit)
 
     def agree_on_limit(self) -> int | None:
-        """Return the limit of the group, once `wait_ready` has returned; waits for nobody."""
+        """Return the limit of the group, once `wait_ready` has returned; waits for no rank."""
         return self._state.agree_on_limit()
 
     def learn_update(self) -> int:

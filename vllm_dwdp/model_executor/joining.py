@@ -10,8 +10,8 @@ is built last, from values. Whatever fails, everything made so far is given back
 why.
 
 A rank that comes back adopts the shard of its earlier start from any survivor instead of loading it,
-and gets the shard of a peer that is dead from whoever holds it. So a shard is stored once whoever
-dies, and survivors have nothing to exchange.
+and gets the shard of a peer that is dead from a rank that holds it. So a shard is stored once, whichever
+rank dies, and survivors have nothing to exchange.
 """
 
 import time

@@ -203,7 +203,7 @@ class SimulationReport:
 
     @property
     def assumptions(self) -> list[str]:
-        """The sentences on what figures rest on that nobody measured."""
+        """The sentences on what figures rest on that was not measured."""
         return [
             *assumptions(self.model),
             f"The busiest expert-parallel rank has {self.routing_skew:g} times the mean load "

@@ -9,7 +9,7 @@ A rank's answer says where the KV blocks of one prompt are, and the router hands
 the decode server makes of a request. So what becomes several sequences is not asked of a rank at all:
 of several prompts all but one would decode another prompt's blocks, and of several samples all but the
 first would read blocks that are free again. Nor is what asks for log-probabilities of the prompt: vLLM
-makes those of fetched tokens out of memory that nobody has written. The decode server computes these
+makes those of fetched tokens out of memory that was never written. The decode server computes these
 prompts itself.
 
 The router names the decode server in the id of each request: so a prompt for one that gets nothing waits
@@ -17,7 +17,7 @@ here, and is not computed if it is refused. The router hears of that at the serv
 process opens as well.
 
 A prompt may be asked for twice: computing it has no effect but that its KV blocks are kept for a while,
-and blocks that nobody fetches are freed when their lease ends.
+and blocks that are not fetched are freed when their lease ends.
 
     python -m vllm_dwdp.entrypoints.launch.relay PORT_0,PORT_1,... URL_OF_RANK_0 URL_OF_RANK_1 ...
 
@@ -64,7 +64,7 @@ def is_for_a_rank(body: bytes) -> bool:
 
 
 def is_refused(request_id: str) -> bool:
-    """Whether nobody decodes this request; waits until that is known."""
+    """Whether no server decodes this request; waits until that is known."""
     named = DECODE.search(request_id)
     if named is not None:
         wait_until_admitted(named[1])
