@@ -90,7 +90,7 @@ def main() -> int:
     console.print(f"done in {time.monotonic() - started:.0f} s; no process left behind")
     if PICTURE:
         picture = console.export_svg(title="make demo")
-        # Fonts from a server of somebody else's: who looks at the picture shall not ask for them.
+        # Fonts from another server: a reader of the picture shall not ask it for them.
         picture = re.sub(r"@font-face \{.*?\}", "", picture, flags=re.DOTALL)
         Path(PICTURE).write_text(picture)
     return 0

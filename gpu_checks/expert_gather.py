@@ -3,7 +3,7 @@
 The alternative to reading peers in place for small steps: which experts are needed is read on the
 device, from the router's output, so that it runs inside a captured graph. `ExpertGather` is made once
 per layer from the product's own copy plan, cut into chunks; a launch has one program per chunk, and
-a program whose expert nobody was routed to ends at once. It runs on the compute stream, between the
+a program whose expert no token was routed to ends at once. It runs on the compute stream, between the
 router and the expert kernels, and overlaps nothing. Never run on a GPU so far; the interpreter
 (TRITON_INTERPRET=1) gives bitwise the right weights.
 """

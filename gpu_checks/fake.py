@@ -49,7 +49,7 @@ def fake_cuda_library() -> Path:
             made = Path(folder, target.name)
             units = [str(path) for path in sources if path.suffix == ".cpp"]
             subprocess.run([compiler, *_FLAGS, "-o", str(made), *units], check=True)
-            made.replace(target)  # whole or not at all, whoever else compiles it now
+            made.replace(target)  # whole or not at all, also where another process compiles it now
     return target
 
 

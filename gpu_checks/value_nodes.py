@@ -7,7 +7,7 @@ the launch, and a graph of any model has four small nodes a layer::
     compute   graph: [ ready[0]? take it . kernels . free[0] ] [ ready[1]? ... ]
     copies    free[4]? take it . copies of 0 . ready[0] | free[5]? ... copies of 1 . ready[1] | ...
 
-A word is 1 or 0, and whoever waited for it clears it. The product does not do this: it is asked here
+A word is 1 or 0, and the stream that waited for it clears it. The product does not do this; asked is
 whether the order holds, whether copies run beside kernels, and what it costs the host.
 """
 

@@ -25,14 +25,20 @@ class DwdpConfig:
         experts_per_rank: resident experts of each rank; `None` stores every expert once.
         direct_max_tokens: `auto` reads in place up to this many scheduled tokens per step;
             `None` takes what the ranks of the group agree on at start, at most 512.
-        slice_bytes: into slices of this size copies are cut, so that they rotate over the peers; `None`
-            takes the device's size, 0 cuts nothing.
+        slice_bytes: into slices of this many bytes copies are cut, so that they rotate over the peers;
+            `None` takes the device's size, 0 cuts nothing.
         executor: `uni` runs the worker in the engine process, `mp` in a process of its own; `None`
             takes what the executor's name says, else `uni`.
         rendezvous: where ranks meet: `unix:///folder`, `tcp://host[,host...]:port`, or an
             `abstract:` name made by the launcher.
         rendezvous_secret_file: file whose content authenticates `tcp://` peers.
         join_timeout_s: how long a starting rank waits for its peers, seconds.
+
+    Source: groups, redundancy and slices are those of arXiv 2604.01621, sections 3 and 4.3.1; the
+    dictionary arrives in vLLM's `VllmConfig.additional_config`.
+
+    Raises:
+        DwdpConfigError: a value is of another type, out of range or contradicts another.
     """
 
     mode: str = "auto"

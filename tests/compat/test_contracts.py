@@ -23,7 +23,7 @@ import pytest
 
 from tests.compat.syntax import assignments, calls, entries, tree
 from tests.compat.versions import vllm_minor
-from vllm_dwdp.entrypoints.doctor.checks import TESTED_VLLM
+from vllm_dwdp.entrypoints.doctor.software import TESTED_VLLM
 from vllm_dwdp.entrypoints.launch.routed import MIDDLEWARE, Routed
 
 pytestmark = pytest.mark.compat

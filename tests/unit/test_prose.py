@@ -21,6 +21,11 @@ FILLER = re.compile(
     r"seamless\w*|leverag\w+|utili[sz]e\w*|blazing\w*|powerful|robust\w*|cutting-edge)\b",
     re.I,
 )
+# Pronouns for which there is a noun: the user, client, process, rank or thread that is meant.
+PERSON = re.compile(
+    r"\b(nobody|whoever|somebody|someone|anybody|anyone|everybody|everyone)\b",
+    re.I,
+)
 TWICE = re.compile(r"\b(?!Code\b)(\w+) \1\b")
 CODE = [
     path
@@ -79,6 +84,18 @@ def test_no_private_words(document: Path) -> None:
 def test_every_word_says_something(document: Path) -> None:
     found = sentences(document.read_text())
     assert [each for each in found if FILLER.search(each) or TWICE.search(each)] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_who_acts_is_named(document: Path) -> None:
+    """In a document, except in code, which may be a message of others."""
+    found = sentences(document.read_text())
+    assert [each for each in found if PERSON.search(each)] == []
+
+
+def test_who_acts_is_named_in_docstrings_comments_and_messages() -> None:
+    found = {(path.name, match[0]) for path in CODE for match in PERSON.finditer(path.read_text())}
+    assert found == set()
 
 
 def test_what_says_nothing() -> None:

@@ -44,6 +44,13 @@ def test_it_builds_without_a_warning(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     assert (tmp_path / "index.html").exists()
     assert "<svg" in (tmp_path / "pictures" / "ring.svg").read_text()
+    contributing = (tmp_path / "contributing" / "index.html").read_text()
+    assert 'href="../design/"' in contributing and 'href="../changelog/"' in contributing
+    assert 'href="../contributing/"' in (tmp_path / "changelog" / "index.html").read_text()
+    gpu = (tmp_path / "gpu" / "index.html").read_text()
+    assert "<code>tests/<wbr>cuda/<wbr>test_<wbr>driver.py</code>" in gpu, (
+        "a name that cannot break"
+    )
 
 
 def test_every_page_is_in_the_navigation() -> None:

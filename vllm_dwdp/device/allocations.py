@@ -8,7 +8,7 @@ from vllm_dwdp.device.cuda_driver import CudaDevice
 
 @dataclass(frozen=True)
 class Allocation:
-    """Device memory; whoever made or imported it releases `handle` once.
+    """Device memory; its maker or importer releases `handle` once.
 
     Args:
         is_peers: another rank made it, so it may lie on another GPU.

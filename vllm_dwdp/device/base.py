@@ -39,7 +39,7 @@ class Handles:
 
 
 class Mapping(Protocol):
-    """An address range. Whoever made it calls `unmap` once; tensors over it must be gone."""
+    """An address range. Its maker calls `unmap` once; tensors over it must be gone."""
 
     @property
     def address(self) -> int:
@@ -160,7 +160,7 @@ class Device(Protocol):
         """Bytes of its memory that are free, and all of them."""
 
     def users(self) -> str:
-        """Which processes hold how much of its memory, in words; empty where nobody tells."""
+        """Which processes hold how much of its memory, in words; empty where that is unknown."""
 
     def check_room(self, num_bytes: int, purpose: str) -> None:
         """Refuse before memory runs out.

@@ -3,7 +3,7 @@
 A mapping is always a whole allocation from its start (the driver takes no other offset), so a shard is
 one allocation per piece of its layout, and a slot is made of large pool pages and single pages. Peers
 receive one handle per piece, or two: a POSIX file descriptor where they are on this host, and a fabric
-handle where the NVLink domain makes them. Memory outlives its exporter while somebody maps it or holds
+handle where the NVLink domain makes them. Memory outlives its exporter while a process maps it or holds
 a descriptor.
 Addresses are the device's; the torch tensors over them are built elsewhere.
 

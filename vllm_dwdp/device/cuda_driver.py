@@ -65,7 +65,7 @@ class CudaDevice(NativeObject):
 
     @property
     def free_bytes(self) -> int:
-        """Memory of the device that nobody has allocated."""
+        """Memory of the device that is not allocated."""
         return self._memory_info()[0]
 
     def makes_handles(self, handle_type: HandleType) -> bool:

@@ -2,7 +2,7 @@
 
 It tells ranks whether memory that a survivor kept is still what its owner published. It guards against
 corruption and against mix-ups between our own processes, not against an attacker: the keys are public,
-and whoever knows them can construct two contents with one digest.
+and an attacker who knows them can construct two contents with one digest.
 
 A piece of `PIECE_BYTES` is a sequence of words ``w[i]`` of 64 bits, of which ``u[i]`` is the upper half
 (arithmetic shift by 32). Each of two lanes sums, modulo 2**64, ``w[i] * K[i] + u[i] * H[i]`` with odd

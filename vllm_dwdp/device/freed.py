@@ -20,7 +20,7 @@ POLL_S = 0.25
 def wait_until_freed(device: Device, num_bytes: int, rank: int) -> None:
     """Return once `num_bytes` of the device are free, nothing is freed any more, or it took too long.
 
-    Whoever asks for the memory says what is wrong with less.
+    The code that asks for the memory says what is wrong with less.
     """
     began = freed_at = time.monotonic()
     before = free = device.memory_info()[0]

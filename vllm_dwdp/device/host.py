@@ -64,7 +64,7 @@ class HostShard:
         return mapping
 
     def seal(self) -> None:
-        """From now on nobody can resize the shard; peers, who get it to read, cannot map it writable."""
+        """Fix the shard's size, and what peers get is to read: none of them can map it writable."""
         fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
 
     def digest(self) -> bytes:
@@ -229,7 +229,7 @@ class HostDevice:
         return available_bytes(), psutil.virtual_memory().total
 
     def users(self) -> str:
-        """Nobody tells."""
+        """Return nothing: the kernel does not tell."""
         return ""
 
     def check_room(self, num_bytes: int, purpose: str) -> None:
@@ -237,7 +237,7 @@ class HostDevice:
         check_available(num_bytes, purpose)
 
     def mapping_counts(self) -> dict[str, int]:
-        """Nobody counts: the kernel's limit is far away."""
+        """Count nothing: the kernel's limit is far away."""
         return {}
 
     def handle_bytes(self, piece_bytes: Sequence[int]) -> tuple[int, ...]:
@@ -287,7 +287,7 @@ def _sealed_file(handles: Handles) -> tuple[int, int]:
     """Return the descriptor of a shard and its bytes.
 
     Raises:
-        DwdpMemoryError: it is no memfd of that size which nobody can resize any more.
+        DwdpMemoryError: it is no memfd of that size which can no longer be resized.
     """
     num_bytes = sum(handles.num_bytes)
     seals, size = 0, 0

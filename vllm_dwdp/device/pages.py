@@ -37,7 +37,7 @@ _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 @dataclass(frozen=True)
 class Mapping:
-    """An address range of this process. Whoever made it calls `unmap` once.
+    """An address range of this process. Its maker calls `unmap` once.
 
     Args:
         address: first byte.

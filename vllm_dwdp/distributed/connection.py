@@ -1,7 +1,7 @@
 """One connection that carries whole messages: a Unix seqpacket socket, or an authenticated TCP one.
 
 A connection blocks as its socket does: the dialling side gives the whole exchange a deadline, so that a
-peer which trickles bytes holds nobody up; the answering thread makes it non-blocking. Closing a
+peer which trickles bytes holds no other up; the answering thread makes it non-blocking. Closing a
 connection closes its socket.
 """
 

@@ -119,7 +119,7 @@ class Dialler:
     def tell_failure(self, kind: type | None, error: BaseException | None, _: object) -> None:
         """Let peers that wait for us stop waiting, if there is an error; best effort.
 
-        A holder may learn that nobody can start with what it holds.
+        A holder may learn that no rank can start with what it holds.
 
         The arguments are those of `__exit__`.
         """

@@ -13,7 +13,7 @@ from vllm_dwdp.distributed.connection import Connection
 
 BACKLOG = 128
 HOLDER = -1
-"""In place of a rank: whoever keeps a group's shards without being one of its ranks (`holder`)."""
+"""In place of a rank: a process that keeps a group's shards and is none of its ranks (`holder`)."""
 LINGER_S = 3.0
 """How long a killed process may still seem to listen, while the kernel takes it apart."""
 
@@ -43,15 +43,15 @@ class Endpoint(ABC):
 
     @abstractmethod
     def connect(self, group: int, rank: int, timeout_s: float) -> Connection | None:
-        """Return a connection to that rank, or None if nobody listens there (yet).
+        """Return a connection to that rank, or None if no process listens there (yet).
 
         Raises:
-            RendezvousError: somebody listens there who is not that rank.
+            RendezvousError: what listens there is not that rank.
         """
 
     @abstractmethod
     def listening(self, group: int, ranks: Iterable[int], timeout_s: float) -> set[int]:
-        """Those of `ranks` at whose place somebody listens; takes at most `timeout_s`."""
+        """Those of `ranks` at whose place a process listens; takes at most `timeout_s`."""
 
     @property
     def holders(self) -> tuple[int, ...]:

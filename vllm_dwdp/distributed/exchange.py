@@ -99,7 +99,7 @@ class ShardExchange:
         )
 
     def _fetch(self, rank: int, shards: dict[int, PublishedShard]) -> bool:
-        """Get the shard of `rank`: from itself, or, if it is dead, from whoever holds it."""
+        """Get the shard of `rank`: from itself, or, if it is dead, from a rank or holder that has it."""
         for peer in (rank, *self._lenders_of(rank)):
             shard = self._dialler.fetch(peer, rank)
             if shard is not None:

@@ -1,7 +1,7 @@
 """The group as one of its ranks knows it, and what that rank therefore answers.
 
 Shared by the thread that starts the rank and the one that answers its peers; every method takes the
-lock, and none waits for anybody else.
+lock, and none waits for another.
 """
 
 import threading
@@ -23,7 +23,7 @@ MAX_REASON = 4000
 class GroupState:
     """The shards, generations and failures of one group, as one of its ranks sees them.
 
-    Owns the descriptors of every shard in it; `close` closes them, once nobody answers any more.
+    Owns the descriptors of every shard in it; `close` closes them, once no thread answers any more.
 
     Args:
         dwdp_rank: our position in the group.
@@ -61,7 +61,7 @@ class GroupState:
             shard.close()
 
     def publish(self, shard: PublishedShard) -> None:
-        """Hand our own shard to whoever asks, from now on."""
+        """Hand our own shard to every peer that asks, from now on."""
         with self._lock:
             assert self._published is None
             self._published = shard
@@ -75,7 +75,7 @@ class GroupState:
     def agree_on_limit(self) -> int | None:
         """Take the limit that the group runs with, or the one that all ranks infer from the proposals.
 
-        Every shard is whole, so every rank's proposal is here: nobody is asked, and nobody waits. A
+        Every shard is whole, so every rank's proposal is here: no rank is asked, and none waits. A
         rank that returns finds the limit in force at any survivor; its own measurement counts for
         nothing.
         """
@@ -147,12 +147,12 @@ class GroupState:
         """Every shard of the group is whole again, and of these weights."""
         with self._lock:
             assert self._published is not None
-            everybody = {self.dwdp_rank: self._progress, **peers}
+            progress = {self.dwdp_rank: self._progress, **peers}
             renewed = {
                 rank: replace(
                     shard,
-                    generation=everybody[rank].generation,
-                    digest=everybody[rank].digest,
+                    generation=progress[rank].generation,
+                    digest=progress[rank].digest,
                     layout=layout,
                     ready=True,
                     update=self._progress.update,

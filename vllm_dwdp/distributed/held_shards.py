@@ -19,7 +19,7 @@ class HeldShards:
     """What a holder has of a group: whole shards that all belong to one fingerprint.
 
     Shared by the thread that looks and the one that answers; every method takes the lock. Owns the
-    descriptors; `close` closes them, once nobody answers any more.
+    descriptors; `close` closes them, once no thread answers any more.
 
     Args:
         group: number of the group, for sentences.
@@ -67,7 +67,7 @@ class HeldShards:
         return news
 
     def settle(self) -> list[str]:
-        """Give up what no start can use and no rank runs with; close what nobody is sent any more."""
+        """Give up what no start can use and no rank runs with; close what is sent no more."""
         now, news = time.monotonic(), []
         with self._lock:
             if self._doubt is not None and not self._running:

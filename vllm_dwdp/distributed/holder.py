@@ -1,9 +1,9 @@
-"""A group's shards held by somebody who is none of its ranks, so that they outlive all of them at once.
+"""A group's shards held by a process that is none of its ranks, so that they outlive all these at once.
 
 The holder has descriptors and nothing else: no mapping, no device, no vLLM, no torch. It answers like
-a survivor, verifies nothing (whoever takes a shard over compares its digest) and refuses nobody but a
-stale process: ranks that start with something new must be able to, so what cannot be theirs is given up
-as soon as no rank runs with it. Nobody waits for a holder.
+a survivor, verifies nothing (a rank that takes a shard over compares its digest) and refuses a stale
+process only: ranks that start with something new must be able to, so what cannot be theirs is given up
+as soon as no rank runs with it. No rank waits for a holder.
 
 `look` runs in one thread of the owner, answers in another; neither waits for the other.
 """

@@ -1,4 +1,4 @@
-"""Reading an endpoint from what the user wrote, or making one that nobody can guess.
+"""Reading an endpoint from what the user wrote, or making one that cannot be guessed.
 
 ::
 
@@ -43,5 +43,5 @@ def parse_endpoint(text: str, group_size: int = 1, secret_file: str | None = Non
 
 
 def make_abstract_endpoint() -> AbstractEndpoint:
-    """Make an endpoint that nobody else can guess, with nothing on the file system."""
+    """Make an endpoint that no other user can guess, with nothing on the file system."""
     return AbstractEndpoint(secrets.token_hex(16))

@@ -98,15 +98,7 @@ class Membership:
         status = RankStatus(dialler, state)
         with ExitStack() as undo:
             undo.callback(state.close)
-            listener = undo.enter_context(endpoint.listen(group, dwdp_rank))
-            server = Server(
-                listener,
-                lambda sock: endpoint.greet(sock, group, dwdp_rank),
-                functools.partial(_answer, dialler, state, status),
-                status.note_dropped,
-                f"rank {dwdp_rank} of group {group}",
-            )
-            undo.callback(server.close)
+            _begin_to_answer(dialler, state, status, undo)
             undo.push(dialler.tell_failure)
             returning = Return.ask(dialler)
             exchange = ShardExchange(dialler, state, status, join_timeout_s)
@@ -173,7 +165,7 @@ class Membership:
         fabric_handles: Sequence[bytes] = (),
         layout: bytes = b"",
     ) -> None:
-        """Hand our shard to whoever asks; `fds` stay the caller's.
+        """Hand our shard to every peer that asks; `fds` stay the caller's.
 
         Args:
             layout: identity of what lies in the shards of the group; peers compare it.
@@ -214,7 +206,7 @@ class Membership:
         self._state.propose_limit(limit)
 
     def agree_on_limit(self) -> int | None:
-        """Return the limit of the group, once `wait_ready` has returned; waits for nobody."""
+        """Return the limit of the group, once `wait_ready` has returned; waits for no rank."""
         return self._state.agree_on_limit()
 
     def learn_update(self) -> int:
@@ -241,6 +233,25 @@ class Membership:
     def wait_ready(self) -> dict[int, PublishedShard]:
         """Wait until every peer's pages are whole; as `ShardExchange.wait_ready`."""
         return self._exchange.wait_ready()
+
+
+def _begin_to_answer(
+    dialler: Dialler, state: GroupState, status: RankStatus, undo: ExitStack
+) -> None:
+    """Listen, and answer the peers in a daemon thread until `undo` closes both.
+
+    Raises:
+        RendezvousError: a live process already is this rank, or the endpoint cannot be used.
+    """
+    endpoint, group, dwdp_rank = dialler.endpoint, dialler.group, dialler.dwdp_rank
+    server = Server(
+        undo.enter_context(endpoint.listen(group, dwdp_rank)),
+        lambda sock: endpoint.greet(sock, group, dwdp_rank),
+        functools.partial(_answer, dialler, state, status),
+        status.note_dropped,
+        f"rank {dwdp_rank} of group {group}",
+    )
+    undo.callback(server.close)
 
 
 def _answer(

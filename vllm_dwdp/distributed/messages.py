@@ -76,7 +76,7 @@ class Follow(msgspec.Struct, frozen=True, tag=True):
 
 
 class StatusRequest(msgspec.Struct, frozen=True, tag=True):
-    """Somebody asks how this rank is."""
+    """A process asks how this rank is."""
 
 
 class NotYet(msgspec.Struct, frozen=True, tag=True):
@@ -116,11 +116,11 @@ class Step(IntEnum):
     """How far a rank is with new weights (`weight_agreement`)."""
 
     WITHDRAWN = 0
-    """It has given up before anybody wrote."""
+    """It has given up before any rank wrote."""
     PAUSED = 1
     """It runs no forward."""
     LOCKED = 2
-    """It has seen everybody pause, and stays so until the end."""
+    """It has seen all ranks pause, and stays so until the end."""
     WRITTEN = 3
     """Its resident experts and its replicated tensors are new."""
     WHOLE = 4

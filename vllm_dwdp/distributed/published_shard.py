@@ -11,7 +11,7 @@ from vllm_dwdp.errors import RendezvousError
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedShard:
-    """The shard of a rank as it is handed over. Whoever receives it owns `fds` and closes it.
+    """The shard of a rank as it is handed over. The receiver owns `fds` and closes it.
 
     Args:
         rank: whose shard.
@@ -86,7 +86,7 @@ def agreed_limit(shards: Iterable[PublishedShard]) -> int | None:
     """Return the `direct_limit` of these shards' ranks: that in force, else the least proposed.
 
     The least is the safe side, and it is the rank whose links are the most in demand. To count it once
-    more changes nothing, so it does not matter which rank decides first. None if nobody proposes one.
+    more changes nothing, so it does not matter which rank decides first. None if no rank proposes one.
     """
     known = [(each.direct_limit, each.limit_in_force) for each in shards]
     proposed = [limit for limit, _ in known if limit is not None]

@@ -1,7 +1,7 @@
 """A rank that comes back: what its peers have of its earlier starts.
 
 Peers are asked once, early, without handles; the handles of what they hold are fetched once, late, by
-whoever adopts the shard.
+the code that adopts the shard.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
 """Mutual authentication and authenticated frames for `tcp://`, without any I/O.
 
 Both ends know a secret. Nothing is hidden from who listens (handles are worth nothing outside the
-NVLink domain), but nobody without the secret is answered, and no byte can be changed, replayed,
+NVLink domain), but no process without the secret is answered, and no byte can be changed, replayed,
 reordered or passed on to another rank unseen:
 
 ::

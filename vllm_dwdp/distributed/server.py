@@ -1,6 +1,6 @@
 """The thread that answers: accepts, reads one request, replies, closes.
 
-It never blocks on a connection, so that a slow, silent or hostile peer delays nobody; every
+It never blocks on a connection, so that a slow, silent or hostile peer delays no other; every
 connection has a deadline, and their number is bounded.
 """
 

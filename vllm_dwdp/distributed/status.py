@@ -12,7 +12,7 @@ from vllm_dwdp.distributed.waiting import Wait
 from vllm_dwdp.errors import RendezvousError
 
 LOOK_TIMEOUT_S = 0.25
-"""For a look whether peers listen, while somebody waits for our status."""
+"""For a look whether peers listen, while a process waits for our status."""
 
 
 class RankStatus:
@@ -103,7 +103,7 @@ def query_status(endpoint: Endpoint, group: int, rank: int, timeout_s: float) ->
     """Ask a rank how it is.
 
     Raises:
-        RendezvousError: nobody listens there, or the answer is no status.
+        RendezvousError: no process listens there, or the answer is no status.
     """
     connection = endpoint.connect(group, rank, timeout_s)
     if connection is None:

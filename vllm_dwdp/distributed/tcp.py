@@ -83,7 +83,7 @@ class TcpEndpoint(Endpoint):
             )
         if secret_file is None:
             raise DwdpConfigError(
-                f"dwdp rendezvous={text!r} needs rendezvous_secret_file: whoever reaches that "
+                f"dwdp rendezvous={text!r} needs rendezvous_secret_file: any process that reaches that "
                 "port could join the group. Make one with `openssl rand -hex 32` and copy it to "
                 "every host."
             )
@@ -141,7 +141,7 @@ class TcpEndpoint(Endpoint):
 
         Raises:
             SecretMismatchError: that rank has another secret.
-            ProtocolError: no rank listens there but somebody else.
+            ProtocolError: what listens there is no rank.
         """
         host, port = self.address(group, rank)
         deadline = time.monotonic() + timeout_s

@@ -1,8 +1,8 @@
 """Meeting places of one host: Unix seqpacket sockets, in a folder or under abstract names.
 
-Who may join is decided by the folder's mode and by the user id at the other end (SO_PEERCRED), whoever
-dialled: so containers with separate PID namespaces that share the folder can meet, and nobody else can
-take a rank's place under a name that is not a secret.
+Who may join is decided by the folder's mode and by the user id at the other end (SO_PEERCRED), whichever
+end dialled. So containers with separate PID namespaces that share the folder can meet, and no other user
+can take a rank's place under a name that is not a secret.
 """
 
 import errno
@@ -89,7 +89,7 @@ class _LocalEndpoint(Endpoint):
         return {rank for rank in ranks if self._is_alive(group, rank)}
 
     def _is_alive(self, group: int, rank: int) -> bool:
-        """Whether somebody listens there, also where its backlog is full."""
+        """Whether a process listens there, also where its backlog is full."""
         with _socket() as probe:
             probe.setblocking(False)
             return probe.connect_ex(self._address(group, rank)) in (0, errno.EAGAIN)
@@ -146,7 +146,7 @@ class UnixEndpoint(_LocalEndpoint):
         """As `Endpoint.listen`; takes the place of a dead predecessor's socket file.
 
         The socket listens before it gets its name, and only one process at a time changes names, so
-        nobody can mistake a living rank for a dead one.
+        no process can mistake a living rank for a dead one.
         """
         self._prepare_folder()
         deadline = time.monotonic() + LINGER_S
@@ -177,7 +177,7 @@ class UnixEndpoint(_LocalEndpoint):
         return server
 
     def forget_dead(self, group: int, rank: int) -> None:
-        """Remove the name of a rank that was killed; does nothing while somebody listens there.
+        """Remove the name of a rank that was killed; does nothing while a process listens there.
 
         Waits a while for the kernel to take the killed process apart.
         """
@@ -226,7 +226,7 @@ class UnixEndpoint(_LocalEndpoint):
             raise RendezvousError(
                 f"the dwdp rendezvous folder {folder} belongs to uid {info.st_uid} with mode "
                 f"{stat.S_IMODE(info.st_mode):04o}; it must belong to uid {os.geteuid()} with mode "
-                f"0700, because whoever can enter it can join the group. Run chmod 700 {folder}, "
+                f"0700, because any user who can enter it can join the group. Run chmod 700 {folder}, "
                 "or choose another one."
             )
 
@@ -234,7 +234,7 @@ class UnixEndpoint(_LocalEndpoint):
 class _NamedSocket(socket.socket):
     """A listening socket whose name in a folder goes when it is closed.
 
-    The name goes first: while the socket listens nobody takes its place, so what is removed is ours.
+    The name goes first: while the socket listens no process takes its place, so what is removed is ours.
     """
 
     def __init__(self, name: str) -> None:

@@ -1,4 +1,4 @@
-"""A wait for peers that says whom it waits for: to whoever asks, and to the log every ten seconds."""
+"""A wait for peers that says whom it waits for: to callers that ask, and to the log every 10 s."""
 
 import time
 from collections.abc import Iterable

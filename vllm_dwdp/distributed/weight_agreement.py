@@ -5,9 +5,9 @@
     this rank    PAUSED ------> LOCKED ------> (writes) WRITTEN ------> (edges) WHOLE ------> DONE
     waits until        all PAUSED      all LOCKED           all WRITTEN            all WHOLE
 
-Nobody writes before everybody has said LOCKED, so no peer reads an expert while it changes. Nobody goes
-on before everybody's memory is whole and was written from the same weights. A rank that is only PAUSED
-may give up, for nobody can have written then; from LOCKED on, whoever cannot go on refuses to serve,
+No rank writes before all have said LOCKED, so no peer reads an expert while it changes. No rank goes
+on before the memory of all is whole and was written from the same weights. A rank that is only PAUSED
+may give up, for none can have written then; from LOCKED on, a rank that cannot go on refuses to serve,
 because memory that it reads may be old and new in parts.
 
 Every wait has a deadline, and ends at once if a peer died, started anew, or failed. Runs in the thread
@@ -149,7 +149,7 @@ class WeightAgreement:
         self._state.set_progress(msgspec.structs.replace(self._state.progress(), step=Step.DONE))
 
     def fail(self, error: BaseException) -> None:
-        """Refuse to serve until a later update or a new start, and tell whoever asks."""
+        """Refuse to serve until a later update or a new start, and tell every peer that asks."""
         said = (str(error) or type(error).__name__)[:MAX_REASON].removesuffix(REPAIR).rstrip(" .")
         reason = (
             f"the update of the weights failed on rank {self._dialler.dwdp_rank}: {said}. {REPAIR}"

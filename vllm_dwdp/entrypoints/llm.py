@@ -27,6 +27,9 @@ class LLM(InterruptibleLLM):
         data_parallel_size: ranks, each its own engine process.
         kwargs: as for `vllm.LLM`; DWDP options go into `additional_config={"dwdp": {...}}`.
 
+    Source: vLLM's `EngineCoreClient.make_client` is wrapped while the engines start
+    (`compat.frontend.offline`), and is vLLM's own again afterwards.
+
     Raises:
         DwdpConfigError: a setting cannot be used; the message names it and the fix.
     """
@@ -57,7 +60,11 @@ class LLM(InterruptibleLLM):
     def dwdp_status(self) -> list[dict[str, Any]]:
         """Each rank's status: mode, resident and remote bytes, bytes fetched, waits, steps.
 
-        Of ranks with several workers (`tensor_parallel_size`) one for each worker, of its slice.
+        Quantities carry their unit in their name (`_bytes`, `_seconds`, `_tokens`); counts are since the
+        start. Of ranks with several workers (`tensor_parallel_size`) one for each worker, of its slice.
+
+        Raises:
+            EngineDeadError: vLLM's; a rank is dead, and the message names it.
         """
         status: list[dict[str, Any]] = self.collective_rpc("dwdp_status")
         return status

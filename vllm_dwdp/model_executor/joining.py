@@ -10,8 +10,8 @@ is built last, from values. Whatever fails, everything made so far is given back
 why.
 
 A rank that comes back adopts the shard of its earlier start from any survivor instead of loading it,
-and gets the shard of a peer that is dead from whoever holds it. So a shard is stored once whoever
-dies, and survivors have nothing to exchange.
+and gets the shard of a peer that is dead from a rank that holds it. So a shard is stored once, whichever
+rank dies, and survivors have nothing to exchange.
 """
 
 import time
@@ -43,7 +43,7 @@ from vllm_dwdp.model_executor.group import ExpertGroup
 from vllm_dwdp.model_executor.peers import PeerShards, other_layout
 from vllm_dwdp.model_executor.renewal import WeightRenewal
 from vllm_dwdp.model_executor.start_cost import StartCost
-from vllm_dwdp.model_executor.views import bind_views
+from vllm_dwdp.model_executor.views import ExpertViews, bind_views
 from vllm_dwdp.prefetch.mode_policy import ModePolicy
 
 logger = init_logger(__name__)
@@ -93,19 +93,8 @@ def join_group(
             loaded = load_experts(seat, device, membership, load_model, cost, undo)
         with cost.phase("meet"):
             peers, policy = meet_peers(seat, device, membership, loaded, served, cost, undo)
-        mapper = CompositeMapper(
-            device=device,
-            layout=loaded.layout,
-            layers=loaded.shard.published,
-            dwdp_rank=seat.dwdp_rank,
-            shard=loaded.shard.memory,
-            peers=peers.mapped,
-            resources=undo,
-        )
         with cost.phase("map"):
-            views = bind_views(mapper, policy, seat.launch.config.slice_bytes, undo)
-        if views.rings is None:
-            peers.close()  # only copies read a peer's whole shard; the views keep what they map
+            views = map_views(seat, device, loaded, peers, policy, undo)
         loaded.shard.memory.finish()
         device.release_free_memory()
         forwards = couple(loaded.model, views, captures_graphs=device.captures_graphs, undo=undo)
@@ -128,6 +117,35 @@ def join_group(
     _log_bound(group)
     log_break_even(seat.rank, policy, served)
     return group
+
+
+def map_views(
+    seat: Seat,
+    device: Device,
+    loaded: LoadedExperts,
+    peers: PeerShards,
+    policy: ModePolicy,
+    undo: ExitStack,
+) -> ExpertViews:
+    """Show every layer all experts, where they lie or through the slots of a ring.
+
+    Args:
+        peers: closed where no copies will read a peer's whole shard.
+        undo: closes the views.
+    """
+    mapper = CompositeMapper(
+        device=device,
+        layout=loaded.layout,
+        layers=loaded.shard.published,
+        dwdp_rank=seat.dwdp_rank,
+        shard=loaded.shard.memory,
+        peers=peers.mapped,
+        resources=undo,
+    )
+    views = bind_views(mapper, policy, seat.launch.config.slice_bytes, undo)
+    if views.rings is None:
+        peers.close()  # the views keep what they map
+    return views
 
 
 def load_experts(

@@ -1,4 +1,4 @@
-"""Moves a layer's tensors to other memory, and proves that nobody kept the old.
+"""Moves a layer's tensors to other memory, and proves that no object kept the old.
 
 A tensor object stays the same for all who hold it; what changes is the memory behind it. So parameters,
 aliases and what kernels and their configs captured follow together.
@@ -86,7 +86,7 @@ def _lies_at(found: object, address: int) -> bool:
 
 
 def _owner_of(referrer: object) -> object:
-    """Return the object whose attributes `referrer` is, if it is somebody's."""
+    """Return the object whose attributes `referrer` is, if there is one."""
     if isinstance(referrer, dict):
         for owner in gc.get_referrers(referrer):
             if getattr(owner, "__dict__", None) is referrer:

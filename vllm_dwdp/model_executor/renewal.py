@@ -5,7 +5,7 @@
     pause, lock -> take weights -> write experts -> all have written -> copy edges -> all are whole
         -> small tensors and slots anew -> serve
 
-Whatever fails once everybody is locked leaves this rank refusing to serve, until an update succeeds or
+Whatever fails once all ranks are locked leaves this rank refusing to serve, until an update succeeds or
 the group is restarted. Worker's main thread, while no forward runs.
 """
 

@@ -78,7 +78,7 @@ class PrefetchRings:
     def begin_forward(self) -> None:
         """Begin the target's ring for a forward; a drafter's ring is begun by its own first wait.
 
-        Nobody knows whether the drafter will run after it.
+        It is not known whether the drafter will run after it.
         """
         self._driven[0].begin_forward()
 

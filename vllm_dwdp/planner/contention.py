@@ -81,7 +81,7 @@ def layer_time(pulls: Pulls, compute: float, seed: int = 0) -> float:
     Args:
         compute: of a layer, in the same unit.
     """
-    if pulls.group_size < 3:  # one source each: nobody else pulls from it
+    if pulls.group_size < 3:  # one source each: no other rank pulls from it
         return max(compute, 1.0)
     count, dice = num_layers(pulls.group_size), random.Random(seed)
     piece = 1.0 / ((pulls.group_size - 1) * pulls.slices_per_peer)

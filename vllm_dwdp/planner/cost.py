@@ -130,7 +130,7 @@ class CostModel:
 
     @cached_property
     def prefetch(self) -> float:
-        """The seconds to fetch a layer's remote experts from sources that serve nobody else."""
+        """The seconds to fetch a layer's remote experts from sources that serve no other rank."""
         return self.remote_bytes / self.link_bytes_per_s
 
     @property
@@ -189,7 +189,7 @@ class CostModel:
         return self.uncontended(compute + self.interference)
 
     def uncontended(self, compute: float) -> float:
-        """Time a layer of that compute whose copy comes from sources that serve nobody else."""
+        """Time a layer of that compute whose copy comes from sources that serve no other rank."""
         return max(self.prefetch, compute)
 
     def dwdp_step(self, step: Step, layer_seconds: Callable[[float], float] | None = None) -> float:
@@ -212,7 +212,7 @@ class CostModel:
         return self.shape.num_moe_layers * self.dep_layer(step) + self.dense_layers(step).compute
 
     def dep_layer(self, step: Step) -> float:
-        """Time a balanced DEP layer: own attention, a share of everybody's routed tokens."""
+        """Time a balanced DEP layer: own attention, a share of all ranks' routed tokens."""
         return self.dep_compute(step).compute + self.all_to_all(step)
 
     def dep_compute(self, step: Step) -> LayerSeconds:

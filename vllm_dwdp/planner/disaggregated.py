@@ -94,7 +94,7 @@ def decode_batch(model: CostModel, service: Service) -> DecodeBatch:
 
 
 def requests_per_s(model: CostModel, service: Service) -> float:
-    """Return the requests per second that one decode server takes; 0 if it serves nobody so."""
+    """Return the requests per second that one decode server takes; 0 if it serves no user so fast."""
     batch = decode_batch(model, service).size
     return service.decode_gpus * batch * service.tokens_per_user / service.output_tokens
 

@@ -18,7 +18,7 @@ KV_RESERVE = 0.1
 ROUTING_SKEW = 1.1
 """Load of the busiest expert-parallel rank over the mean; an assumption."""
 PROMPT_TOKENS = 8192
-"""Of a prompt, where nobody says."""
+"""Of a prompt, where the user gives no length."""
 _ROUNDING = 1e-9
 
 LINK = ("link",)
@@ -274,7 +274,7 @@ def decode_steps(model: CostModel, step: Step) -> dict[Decode, float]:
 
 
 def assumptions(model: CostModel) -> list[str]:
-    """Say what figures rest on that nobody measured."""
+    """Say what figures rest on that was not measured."""
     forms = [form for form, _ in model.shape.expert_precision.parts]
     dequantised = [f for f in forms if f.bits < 16 and model.hardware.product_bits(f) == 16]
     said = [

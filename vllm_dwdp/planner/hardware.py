@@ -104,7 +104,7 @@ class Efficiency:
         """Name what a figure rests on that uses these fields (all, if none is named).
 
         Args:
-            assumed: it also rests on a constant that nobody measured, so it is never calibrated.
+            assumed: it also rests on a constant that was not measured, so it is never calibrated.
         """
         used = set(names or MEASURABLE)
         if self.is_peak:

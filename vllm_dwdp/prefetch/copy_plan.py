@@ -10,7 +10,7 @@ one slice from each peer::
     peer 3   [ a | b | c | d ]                 rank 2    a 3, 0, 1   b 3, 0, 1
 
 A device runs wave after wave, and the copies of a wave in any order: so no peer is read for a second
-time before every other was read once. Within a wave peers are listed from the rank after one's own on,
+time before every other was read once. Within a wave peers are listed from the reader's next rank on,
 so that ranks begin at different peers; in a fixed or random order they would queue at one.
 """
 

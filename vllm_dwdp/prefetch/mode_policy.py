@@ -133,7 +133,7 @@ class ModePolicy:
         direct_max_tokens: forwards of at most this many tokens read in place; `inf`: all, `-inf`: none.
         reason: one phrase for the log and the status.
         break_even_tokens: the smallest step that hides its copies on this rank; None where there is
-            none, or nobody knows.
+            none, or it is unknown.
     """
 
     direct_max_tokens: float

@@ -40,7 +40,7 @@ class Fill:
         layer: index in the ring.
         after: the layer that the slot held last; the copies wait for its record. None if it was never
             filled.
-        is_repair: the forward is out of step. Nobody knows whether `after` was recorded since its
+        is_repair: the forward is out of step. It is not known whether `after` was recorded since its
             kernels read the slot, so it must be recorded now; its own copies may still be on their way.
     """
 
@@ -76,7 +76,7 @@ class SlotSchedule:
     def state(self) -> tuple[tuple[int | None, int | None], ...]:
         """By slot, the layer that it holds or is being filled with, and the last that it held whole.
 
-        They differ where a fill could not be enqueued: nobody knows what such a slot holds (None).
+        They differ where a fill could not be enqueued: what such a slot holds is unknown (None).
         """
         return tuple(zip(self._holds, self._held, strict=True))
 
@@ -100,7 +100,7 @@ class SlotSchedule:
         self._holds[slot], self._held[slot] = None, fill.after
 
     def end_fill(self, fill: Fill) -> None:
-        """Note that all copies are enqueued: whoever waits for them finds the layer."""
+        """Note that all copies are enqueued: a kernel that waits for them finds the layer."""
         slot = self.slot(fill.layer)
         self._holds[slot] = self._held[slot] = fill.layer
 

@@ -88,7 +88,7 @@ void require_pinned_on_device(const Properties& properties) {
           kInvalidDevice);
 }
 
-// Closed to pages: addresses that belong to nobody else.
+// Closed to pages: addresses that belong to no other object.
 void forbid_access(std::uintptr_t address, std::size_t num_bytes) {
   mmap(reinterpret_cast<void*>(address), num_bytes, PROT_NONE,
        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
@@ -175,7 +175,7 @@ void count_memory(Live& live) {
   live.reservations = memory().reservations.size();
 }
 
-// Memory that is nobody's reservation is the host's, and left to the host's own protection.
+// Memory outside all reservations is the host's, and left to the host's own protection.
 bool accessible(const void* pointer, std::size_t num_bytes, bool write) {
   auto address = reinterpret_cast<std::uintptr_t>(pointer);
   const std::uintptr_t end = address + num_bytes;

@@ -14,7 +14,7 @@ from vllm_dwdp.entrypoints.launch.admission import (
     COMPARING,
     GONE,
     REFUSED,
-    SOMEBODY,
+    UNNAMED,
     Admission,
     Candidate,
     read_admission,
@@ -97,9 +97,9 @@ def test_one_that_was_only_silent_is_not_compared_again(tmp_path: Path) -> None:
 
 def test_who_cannot_be_told_from_another_is_compared(tmp_path: Path) -> None:
     servers = Servers(tmp_path, 1)
-    servers.serving[0] = SOMEBODY
+    servers.serving[0] = UNNAMED
     servers.admission.admit_all()
-    servers.restart(after=SOMEBODY)
+    servers.restart(after=UNNAMED)
     assert servers.news_once(ADMITTED) == ["decode 0: fits the ranks, and gets requests"]
 
 

@@ -14,7 +14,7 @@ from tests.unit.planner.models import MIXTRAL_8X7B
 from vllm_dwdp.distributed.meeting import parse_endpoint
 from vllm_dwdp.distributed.membership import Membership
 from vllm_dwdp.entrypoints.cli.doctor import doctor
-from vllm_dwdp.entrypoints.doctor.checks import Finding
+from vllm_dwdp.entrypoints.doctor.finding import Finding
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -13,21 +13,22 @@ from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.device.container import Limits, read_limits
 from vllm_dwdp.device.limits import check_open_files, files_needed
 from vllm_dwdp.entrypoints.doctor.checks import (
-    BUILT_FOR_TORCH,
-    Finding,
     examine,
-    judge_compiler,
     judge_container,
-    judge_gpus,
     judge_open_files,
     judge_scheduler,
-    judge_silent_driver,
-    judge_torch,
-    judge_vllm,
     judge_worker_queues,
 )
+from vllm_dwdp.entrypoints.doctor.finding import Finding
+from vllm_dwdp.entrypoints.doctor.gpu_checks import judge_gpus, judge_silent_driver
 from vllm_dwdp.entrypoints.doctor.gpus import Gpu, Topology, find_topology, one_gpu_each
 from vllm_dwdp.entrypoints.doctor.queues import WORKER_QUEUE_BYTES, check_queues
+from vllm_dwdp.entrypoints.doctor.software import (
+    BUILT_FOR_TORCH,
+    judge_compiler,
+    judge_torch,
+    judge_vllm,
+)
 from vllm_dwdp.entrypoints.launch.launcher import with_worker_processes
 from vllm_dwdp.errors import DwdpConfigError, DwdpMemoryError
 
@@ -91,6 +92,16 @@ def test_a_cpu_torch_needs_cpu_builds_beside_it() -> None:
     assert finding.advice.startswith("pip uninstall torchvision torchcodec:")
     for fine in ({"torch": "2.13.0+cpu", "torchvision": "0.28.0+cpu"}, {"torch": "2.13.0+cpu"}):
         assert [each.verdict for each in judge_torch(nothing | fine)] == ["ok"]
+    (without,) = judge_torch(
+        {
+            "torch": "2.13.0+cpu",
+            "torchvision": "0.28.0+absent",
+            "torchaudio": "2.11.0+cpu",
+            "torchcodec": "0.15.0+absent",
+        }
+    )
+    assert without.verdict == "ok"
+    assert "without torchvision, torchcodec," in without.seen
     assert judge_torch(nothing | {"torch": None}) == []
     assert judge_torch(nothing | {"torch": "2.13.0", "torchvision": "0.28.0"}) == [], "CUDA's"
 

@@ -66,7 +66,7 @@ def test_who_does_not_answer_is_shown() -> None:
     shown = cells(look(10.0, entry(forwards=1)), look(12.0, dead))
     assert shown["state"] == "dead"
     assert not any(shown[heading] for heading in HEADINGS[2:])
-    assert "nobody is there" in lines(None, look(1.0))[0]
+    assert "no rank is there" in lines(None, look(1.0))[0]
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """How the only API server of a front end spreads requests over its ranks, without vLLM's coordinator.
 
-With several API servers nobody knows what the others have sent, and a process of its own tells all of
+With several API servers none knows what the others have sent, and a process of its own tells all of
 them how busy each rank is. One alone hears that from the ranks, with their outputs.
 """
 
@@ -19,7 +19,7 @@ class OnlyClient(DPLBAsyncMPClient):
         self._said = [[0, 0, 0.0] for _ in self.core_engines]
 
     def _ensure_stats_update_task(self) -> None:
-        """Nobody publishes."""
+        """No process publishes them."""
 
     def get_core_engine_for_request(self, request: Any) -> Any:
         """As vLLM's, which adds to a count until the next one is published: ours is exact."""

@@ -31,7 +31,7 @@ def aborted_if_cut_short(engine: Any, *, keep_earlier: bool) -> Iterator[None]:
 
     Args:
         engine: vLLM's `LLMEngine`.
-        keep_earlier: whether requests that were there before belong to somebody else.
+        keep_earlier: whether requests that were there before belong to another call.
     """
     processor = engine.output_processor
     earlier: set[str] = set()

@@ -67,7 +67,7 @@ class Question:
 
 
 def read_handshake(host: str, port: int) -> Handshake | None:
-    """Ask a side channel; None where nobody answers in time, or another version does.
+    """Ask a side channel; None where no server answers in time, or one of another version.
 
     Args:
         host: of the side channel.

@@ -103,7 +103,7 @@ def _client_of_its_ranks(
 
 
 def _needs_coordinator(num_ranks: int, num_clients: int) -> bool:
-    """Whether somebody must tell clients how busy ranks are: they send, unknown to each other."""
+    """Whether a process must tell clients how busy ranks are: they send, unknown to each other."""
     from vllm import envs
 
     return num_ranks > 1 and (num_clients > 1 or bool(envs.VLLM_USE_RUST_FRONTEND))
@@ -155,7 +155,7 @@ def config_of_engines(vllm_config: Any) -> Any:
     """Return the engines' config; behind other front ends, with a `parallel_config` of their own.
 
     An engine is one rank to itself, of which vLLM refuses to say `data_parallel_external_lb` where a
-    config is made anew. `data_parallel_hybrid_lb` means the same to whoever asks there.
+    config is made anew. `data_parallel_hybrid_lb` means the same to the code that asks there.
     """
     if not vllm_config.parallel_config.local_engines_only:
         return vllm_config

@@ -25,7 +25,7 @@ class StartedRanks:
 
     Args:
         span: its ranks among all of the deployment.
-        one_by_one: whether other ranks are started by somebody else.
+        one_by_one: whether other ranks are started by another process.
         spmd_name: a name common to the processes of vLLM's SPMD offline style, else None.
     """
 
@@ -53,9 +53,9 @@ def find_ranks(args: Any, vllm_config: Any, size: int, *, headless: bool) -> Sta
 
 
 def _has_own_cores(count: int, size: int) -> bool:
-    """Whether the cores of this front end are for its ranks only: somebody keeps it off the others.
+    """Whether the cores of this front end are for its ranks only: it is kept off the others.
 
-    Whoever starts several front ends of a deployment on the same cores says so in `SHARED_CORES_ENV`.
+    A process that starts several front ends of a deployment on the same cores sets `SHARED_CORES_ENV`.
     """
     return count < size and is_confined() and SHARED_CORES_ENV not in os.environ
 

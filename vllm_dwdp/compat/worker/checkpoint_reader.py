@@ -1,4 +1,4 @@
-"""vLLM's checkpoint reader: nothing of an expert is read before somebody asks for it.
+"""vLLM's checkpoint reader: nothing of an expert is read before the loader asks for it.
 
 safetensors has the kernel read a tensor when it is handed out. A rank keeps its share of the experts,
 and of a fused tensor some rows only; so expert tensors are handed out as views of the mapped file, and

@@ -132,7 +132,7 @@ def confined_thread(cores: Sequence[int]) -> Iterator[None]:
 def compute_on(cores: Sequence[int]) -> None:
     """Let torch compute with one thread on each of `cores`, for the calling thread.
 
-    Call before vLLM makes its worker, which lets nobody set the number of threads afterwards.
+    Call before vLLM makes its worker, after which the number of threads cannot be set.
     """
     if torch.get_num_threads() != len(cores):
         torch.set_num_threads(len(cores))

@@ -91,7 +91,7 @@ def process(layer: Any) -> None:
 
 def complete(layer: Any, stock: Callable[[Any], None]) -> None:
     stock(layer)
-    layer._ensure_moe_quant_config_init()  # else a first forward would make tensors that nobody moves
+    layer._ensure_moe_quant_config_init()  # else a first forward would make tensors that are not moved
 
 
 def num_slices(moe_config: Any) -> int:

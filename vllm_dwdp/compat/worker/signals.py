@@ -18,7 +18,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class EndedBySignal(SystemExit):
-    """Ends the process as a signal would; nobody swallows it, and peers are told its text."""
+    """Ends the process as a signal would; no handler swallows it, and peers are told its text."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)

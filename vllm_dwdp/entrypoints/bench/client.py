@@ -54,7 +54,7 @@ class BenchClient:
     ) -> None:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        if error is not None:  # nobody waits for what it runs
+        if error is not None:  # nothing waits for what it runs
             self._process.terminate()
         with contextlib.suppress(OSError):
             self._process.stdin.close()

@@ -54,6 +54,7 @@ def bench(
 
     Drives vllm bench serve on even and on skewed traffic (the first rank gets long prompts), below and
     at saturation, deployment after deployment in every round. Takes about 8 minutes on two cores.
+    Exits 2 where a server or a benchmark fails, and says why.
     """
     if calibrate_to is not None:
         progress(

@@ -86,6 +86,9 @@ def launch(
 
     Every rank is its own vllm serve, restarted with back-off when it dies; a rank that comes back
     adopts its experts from the survivors. Further arguments go to every vllm serve.
+
+    Runs until it is interrupted. Exits 2 where arguments contradict each other or servers cannot start
+    as they say, with what to change.
     """
     arguments, additional_config = split_arguments(context.args)
     disaggregation = None

@@ -67,6 +67,9 @@ def plan(
 
     With --decode-servers it also says how many ranks feed them, with which chunk, and what is other
     than with expert-parallel prefill.
+
+    Source: the roofline of arXiv 2604.01621, sections 3 and 4.3.1. Exits 2 where a config or an option
+    cannot be planned with, and names it.
     """
     picture = PngFile(png)
     dtypes = Dtypes(experts=expert_dtype, dense=dense_dtype, kv_cache=kv_dtype)

@@ -75,6 +75,9 @@ def simulate(
 
     The last column is what both kinds of servers can do together, prefill servers that always have work
     and decode servers: it does not depend on the rate.
+
+    Times are in seconds, rates in requests per second and in tokens per second and GPU. Source: the
+    roofline of arXiv 2604.01621, sections 3 and 4.3.1, step by step.
     """
     if paper:
         progress("simulate --paper is now vllm-dwdp paper; the flag goes with the next release.")
@@ -203,7 +206,7 @@ class SimulationReport:
 
     @property
     def assumptions(self) -> list[str]:
-        """The sentences on what figures rest on that nobody measured."""
+        """The sentences on what figures rest on that was not measured."""
         return [
             *assumptions(self.model),
             f"The busiest expert-parallel rank has {self.routing_skew:g} times the mean load "

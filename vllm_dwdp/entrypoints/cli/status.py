@@ -158,16 +158,16 @@ def find_ranks(
 
     A holder comes before the ranks of its group; its `dwdp_rank` is `HOLDER`.
 
-    `state` is serving, starting, not answering (somebody listens in its place) or dead.
+    `state` is serving, starting, not answering (a process listens in its place) or dead.
 
     Args:
         rendezvous: where they meet.
         secret_file: for `tcp://`.
-        group_size: ranks of a group; for `tcp://`, where nobody lists them.
+        group_size: ranks of a group; for `tcp://`, where no folder lists them.
         num_groups: as `group_size`.
 
     Raises:
-        DwdpConfigError: nobody can be found there, or the secret cannot be used.
+        DwdpConfigError: no rank can be found there, or the secret cannot be used.
     """
     endpoint = parse_endpoint(rendezvous, group_size, secret_file)
     if isinstance(endpoint, UnixEndpoint):
@@ -217,7 +217,7 @@ def _server_row(entry: Entry) -> list[str]:
 
 
 def needs_attention(ranks: list[dict[str, Any]]) -> bool:
-    """Say whether nobody is there, a rank is dead, silent or refuses, or one has lost a peer.
+    """Say whether no rank is there, or a rank is dead, silent or refuses, or one has lost a peer.
 
     A dead rank's socket may have been tidied away: then only its peers know of it.
     """

@@ -72,7 +72,7 @@ def lines(before: Look | None, now: Look) -> list[str]:
         described.append(
             ", ".join([name, *(f"{heading} {cell}" for heading, cell in facts if cell)])
         )
-    return [f"{_clock()}  {line}" for line in described or ["nobody is there"]]
+    return [f"{_clock()}  {line}" for line in described or ["no rank is there"]]
 
 
 def rows(before: Look | None, now: Look) -> list[list[str]]:

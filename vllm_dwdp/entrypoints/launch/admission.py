@@ -21,7 +21,7 @@ from vllm_dwdp.errors import DwdpError
 ADMISSION_FILE_ENV = "DWDP_ADMISSION_FILE"
 """Variable of the relay's environment: the file."""
 GONE, COMPARING, ADMITTED, REFUSED = "gone", "being compared", "admitted", "refused"
-SOMEBODY = "somebody"
+UNNAMED = "unnamed"
 AGAIN_S = 10.0
 """Between two comparisons of a server that did not pass."""
 
@@ -33,7 +33,7 @@ class Candidate:
     Args:
         name: for the terminal.
         place: host and port of its door, by which the router knows it.
-        identity: asks who answers: empty if nobody does, `SOMEBODY` where that cannot be told.
+        identity: asks who answers: empty if no server does, `UNNAMED` where that cannot be told.
         compare: makes what compares it with the ranks; None while no rank is there.
         state: one of those above.
         reason: why it was refused.
@@ -60,7 +60,7 @@ class Candidate:
         if not now:
             self.state, self.reason = GONE, ""
             self._comparison, self._again_at = None, 0.0
-        elif now == self._admitted != SOMEBODY:
+        elif now == self._admitted != UNNAMED:
             self.state = ADMITTED  # it was only silent
         elif self._comparison is not None:
             return self._end_comparison(self._comparison)
@@ -118,7 +118,7 @@ class Admission:
         self._written: dict[str, list[str]] = {}
 
     def admit_all(self) -> None:
-        """Take all of them: they were compared before anybody could ask."""
+        """Take all of them: they were compared before a client could ask."""
         for each in self.candidates:
             each.admit()
         self._write()
@@ -150,7 +150,7 @@ class Admission:
 
 
 def read_admission(environment: Mapping[str, str] = os.environ) -> dict[str, tuple[str, str]]:
-    """State and reason of each decode server by its door's place; empty where nobody says."""
+    """State and reason of each decode server by its door's place; empty where it is unknown."""
     try:
         found = json.loads(Path(environment.get(ADMISSION_FILE_ENV, "")).read_text())
         return {place: (state, reason) for place, (state, reason) in found.items()}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from vllm_dwdp.entrypoints.launch.admission import (
     ADMISSION_FILE_ENV,
-    SOMEBODY,
+    UNNAMED,
     Admission,
     Candidate,
 )
@@ -40,7 +40,7 @@ def begin_comparing(
     os.environ[ADMISSION_FILE_ENV] = str(file)
     candidates = [_candidate(f"decode {n}", door, rank_urls) for n, door in enumerate(doors)]
     admission = Admission(candidates, file)
-    admission.poll()  # before anybody asks
+    admission.poll()  # before any request
     threading.Thread(target=_compare_forever, args=(admission, report), daemon=True).start()
 
 
@@ -55,7 +55,7 @@ def _candidate(name: str, door: DoorServer, rank_urls: Sequence[str]) -> Candida
     return Candidate(
         name=name,
         place=door.place,
-        identity=lambda: SOMEBODY if _serves(door.url) else "",
+        identity=lambda: UNNAMED if _serves(door.url) else "",
         compare=lambda: _comparison(Server(name, door.url), rank_urls),
     )
 

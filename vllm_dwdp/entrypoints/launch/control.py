@@ -22,7 +22,7 @@ from vllm_dwdp.entrypoints.launch.routed import CONTROL_ROUTES
 
 ANSWER_TIMEOUT_S = 600.0
 """`/pause?mode=wait` lasts as long as the longest running request."""
-NOBODY = 502
+NO_ANSWER = 502
 """Status of a rank that does not answer."""
 ALIVE_PATH = "/health"
 PASSED_ON = ("Accept", "Authorization", "Content-Type", "X-Request-Id")
@@ -72,7 +72,7 @@ def ask(url: str, request: Request) -> Outcome:
         response = connection.getresponse()
         text = response.read().decode(errors="replace")
     except (OSError, http.client.HTTPException) as error:
-        return Outcome(status=NOBODY, answer=f"no answer: {error or type(error).__name__}")
+        return Outcome(status=NO_ANSWER, answer=f"no answer: {error or type(error).__name__}")
     finally:
         connection.close()
     return Outcome(status=response.status, answer=_json_or_text(text))

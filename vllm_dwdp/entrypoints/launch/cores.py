@@ -1,7 +1,7 @@
 """Which cores each server of a launch computes on.
 
 Ranks alone divide those that launch may use by themselves. A stock decode server would take all of
-them, and each of its steps would wait for whoever computes on the slowest one: so launch divides the
+them, and each of its steps would wait for the thread on the slowest one: so launch divides the
 cores over ranks and decode servers alike.
 """
 

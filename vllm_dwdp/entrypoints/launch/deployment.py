@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
-from vllm_dwdp.entrypoints.launch.admission import SOMEBODY, Admission, Candidate
+from vllm_dwdp.entrypoints.launch.admission import UNNAMED, Admission, Candidate
 from vllm_dwdp.entrypoints.launch.child import Child
 from vllm_dwdp.entrypoints.launch.fronts import admission_file, answers
 from vllm_dwdp.entrypoints.launch.pairing import Server, check_pair
@@ -92,7 +92,7 @@ def _process_of(child: Child) -> str:
 
 
 def _who_answers(url: str) -> str:
-    return SOMEBODY if answers(url + READY_PATH) else ""
+    return UNNAMED if answers(url + READY_PATH) else ""
 
 
 def _entry(role: str, index: int, child: Child) -> Callable[[str], Entry]:

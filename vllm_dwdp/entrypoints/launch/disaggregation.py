@@ -56,7 +56,7 @@ class Disaggregation:
         side_channel_ports: the first one of the ranks (rank r has the r-th from it), then one for each
             decode server.
         transfer: fields of the user's own for the transfer config of both sides.
-        only_prefill: whether somebody else's router and decode servers are in front of the ranks.
+        only_prefill: whether the user's own router and decode servers are in front of the ranks.
     """
 
     decode_ports: tuple[int, ...] = ()

@@ -41,12 +41,12 @@ def reason_against(place: str) -> str:
     return "" if state == ADMITTED else reason or f"The decode server is {state}, and gets nothing."
 
 
-def reason_for_nobody(place: str) -> str:
+def reason_of_all(place: str) -> str:
     """Why no decode server gets what is meant for one of them; empty if one may."""
     return "" if ADMITTED in _states(place) else reason_against(place)
 
 
-def wait_for_somebody(place: str) -> None:
+def wait_for_a_server(place: str) -> None:
     """Return once a decode server may get requests, this one was refused, or it took too long."""
     begun = time.monotonic()
     while True:

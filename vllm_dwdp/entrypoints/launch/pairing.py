@@ -3,7 +3,7 @@
 Two looks. First, what both say of themselves over HTTP must agree: so what differs has a name. Then a
 prompt of ours goes the way that every request goes: a rank computes it, the decode server fetches its KV
 blocks, and its figures must say that bytes arrived. Without that a decode server that cannot fetch would
-compute every prompt itself, with the right answers, and nobody would notice. Where none arrive, what
+compute every prompt itself, with the right answers, and no user would notice. Where none arrive, what
 both answer at NIXL's side channels says why.
 """
 

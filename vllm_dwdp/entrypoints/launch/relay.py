@@ -9,7 +9,7 @@ A rank's answer says where the KV blocks of one prompt are, and the router hands
 the decode server makes of a request. So what becomes several sequences is not asked of a rank at all:
 of several prompts all but one would decode another prompt's blocks, and of several samples all but the
 first would read blocks that are free again. Nor is what asks for log-probabilities of the prompt: vLLM
-makes those of fetched tokens out of memory that nobody has written. The decode server computes these
+makes those of fetched tokens out of memory that was never written. The decode server computes these
 prompts itself.
 
 The router names the decode server in the id of each request: so a prompt waits here while no decode
@@ -17,7 +17,7 @@ server gets requests, and is not computed if its own is refused. The router hear
 `door`, which this process opens as well.
 
 A prompt may be asked for twice: computing it has no effect but that its KV blocks are kept for a while,
-and blocks that nobody fetches are freed when their lease ends.
+and blocks that are not fetched are freed when their lease ends.
 
     python -m vllm_dwdp.entrypoints.launch.relay PORT_0,PORT_1,... URL_OF_RANK_0 URL_OF_RANK_1 ...
 
@@ -34,7 +34,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from vllm_dwdp.entrypoints.launch.comparing import begin_comparing
-from vllm_dwdp.entrypoints.launch.door import DoorServer, reason_for_nobody, wait_for_somebody
+from vllm_dwdp.entrypoints.launch.door import DoorServer, reason_of_all, wait_for_a_server
 from vllm_dwdp.entrypoints.launch.hop import HOST, Answer, Hop, HopServer, ask, reason_to_end
 
 ANSWER_TIMEOUT_S = 1800.0
@@ -66,7 +66,7 @@ def is_for_a_rank(body: bytes) -> bool:
 
 
 def is_refused(request_id: str, host: str) -> bool:
-    """Whether nobody decodes this request; waits until that is known.
+    """Whether no server decodes this request; waits until that is known.
 
     Args:
         request_id: of vllm-router, which knows this process by a name of its own.
@@ -75,8 +75,8 @@ def is_refused(request_id: str, host: str) -> bool:
     named = DECODE.search(request_id)
     place = f"{host}:{named[1]}" if named else ""
     if place:
-        wait_for_somebody(place)
-    return bool(reason_to_end() or (place and reason_for_nobody(place)))
+        wait_for_a_server(place)
+    return bool(reason_to_end() or (place and reason_of_all(place)))
 
 
 class RelayServer(HopServer):

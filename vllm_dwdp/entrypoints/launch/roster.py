@@ -45,7 +45,7 @@ class Roster:
         self._written: list[Entry] = []
 
     def write(self, entries: Sequence[Entry]) -> None:
-        """Replace the file, if anything has changed: whoever reads it sees one whole version."""
+        """Replace the file, if anything has changed: a reader sees one whole version."""
         if self._file is None or entries == self._written or not self._file.parent.is_dir():
             return
         new = self._file.with_suffix(".new")

@@ -2,7 +2,7 @@
 
 The router picks a rank for each request, and of requests that it does not know it passes on neither the
 query nor most headers. So what is meant for one rank, or for all of them, is refused by every rank
-alike, in a sentence that names the ranks' own URLs. The router asks a rank below `ROUTED`; whoever
+alike, in a sentence that names the ranks' own URLs. The router asks a rank below `ROUTED`; a client that
 addresses the rank itself does not, and meets vLLM's server as it is.
 
 Runs in the API servers of a rank, by vLLM's option `--middleware`; touches neither vLLM nor the content.
@@ -20,7 +20,7 @@ App = Callable[[Scope, Any, Any], Awaitable[None]]
 MIDDLEWARE = "vllm_dwdp.entrypoints.launch.routed.Routed"
 """For vLLM's `--middleware`."""
 ROUTED = "/routed"
-"""Path below which the router, and nobody else, asks a rank."""
+"""Path below which the router, and no client, asks a rank."""
 RANK_URLS_ENV = "DWDP_RANK_URLS"
 """Variable of a rank's environment: the URLs of all ranks, in order, with blanks between them."""
 CONTROL_URL_ENV = "DWDP_CONTROL_URL"
@@ -31,7 +31,7 @@ ENDS = "This launch ends, and takes nothing new."
 RETRY_AFTER_S = 5
 """After a refusal with 503: another launch may serve by then, or what was refused here."""
 UNTIL_THE_END = frozenset({"/metrics"})
-"""Routes that a rank serves to whoever addresses it itself while it ends."""
+"""Routes that a rank serves to clients that address it itself while it ends."""
 PIN = b"x-data-parallel-rank"
 
 CONTROL_ROUTES = frozenset(
@@ -61,7 +61,7 @@ class Routed:
         self.ending_file = os.environ.get(ENDING_FILE_ENV, "")
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
-        """Pass on what is nobody's concern here, as it would have come without the router."""
+        """Pass on what is no concern of the rank's, as it would have come without the router."""
         if scope["type"] in ("http", "websocket"):
             is_routed = scope["path"].startswith(ROUTED + "/")
             if is_routed:
@@ -74,9 +74,9 @@ class Routed:
     def refusal(self, scope: Scope, is_routed: bool) -> tuple[int, str, str] | None:
         """Status, kind and message of the answer to a request that vLLM shall not see.
 
-        At the end all are refused, also those for health: a router stops sending, and whoever asks it
-        for readiness. vLLM's engine aborts what comes while it drains, and its server answers some of
-        that with 200 and no text, and some with 500.
+        At the end all are refused, also those for health: a router stops sending, and so do clients that
+        ask for readiness. vLLM's engine aborts what comes while it drains, and its server answers some
+        of that with 200 and no text, and some with 500.
         """
         ends = os.path.exists(self.ending_file)
         if ends and (is_routed or scope["path"] not in UNTIL_THE_END):

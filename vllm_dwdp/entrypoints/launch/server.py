@@ -27,9 +27,9 @@ SERVE = (VLLM, "serve")
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 60.0
 READY_PATH = "/health"
-"""200 when the engine serves; until then nobody listens at the port."""
+"""200 when the engine serves; until then no process listens at the port."""
 WAKE = ("sh", "-c", 'read -r nothing; kill -s CONT "$@"', "sh")
-"""Wakes the processes that are named after it once nobody can write to its input any more."""
+"""Wakes the processes that are named after it once no process can write to its input any more."""
 _DEFAULTS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 

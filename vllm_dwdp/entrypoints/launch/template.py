@@ -49,7 +49,7 @@ class Request:
         arguments: of the command, the program first.
         environment: all of it.
         folder: working directory.
-        parent: process id of whoever asks.
+        parent: process id of the process that asks.
     """
 
     arguments: list[str]
@@ -59,7 +59,7 @@ class Request:
 
 
 def main(control: socket.socket) -> None:
-    """Import vLLM, then fork until nobody can ask any more; in a fork, run `vllm serve`."""
+    """Import vLLM, then fork until no process can ask any more; in a fork, run `vllm serve`."""
     before = dict(os.environ)
     refusal = load()
     loaded_with = dict(os.environ)
@@ -94,7 +94,7 @@ def load() -> str:
 
 
 def receive(control: socket.socket) -> tuple[Request, int] | None:
-    """Return the next request and its log; None if nobody can ask any more."""
+    """Return the next request and its log; None if no process can ask any more."""
     room = socket.CMSG_SPACE(array.array("i").itemsize)
     message, attached, _, _ = control.recvmsg(MESSAGE_BYTES, room, socket.MSG_CMSG_CLOEXEC)
     if not message:
@@ -104,7 +104,7 @@ def receive(control: socket.socket) -> tuple[Request, int] | None:
 
 
 def fork(request: Request, log: int, control: socket.socket) -> bool:
-    """Fork a child of whoever asks; whether this is the child, which has told its process id."""
+    """Fork a child of the process that asks; whether this is the child, which has told its id."""
     sys.stdout.flush()
     sys.stderr.flush()
     between = os.fork()
