@@ -45,7 +45,7 @@ test-e2e:
 OTHER_PY := .venv-0.33/bin/python
 test-versions:
 	@$(PY) -m tests.helpers.other_vllm >/dev/null
-	$(OTHER_PY) -m pytest -q $(SIDE_BY_SIDE) -m "compat or every_version" tests
+	$(OTHER_PY) -m pytest -q $(SIDE_BY_SIDE) -m "(compat or every_version) $(CHOSEN)" tests
 
 # docs/features.md, docs/models.md and docs/versions.md, from the last results on this machine.
 tables:

@@ -18,8 +18,7 @@ import pytest
 
 from tests.helpers.waiting import wait_until
 from tests.unit.entrypoints.test_launch import interrupt, run, use_fakes
-from vllm_dwdp.entrypoints.launch import admission, deployment
-from vllm_dwdp.entrypoints.launch import launcher as launch
+from vllm_dwdp.entrypoints.launch import admission, deployment, launcher
 from vllm_dwdp.entrypoints.launch import plan as launch_plan
 from vllm_dwdp.entrypoints.launch.disaggregation import Disaggregation
 from vllm_dwdp.entrypoints.launch.fronts import ROUTER_READY_PATH
@@ -123,9 +122,9 @@ def deployed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Deployed:
     made = use_fakes(tmp_path, monkeypatch.setattr)
     (tmp_path / "vllm").write_text(SERVER)
     programs = {"vllm": str(tmp_path / "vllm"), ROUTER: router}
-    for module in (launch, launch_plan):
+    for module in (launcher, launch_plan):
         monkeypatch.setattr(module, "find_program", programs.__getitem__)
-    monkeypatch.setattr(launch, "check_nixl", lambda: None)
+    monkeypatch.setattr(launcher, "check_nixl", lambda: None)
     monkeypatch.setattr(admission, "AGAIN_S", 0.2)
     unfit: set[str] = set()
 
@@ -158,6 +157,26 @@ def test_a_decode_server_that_is_another_one_is_taken_out_and_back(
         launch.wait_for_line("decode 1: fits the ranks, and gets requests$")
         wait_until(lambda: launch.num_healthy() == 2, timeout_s=20)
         assert launch.who_decodes() == {*launch.decodes}
+
+    deployed.run(tmp_path, steps)
+
+
+def test_a_death_that_launch_has_not_noticed_costs_no_request(
+    deployed: Deployed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Launch sleeps meanwhile. Without any decode server the door, or the router, answers 503."""
+
+    def steps(launch: Deployed) -> None:
+        assert launch.who_decodes() == {*launch.decodes}
+        monkeypatch.setattr(launcher, "POLL_INTERVAL_S", 8.0)
+        time.sleep(1.0)
+        launch.kill("decode 1")
+        assert [launch.ask() for _ in range(8)] == [launch.decodes[0]] * 8
+        launch.kill("decode 0")
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            launch.ask()
+        assert refused.value.code == 503
+        assert not [line for line in launch.lines if "ended with" in line], "it has noticed"
 
     deployed.run(tmp_path, steps)
 

@@ -129,11 +129,15 @@ def shm_bytes(project: Project, service: str) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(importlib.util.find_spec("nixl") is None, reason="NIXL is not installed")
 def test_ranks_that_compute_prompts_and_a_decode_server(
     checkpoints: Checkpoints, stock: StockEngine, folder: Path
 ) -> None:
-    """Experts reach ranks and KV blocks the decode server; a killed rank costs no request."""
+    """Experts reach ranks and KV blocks the decode server; a killed rank costs no request.
+
+    A decode server that comes back is compared with the ranks before it gets requests.
+    """
     model = checkpoints("qwen3_moe", 8)
     expected = stock(model)["tokens"]
     received = "vllm:nixl_bytes_transferred_sum"
@@ -158,4 +162,21 @@ def test_ranks_that_compute_prompts_and_a_decode_server(
         for _ in RANKS:
             assert [deployment.tokens(f"back {prompt}") for prompt in PROMPTS]
         wait_until(lambda: deployment.metric("rank1", "vllm:request_success_total") > before)
-        assert project.num_starts == dict.fromkeys(everything, 1) | {"rank1": 2}
+
+        for arguments, says in (("--block-size=64", "gets no requests"), ("", "fits the ranks")):
+            known = len(project.log("relay").read_text())
+            project.services["decode0"]["environment"]["DECODE_ARGUMENTS"] = arguments
+            project.containers["decode0"].kill()
+            wait_until(
+                lambda: says in project.log("relay").read_text()[known:],  # noqa: B023
+                timeout_s=START_S,
+            )
+            if arguments:
+                with pytest.raises(urllib.error.HTTPError) as refused:
+                    deployment.tokens("for nobody")
+                assert refused.value.code == 503
+                assert "--block-size is '64' there" in refused.value.read().decode()
+        assert [deployment.tokens(prompt) for prompt in PROMPTS] == expected
+        deployment.wait_for_metric("decode0", received)
+        started = dict.fromkeys(everything, 1) | {"rank1": 2, "decode0": 3}
+        assert project.num_starts == started

@@ -15,7 +15,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -42,12 +42,20 @@ COMMON = ("--enforce-eager", "--max-num-batched-tokens", str(CHUNK), "--block-si
 GREEDY = {"model": "m", "temperature": 0, "max_tokens": 12, "ignore_eos": True}
 LONG = "".join(chr(33 + 7 * i % 90) for i in range(3 * CHUNK))
 LEASE_S = 6
+TO_BE_FETCHED = {"do_remote_decode": True, "do_remote_prefill": False}
+"""Asks a rank to keep the KV blocks of a prompt."""
 
 
 class Disaggregated:
-    """The launch, and what is asked of it."""
+    """The launch, and what is asked of it.
 
-    def __init__(self, model: str, folder: Path) -> None:
+    Args:
+        model: folder of the checkpoint.
+        folder: for its logs and meeting place.
+        arguments: further ones of launch.
+    """
+
+    def __init__(self, model: str, folder: Path, *arguments: str) -> None:
         (port,) = free_ports(1)
         self.url = f"http://127.0.0.1:{port}"
         self.meeting = f"unix://{folder}/meet"
@@ -60,6 +68,7 @@ class Disaggregated:
         command += ["--served-model-name", "m", "--max-model-len", "2048", *COMMON]
         command += ["--additional-config", json.dumps(dwdp)]
         command += ["--kv-transfer-config", json.dumps(lease), "--shutdown-timeout", "60"]
+        command += arguments
         settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "COLUMNS": "300"}
         (folder / "meet").mkdir(mode=0o700)
         with self.log.open("wb") as output:
@@ -74,7 +83,7 @@ class Disaggregated:
             assert self.process.poll() is None, self.log.read_text()
             return [*re.finditer(pattern, self.log.read_text(), re.M)][number:]
 
-        wait_until(find, timeout_s=250)
+        wait_until(find, timeout_s=400)
         return find()[0]
 
     def wait_until_ready(self) -> None:
@@ -219,18 +228,24 @@ def test_stop_strings_are_those_of_stock(launch: Disaggregated, stock: Server) -
     assert choices(ask(launch.url, **GREEDY, prompt=prompt, stop=[stop])) == expected
 
 
-def pieces(url: str, **body: Any) -> tuple[str, str]:
-    """Return the text of a stream, and its last line."""
+def stream(url: str, path: str = "/v1/completions", **body: Any) -> http.client.HTTPResponse:
     request = urllib.request.Request(
-        url + "/v1/completions",
+        url + path,
         json.dumps(GREEDY | body | {"stream": True}).encode(),
         {"Content-Type": "application/json"},
     )
+    opened: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=180)
+    return opened
+
+
+def pieces(url: str, path: str = "/v1/completions", **body: Any) -> tuple[str, str]:
+    """Return the text of a stream, and its last line."""
     text, last = "", ""
-    with urllib.request.urlopen(request, timeout=180) as response:
+    with stream(url, path, **body) as response:
         for line in response:
             if line.startswith(b"data: {"):
-                text += json.loads(line[6:])["choices"][0]["text"]
+                choice = json.loads(line[6:])["choices"][0]
+                text += choice["text"] if "text" in choice else choice["delta"].get("content") or ""
             if line.strip():
                 last = line.decode().strip()
     return text, last
@@ -241,6 +256,25 @@ def test_streams_are_those_of_stock(launch: Disaggregated, stock: Server) -> Non
     expected = pieces(stock.url, **body)
     assert expected[1] == "data: [DONE]" and expected[0]
     assert pieces(launch.url, **body) == expected
+
+
+def test_streams_of_a_chat_are_those_of_stock(launch: Disaggregated, stock: Server) -> None:
+    body = {"messages": [{"role": "user", "content": "Go on, please. " * 8}]}
+    expected, answer = (
+        pieces(url, "/v1/chat/completions", **body) for url in (stock.url, launch.url)
+    )
+    assert expected[1] == "data: [DONE]" and expected[0]
+    assert answer == expected
+
+
+def test_a_client_that_goes_away_ends_its_request(launch: Disaggregated) -> None:
+    before = metric(launch.decode, "vllm:generation_tokens_total")
+    with stream(launch.url, prompt="somebody leaves " * 12, max_tokens=1700) as response:
+        assert response.readline().startswith(b"data: {")
+        assert metric(launch.decode, "vllm:num_requests_running") == 1
+    wait_until(lambda: metric(launch.decode, "vllm:num_requests_running") == 0)
+    assert metric(launch.decode, "vllm:generation_tokens_total") - before < 1000
+    wait_until(lambda: used(launch.decode) == 0)
 
 
 def test_bytes_moved_on_both_ways(launch: Disaggregated) -> None:
@@ -279,9 +313,9 @@ def test_blocks_that_nobody_fetches_are_freed(launch: Disaggregated) -> None:
     """A request that dies on the way: a rank has computed it, and no decode server comes."""
     (rank, _) = launch.ranks
     wait_until(lambda: used(rank) == 0, timeout_s=30)
-    asked = {"do_remote_decode": True, "do_remote_prefill": False}
+    asked = GREEDY | {"max_tokens": 1, "kv_transfer_params": TO_BE_FETCHED}
     for number in range(3):
-        ask(rank, **GREEDY | {"max_tokens": 1}, prompt=f"{number} {LONG}", kv_transfer_params=asked)
+        ask(rank, **asked, prompt=f"{number} {LONG}")
     expired = metric(rank, "vllm:nixl_num_kv_expired_reqs_total")
     assert used(rank) > 0, "nothing is kept, so that the test shows nothing"
 
@@ -360,9 +394,13 @@ def check_kv_still_moves(launch: Disaggregated) -> None:
 
 
 def test_a_rank_that_is_killed_under_load_costs_no_request(
-    launch: Disaggregated, expected: dict[str, list[Any]]
+    launch: Disaggregated, stock: Server, expected: dict[str, list[Any]]
 ) -> None:
-    pid, _ = launch.place("rank 1", "prefill")
+    pid, url = launch.place("rank 1", "prefill")
+    prompt = "its rank has died " * 20
+    answer = choices(ask(stock.url, **GREEDY, prompt=prompt))
+    asked = GREEDY | {"max_tokens": 1, "kv_transfer_params": TO_BE_FETCHED}
+    offered = ask(url, **asked, prompt=prompt)
     with Load(launch.url, expected) as load:
         os.killpg(pid, signal.SIGKILL)
         load.wait_for_answers(10)
@@ -370,6 +408,8 @@ def test_a_rank_that_is_killed_under_load_costs_no_request(
         load.wait_for_answers(20)
     assert not load.wrong and not load.failed
     check_kv_still_moves(launch)
+    lost = {"prompt": prompt, "kv_transfer_params": offered["kv_transfer_params"]}
+    assert choices(ask(launch.decode, **GREEDY | lost)) == answer, "it computes the prompt itself"
 
 
 @pytest.mark.feature("Disaggregated serving (NIXL): a killed router or relay")
@@ -404,26 +444,41 @@ def shared_memory(pid: int) -> set[Path]:
     return {Path(each) for each in re.findall(r"(/dev/shm/\S+)$", "\n".join(maps), re.MULTILINE)}
 
 
+def refusals(launch: Disaggregated, until: Callable[[], bool]) -> list[tuple[int, str]]:
+    """Ask without a break; return status and content of what is not answered."""
+    refused = []
+    while not until():
+        try:
+            ask(launch.url, **GREEDY, prompt="nobody decodes")
+        except urllib.error.HTTPError as error:
+            refused.append((error.code, error.read().decode()))
+    return refused
+
+
 def test_a_decode_server_that_is_killed_loses_its_own_streams_and_comes_back(
     launch: Disaggregated, stock: Server
 ) -> None:
     body = {"prompt": "a stream that breaks", "max_tokens": 1500}
     served = launch.log.read_text().count("\nall 2 ranks serve at")
+    begun = len(launch.log.read_text())
     pid, _ = launch.place("decode 0", "decode")
     queues = shared_memory(pid)
     assert queues, "vLLM has none between an engine and its worker"
-    with ThreadPoolExecutor(1) as pool:
-        stream = pool.submit(pieces, launch.url, **body)
-        wait_until(lambda: metric(launch.decode, "vllm:num_requests_running") > 0)
+    with ThreadPoolExecutor(2) as pool:
+        streamed = pool.submit(pieces, launch.url, **body)
+        whole = pool.submit(ask, launch.url, **GREEDY | body)
+        wait_until(lambda: metric(launch.decode, "vllm:num_requests_running") == 2)
         os.kill(pid, signal.SIGKILL)
+        refused = refusals(launch, lambda: "\ndecode 0: serving" in launch.log.read_text()[begun:])
         try:
-            assert stream.result(timeout=60)[1] != "data: [DONE]"
+            assert streamed.result(timeout=60)[1] != "data: [DONE]"
         except (OSError, ValueError) as error:
             print(f"the client saw {error!r}")
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        ask(launch.url, **GREEDY, prompt="nobody decodes")
-    print(refused.value.code, refused.value.read().decode())
-    assert refused.value.code >= 500
+        with pytest.raises(urllib.error.HTTPError) as lost:
+            whole.result(timeout=60)
+        print(lost.value.code, lost.value.read().decode())
+    print(refused)
+    assert refused and {code for code, _ in refused} == {503}
     launch.place("decode 0", "decode", 1)
     assert not [each for each in queues if each.exists()]
     launch.line("^all 2 ranks serve at", served)

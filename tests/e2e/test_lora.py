@@ -22,7 +22,7 @@ from tests.helpers import triton_in_torch
 from tests.helpers.engines import ROOT
 from vllm_dwdp.entrypoints.launch.server import Server, serving
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.every_version, pytest.mark.timeout(600)]
 
 LORA = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
 RACES = {"DWDP_DEBUG_POISON": "1", "DWDP_DEBUG_MAX_DELAY_US": "3000"}

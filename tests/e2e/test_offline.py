@@ -1,6 +1,7 @@
 """Offline: `from vllm_dwdp import LLM` over two ranks, one `LLM` for all tests, in this order."""
 
 import contextlib
+import gc
 import os
 import signal
 import subprocess
@@ -36,7 +37,14 @@ def wrapped_before() -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def llm(checkpoints: Checkpoints, wrapped_before: set[str]) -> Iterator[Any]:
+def collected() -> Iterator[None]:
+    """Collect the contexts of an `LLM` that has gone here, where their warning is ignored."""
+    yield
+    gc.collect()
+
+
+@pytest.fixture(scope="module")
+def llm(checkpoints: Checkpoints, wrapped_before: set[str], collected: None) -> Iterator[Any]:
     from vllm_dwdp import LLM
 
     with pytest.MonkeyPatch.context() as patch:

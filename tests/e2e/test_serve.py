@@ -65,7 +65,7 @@ def test_each_rank_answers_as_stock_vllm_does(server: Server, expected: list[lis
 @pytest.mark.feature("Metrics of each rank on `/metrics`")
 def test_metrics_tell_the_configuration_and_count_remote_bytes(server: Server) -> None:
     for engine in ("0", "1"):
-        wait_until(lambda engine=engine: fetched_bytes(server, engine) > 0)
+        server.tokens("twelve steps", rank=int(engine), max_tokens=12)
         assert server.metric("vllm:dwdp_config_info", engine=engine, mode="prefetch") == 1
         resident = server.metric("vllm:dwdp_resident_expert_bytes", engine=engine)
         remote = server.metric("vllm:dwdp_remote_expert_bytes", engine=engine)

@@ -179,7 +179,7 @@ def test_ranks_offer_kv_blocks_where_decode_servers_reach_them(name: str, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["compose.disaggregated", "kubernetes.disaggregated"])
-def test_the_router_asks_the_relay_for_each_rank(name: str, tmp_path: Path) -> None:
+def test_the_router_asks_the_relay_for_every_server(name: str, tmp_path: Path) -> None:
     if name in COMPOSE:
         services = compose(name)["services"]
         commands = {each: services[each]["command"][0] for each in ("relay", "router")}
@@ -191,8 +191,13 @@ def test_the_router_asks_the_relay_for_each_rank(name: str, tmp_path: Path) -> N
     given = relay.parse(words[2:])
     assert len(given.urls) == len({*given.urls}) == 2
     asked = arguments(tmp_path, commands["router"])
-    urls = [asked[at + 1] for at, word in enumerate(asked) if word == "--prefill"]
-    assert [int(url.rpartition(":")[2]) for url in urls] == given.ports
+    for option, ports in (
+        ("--prefill", given.ports),
+        ("--decode", [port for port, _ in given.decode]),
+    ):
+        urls = [asked[at + 1] for at, word in enumerate(asked) if word == option]
+        assert [int(url.rpartition(":")[2]) for url in urls] == ports
+    assert given.compare and len(given.decode) == 1
 
 
 @pytest.mark.skipif(not shutil.which("flock"), reason="needs util-linux")

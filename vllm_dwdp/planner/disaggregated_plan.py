@@ -1,7 +1,8 @@
 """`vllm-dwdp plan --decode-servers`: how many prefill ranks feed them, and with which chunk.
 
 What is compared is the prefill side, DWDP ranks against expert-parallel ones, in front of the same
-decode servers.
+decode servers. A prefill rank may be several GPUs (tensor parallelism); a decode server has one rank on
+each of its GPUs.
 """
 
 import math
@@ -58,10 +59,12 @@ class Feeding:
 
     Args:
         model: of a group of prefill ranks.
+        decode_model: of any deployment of the same model whose ranks are one GPU each.
         traffic: its `max_num_batched_tokens` is compared beside `CHUNKS`.
     """
 
     model: CostModel
+    decode_model: CostModel
     traffic: Traffic
     servers: DecodeServers
 
@@ -78,12 +81,12 @@ class Feeding:
     @cached_property
     def batch(self) -> DecodeBatch:
         """The sequences that decode together on a GPU."""
-        return decode_batch(self.model, self.service)
+        return decode_batch(self.decode_model, self.service)
 
     @cached_property
     def requests_per_s(self) -> float:
         """What one decode server takes."""
-        return requests_per_s(self.model, self.service)
+        return requests_per_s(self.decode_model, self.service)
 
     @cached_property
     def curve(self) -> tuple[ChunkRates, ...]:
@@ -103,7 +106,8 @@ class Feeding:
     def gain_of_both(self) -> float:
         """Generated tokens per second and GPU, prefill included, DWDP over expert parallelism."""
         dwdp, dep = (side.tokens_per_s for side in self.sides)
-        return end_to_end_gain(self.model, self.service, dep, dwdp / dep)
+        of_a_gpu = dep / self.model.hardware.num_gpus
+        return end_to_end_gain(self.decode_model, self.service, of_a_gpu, dwdp / dep)
 
     def ranks(self, side: "Side") -> float:
         """Return the busy prefill ranks for one decode server."""
@@ -149,7 +153,7 @@ def plan_feeding(feeding: Feeding) -> Plan:
 
 
 def _decode_side(feeding: Feeding) -> Iterator[Figure]:
-    batch, shape = feeding.batch, feeding.model.shape
+    batch, shape = feeding.batch, feeding.decode_model.shape
     users = f"{feeding.servers.tokens_per_user:g} tokens/s each"
     tokens_per_s = feeding.requests_per_s * feeding.service.input_tokens
     kv_bytes = shape.kv_bytes_per_token(feeding.service.input_tokens)
@@ -191,9 +195,11 @@ def _figure(quantity: str, value: float, unit: str, feeding: Feeding) -> Figure:
 
 
 def _why_nobody(feeding: Feeding) -> Iterator[str]:
-    gpus, users = _gpus(feeding), feeding.servers.tokens_per_user
+    gpus, users = _gpus(feeding.servers.num_gpus), feeding.servers.tokens_per_user
     if feeding.batch.by_memory == 0:
-        server = replace(feeding.model, group_size=feeding.service.decode_gpus, extra_experts=0)
+        server = replace(
+            feeding.decode_model, group_size=feeding.service.decode_gpus, extra_experts=0
+        )
         yield (
             f"A decode server of {gpus} does not fit: a GPU lacks "
             f"{-expert_parallel_kv_bytes(server) / 1e9:.0f} GB. Give it more GPUs (--decode-gpus)."
@@ -215,10 +221,10 @@ def _advise(feeding: Feeding) -> Iterator[str]:
             "suits it."
         )
     yield (
-        f"{servers.number} decode server{'s' * (servers.number > 1)} of {_gpus(feeding)} "
+        f"{servers.number} decode server{'s' * (servers.number > 1)} of {_gpus(servers.num_gpus)} "
         f"take{'s' * (servers.number == 1)} {servers.number * feeding.requests_per_s:.3g} requests/s. "
-        f"{feeding.ranks_to_start(dwdp)} DWDP ranks feed them, or {feeding.ranks_to_start(dep)} "
-        f"expert-parallel ones: {_command(feeding)}"
+        f"{feeding.ranks_to_start(dwdp)} DWDP ranks{_of_several_gpus(feeding)} feed them, or "
+        f"{feeding.ranks_to_start(dep)} expert-parallel ones: {_command(feeding)}"
     )
     asked = feeding.traffic.max_num_batched_tokens
     (rate,) = (rates.dwdp for rates in feeding.curve if rates.chunk == asked)
@@ -241,24 +247,39 @@ def _advise(feeding: Feeding) -> Iterator[str]:
         )
 
 
+def _of_several_gpus(feeding: Feeding) -> str:
+    num_gpus = feeding.model.hardware.num_gpus
+    return f" of {_gpus(num_gpus)}" if num_gpus > 1 else ""
+
+
 def _command(feeding: Feeding) -> str:
     """How to start it; a group may be smaller than the deployment."""
     dwdp, size = feeding.sides[0], feeding.model.group_size
-    ranks = feeding.ranks_to_start(dwdp)
+    ranks, tensor = feeding.ranks_to_start(dwdp), feeding.model.hardware.num_gpus
     in_groups = f""" --additional-config '{{"dwdp": {{"group_size": {size}}}}}'"""
     return (
         f"vllm-dwdp launch MODEL --ranks {ranks} --decode-servers {feeding.servers.number} "
-        f"--max-num-batched-tokens {dwdp.chunk}{in_groups * (ranks > size)}"
+        f"--max-num-batched-tokens {dwdp.chunk}"
+        f"{f' --tensor-parallel-size {tensor}' * (tensor > 1)}"
+        f"{in_groups * (ranks > size)}{_decode_arguments(feeding.servers.num_gpus, tensor)}"
     )
 
 
-def _gpus(feeding: Feeding) -> str:
-    return f"{feeding.servers.num_gpus} GPU{'s' * (feeding.servers.num_gpus > 1)}"
+def _decode_arguments(num_gpus: int, tensor_parallel_size: int) -> str:
+    """Return what decode servers get besides the arguments of all servers."""
+    of_one_gpu = ["--tensor-parallel-size 1"] * (tensor_parallel_size > 1)
+    of_several = [f"--data-parallel-size {num_gpus} --enable-expert-parallel"] * (num_gpus > 1)
+    words = " ".join(of_one_gpu + of_several)
+    return f' --decode-args "{words}"' if words else ""
+
+
+def _gpus(number: int) -> str:
+    return f"{number} GPU{'s' * (number > 1)}"
 
 
 def _assumptions(feeding: Feeding) -> Iterator[str]:
     yield (
-        f"Decode servers divide the experts over {_gpus(feeding)}; nothing has a "
+        f"Decode servers divide the experts over {_gpus(feeding.servers.num_gpus)}; nothing has a "
         "latency, and KV caches move beside compute. Prefill ranks always have work: prompts of "
         f"{SMALLEST_SHARE:g} to 1 times the length, cut to full steps (--variation does not enter). The "
         f"busiest expert-parallel rank has {ROUTING_SKEW} times the mean load."

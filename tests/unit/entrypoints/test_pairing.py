@@ -53,6 +53,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         says = self.server.says
         texts = {
+            "/health": "",
             "/version": json.dumps({"version": says["version"]}),
             "/v1/models": json.dumps({"data": [{"root": says["root"], "id": says["id"]}]}),
             "/metrics": (

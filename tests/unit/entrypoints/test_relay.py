@@ -18,7 +18,7 @@ import pytest
 from vllm_dwdp.entrypoints.launch import door as door_module
 from vllm_dwdp.entrypoints.launch.door import DoorServer
 from vllm_dwdp.entrypoints.launch.ports import free_ports
-from vllm_dwdp.entrypoints.launch.relay import RelayServer, parse
+from vllm_dwdp.entrypoints.launch.relay import RelayServer, open_doors, parse
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -246,6 +246,14 @@ def test_a_prompt_for_a_decode_server_that_may_not_get_it_is_not_computed(
         assert not ranks[0].asked
 
 
+def test_a_prompt_is_computed_while_another_decode_server_gets_requests(
+    say: Callable[..., None],
+) -> None:
+    say({"127.0.0.1:2": ["gone", ""], "127.0.0.1:3": ["admitted", ""]})
+    with relayed(200) as (ask, _):
+        assert ask(name=FOR_DECODE) == (200, {"by": "rank 0"})
+
+
 class Door:
     """A door, and what a client of it sees."""
 
@@ -280,7 +288,7 @@ def test_a_door_sends_the_router_on(door: tuple[Door, Rank], say: Callable[..., 
         assert status == 307
         assert headers["Location"] == f"http://127.0.0.1:{decode.server_port}/v1/completions"
         assert opened.ask("GET")[0] == 200
-    assert len(decode.asked) == 2, "it was asked for its health"
+    assert len(decode.asked) == 4, "it was asked for its health"
 
 
 @pytest.mark.parametrize(
@@ -317,3 +325,49 @@ def test_a_door_lets_pass_what_a_rank_has_computed_when_the_launch_ends(
         status, headers, content = opened.ask(**body)
         assert (status, headers["Retry-After"]) == (503, "5")
         assert json.loads(content)["error"]["message"] == "This launch ends, and takes nothing new."
+
+
+def test_a_door_of_a_dead_server_sends_the_router_to_another_one(say: Callable[..., None]) -> None:
+    """Before anybody says that it is gone, and afterwards."""
+    nobody, other = (f"http://127.0.0.1:{port}" for port in free_ports(2))
+    with served(Rank("other", 200)) as living:
+        others = {"a:1": other, "a:2": living}
+        server = DoorServer("127.0.0.1", 0, nobody, others)
+        with served(server):
+            door = Door(server)
+            states = {"a:1": ["admitted", ""], "a:2": ["admitted", ""]}
+            for of_its_own in ("admitted", "gone", "refused"):
+                say(states | {server.place: [of_its_own, ""]})
+                status, headers, _ = door.ask()
+                assert (status, headers["Location"]) == (307, f"{living}/v1/completions")
+            say(states | {server.place: ["admitted", ""], "a:2": ["being compared", ""]})
+            status, headers, content = door.ask()
+            assert (status, headers["Retry-After"]) == (503, "5")
+            told = json.loads(content)["error"]["message"]
+            assert told == "The decode server is gone, and gets nothing."
+
+
+def test_each_door_knows_the_other_decode_servers() -> None:
+    first, second = free_ports(2)
+    with ExitStack() as opened:
+        for door in open_doors("127.0.0.1", [(first, "http://a:1"), (second, "http://b:2")]):
+            opened.enter_context(door)
+            places = {f"127.0.0.1:{first}": "http://a:1", f"127.0.0.1:{second}": "http://b:2"}
+            assert door.url == places.pop(door.place)
+            assert door.others == places
+
+
+@pytest.mark.parametrize(
+    ("status", "is_slow", "passes"),
+    [(200, False, True), (503, False, False), (0, False, False), (200, True, True)],
+    ids=["healthy", "its engine is dead", "dies", "slow"],
+)
+def test_a_door_asks_for_health_before_it_sends_anything_on(
+    monkeypatch: pytest.MonkeyPatch, status: int, is_slow: bool, passes: bool
+) -> None:
+    monkeypatch.setattr(door_module, "SERVES_TIMEOUT_S", 0.2)
+    decode = Rank("decode", status)
+    decode.on_request = lambda: time.sleep(0.5 * is_slow)
+    with served(decode) as url, served(opened := DoorServer("127.0.0.1", 0, url)):
+        assert Door(opened).ask()[0] == (307 if passes else 503)
+    assert [path for path, _, _ in decode.asked] == ["/health"]

@@ -30,8 +30,10 @@ CHAT = replace(TRAFFIC, output_tokens=1024)
 
 
 def feeding(number: int = 1, num_gpus: int = 16, users: float = 50.0, **changes: Any) -> Feeding:
+    model = r1_on_gb200(**({"efficiency": DEFAULT} | changes))
     return Feeding(
-        model=r1_on_gb200(**({"efficiency": DEFAULT} | changes)),
+        model=model,
+        decode_model=model,
         traffic=CHAT,
         servers=DecodeServers(number=number, num_gpus=num_gpus, tokens_per_user=users),
     )

@@ -1,6 +1,7 @@
 """Ranks of several GPUs, layers that draft, and copies as the runtime cuts them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from vllm_dwdp.device.cuda_queue import CudaQueue
 from vllm_dwdp.entrypoints.cli.options import Dtypes, cost_model
 from vllm_dwdp.paper import DEEPSEEK_R1
 from vllm_dwdp.planner.cost import CostModel
+from vllm_dwdp.planner.disaggregated_plan import DecodeServers, Feeding
 from vllm_dwdp.planner.estimates import memory_bytes, speedups
 from vllm_dwdp.planner.plan import make_plan
 from vllm_dwdp.planner.simulate import SLICE_MIB
@@ -69,14 +71,48 @@ def test_the_command_names_the_gpus_of_a_rank(tmp_path: Path) -> None:
     shown = " ".join(run_plan(*arguments).stdout.split())
     assert "on 4 x 2 x h100" in shown
     assert "all-reduces" in shown
-    refused = run_plan(*arguments, "--decode-servers", "1")
-    assert refused.returncode == 2
-    assert refused.stderr == (
-        "vllm-dwdp: --decode-servers plans with ranks of one GPU each, and --tensor-parallel-size is "
-        "2. Leave one of them out.\n"
-    )
     wrong = run_plan(*arguments[:-1], "0")
     assert "--tensor-parallel-size is 0; it must be a whole number of at least 1." in wrong.stderr
+
+
+def test_ranks_of_several_gpus_feed_decode_servers_of_one_rank_per_gpu(tmp_path: Path) -> None:
+    """Half as many ranks, each twice as fast, in front of the same decode servers."""
+    one, two = (model_of(tmp_path, DEEPSEEK_R1, size) for size in (1, 2))
+    servers = DecodeServers(number=1, num_gpus=16, tokens_per_user=50)
+    chat = replace(TRAFFIC, output_tokens=1024)
+    narrow, wide = (
+        Feeding(model=ranks, decode_model=one, traffic=chat, servers=servers)
+        for ranks in (one, two)
+    )
+    assert wide.requests_per_s == pytest.approx(narrow.requests_per_s)
+    for before, after in zip(narrow.sides, wide.sides, strict=True):
+        assert after.chunk == before.chunk
+        assert after.tokens_per_s == pytest.approx(2 * before.tokens_per_s, rel=0.01)
+        assert wide.ranks(after) == pytest.approx(narrow.ranks(before) / 2, rel=0.01)
+    dwdp, dep = (2 * 0.9 * 8192 / side.tokens_per_s for side in wide.sides)
+    decoding = 16 / wide.requests_per_s
+    gpu_seconds_of_a_request = dep + decoding, dwdp + decoding
+    expected = gpu_seconds_of_a_request[0] / gpu_seconds_of_a_request[1]
+    assert wide.gain_of_both == pytest.approx(expected), "a rank costs two GPUs"
+    assert wide.gain_of_both == pytest.approx(narrow.gain_of_both, rel=0.01)
+
+
+def test_a_decode_server_gets_each_head_once(tmp_path: Path) -> None:
+    """Ranks of eight GPUs keep each of four heads twice; 48 layers, 2 x 128 elements, two bytes."""
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(QWEN3_30B))
+    arguments = ("--model", str(file), "--gpu", "h100", "--tensor-parallel-size", "8", "--json")
+    told = json.loads(run_plan(*arguments, "--decode-servers", "1").stdout)
+    figures = {line["quantity"]: line["low"] for line in told["lines"]}
+    assert figures[KV_TOKEN[48]] == pytest.approx(2 * 98_304 / 1e3)
+    arriving = figures["prompt tokens for one decode server"] * 98_304 / 1e9
+    assert figures["KV cache that arrives at one decode server"] == pytest.approx(arriving)
+    (said,) = (said for said in told["advice"] if "vllm-dwdp launch" in said)
+    assert "DWDP ranks of 8 GPUs feed them" in said
+    assert "--tensor-parallel-size 8 " in said
+    assert said.endswith(
+        '--decode-args "--tensor-parallel-size 1 --data-parallel-size 16 --enable-expert-parallel"'
+    )
 
 
 def test_layers_that_draft_need_experts_and_slots_of_their_own(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from vllm_dwdp.entrypoints.cli.options import (
 from vllm_dwdp.entrypoints.pictures.draw import PngFile
 from vllm_dwdp.entrypoints.pictures.planner import plan_pictures
 from vllm_dwdp.entrypoints.tables import figure, print_json, say, show
-from vllm_dwdp.errors import DwdpConfigError
 from vllm_dwdp.planner.disaggregated import DECODE_GPUS
 from vllm_dwdp.planner.disaggregated_plan import DecodeServers, Feeding, plan_feeding
 from vllm_dwdp.planner.plan import Figure, make_plan
@@ -75,11 +74,6 @@ def plan(
     picture = PngFile(png)
     dtypes = Dtypes(experts=expert_dtype, dense=dense_dtype, kv_cache=kv_dtype)
     cost = cost_model(model, gpu, ranks, dtypes, hardware, experts_per_rank, tensor_parallel_size)
-    if decode_servers and tensor_parallel_size > 1:
-        raise DwdpConfigError(
-            "--decode-servers plans with ranks of one GPU each, and --tensor-parallel-size is "
-            f"{tensor_parallel_size}. Leave one of them out."
-        )
     traffic = Traffic(
         input_tokens=input_tokens,
         output_tokens=output_tokens,
@@ -92,7 +86,9 @@ def plan(
         servers = DecodeServers(
             number=decode_servers, num_gpus=decode_gpus, tokens_per_user=tokens_per_user
         )
-        made = made.and_then(plan_feeding(Feeding(model=cost, traffic=traffic, servers=servers)))
+        of_one_gpu = cost_model(model, gpu, ranks, dtypes, hardware)
+        feeding = Feeding(model=cost, decode_model=of_one_gpu, traffic=traffic, servers=servers)
+        made = made.and_then(plan_feeding(feeding))
     picture.write(lambda: plan_pictures(cost, traffic))
     if as_json:
         lines = [each.as_dict() for each in made.figures]

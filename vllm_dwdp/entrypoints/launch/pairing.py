@@ -91,7 +91,7 @@ def check_pair(rank: Server, decode: Server, arguments: Sequence[str] = ()) -> N
     Args:
         rank: of the pair.
         decode: of the pair.
-        arguments: of the rank's `vllm serve`, its model first.
+        arguments: of the rank's `vllm serve`, its model first; empty where they are not known.
 
     Raises:
         DwdpConfigError: they differ, with the field and both values; or one does not answer, or no byte
@@ -201,7 +201,7 @@ def _explain(
         return
     if here.backend != there.backend:
         yield "--attention-backend", here.backend, there.backend
-    elif here.settings_hash != there.settings_hash:
+    elif here.settings_hash != there.settings_hash and arguments:
         question = Question(
             arguments=arguments,
             cache_dtype=facts[CACHE_FIELDS["cache_dtype"]],

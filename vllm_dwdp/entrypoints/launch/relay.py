@@ -12,9 +12,9 @@ first would read blocks that are free again. Nor is what asks for log-probabilit
 makes those of fetched tokens out of memory that was never written. The decode server computes these
 prompts itself.
 
-The router names the decode server in the id of each request: so a prompt for one that gets nothing waits
-here, and is not computed if it is refused. The router hears of that at the server's `door`, which this
-process opens as well.
+The router names the decode server in the id of each request: so a prompt waits here while no decode
+server gets requests, and is not computed if its own is refused. The router hears of that at the server's
+`door`, which this process opens as well.
 
 A prompt may be asked for twice: computing it has no effect but that its KV blocks are kept for a while,
 and blocks that are not fetched are freed when their lease ends.
@@ -22,7 +22,7 @@ and blocks that are not fetched are freed when their lease ends.
     python -m vllm_dwdp.entrypoints.launch.relay PORT_0,PORT_1,... URL_OF_RANK_0 URL_OF_RANK_1 ...
 
 It listens on 127.0.0.1; with `--host ADDRESS` elsewhere, for a router in another container. `--decode
-PORT=URL` opens a door.
+PORT=URL` makes a door, which `--compare` opens only to a server that fits the ranks, as launch does.
 """
 
 import argparse
@@ -31,15 +31,17 @@ import re
 import sys
 import threading
 from collections.abc import Sequence
+from functools import partial
 
-from vllm_dwdp.entrypoints.launch.door import DoorServer, reason_against, wait_until_admitted
+from vllm_dwdp.entrypoints.launch.comparing import begin_comparing
+from vllm_dwdp.entrypoints.launch.door import DoorServer, reason_of_all, wait_for_a_server
 from vllm_dwdp.entrypoints.launch.hop import HOST, Answer, Hop, HopServer, ask, reason_to_end
 
 ANSWER_TIMEOUT_S = 1800.0
 """As long as the router itself waits."""
 NOT_PASSED_ON = ("host", "content-length", "connection", "transfer-encoding")
-DECODE = re.compile(r"___decode_addr_(.+)_[0-9a-f]+$")
-"""In the id that vllm-router gives a request: the host and port of its decode server's door."""
+DECODE = re.compile(r"___decode_addr_.+:(\d+)_[0-9a-f]+$")
+"""In the id that vllm-router gives a request: the port of its decode server's door."""
 COMPUTE_IT_THERE = Answer(status=200, body=json.dumps({"kv_transfer_params": None}).encode())
 """The answer of a rank that has computed nothing: nothing is to be fetched."""
 
@@ -63,12 +65,18 @@ def is_for_a_rank(body: bytes) -> bool:
     return not (is_several or tells_of_prompt)
 
 
-def is_refused(request_id: str) -> bool:
-    """Whether no server decodes this request; waits until that is known."""
+def is_refused(request_id: str, host: str) -> bool:
+    """Whether no server decodes this request; waits until that is known.
+
+    Args:
+        request_id: of vllm-router, which knows this process by a name of its own.
+        host: on which the doors listen.
+    """
     named = DECODE.search(request_id)
-    if named is not None:
-        wait_until_admitted(named[1])
-    return bool(reason_to_end() or (named and reason_against(named[1])))
+    place = f"{host}:{named[1]}" if named else ""
+    if place:
+        wait_for_a_server(place)
+    return bool(reason_to_end() or (place and reason_of_all(place)))
 
 
 class RelayServer(HopServer):
@@ -81,7 +89,7 @@ class RelayServer(HopServer):
     """
 
     def __init__(self, port: int, urls: Sequence[str], host: str = HOST) -> None:
-        self.urls = tuple(urls)
+        self.urls, self.host = tuple(urls), host
         super().__init__(host, port, _Handler)
 
 
@@ -94,7 +102,7 @@ class _Handler(Hop):
 
     def do_POST(self) -> None:
         body = self._body()
-        if is_refused(self.headers.get("X-Request-Id") or ""):
+        if is_refused(self.headers.get("X-Request-Id") or "", self.server.host):
             self._answer(COMPUTE_IT_THERE)  # the door says why not
             return
         headers = {
@@ -122,6 +130,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="PORT=URL",
         help="a decode server, and the port at which the router finds it; repeat",
     )
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="give a decode server requests once it was seen to fetch what the ranks compute",
+    )
     parser.add_argument("ports", type=_ports, help="one for each rank, with commas between them")
     parser.add_argument("urls", nargs="+", help="of the ranks, in the same order")
     given = parser.parse_args(arguments)
@@ -141,10 +154,23 @@ def _door(text: str) -> tuple[int, str]:
     return int(port), url
 
 
+def open_doors(host: str, decodes: Sequence[tuple[int, str]]) -> list[DoorServer]:
+    """Return the doors of decode servers, given the port of each door and the server's URL."""
+    places = {f"{host}:{port}": url for port, url in decodes}
+    doors = []
+    for port, url in decodes:
+        others = {place: other for place, other in places.items() if place != f"{host}:{port}"}
+        doors.append(DoorServer(host, port, url, others))
+    return doors
+
+
 def main(arguments: Sequence[str]) -> None:
     """Serve until the process is ended."""
     given = parse(arguments)
-    hops: list[HopServer] = [DoorServer(given.host, *door) for door in given.decode]
+    doors = open_doors(given.host, given.decode)
+    if given.compare:
+        begin_comparing(doors, given.urls, partial(print, flush=True))
+    hops: list[HopServer] = [*doors]
     for rank, port in enumerate(given.ports):
         hops.append(RelayServer(port, [*given.urls[rank:], *given.urls[:rank]], given.host))
     threads = [threading.Thread(target=hop.serve_forever, daemon=True) for hop in hops]
