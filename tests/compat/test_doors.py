@@ -18,7 +18,7 @@ import pytest
 
 from tests.helpers.waiting import wait_until
 from tests.unit.entrypoints.test_launch import interrupt, run, use_fakes
-from vllm_dwdp.entrypoints.launch import admission, deployment, launcher
+from vllm_dwdp.entrypoints.launch import admission, launcher, pairing
 from vllm_dwdp.entrypoints.launch import plan as launch_plan
 from vllm_dwdp.entrypoints.launch.disaggregation import Disaggregation
 from vllm_dwdp.entrypoints.launch.fronts import ROUTER_READY_PATH
@@ -132,7 +132,7 @@ def deployed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Deployed:
         if any(decode.name.startswith(name) for name in unfit):
             raise DwdpConfigError("--dtype is another one there")
 
-    monkeypatch.setattr(deployment, "check_pair", compare)
+    monkeypatch.setattr(pairing, "check_pair", compare)
     ports = free_ports(6, {made.port, *made.rank_ports})
     both = Disaggregation(
         relay_ports=tuple(ports[:2]),
@@ -175,7 +175,8 @@ def test_a_death_that_launch_has_not_noticed_costs_no_request(
         launch.kill("decode 0")
         with pytest.raises(urllib.error.HTTPError) as refused:
             launch.ask()
-        assert refused.value.code == 503
+        assert refused.value.code == 503, refused.value.read()
+        refused.value.close()
         assert not [line for line in launch.lines if "ended with" in line], "it has noticed"
 
     deployed.run(tmp_path, steps)

@@ -27,7 +27,7 @@ from tests.unit.distributed.test_messages import fingerprint
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.distributed.meeting import parse_endpoint
 from vllm_dwdp.distributed.membership import Membership
-from vllm_dwdp.entrypoints.launch import child, deployment, fronts, ports, server
+from vllm_dwdp.entrypoints.launch import child, fronts, pairing, ports, server
 from vllm_dwdp.entrypoints.launch import launcher as launch
 from vllm_dwdp.entrypoints.launch import plan as launch_plan
 from vllm_dwdp.entrypoints.launch.child import Child
@@ -405,7 +405,7 @@ def disaggregated(fakes: LaunchPlan, use: Callable[[Any, str, Any], None], **fac
     """Two ranks and a decode server, of which each pair fits."""
     use(launch, "check_nixl", lambda: None)
     pairs: list[tuple[str, str]] = []
-    use(deployment, "check_pair", lambda rank, decode, _: pairs.append((rank.name, decode.name)))
+    use(pairing, "check_pair", lambda rank, decode, _: pairs.append((rank.name, decode.name)))
     *relays, decode, door = free_ports(4, {fakes.port, *fakes.rank_ports})
     ports = {"relay_ports": tuple(relays), "decode_ports": (decode,), "door_ports": (door,)}
     given = ports | facts
@@ -457,7 +457,7 @@ def test_a_decode_server_that_does_not_fit_ends_everything_before_the_router_sta
     def refuse(rank: Any, decode: Any, arguments: Any) -> None:
         raise DwdpConfigError("--block-size is 16 there")
 
-    monkeypatch.setattr(deployment, "check_pair", refuse)
+    monkeypatch.setattr(pairing, "check_pair", refuse)
     lines: list[str] = []
     with pytest.raises(DwdpConfigError, match="--block-size is 16 there"):
         run(made, tmp_path, lambda line, _: lines.append(line))

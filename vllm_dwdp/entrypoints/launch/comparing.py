@@ -20,7 +20,7 @@ from vllm_dwdp.entrypoints.launch.admission import (
 )
 from vllm_dwdp.entrypoints.launch.door import DoorServer
 from vllm_dwdp.entrypoints.launch.hop import HEALTH_TIMEOUT_S, ask
-from vllm_dwdp.entrypoints.launch.pairing import Server, check_pair
+from vllm_dwdp.entrypoints.launch.pairing import Server, check_pairs
 from vllm_dwdp.entrypoints.launch.server import READY_PATH
 
 POLL_INTERVAL_S = 0.5
@@ -63,12 +63,7 @@ def _candidate(name: str, door: DoorServer, rank_urls: Sequence[str]) -> Candida
 def _comparison(decode: Server, rank_urls: Sequence[str]) -> Callable[[], None] | None:
     """Return what compares a decode server with every rank that serves now; None if none does."""
     ranks = [Server(f"rank {rank}", url) for rank, url in enumerate(rank_urls) if _serves(url)]
-    return partial(_compare, ranks, decode) if ranks else None
-
-
-def _compare(ranks: Sequence[Server], decode: Server) -> None:
-    for rank in ranks:
-        check_pair(rank, decode)
+    return partial(check_pairs, ranks, decode) if ranks else None
 
 
 def _serves(url: str) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from vllm_dwdp.entrypoints.launch.admission import UNNAMED, Admission, Candidate
 from vllm_dwdp.entrypoints.launch.child import Child
 from vllm_dwdp.entrypoints.launch.fronts import admission_file, answers
-from vllm_dwdp.entrypoints.launch.pairing import Server, check_pair
+from vllm_dwdp.entrypoints.launch.pairing import Server, check_pairs
 from vllm_dwdp.entrypoints.launch.plan import LaunchPlan
 from vllm_dwdp.entrypoints.launch.roster import Entry
 from vllm_dwdp.entrypoints.launch.server import READY_PATH
@@ -50,9 +50,8 @@ class Deployment:
     def _compare(self, index: int, ranks: Sequence[int]) -> None:
         plan = self.plan
         decode = Server(f"decode {index}", plan.decode_urls[index])
-        for rank in ranks:
-            ours = Server(f"rank {rank}", plan.rank_url(rank))
-            check_pair(ours, decode, (plan.model, *plan.arguments))
+        ours = [Server(f"rank {rank}", plan.rank_url(rank)) for rank in ranks]
+        check_pairs(ours, decode, (plan.model, *plan.arguments))
 
     @property
     def servers(self) -> list[Child]:

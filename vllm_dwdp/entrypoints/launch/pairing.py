@@ -85,6 +85,12 @@ class Server:
             raise DwdpConfigError(f"{self.name} does not answer {path}: {error}") from error
 
 
+def check_pairs(ranks: Sequence[Server], decode: Server, arguments: Sequence[str] = ()) -> None:
+    """Refuse a decode server that cannot use the KV blocks of every rank, as `check_pair`."""
+    for rank in ranks:
+        check_pair(rank, decode, arguments)
+
+
 def check_pair(rank: Server, decode: Server, arguments: Sequence[str] = ()) -> None:
     """Refuse a decode server that cannot use the KV blocks of a rank.
 
