@@ -1,5 +1,6 @@
 """`vllm-dwdp plan`."""
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -20,6 +21,8 @@ from vllm_dwdp.entrypoints.pictures.draw import PngFile
 from vllm_dwdp.entrypoints.pictures.planner import plan_pictures
 from vllm_dwdp.entrypoints.tables import figure, print_json, say, show
 from vllm_dwdp.errors import DwdpConfigError
+from vllm_dwdp.planner.adapters import Slots
+from vllm_dwdp.planner.checked import whole
 from vllm_dwdp.planner.disaggregated import DECODE_GPUS
 from vllm_dwdp.planner.disaggregated_plan import DecodeServers, Feeding, plan_feeding
 from vllm_dwdp.planner.plan import Figure, make_plan
@@ -43,6 +46,10 @@ def plan(
     max_num_batched_tokens: Annotated[int, typer.Option(help="vLLM's limit per step.")] = 16384,
     batch_size: Annotated[int, typer.Option(help="Sequences that decode together.")] = 64,
     experts_per_rank: Annotated[int, typer.Option(help="0: an even share.")] = 0,
+    max_loras: Annotated[
+        int, typer.Option(help="vLLM's: LoRA adapters in one batch. 0: none are served.")
+    ] = 0,
+    max_lora_rank: Annotated[int, typer.Option(help="vLLM's, of each of them.")] = 16,
     decode_servers: Annotated[
         int, typer.Option(help="Of launch: the ranks prefill for so many. 0: they decode too.")
     ] = 0,
@@ -72,6 +79,10 @@ def plan(
     picture = PngFile(png)
     dtypes = Dtypes(experts=expert_dtype, dense=dense_dtype, kv_cache=kv_dtype)
     cost = cost_model(model, gpu, ranks, dtypes, hardware, experts_per_rank, tensor_parallel_size)
+    slots = Slots(
+        number=whole("--max-loras", max_loras, 0), rank=whole("--max-lora-rank", max_lora_rank, 1)
+    )
+    cost = replace(cost, adapters=slots)
     if decode_servers and tensor_parallel_size > 1:
         raise DwdpConfigError(
             "--decode-servers plans with ranks of one GPU each, and --tensor-parallel-size is "
