@@ -127,6 +127,45 @@ def test_independence_is_keyed_on_is_moe(is_moe: bool, monkeypatch: pytest.Monke
     assert done == (["lockstep"] if is_moe else ["uncoupled", "independent"])
 
 
+@pytest.mark.parametrize(("total", "own_front_end"), [(1, False), (2, True), (2, False)])
+def test_a_front_end_and_its_engines_agree_where_processed_images_are_kept(
+    total: int, own_front_end: bool
+) -> None:
+    """`match_front_end_cache`; without it an engine waits for shared memory that nobody has made."""
+    from vllm.multimodal.cache import factories
+
+    from vllm_dwdp.compat.worker import independent
+    from vllm_dwdp.config import DwdpConfig
+    from vllm_dwdp.distributed.launch import DwdpLaunch, RankSpan
+
+    def cache_type(data_parallel_size: int) -> Any:
+        parallel_config.data_parallel_size = data_parallel_size
+        return factories._get_cache_type(vllm_config)
+
+    multimodal = SimpleNamespace(mm_processor_cache_gb=4, mm_processor_cache_type="shm")
+    model_config = SimpleNamespace(
+        supports_multimodal_inputs=True,
+        multimodal_config=multimodal,
+        get_multimodal_config=lambda: multimodal,
+    )
+    parallel_config = SimpleNamespace(
+        _api_process_count=1, data_parallel_external_lb=own_front_end, data_parallel_index=0
+    )
+    vllm_config: Any = SimpleNamespace(model_config=model_config, parallel_config=parallel_config)
+    launch = DwdpLaunch(
+        config=DwdpConfig(group_size=2),
+        ranks=RankSpan(first=0, count=1 if own_front_end else total, total=total),
+        endpoint=None,  # type: ignore[arg-type]
+    )
+    model_config.dwdp_launch = launch
+    of_the_front_end = cache_type(total)
+    assert of_the_front_end == ("processor_only" if total == 2 and not own_front_end else "shm")
+    assert cache_type(1) == "shm", "an independent engine knows of one rank"
+    independent.match_front_end_cache(vllm_config)
+    keeps_there = of_the_front_end == "shm"
+    assert cache_type(1) == ("shm" if keeps_there else None)
+
+
 def test_the_independent_config_pickles_by_reference() -> None:
     import pickletools
 

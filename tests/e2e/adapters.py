@@ -127,6 +127,25 @@ def expert_adapter_bytes(worker: Any) -> dict[str, int]:
     }
 
 
+def adapter_bytes(worker: Any) -> dict[str, dict[str, int]]:
+    """Bytes of the slots that vLLM has allocated, by the name of what they are for."""
+    from vllm.lora.layers import BaseLayerWithLoRA
+
+    return {
+        "slot_bytes": {
+            name: sum(
+                tensor.nbytes
+                for attribute, stacked in vars(module).items()
+                if attribute.endswith(("lora_a_stacked", "lora_b_stacked"))
+                for tensor in (stacked if isinstance(stacked, tuple) else (stacked,))
+                if isinstance(tensor, torch.Tensor)
+            )
+            for name, module in worker.model_runner.get_model().named_modules()
+            if isinstance(module, BaseLayerWithLoRA)
+        }
+    }
+
+
 def each_alone(engine: Any, case: dict[str, Any]) -> dict[str, Any]:
     """Ask with each adapter and with none."""
     names = ["base", *sorted(case["adapters"])]
@@ -167,7 +186,43 @@ def offline(case: dict[str, Any]) -> dict[str, Any]:
     found = {name: tokens(ADAPTED_PROMPTS, request(case, name)) for name in names}
     dealt = [(text, name) for _ in range(4) for text in ADAPTED_PROMPTS for name in names]
     mixed = tokens([text for text, _ in dealt], [request(case, name) for _, name in dealt])
-    return {"tokens": found, "mixed": mixed, "dealt": dealt, "status": llm.dwdp_status()}
+    return {
+        "tokens": found,
+        "mixed": mixed,
+        "dealt": dealt,
+        "status": llm.dwdp_status(),
+        "loaded": change_adapters(llm, case),
+    }
+
+
+def change_adapters(llm: Any, case: dict[str, Any]) -> list[Any]:
+    """Return what all ranks together say as adapters come, are pinned and go, also on one rank only."""
+    engine, first, second = llm.llm_engine, *sorted(case["adapters"])
+    said: list[Any] = []
+
+    def say(answer: Any) -> None:
+        said.append([answer, sorted(engine.list_loras())])
+
+    say([engine.remove_lora(request(case, name).lora_int_id) for name in (first, second)])
+    say(engine.add_lora(request(case, first)))
+    say(engine.pin_lora(1))
+    say(tokens_of_one(llm, request(case, second)))  # one rank has loaded it now
+    say(engine.remove_lora(2))
+    say(engine.remove_lora(2))
+    try:
+        engine.pin_lora(2)
+    except Exception as error:
+        say([str(error), *getattr(error, "__notes__", ())])
+    return said
+
+
+def tokens_of_one(llm: Any, adapter: Any) -> int:
+    """Answer one prompt; the number of its tokens."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+    (output,) = llm.generate("one", params, lora_request=adapter, use_tqdm=False)
+    return len(output.outputs[0].token_ids)
 
 
 if __name__ == "__main__":

@@ -322,7 +322,7 @@ def make_engine(case: dict[str, Any]) -> Any:
     }
     args = EngineArgs(model=case["model"], **(settings | case.get("engine_args", {})))
     vllm_config = args.create_engine_config()
-    if args.tensor_parallel_size > 1:
+    if args.tensor_parallel_size > 1 or case.get("dwdp", {}).get("executor") == "mp":
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # this process has imported vLLM
     return LLMEngine(
         vllm_config,

@@ -4,16 +4,22 @@ vLLM's own `LLM` runs in the process, so that the same calls make the same batch
 """
 
 import gc
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 
+from gpu_checks.families import IMAGE_TOKEN
+
 LONG = "Independent ranks read each other's experts " * 6
 SHORT = "The capital of France is"
 PROMPTS = [SHORT, "a", LONG[:40], LONG[7:], "x y z"]
 CITIES = ["Paris", "Rome", "Oslo", "Cairo", "Lima", "Quito", "Hanoi", "Baku"]
+KV_PROMPTS = [f"{number} {LONG}" for number in range(4)]
+KV_EVENTS_MS = 2000
+NUM_RANKS = 2
 LETTERS = "abcdefgh"
 NUM_LETTERS = 8
 SETTINGS: dict[str, Any] = {
@@ -187,6 +193,68 @@ def embeds(llm: Any) -> Any:
     return [list(each.outputs[0].token_ids) for each in (output, embedded)]
 
 
+def embed(llm: Any) -> Any:
+    outputs = llm.embed(PROMPTS, use_tqdm=False)
+    return [output.outputs.embedding for output in outputs]
+
+
+def score(llm: Any) -> Any:
+    """Return how near each of several texts is to one, and one to one."""
+    many = llm.score(SHORT, PROMPTS[1:], use_tqdm=False)
+    pairs = llm.score(PROMPTS[:3], PROMPTS[2:5], use_tqdm=False)
+    return [output.outputs.score for output in (*many, *pairs)]
+
+
+def classify(llm: Any) -> Any:
+    return [output.outputs.probs for output in llm.classify(PROMPTS, use_tqdm=False)]
+
+
+def encode(llm: Any) -> Any:
+    outputs = llm.encode(PROMPTS, pooling_task="embed", use_tqdm=False)
+    return [output.outputs.data.tolist() for output in outputs]
+
+
+def images(llm: Any) -> Any:
+    """Return tokens of prompts with a picture each, some of which come twice."""
+    asked = [pictured(IMAGE_TOKEN + text, number % 3) for number, text in enumerate(PROMPTS * 2)]
+    return tokens(llm, asked)
+
+
+def pictured(text: str, seed: int) -> dict[str, Any]:
+    import numpy
+    from PIL import Image
+
+    pixels = numpy.random.default_rng(seed).integers(0, 256, (64, 48, 3), dtype=numpy.uint8)
+    return {"prompt": text, "multi_modal_data": {"image": Image.fromarray(pixels)}}
+
+
+def kv_events(llm: Any) -> Any:
+    """Return the tokens of each block that prompts have stored, by the rank that tells it over ZMQ."""
+    import msgspec
+    import zmq
+    from vllm.distributed.kv_events import BlockStored, KVEventBatch
+
+    place, _, port = llm.llm_engine.vllm_config.kv_events_config.endpoint.rpartition(":")
+    decoder = msgspec.msgpack.Decoder(KVEventBatch)
+    found: dict[int, list[list[int]]] = {}
+    with zmq.Context() as context, context.socket(zmq.SUB) as heard:
+        heard.setsockopt(zmq.SUBSCRIBE, b"")
+        for rank in range(NUM_RANKS):
+            heard.connect(f"{place.replace('*', '127.0.0.1')}:{int(port) + rank}")
+        time.sleep(1)  # until both publishers know of the subscription
+        llm.reset_prefix_cache()
+        tokens(llm, KV_PROMPTS, max_tokens=1)
+        while heard.poll(KV_EVENTS_MS):
+            batch = decoder.decode(heard.recv_multipart()[-1])
+            for event in batch.events:
+                if isinstance(event, BlockStored):
+                    size = event.block_size
+                    ids = event.token_ids
+                    blocks = [ids[start : start + size] for start in range(0, len(ids), size)]
+                    found.setdefault(batch.data_parallel_rank, []).extend(blocks)
+    return found
+
+
 def routed_experts(llm: Any) -> Any:
     (output,) = generate(llm, [SHORT])
     found = output.outputs[0].routed_experts
@@ -206,6 +274,7 @@ REQUESTS: dict[str, Callable[[Any], Any]] = {
     for each in (
         *(choice, schema, logprobs, prompt_logprobs, several, beams, prefix, chunks, batch),
         *(routed_experts, profile, constraints, chat, extension, priorities, embeds),
+        *(embed, score, classify, encode, images, kv_events),
     )
 }
 

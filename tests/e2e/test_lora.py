@@ -21,10 +21,13 @@ from tests.e2e.matrix import run_cases
 from tests.helpers import triton_in_torch
 from tests.helpers.engines import ROOT
 from vllm_dwdp.entrypoints.launch.server import Server, serving
+from vllm_dwdp.planner.adapters import Slots
+from vllm_dwdp.planner.checkpoint import read_config
+from vllm_dwdp.planner.model_shape import shape_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.every_version, pytest.mark.timeout(600)]
 
-LORA = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
+LORA: dict[str, Any] = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
 RACES = {"DWDP_DEBUG_POISON": "1", "DWDP_DEBUG_MAX_DELAY_US": "3000"}
 Result = dict[str, Any]
 
@@ -91,6 +94,32 @@ def test_ranks_share_the_experts_under_the_adapters(expected: Result, ranks: lis
         assert result["adapter_bytes"] == LORA["max_loras"] * a_slot, "as docs/operations.md says"
 
 
+OUTSIDE_LAYERS = ("model.embed_tokens", "logits_processor")
+FAMILIES = ("qwen3_moe_mixed", "glm4_moe", "deepseek_v2")
+"""Layers without experts between others, shared experts, multi-head latent attention."""
+
+
+def test_the_planner_counts_the_slots_as_vllm_makes_them(
+    checkpoints: Checkpoints, stock: StockEngine
+) -> None:
+    """All but those of embedding and head, which some of the families do not adapt."""
+    models = {name: checkpoints(name, 8) for name in FAMILIES}
+    settings = {"engine_args": LORA, "report": "tests.e2e.adapters:adapter_bytes"}
+    prepared = {"prepare": "tests.helpers.triton_in_torch:install"}
+    found = stock.all(list(models.values()), **settings, **prepared)
+    slots = Slots(number=LORA["max_loras"], rank=LORA["max_lora_rank"])
+    for name, model in models.items():
+        made = found[model]["slot_bytes"]
+        of_layers = sum(size for place, size in made.items() if place not in OUTSIDE_LAYERS)
+        config = read_config(Path(model))
+        ends = 2 * (config["hidden_size"] + config["vocab_size"])
+        planned = shape_of(config).adapters
+        layers = planned._replace(whole=planned.whole - ends).slot_bytes(slots, num_gpus=1)
+        assert (len(made) > 10, layers) == (True, of_layers), name
+        adapted = [made[place] for place in OUTSIDE_LAYERS if place in made]
+        assert sum(adapted) in (0, planned.slot_bytes(slots, num_gpus=1) - layers), name
+
+
 @pytest.mark.feature("LoRA on dense layers")
 def test_an_adapter_of_attention(expected: Result, ranks: list[Result]) -> None:
     names = ("base", "dense")
@@ -142,6 +171,16 @@ def test_offline_one_adapter_for_a_call_and_one_for_each_prompt(
     for status in found["status"]:
         fetched = sum(status["fetched_bytes"].values())
         assert fetched > 20 * status["remote_expert_bytes"] > 0, "a rank has answered nothing"
+    *answered, (refused, _) = found["loaded"]
+    assert answered == [
+        [[True, True], []],
+        [True, [1]],
+        [True, [1]],
+        [2, [1]],  # of adapter 2 only the rank that has answered knows
+        [True, [1]],  # it is removed where it was
+        [False, [1]],
+    ]
+    assert "2" in refused[0] and refused[-1] == "This is the answer of DWDP rank 0."
 
 
 @pytest.mark.slow

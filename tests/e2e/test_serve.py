@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import Checkpoints
+from tests.helpers import weight_files
 from tests.helpers.waiting import wait_until
 from vllm_dwdp.entrypoints.launch.server import Server, serving
 
@@ -49,7 +50,9 @@ def server(
     config = json.dumps({"dwdp": {"mode": "prefetch"}})
     chunked = ("--max-num-batched-tokens", "64")
     arguments = (*DWDP, "--api-server-count", "2", "--additional-config", config, *chunked)
-    with serving(log, model, *arguments, environment={"VLLM_SERVER_DEV_MODE": "1"}) as running:
+    transfer = ("--weight-transfer-config", json.dumps({"backend": weight_files.NAME}))
+    environment = weight_files.environment() | {"VLLM_SERVER_DEV_MODE": "1"}
+    with serving(log, model, *arguments, *transfer, environment=environment) as running:
         yield running
 
 
@@ -181,6 +184,31 @@ def test_new_weights_and_sleep_over_http(
         assert json.loads(server.get("/is_sleeping")) == {"is_sleeping": True}
         post(server, "/wake_up")
         assert server.tokens(PROMPTS[0], rank=1) == renewed[0]
+
+
+@pytest.mark.slow
+@pytest.mark.feature("weight transfer (start, update, finish)")
+def test_a_trainer_sends_weights_over_http(
+    server: Server, expected: list[list[int]], model: str
+) -> None:
+    """Back to the first weights, a chunk at a time; each request reaches every rank."""
+    before = server.metric("vllm:dwdp_weight_update", engine="0") or 0
+    post(server, "/pause")
+    post(server, "/init_weight_transfer_engine", init_info={})
+    post(server, "/start_weight_update")
+    for parts in weight_files.parts_of(model):
+        post(server, "/update_weights", update_info={"folder": model, "parts": parts})
+    post(server, "/finish_weight_update", weight_version="step 8")
+    post(server, "/reset_prefix_cache")
+    post(server, "/resume")
+    assert json.loads(server.get("/weight_info")) == {"weight_version": "step 8"}
+    for rank in (0, 1):
+        assert [server.tokens(prompt, rank=rank) for prompt in PROMPTS] == expected
+        wait_until(
+            lambda rank=rank: (
+                server.metric("vllm:dwdp_weight_update", engine=str(rank)) == before + 1
+            )
+        )
 
 
 def post(server: Server, path: str, **content: object) -> None:

@@ -85,6 +85,35 @@ def test_tokens_of_two_ranks_of_two_workers(
 
 
 @pytest.mark.slow
+def test_workers_of_all_tensor_ranks_serve_the_new_weights(
+    expected: list[list[int]],
+    model: str,
+    stock: StockEngine,
+    checkpoints: Checkpoints,
+    tmp_path: Path,
+) -> None:
+    """Each tensor rank's workers agree among themselves; all of a rank's have the new weights."""
+    new = checkpoints("qwen3_moe", NUM_EXPERTS, seed=1, **SHAPE)
+    renewed = stock(new, **TENSOR)["tokens"]
+    assert renewed != expected
+    case: dict[str, Any] = TENSOR | {"name": "renewed", "model": model, "num_ranks": 2}
+    case["dwdp"] = {"mode": "prefetch"}
+    case["updates"] = [
+        {"calls": [["reload_weights", {"weights_path": path}]]} for path in (new, model)
+    ]
+    for rank in run_cases(tmp_path, "renewed", [case])["renewed"]:
+        assert rank["tokens"] == expected
+        for number, tokens in enumerate((renewed, expected)):
+            said = rank["updates"][number]
+            assert (said["error"], said["refused"], said["resume"]) == ("", "", "")
+            assert said["tokens"] == tokens, number
+        for worker in rank["workers"]:
+            status = worker["status"]
+            assert (status["weight_update"], status["state"]) == (2, "serving")
+            assert sum(status["fetched_bytes"].values()) > status["remote_expert_bytes"]
+
+
+@pytest.mark.slow
 def test_one_server_of_two_ranks_of_two_workers(
     expected: list[list[int]], model: str, tmp_path: Path
 ) -> None:

@@ -101,6 +101,22 @@ def test_all_ranks_serve_the_new_weights(
         assert (first == last) == (name == "prefetch")
 
 
+@pytest.mark.feature("Worker processes (`executor` `mp`)")
+def test_worker_processes_serve_the_new_weights(
+    old: str, new: str, tokens: dict[str, list[list[int]]], tmp_path: Path
+) -> None:
+    mp = case("prefetch", old, reload(new), transfer(old), **TRANSFER)
+    mp["dwdp"]["executor"] = "mp"
+    for rank in run_cases(tmp_path, "mp", [mp])["prefetch"]:
+        (worker,) = rank["workers"]
+        assert worker["status"]["fetched_bytes"], "its experts are shared"
+        assert rank["tokens"] == tokens[old]
+        for number, (said, model) in enumerate(zip(rank["updates"], (new, old), strict=True), 1):
+            assert (said["error"], said["refused"]) == ("", ""), said
+            assert said["tokens"] == tokens[model], number
+            assert said["status"]["weight_update"] == number
+
+
 @pytest.mark.skipif(cpu_gates.why_not() is not None, reason=str(cpu_gates.why_not()))
 @pytest.mark.parametrize(
     "formats",
@@ -226,16 +242,46 @@ def test_a_rank_that_dies_half_way_leaves_the_other_refusing(
     assert [rank["tokens"] for rank in again] == [tokens[new]] * 2
 
 
-def test_a_rank_that_starts_again_after_an_update_adopts_new_weights_or_is_refused(
-    old: str, new: str, tokens: dict[str, list[list[int]]], tmp_path: Path
-) -> None:
-    results, log = tmp_path / "results.json", tmp_path / "lives.log"
-    process = fork(["-m", "tests.e2e.weight_lives", str(results), old, new], log)
+def run_lives(folder: Path, when: str, old: str, new: str) -> dict[str, Any]:
+    """Return what `weight_lives` found."""
+    results, log = folder / "results.json", folder / "lives.log"
+    process = fork(["-m", "tests.e2e.weight_lives", when, str(results), old, new], log)
     try:
         assert process.wait(timeout=380) == 0, log.read_text()[-6000:]
     finally:
         process.kill()
-    found = json.loads(results.read_text())
+    found: dict[str, Any] = json.loads(results.read_text())
+    return found
+
+
+def test_a_rank_that_is_killed_in_an_update_and_returns_mixes_no_weights(
+    old: str, new: str, tokens: dict[str, list[list[int]]], tmp_path: Path
+) -> None:
+    """Nobody serves or joins until every rank has said that it is whole; after that all is new."""
+    found = run_lives(tmp_path, "within", old, new)
+    for point in ("writing", "written"):
+        lives = found[point]
+        assert lives["killed"]["code"] == -9
+        for said in (lives["survivor"]["first"], lives["survivor"]["last"]):
+            assert "rank 0 of group 0 is dead" in said["refused"] and not said["tokens"], point
+            assert said["status"]["state"] == "refusing", point
+        for name in ("with old", "with new"):
+            assert "this rank refuses to serve. Repeat the update" in lives[name]["error"], lives
+            assert not any(lives[name]["left"].values()), (point, name)
+    lives = found["whole"]
+    assert lives["killed"]["code"] == -9
+    for said in (lives["survivor"]["first"], lives["survivor"]["last"]):
+        assert (said["error"], said["tokens"]) == ("", tokens[new][:2]), said
+    assert "have been updated since it started (update 1)" in lives["with old"]["error"], lives
+    assert lives["with new"]["tokens"] == tokens[new][:2], lives
+    status = lives["with new"]["status"]
+    assert (status["adopted"], status["state"], status["weight_update"]) == (True, "serving", 1)
+
+
+def test_a_rank_that_starts_again_after_an_update_adopts_new_weights_or_is_refused(
+    old: str, new: str, tokens: dict[str, list[list[int]]], tmp_path: Path
+) -> None:
+    found = run_lives(tmp_path, "after", old, new)
     assert found["killed"]["code"] == -9
     refused = found["with old"]["error"]
     assert refused.startswith(

@@ -5,6 +5,7 @@ same calls: a layerwise reload begins, `load_weights` gets checkpoint tensors, t
 """
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,14 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 NAME = "files"
+ROOT = Path(__file__).parents[2]
+PLUGINS = Path(__file__).with_name("transfer_plugins")
+
+
+def environment() -> dict[str, str]:
+    """Return what makes a started program and all its engines' processes `register` too, as a plugin."""
+    places = [str(ROOT), str(PLUGINS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"PYTHONPATH": os.pathsep.join(places)}
 
 
 @dataclass

@@ -39,6 +39,7 @@ class RankExecutor(Hooked):
         """While active, a worker finds its rank's config, cores and GPU."""
         reloading.check_before_resuming()
         independent.restore_model_config(self.vllm_config)
+        independent.match_front_end_cache(self.vllm_config)
         if self.vllm_config.model_config.trust_remote_code:
             remote_code.install()
         if not current_platform.is_cpu():

@@ -11,6 +11,8 @@ from typing import Any
 from vllm_dwdp.errors import DwdpConfigError
 from vllm_dwdp.planner.checked import shown, whole
 
+NUM_KINDS = 2
+"""Kinds of experts that a layer of ERNIE-VL has; its config has a list of so many for each field."""
 FULL_EVERY = 4
 """One of so many layers of Llama-4 and Qwen3-Next sees all keys, where nothing says which."""
 
@@ -118,6 +120,26 @@ class ConfigFields:
                 return self.first(name, default=default)
         return self.first(*names, default=default)
 
+    def of_kind(self, kind: int, *names: str, default: int | None = None) -> int:
+        """Return the first of these that is given; where there are two kinds of experts, that of `kind`.
+
+        Other lists have an entry per layer, of which the largest counts.
+
+        Raises:
+            DwdpConfigError: as `first`.
+        """
+        for name in names:
+            value = self.config.get(name)
+            if self.has_two_kinds and isinstance(value, list) and len(value) == NUM_KINDS:
+                return whole(f"{self.named(name)}: an entry", value[kind], 0)
+        return self.most(*names, default=default)
+
+    @property
+    def has_two_kinds(self) -> bool:
+        """Whether a layer has experts for text and others for pictures, as ERNIE-VL's."""
+        counts = self.config.get("moe_num_experts")
+        return isinstance(counts, list) and len(counts) == NUM_KINDS
+
     @property
     def num_layers(self) -> int:
         """The number of layers; NemotronH lists them only."""
@@ -179,8 +201,8 @@ class ConfigFields:
         return value
 
 
-def moe_layers(fields: ConfigFields, num_layers: int) -> tuple[int, ...]:
-    """Find the layers with routed experts.
+def moe_layers(fields: ConfigFields, num_layers: int, kind: int = 0) -> tuple[int, ...]:
+    """Find the layers with routed experts, where there are two kinds those of `kind`.
 
     Follows the families: `moe_layers` or `interleave_moe_layer_step` (Llama-4), `moe_layers_enum`
     (Step), `decoder_sparse_step` and `mlp_only_layers` (Qwen), `first_k_dense_replace` and
@@ -197,16 +219,17 @@ def moe_layers(fields: ConfigFields, num_layers: int) -> tuple[int, ...]:
         kinds = fields.config.get(name) or ()
         if found := tuple(layer for layer, kind in enumerate(kinds) if kind in ("moe", "E")):
             return found
-    return tuple(layer for layer in range(num_layers) if _has_experts(fields, layer, num_layers))
+    layers = range(num_layers)
+    return tuple(layer for layer in layers if _has_experts(fields, layer, num_layers, kind))
 
 
-def _has_experts(fields: ConfigFields, layer: int, num_layers: int) -> bool:
+def _has_experts(fields: ConfigFields, layer: int, num_layers: int, kind: int) -> bool:
     dense_first = fields.first("first_k_dense_replace", "num_dense_layers", default=0)
     steps = ("decoder_sparse_step", "interleave_moe_layer_step", "moe_layer_interval")
     period = fields.first("expert_layer_period", default=1, low=1)
     return (
-        layer >= max(dense_first, fields.most("moe_layer_start_index", default=0))
-        and layer <= fields.most("moe_layer_end_index", default=num_layers)
+        layer >= max(dense_first, fields.of_kind(kind, "moe_layer_start_index", default=0))
+        and layer <= fields.of_kind(kind, "moe_layer_end_index", default=num_layers)
         and (layer + 1) % fields.first(*steps, default=1, low=1) == 0
         and layer % period == fields.first("expert_layer_offset", default=0) % period
         and _by_frequency(fields, num_layers)[layer]

@@ -14,6 +14,7 @@ from functools import cached_property
 from operator import add
 from typing import NamedTuple
 
+from vllm_dwdp.planner.adapters import NO_SLOTS, Slots
 from vllm_dwdp.planner.hardware import Efficiency, Hardware
 from vllm_dwdp.planner.model_shape import ModelShape
 from vllm_dwdp.planner.quantisation import Precision
@@ -108,6 +109,7 @@ class CostModel:
     Args:
         extra_experts: held beyond an even share, per layer and rank.
         exchange: of DEP.
+        adapters: slots for LoRA adapters.
     """
 
     shape: ModelShape
@@ -116,6 +118,7 @@ class CostModel:
     group_size: int
     extra_experts: int = 0
     exchange: Exchange = Exchange.PER_RANK
+    adapters: Slots = NO_SLOTS
 
     @cached_property
     def resident_experts(self) -> int:
@@ -126,7 +129,22 @@ class CostModel:
     @cached_property
     def remote_bytes(self) -> float:
         """The bytes that a rank fetches per layer."""
-        return (self.shape.num_experts - self.resident_experts) * self.shape.expert_bytes
+        return self.remote_experts * self.shape.layer_expert_bytes
+
+    @cached_property
+    def slot_bytes(self) -> float:
+        """The bytes of a slot, which has room for the remote experts of any layer."""
+        return self.remote_experts * self.shape.largest_expert_bytes
+
+    @property
+    def remote_experts(self) -> int:
+        """The experts per layer that other ranks hold."""
+        return self.shape.num_experts - self.resident_experts
+
+    @property
+    def adapter_bytes(self) -> float:
+        """The bytes of all slots for LoRA adapters."""
+        return self.shape.adapters.slot_bytes(self.adapters, self.hardware.num_gpus)
 
     @cached_property
     def prefetch(self) -> float:

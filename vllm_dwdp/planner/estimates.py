@@ -83,35 +83,41 @@ class RankMemory(NamedTuple):
     experts: float
     slots: float
     dense: float
+    adapters: float
     kv_cache: float
 
 
 def memory_bytes(model: CostModel) -> RankMemory:
     """Divide the memory of a rank."""
     shape = model.shape
-    experts = shape.num_moe_layers * model.resident_experts * shape.expert_bytes
-    slots, dense = ring_slots(shape.num_moe_layers) * model.remote_bytes, shape.dense_bytes
-    usable = USABLE_MEMORY * model.hardware.memory_gb * 1e9
-    return RankMemory(experts, slots, dense, usable - (experts + slots + dense))
+    experts = shape.num_moe_layers * model.resident_experts * shape.layer_expert_bytes
+    slots = ring_slots(shape.num_expert_layers) * model.slot_bytes
+    weights = (experts, slots, shape.dense_bytes, model.adapter_bytes)
+    return RankMemory(*weights, usable_bytes(model) - sum(weights))
+
+
+def usable_bytes(model: CostModel) -> float:
+    """Return what vLLM uses of the memory of a rank."""
+    return USABLE_MEMORY * model.hardware.memory_gb * 1e9
 
 
 def mtp_bytes(model: CostModel) -> float:
     """Return what layers that draft take besides: experts, and a ring of their own; 0 without any."""
     layers = model.shape.num_mtp_layers
     experts = layers * model.resident_experts * model.shape.expert_bytes
-    return experts + ring_slots(layers) * model.remote_bytes
+    return experts + ring_slots(layers) * model.slot_bytes
 
 
 def replica_kv_bytes(model: CostModel) -> float:
     """Return what a full copy of the weights leaves for the KV cache; negative if it does not fit."""
-    usable = USABLE_MEMORY * model.hardware.memory_gb * 1e9
-    return usable - model.shape.experts_bytes - model.shape.dense_bytes
+    left = usable_bytes(model) - model.adapter_bytes
+    return left - model.shape.experts_bytes - model.shape.dense_bytes
 
 
 def expert_parallel_kv_bytes(model: CostModel) -> float:
     """Return what an even share of the experts, without slots, leaves; negative if it does not fit."""
-    usable = USABLE_MEMORY * model.hardware.memory_gb * 1e9
-    return usable - model.shape.experts_bytes / model.group_size - model.shape.dense_bytes
+    left = usable_bytes(model) - model.adapter_bytes
+    return left - model.shape.experts_bytes / model.group_size - model.shape.dense_bytes
 
 
 def replica_fits(model: CostModel) -> bool:
@@ -300,7 +306,7 @@ def redundancy(model: CostModel, traffic: Traffic) -> tuple[int, float, Tokens]:
     """Return the experts that spare memory holds per layer, the copies saved, the break-even."""
     spare_bytes = memory_bytes(model).kv_cache - KV_RESERVE * model.hardware.memory_gb * 1e9
     num_remote = model.shape.num_experts - model.resident_experts
-    per_layer = model.shape.num_moe_layers * model.shape.expert_bytes
+    per_layer = model.shape.num_moe_layers * model.shape.layer_expert_bytes
     spare = min(num_remote, int(max(0.0, spare_bytes) // per_layer))
     richer = replace(model, extra_experts=model.extra_experts + spare)
     saved = spare / num_remote if num_remote else 0.0

@@ -8,16 +8,40 @@ UNGATED = ("relu2",)
 """Activations of a feed-forward of two matrices; others have a third, for the gate."""
 
 
+class Widths(NamedTuple):
+    """What the matrices of feed-forwards lie between; 0 where there is no such feed-forward.
+
+    Args:
+        matrices: of a feed-forward.
+        hidden: of the residual stream.
+        latent: of what routed experts read.
+        expert: inside of a routed expert.
+        other_expert: inside of one of the second kind that ERNIE-VL has for pictures.
+        shared: inside of what an MoE layer computes for every token besides.
+        dense: inside of a layer without routed experts.
+    """
+
+    matrices: int
+    hidden: int
+    latent: int
+    expert: int
+    other_expert: int
+    shared: int
+    dense: int
+
+
 class FeedForwards(NamedTuple):
     """Parameters.
 
     Args:
         expert: of one routed expert.
+        other_expert: of one of the second kind; 0 where there is one kind.
         shared: of what an MoE layer computes for every token besides.
         dense: of a layer without routed experts, in the mean over these.
     """
 
     expert: int
+    other_expert: int
     shared: int
     dense: int
 
@@ -26,10 +50,23 @@ def feed_forwards(
     fields: ConfigFields, num_layers: int, with_experts: tuple[int, ...]
 ) -> FeedForwards:
     """Read the sizes, by the names that the families have for them."""
+    size = widths(fields)
+    dense = size.dense * _dense_share(fields, num_layers, with_experts)
+    return FeedForwards(
+        expert=size.matrices * size.latent * size.expert,
+        other_expert=size.matrices * size.latent * size.other_expert,
+        shared=size.matrices * size.hidden * size.shared,
+        dense=round(size.matrices * size.hidden * dense),
+    )
+
+
+def widths(fields: ConfigFields) -> Widths:
+    """Read the widths, by the names that the families have for them."""
     hidden = fields.first("hidden_size")
     matrices = 2 if fields.config.get("mlp_hidden_act") in UNGATED else 3
     names = ("moe_intermediate_size", "expert_ffn_hidden_size", "expert_hidden_dim")
-    expert = fields.most(*names, default=0) or fields.first("intermediate_size")
+    expert = fields.of_kind(0, *names, default=0) or fields.first("intermediate_size")
+    other_expert = fields.of_kind(1, *names, default=0) if fields.has_two_kinds else 0
     dense_names = ("prefix_dense_intermediate_size", "intermediate_size_mlp", "ffn_hidden_size")
     dense = fields.first(*dense_names, "intermediate_size", default=0)
     num_shared = fields.first(
@@ -45,11 +82,7 @@ def feed_forwards(
     if fields.attentions_per_layer > 1:
         shared += fields.attentions_per_layer * dense
     latent = fields.first("moe_latent_size", default=0) or hidden
-    return FeedForwards(
-        expert=matrices * latent * expert,
-        shared=matrices * hidden * shared,
-        dense=round(matrices * hidden * dense * _dense_share(fields, num_layers, with_experts)),
-    )
+    return Widths(matrices, hidden, latent, expert, other_expert, shared, dense)
 
 
 def _dense_share(fields: ConfigFields, num_layers: int, with_experts: tuple[int, ...]) -> float:

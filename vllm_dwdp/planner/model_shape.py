@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from vllm_dwdp.errors import DwdpConfigError
+from vllm_dwdp.planner.adapters import NOTHING, AdapterSize, adapter_size
 from vllm_dwdp.planner.checked import shown
 from vllm_dwdp.planner.checkpoint import ConfigFields, LayerKind, layer_kinds, moe_layers
 from vllm_dwdp.planner.feed_forward import feed_forwards
@@ -25,6 +26,9 @@ class ModelShape:
         name: architecture.
         num_layers: all of them.
         moe_layers: those with routed experts, ascending.
+        num_other_layers: layers with as many experts of a second kind, which run for pictures only.
+        other_expert_params: of one of these.
+        adapters: what a slot for a LoRA adapter takes.
         num_mtp_layers: further layers with experts, which run only to draft tokens.
         num_experts, experts_per_token: of an MoE layer.
         expert_params: of one routed expert.
@@ -58,6 +62,9 @@ class ModelShape:
     dense_mlp_precision: Precision = _UNQUANTISED
     attention_precision: Precision = _UNQUANTISED
     num_mtp_layers: int = 0
+    num_other_layers: int = 0
+    other_expert_params: int = 0
+    adapters: AdapterSize = NOTHING
 
     @property
     def num_moe_layers(self) -> int:
@@ -95,9 +102,25 @@ class ModelShape:
         return self.expert_params * self.expert_bits / 8
 
     @property
+    def largest_expert_bytes(self) -> float:
+        """The bytes of an expert of the larger kind; a slot has room for a layer of them."""
+        return max(self.expert_params, self.other_expert_params) * self.expert_bits / 8
+
+    @property
+    def num_expert_layers(self) -> int:
+        """The number of times that a forward may come to routed experts: once a layer for each kind."""
+        return self.num_moe_layers + self.num_other_layers
+
+    @property
+    def layer_expert_bytes(self) -> float:
+        """The bytes of one expert of each kind, in the mean over the MoE layers."""
+        others = self.num_other_layers * self.other_expert_params / self.num_moe_layers
+        return (self.expert_params + others) * self.expert_bits / 8
+
+    @property
     def experts_bytes(self) -> float:
         """The bytes of all routed experts of all layers."""
-        return self.num_moe_layers * self.num_experts * self.expert_bytes
+        return self.num_moe_layers * self.num_experts * self.layer_expert_bytes
 
     @property
     def dense_bytes(self) -> float:
@@ -172,6 +195,7 @@ def shape_of(
     attention_params, core_dim = (_gqa if config.get("kv_lora_rank") is None else _mla)(
         fields, hidden
     )
+    other_layers = moe_layers(fields, num_layers, 1) if fields.has_two_kinds else ()
     quantisation = Quantisation.of(config.get("quantization_config"))
     experts, dense = (
         _override("--expert-dtype", expert_dtype),
@@ -202,6 +226,9 @@ def shape_of(
         dense_mlp_precision=dense or quantisation.precision("dense", without_experts),
         attention_precision=dense or quantisation.precision("attention", range(num_layers)),
         num_mtp_layers=fields.first("num_nextn_predict_layers", default=0),
+        num_other_layers=len(other_layers),
+        other_expert_params=sizes.other_expert,
+        adapters=adapter_size(fields, num_layers, with_experts, num_experts),
     )
 
 

@@ -97,6 +97,7 @@ def _memory(model: CostModel, traffic: Traffic) -> list[Figure]:
         _figure(topic, "resident experts", sizes.experts / 1e9, "GB", "config"),
         _figure(topic, "prefetch slots", sizes.slots / 1e9, "GB", "config"),
         _figure(topic, "dense weights", sizes.dense / 1e9, "GB", "config"),
+        *_adapters(topic, model),
         *_drafting(topic, model),
         _figure(topic, "KV cache", sizes.kv_cache / 1e9, "GB", "spec"),
         *_per_sequence(topic, model.shape.kv_cache),
@@ -104,6 +105,12 @@ def _memory(model: CostModel, traffic: Traffic) -> list[Figure]:
         _figure(topic, "weights of a full replica", weights / 1e9, "GB", "config"),
         _figure(topic, "KV cache of a full replica", replica_kv_bytes(model) / 1e9, "GB", "spec"),
     ]  # fmt: skip
+
+
+def _adapters(topic: str, model: CostModel) -> Iterator[Figure]:
+    if slots := model.adapters.number:
+        what = f"{slots} slots for LoRA adapters of rank {model.adapters.rank}, at most"
+        yield _figure(topic, what, model.adapter_bytes / 1e9, "GB", "config")
 
 
 def _drafting(topic: str, model: CostModel) -> Iterator[Figure]:

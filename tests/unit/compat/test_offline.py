@@ -19,6 +19,7 @@ from vllm_dwdp.compat.frontend import offline
 from vllm_dwdp.compat.frontend.interruptible import aborted_if_cut_short
 from vllm_dwdp.compat.frontend.interrupts import blocked_interrupts, uninterrupted
 from vllm_dwdp.compat.frontend.offline import RankClient
+from vllm_dwdp.errors import DwdpError
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -121,6 +122,36 @@ def test_answers_are_joined_in_rank_order() -> None:
     client = Client()
     after(0.1, lambda: [client.answer(1, ["one"]), client.answer(0, ["zero"])])
     assert client.call_utility("collective_rpc", "f") == ["zero", "one"]
+
+
+@pytest.mark.parametrize(
+    ("method", "answers", "expected"),
+    [
+        ("list_loras", ([1, 2], {2, 3}), {2}),
+        ("list_loras", ([], [1]), set()),
+        ("add_lora", (True, False), False),
+        ("pin_lora", (True, True), True),
+        ("remove_lora", (False, True), True),
+        ("remove_lora", (False, False), False),
+        ("reset_prefix_cache", (True, False), False),
+        ("get_weight_version", ("7", "7"), "7"),
+        ("profile", (None, None), None),
+    ],
+)
+def test_one_answer_is_that_of_all_ranks(
+    method: str, answers: tuple[Any, Any], expected: Any
+) -> None:
+    for first, second in (answers, answers[::-1]):
+        client = Client()
+        after(0.05, lambda c=client, a=first, b=second: [c.answer(1, b), c.answer(0, a)])
+        assert client.call_utility(method) == expected
+
+
+def test_ranks_that_answer_differently_are_said() -> None:
+    client = Client()
+    after(0.05, lambda: [client.answer(0, "7"), client.answer(1, "8")])
+    with pytest.raises(DwdpError, match=r"get_weight_version has one answer, and .* \['7', '8'\]"):
+        client.call_utility("get_weight_version")
 
 
 def test_a_rank_that_dies_while_it_is_asked_is_named() -> None:

@@ -25,7 +25,9 @@ _SUPPORTED = {
         gpu_memory_utilization kv_cache_memory_bytes num_gpu_blocks_override disable_log_stats
         enable_lora max_loras max_lora_rank speculative_config dtype kv_cache_dtype hf_overrides
         safetensors_load_strategy model_loader_extra_config worker_extension_cls profiler_config
-        enable_prompt_embeds kv_sharing_fast_prefill model_impl runner convert
+        enable_prompt_embeds kv_sharing_fast_prefill model_impl runner convert trust_remote_code
+        limit_mm_per_prompt mm_processor_kwargs mm_processor_cache_type kv_events_config
+        kv_transfer_config data_parallel_multi_port_external_lb shutdown_timeout
     """,
     "names the model's files; ranks compare what they found": """
         revision code_revision hf_token download_dir ignore_patterns use_tqdm_on_load
@@ -85,7 +87,7 @@ _UNTESTED = {
         enable_nccl_comm_suspend
     """,
     "models built or read in other ways": """
-        model_class_overrides model_weights hf_config_path config_format trust_remote_code
+        model_class_overrides model_weights hf_config_path config_format
         safetensors_prefetch_num_threads safetensors_prefetch_block_size pt_load_map_location
         scheduler_cls engram_config diffusion_config
     """,
@@ -115,8 +117,8 @@ _UNTESTED = {
         gdn_prefill_backend kda_prefill_backend kda_decode_backend
     """,
     "images, video and sound": """
-        language_model_only limit_mm_per_prompt enable_mm_embeds interleave_mm_strings
-        media_io_kwargs mm_processor_kwargs mm_processor_cache_gb mm_processor_cache_type
+        language_model_only enable_mm_embeds interleave_mm_strings
+        media_io_kwargs mm_processor_cache_gb
         mm_hasher_algorithm mm_shm_cache_max_object_size_mb mm_encoder_only mm_encoder_tp_mode
         mm_encoder_attn_backend mm_encoder_attn_dtype mm_encoder_fp8_scale_path
         mm_encoder_fp8_scale_save_path mm_encoder_fp8_scale_save_margin skip_mm_profiling
@@ -124,13 +126,13 @@ _UNTESTED = {
         mm_ipc_gpu_memory_gb mm_device_do_normalize enable_shm_tensor_arena
     """,
     "KV and encoder caches that leave the engine": """
-        kv_transfer_config kv_events_config ec_transfer_config ec_manager_config kv_offloading_size
+        ec_transfer_config ec_manager_config kv_offloading_size
         kv_offloading_backend
     """,
     "where a rank computes, how it is reached and how it ends": """
-        data_parallel_address data_parallel_rpc_port data_parallel_multi_port_external_lb
+        data_parallel_address data_parallel_rpc_port
         device_ids numa_bind numa_bind_nodes numa_bind_cpus prefill_schedule_interval
-        shutdown_timeout watchdog_config
+        watchdog_config
     """,
 }
 

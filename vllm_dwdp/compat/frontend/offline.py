@@ -10,7 +10,7 @@ import itertools
 import queue
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
@@ -21,7 +21,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.loggers import StatLoggerManager
 
 from vllm_dwdp.compat.frontend.interrupts import uninterrupted
-from vllm_dwdp.errors import DwdpUnsupportedError
+from vllm_dwdp.errors import DwdpError, DwdpUnsupportedError
 
 LIVENESS_INTERVAL_S = 1.0
 NAME_TIMEOUT_S = 20.0
@@ -80,9 +80,10 @@ class RankClient(SyncMPClient):
         return outputs
 
     def call_utility(self, method: str, *args: Any) -> Any:
-        """Call `method` on every rank; lists are concatenated in rank order, else the first counts.
+        """Call `method` on every rank, and make one answer of theirs.
 
         Raises:
+            DwdpError: they answer differently, and the method has one answer only.
             EngineDeadError: a rank died before it answered; names it.
         """
         futures: list[Future[Any]] = []
@@ -92,10 +93,7 @@ class RankClient(SyncMPClient):
             self.utility_results[call_id] = future
             self._send_to(rank, EngineCoreRequestType.UTILITY, (0, call_id, method, args))
             futures.append(future)
-        results = [self._answer(rank, future) for rank, future in enumerate(futures)]
-        if method == "collective_rpc" and all(isinstance(result, list) for result in results):
-            return [entry for result in results for entry in result]
-        return results[0]
+        return of_all_ranks(method, [self._answer(rank, f) for rank, f in enumerate(futures)])
 
     def ensure_alive(self) -> None:
         """Return unless an engine is dead.
@@ -166,6 +164,30 @@ class RankClient(SyncMPClient):
         frames = (self.core_engines[rank], request_type.value, *self.encoder.encode(request))
         with uninterrupted():
             self.input_socket.send_multipart(frames, copy=False)
+
+
+def of_all_ranks(method: str, answers: Sequence[Any]) -> Any:
+    """Return what the ranks' answers to `method` say of all of them.
+
+    Answers of workers follow each other in rank order. An adapter is loaded if every rank has it: a rank
+    loads one with its first request for it. It is removed if any had it. Whatever else is true must be
+    true of every rank.
+
+    Raises:
+        DwdpError: the answers differ otherwise.
+    """
+    if method == "collective_rpc" and all(isinstance(each, list) for each in answers):
+        return [entry for each in answers for entry in each]
+    if method == "list_loras":
+        return set.intersection(*map(set, answers))
+    if all(isinstance(each, bool) for each in answers):
+        return (any if method == "remove_lora" else all)(answers)
+    if any(each != answers[0] for each in answers):
+        raise DwdpError(
+            f"{method} has one answer, and the DWDP ranks of this LLM give {list(answers)}. Bring all "
+            "ranks to the same state, or ask each by collective_rpc."
+        )
+    return answers[0]
 
 
 class RankStatLoggers(StatLoggerManager):

@@ -41,6 +41,20 @@ def restore_model_config(vllm_config: Any) -> None:
     object.__setattr__(vllm_config.model_config, "__class__", ModelConfig)
 
 
+def match_front_end_cache(vllm_config: Any) -> None:
+    """Give an engine no cache of processed images where its front end keeps none for it.
+
+    A front end of several ranks keeps them itself, and sends them whole. vLLM decides by the number of
+    ranks, of which an independent engine knows one: it would keep what nobody refers to, or wait for
+    shared memory (`--mm-processor-cache-type shm`) that nobody made. Call before workers start.
+    """
+    multimodal = vllm_config.model_config.multimodal_config
+    has_front_end_of_its_own = vllm_config.parallel_config.data_parallel_external_lb
+    is_one_of_several = seat_of(vllm_config).launch.ranks.total > 1
+    if multimodal is not None and is_one_of_several and not has_front_end_of_its_own:
+        multimodal.mm_processor_cache_gb = 0
+
+
 def seat_of(vllm_config: Any, tensor_rank: int = 0) -> Seat:
     """Return the seat of a worker of the engine that this config was made for."""
     launch = vllm_config.model_config.__dict__[_LAUNCH]

@@ -1,5 +1,6 @@
 """`vllm-dwdp plan`."""
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -19,6 +20,8 @@ from vllm_dwdp.entrypoints.cli.options import (
 from vllm_dwdp.entrypoints.pictures.draw import PngFile
 from vllm_dwdp.entrypoints.pictures.planner import plan_pictures
 from vllm_dwdp.entrypoints.tables import figure, print_json, say, show
+from vllm_dwdp.planner.adapters import Slots
+from vllm_dwdp.planner.checked import whole
 from vllm_dwdp.planner.disaggregated import DECODE_GPUS
 from vllm_dwdp.planner.disaggregated_plan import DecodeServers, Feeding, plan_feeding
 from vllm_dwdp.planner.plan import Figure, make_plan
@@ -42,6 +45,10 @@ def plan(
     max_num_batched_tokens: Annotated[int, typer.Option(help="vLLM's limit per step.")] = 16384,
     batch_size: Annotated[int, typer.Option(help="Sequences that decode together.")] = 64,
     experts_per_rank: Annotated[int, typer.Option(help="0: an even share.")] = 0,
+    max_loras: Annotated[
+        int, typer.Option(help="vLLM's: LoRA adapters in one batch. 0: none are served.")
+    ] = 0,
+    max_lora_rank: Annotated[int, typer.Option(help="vLLM's, of each of them.")] = 16,
     decode_servers: Annotated[
         int, typer.Option(help="Of launch: the ranks prefill for so many. 0: they decode too.")
     ] = 0,
@@ -74,6 +81,10 @@ def plan(
     picture = PngFile(png)
     dtypes = Dtypes(experts=expert_dtype, dense=dense_dtype, kv_cache=kv_dtype)
     cost = cost_model(model, gpu, ranks, dtypes, hardware, experts_per_rank, tensor_parallel_size)
+    slots = Slots(
+        number=whole("--max-loras", max_loras, 0), rank=whole("--max-lora-rank", max_lora_rank, 1)
+    )
+    cost = replace(cost, adapters=slots)
     traffic = Traffic(
         input_tokens=input_tokens,
         output_tokens=output_tokens,
@@ -86,7 +97,7 @@ def plan(
         servers = DecodeServers(
             number=decode_servers, num_gpus=decode_gpus, tokens_per_user=tokens_per_user
         )
-        of_one_gpu = cost_model(model, gpu, ranks, dtypes, hardware)
+        of_one_gpu = replace(cost_model(model, gpu, ranks, dtypes, hardware), adapters=slots)
         feeding = Feeding(model=cost, decode_model=of_one_gpu, traffic=traffic, servers=servers)
         made = made.and_then(plan_feeding(feeding))
     picture.write(lambda: plan_pictures(cost, traffic))
