@@ -45,8 +45,8 @@ def match_front_end_cache(vllm_config: Any) -> None:
     """Give an engine no cache of processed images where its front end keeps none for it.
 
     A front end of several ranks keeps them itself, and sends them whole. vLLM decides by the number of
-    ranks, of which an independent engine knows one: it would keep what nobody refers to, or wait for
-    shared memory (`--mm-processor-cache-type shm`) that nobody made. Call before workers start.
+    ranks, of which an independent engine knows one: it would keep what no rank refers to, or wait for
+    shared memory (`--mm-processor-cache-type shm`) that no process made. Call before workers start.
     """
     multimodal = vllm_config.model_config.multimodal_config
     has_front_end_of_its_own = vllm_config.parallel_config.data_parallel_external_lb
