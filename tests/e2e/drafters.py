@@ -156,6 +156,30 @@ def speculate(engine: Any, case: dict[str, Any]) -> dict[str, Any]:
     return {"tokens": tokens, "counted": counted}
 
 
+def renew_and_speculate(engine: Any, case: dict[str, Any]) -> dict[str, Any]:
+    """As `speculate`, also after the drafter alone has got the weights of the case's `drafter`."""
+    before = speculate(engine, case)
+    sent = {"folder": case["drafter"], "parts": [f"layers.{case['drafter_layer']}."]}
+    engine.collective_rpc("start_draft_weight_update")
+    engine.collective_rpc("update_weights", kwargs={"update_info": sent})
+    engine.collective_rpc("finish_weight_update")
+    engine.reset_prefix_cache()
+    after = speculate(engine, case)
+    since = {name: value - before["counted"][name] for name, value in after["counted"].items()}
+    return before | {"tokens_after": after["tokens"], "counted_after": since}
+
+
+def lose_experts(folder: Path, target: str, layer: int) -> str:
+    """Write a target whose drafter, its layer behind the others, has experts that add nothing."""
+    shutil.copytree(target, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if f".layers.{layer}.mlp.experts." in name and "down_proj" in name:
+            tensor.zero_()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return str(folder)
+
+
 def ring_traffic(worker: Any) -> dict[str, Any]:
     """Bytes that each model's ring has fetched, and those of its layers that are elsewhere."""
     group = getattr(worker, "expert_group", None)

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,9 +18,11 @@ import pytest
 
 from tests.e2e.conftest import Checkpoints, StockEngine
 from tests.e2e.engine_process import PROMPTS
-from tests.e2e.feature_requests import REQUESTS
+from tests.e2e.feature_requests import KV_PROMPTS, NUM_RANKS, REQUESTS
 from tests.e2e.matrix import run_cases
+from tests.helpers import weight_files
 from vllm_dwdp.compat.frontend.ranks import ENDPOINT_ENV
+from vllm_dwdp.entrypoints.launch.ports import free_ports
 
 pytestmark = [
     pytest.mark.e2e,
@@ -29,6 +32,22 @@ pytestmark = [
 ]
 
 SETTINGS = {"enforce_eager": True, "max_num_seqs": 1, "max_model_len": 512, "seed": 0}
+
+
+def kv_events(num_ports: int) -> dict[str, Any]:
+    """Make a configuration whose first port, and those that follow, are free."""
+    endpoint = f"tcp://*:{adjacent_ports(num_ports)}"
+    return {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": endpoint}
+
+
+def adjacent_ports(count: int) -> int:
+    """Return the first of so many free ports in a row."""
+    for first in free_ports(50):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as bound:
+            for port in range(first, first + count):
+                bound.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
+    raise AssertionError("no ports")
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +68,14 @@ def llm(checkpoints: Checkpoints, wrapped_before: set[str], collected: None) -> 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        patch.syspath_prepend(weight_files.PLUGINS)  # which engines inherit
+        weight_files.register()
         made = LLM(
             checkpoints("qwen3_moe", 8),
             data_parallel_size=2,
             disable_log_stats=False,
+            kv_events_config=kv_events(NUM_RANKS),
+            weight_transfer_config={"backend": weight_files.NAME},
             **SETTINGS,
         )
     try:
@@ -72,8 +95,10 @@ def stock_answers(
     checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
     """Return what one stock `LLM` answers to some of `feature_requests.REQUESTS`."""
-    case = {"name": "stock", "model": checkpoints("qwen3_moe", 8), "llm": SETTINGS}
-    case |= {"run": "tests.e2e.feature_requests:run", "requests": ["chat", "several", "beams"]}
+    settings = SETTINGS | {"kv_events_config": kv_events(1)}
+    case = {"name": "stock", "model": checkpoints("qwen3_moe", 8), "llm": settings}
+    requests = ["chat", "several", "beams", "kv_events"]
+    case |= {"run": "tests.e2e.feature_requests:run", "requests": requests}
     (result,) = run_cases(tmp_path_factory.mktemp("offline"), "stock", [case])["stock"]
     answers: dict[str, Any] = result["answers"]
     return answers
@@ -122,6 +147,16 @@ def test_requests_that_are_enqueued(llm: Any, expected: list[list[int]]) -> None
     for prompt in PROMPTS * 2:
         llm.enqueue(prompt, params(), use_tqdm=False)
     assert tokens_of(llm.wait_for_completion(use_tqdm=False)) == expected * 2
+
+
+@pytest.mark.feature("KV events of each rank (`--kv-events-config`)")
+def test_every_rank_tells_which_blocks_it_has(llm: Any, stock_answers: dict[str, Any]) -> None:
+    """Over ZMQ at a port of its own, with its number; together they have what one engine has."""
+    found = REQUESTS["kv_events"](llm)
+    assert sorted(found) == [0, 1]
+    (expected,) = stock_answers["kv_events"].values()
+    assert len(expected) >= len(KV_PROMPTS)
+    assert sorted(found[0] + found[1]) == sorted(expected)
 
 
 @pytest.mark.usefixtures("llm")
@@ -223,6 +258,30 @@ def test_ranks_sleep_get_new_weights_and_wake_up(
     llm.sleep(level=0)
     llm.wake_up(tags=["scheduling"])
     assert tokens_of(llm.generate(PROMPTS, params(), use_tqdm=False)) == expected
+
+
+@pytest.mark.feature("weight transfer (start, update, finish)")
+def test_a_trainer_sends_weights_and_their_version(
+    llm: Any, expected: list[list[int]], stock: StockEngine, checkpoints: Checkpoints
+) -> None:
+    """By the methods of `LLM`, a chunk at a time; every rank gets every call."""
+    old, new = checkpoints("qwen3_moe", 8), checkpoints("qwen3_moe", 8, seed=1)
+    updates = [status["weight_update"] for status in llm.dwdp_status()]
+    llm.init_weight_transfer_engine({"init_info": {}})
+    for step, model in (("1", new), ("2", old)):
+        llm.sleep(level=0)
+        llm.start_weight_update()
+        for parts in weight_files.parts_of(model):
+            llm.update_weights({"update_info": {"folder": model, "parts": parts}})
+        llm.finish_weight_update(f"step {step}")
+        llm.reset_prefix_cache()
+        llm.wake_up(tags=["scheduling"])
+        assert llm.get_weight_version() == f"step {step}"
+        outputs = llm.generate(PROMPTS * 2, params(), use_tqdm=False)
+        assert tokens_of(outputs) == (stock(new)["tokens"] if model == new else expected) * 2
+        found = [status["weight_update"] for status in llm.dwdp_status()]
+        assert found == [update + int(step) for update in updates]
+        assert len({status["weights"] for status in llm.dwdp_status()}) == 1
 
 
 def wrapped() -> set[str]:

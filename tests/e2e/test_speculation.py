@@ -12,6 +12,7 @@ import pytest
 from tests.e2e import drafters
 from tests.e2e.conftest import Checkpoints, StockEngine
 from tests.e2e.matrix import run_cases
+from tests.helpers import weight_files
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -90,6 +91,32 @@ def test_a_wrong_remote_expert_of_a_drafter_would_be_seen(
     for result in results["wrong"]:
         assert result["tokens"] == expected["tokens"], "the target corrects what is drafted"
         assert result["counted"]["accepted_tokens"] < expected["counted"]["accepted_tokens"]
+
+
+@pytest.mark.feature("weight transfer (start, update, finish)")
+def test_a_drafter_gets_new_weights_of_its_own(
+    stock: StockEngine, model: str, tmp_path: Path
+) -> None:
+    """Experts of a drafter on all ranks are those that were sent; the target keeps its own."""
+    layer = 3
+    poor = drafters.lose_experts(tmp_path / "poor", model, layer)
+    few, many = (stock(path, **DRIVE, **spec(MTP)) for path in (poor, model))
+    assert few["tokens"] == many["tokens"]
+    renewed = DRIVE | {"drive": "tests.e2e.drafters:renew_and_speculate"}
+    case = renewed | {"name": "prefetch", "model": poor, "num_ranks": 2}
+    case |= {"dwdp": {"mode": "prefetch"}, "drafter": model, "drafter_layer": layer}
+    transfer = {"weight_transfer_config": {"backend": weight_files.NAME}}
+    case |= {"prepare": "tests.helpers.weight_files:register"}
+    case["engine_args"] = spec(MTP)["engine_args"] | transfer
+    ranks = run_cases(tmp_path, "drafter", [case])["prefetch"]
+    assert len(ranks) == 2
+    for rank in ranks:
+        assert rank["tokens"] == rank["tokens_after"] == many["tokens"]
+        assert rank["counted"] == few["counted"]
+        assert rank["counted_after"] == many["counted"]
+        assert rank["status"]["weight_update"] == 1
+    accepted = [rank["counted"]["accepted_tokens"], rank["counted_after"]["accepted_tokens"]]
+    assert accepted[1] > 1.2 * accepted[0]
 
 
 def test_a_drafter_that_does_not_run_copies_nothing(
