@@ -13,6 +13,8 @@ SAMPLE_BYTES = 64 * 1024
 SAMPLES_PER_FILE = 16
 WHOLE_BYTES = 16 * 2**30
 """Of a whole checkpoint: some ten seconds of a core, and no more reading than the group does anyway."""
+DIGEST_CHARACTERS = 19
+"""So much of a digest is shown, with the word before it that says what was digested."""
 PIECE_BYTES = 16 * 2**20
 MAX_HEADER_BYTES = 100 * 10**6  # as the safetensors format has it
 
@@ -52,11 +54,16 @@ class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def describe(differences: dict[str, tuple[object, object]]) -> str:
-    """One line naming each differing field with both values."""
+    """One line naming each differing field with both values; of digests, what tells them apart."""
     return "; ".join(
-        f"{name} is {ours!r} here and {theirs!r} there"
+        f"{name} is {_shown(name, ours)} here and {_shown(name, theirs)} there"
         for name, (ours, theirs) in differences.items()
     )
+
+
+def _shown(name: str, value: object) -> str:
+    """Return a value for a line of which terminals see the beginning only."""
+    return repr(str(value)[:DIGEST_CHARACTERS] if name.endswith("_digest") else value)
 
 
 def checkpoint_digest(files: Iterable[Path]) -> str:

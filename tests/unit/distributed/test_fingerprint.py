@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from vllm_dwdp.distributed import fingerprint
-from vllm_dwdp.distributed.fingerprint import checkpoint_digest
+from vllm_dwdp.distributed.fingerprint import checkpoint_digest, describe
 
 
 def test_every_byte_of_a_small_file_counts(tmp_path: Path) -> None:
@@ -79,3 +79,15 @@ def test_a_large_file_that_is_no_checkpoint_is_sampled(
     for content in (b"\xff" * 5000, (4000).to_bytes(8, "little") + b"{" * 5000, bytes(5000)):
         path.write_bytes(content)
         assert len(checkpoint_digest([path])) == 64
+
+
+def test_of_digests_a_line_shows_what_tells_them_apart() -> None:
+    """The end of the sentence says what to do, and `launch` shows its beginning."""
+    differences: dict[str, tuple[object, object]] = {
+        "checkpoint_digest": ("a" * 64, "update " + "b" * 64),
+        "group_size": (2, 3),
+    }
+    assert describe(differences) == (
+        f"checkpoint_digest is {'a' * 19!r} here and {'update ' + 'b' * 12!r} there; "
+        "group_size is 2 here and 3 there"
+    )
