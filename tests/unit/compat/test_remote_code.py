@@ -44,6 +44,7 @@ def test_an_engine_that_trusts_remote_code(
 ) -> None:
     """It loads a tokenizer, beside the API servers, once its executor has started."""
     monkeypatch.setattr(executor.independent, "restore_model_config", lambda config: None)
+    monkeypatch.setattr(executor.independent, "match_front_end_cache", lambda config: None)
     monkeypatch.setattr(executor, "current_platform", SimpleNamespace(is_cpu=lambda: False))
     rank = executor.RankExecutor.__new__(executor.RankExecutor)
     rank.vllm_config = SimpleNamespace(model_config=SimpleNamespace(trust_remote_code=trusts))

@@ -20,7 +20,7 @@ from vllm_dwdp.entrypoints.doctor.checks import (
     judge_worker_queues,
 )
 from vllm_dwdp.entrypoints.doctor.finding import Finding
-from vllm_dwdp.entrypoints.doctor.gpu_checks import judge_gpus, judge_silent_driver
+from vllm_dwdp.entrypoints.doctor.gpu_findings import judge_gpus, judge_silent_driver
 from vllm_dwdp.entrypoints.doctor.gpus import Gpu, Topology, find_topology, one_gpu_each
 from vllm_dwdp.entrypoints.doctor.queues import WORKER_QUEUE_BYTES, check_queues
 from vllm_dwdp.entrypoints.doctor.software import (

@@ -36,6 +36,7 @@ def a_larger_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterato
     monkeypatch.delenv(SHARED_CORES_ENV, raising=False)
     monkeypatch.delenv(cpu.BIND_ENV, raising=False)
     monkeypatch.setattr(independent, "restore_model_config", lambda config: None)
+    monkeypatch.setattr(independent, "match_front_end_cache", lambda config: None)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)

@@ -9,7 +9,7 @@ from pathlib import Path
 from vllm_dwdp.device.container import Limits, read_limits
 from vllm_dwdp.device.limits import available_bytes, files_needed
 from vllm_dwdp.entrypoints.doctor.finding import Finding, found
-from vllm_dwdp.entrypoints.doctor.gpu_checks import examine_gpus
+from vllm_dwdp.entrypoints.doctor.gpu_findings import examine_gpus
 from vllm_dwdp.entrypoints.doctor.gpus import has_driver
 from vllm_dwdp.entrypoints.doctor.queues import ENLARGE, WORKER_QUEUE_BYTES, free_bytes, says
 from vllm_dwdp.entrypoints.doctor.software import (

@@ -1,6 +1,6 @@
 """The GPUs of this machine and how they reach each other, read through nvidia-ml-py (NVML).
 
-Reading (`find_topology`) and judging (`doctor.gpu_checks`) are apart: no GPU was at hand
+Reading (`find_topology`) and judging (`doctor.gpu_findings`) are apart: no GPU was at hand
 where this was written, so only the judging has been tested with real code; the reading has been
 tested against a stand-in with the names and constants of nvidia-ml-py.
 """
