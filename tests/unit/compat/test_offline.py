@@ -136,6 +136,11 @@ def test_answers_are_joined_in_rank_order() -> None:
         ("reset_prefix_cache", (True, False), False),
         ("get_weight_version", ("7", "7"), "7"),
         ("profile", (None, None), None),
+        (
+            "get_supported_tasks",
+            (["embed", "token_embed"], ["token_embed", "embed"]),
+            ["embed", "token_embed"],
+        ),
     ],
 )
 def test_one_answer_is_that_of_all_ranks(

@@ -170,8 +170,8 @@ def of_all_ranks(method: str, answers: Sequence[Any]) -> Any:
     """Return what the ranks' answers to `method` say of all of them.
 
     Answers of workers follow each other in rank order. An adapter is loaded if every rank has it: a rank
-    loads one with its first request for it. It is removed if any had it. Whatever else is true must be
-    true of every rank.
+    loads one with its first request for it. It is removed if any had it. Tasks come in an order of each
+    process (vLLM takes a pooler's from a set). Whatever else is true must be true of every rank.
 
     Raises:
         DwdpError: the answers differ otherwise.
@@ -180,6 +180,8 @@ def of_all_ranks(method: str, answers: Sequence[Any]) -> Any:
         return [entry for each in answers for entry in each]
     if method == "list_loras":
         return set.intersection(*map(set, answers))
+    if method == "get_supported_tasks":
+        return sorted(set.intersection(*map(set, answers)))
     if all(isinstance(each, bool) for each in answers):
         return (any if method == "remove_lora" else all)(answers)
     if any(each != answers[0] for each in answers):
