@@ -1,7 +1,6 @@
 """Offline: `from vllm_dwdp import LLM` over two ranks, one `LLM` for all tests, in this order."""
 
 import contextlib
-import gc
 import os
 import signal
 import socket
@@ -27,8 +26,6 @@ from vllm_dwdp.entrypoints.launch.ports import free_ports
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.timeout(400),
-    # vLLM leaves the zmq context of its coordinator client to the garbage collector.
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
 SETTINGS = {"enforce_eager": True, "max_num_seqs": 1, "max_model_len": 512, "seed": 0}
@@ -56,14 +53,7 @@ def wrapped_before() -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def collected() -> Iterator[None]:
-    """Collect the contexts of an `LLM` that has gone here, where their warning is ignored."""
-    yield
-    gc.collect()
-
-
-@pytest.fixture(scope="module")
-def llm(checkpoints: Checkpoints, wrapped_before: set[str], collected: None) -> Iterator[Any]:
+def llm(checkpoints: Checkpoints, wrapped_before: set[str]) -> Iterator[Any]:
     from vllm_dwdp import LLM
 
     with pytest.MonkeyPatch.context() as patch:

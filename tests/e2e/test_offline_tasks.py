@@ -13,8 +13,6 @@ from tests.e2e.matrix import run_cases
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.timeout(600),
-    # vLLM leaves the zmq context of its coordinator client to the garbage collector.
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
 SETTINGS: dict[str, Any] = {
