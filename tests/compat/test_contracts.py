@@ -294,7 +294,11 @@ def test_wrappable_classes_exist() -> None:
     assert all(issubclass(cls, RoutedExperts) for cls in wrappable_classes())
 
 
-def test_cpu_worker_sizes_by_resident_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("num_workers", "counted"), [(1, 2**20), (2, 2**20 + 2**22 // 2)])
+def test_cpu_worker_sizes_by_resident_memory(
+    monkeypatch: pytest.MonkeyPatch, num_workers: int, counted: int
+) -> None:
+    """Two workers of a rank divide their engine's."""
     from vllm.v1.worker import cpu_worker
 
     from vllm_dwdp.compat.worker import cpu
@@ -306,9 +310,10 @@ def test_cpu_worker_sizes_by_resident_memory(monkeypatch: pytest.MonkeyPatch) ->
     )
     nodes = SimpleNamespace(available_memory=2**40, total_memory=2**40)
     monkeypatch.setattr(cpu_worker, "get_memory_node_info", lambda node: nodes)
-    monkeypatch.setattr(cpu, "proportional_set_bytes", lambda pid: 2**20)
-    with cpu.proportional_memory():
-        assert cpu_worker.CPUWorker.determine_available_memory(worker) == 2**30 - 2**20
+    sizes = {os.getpid(): 2**20, os.getppid(): 2**22}
+    monkeypatch.setattr(cpu, "proportional_set_bytes", sizes.__getitem__)
+    with cpu.proportional_memory(num_workers):
+        assert cpu_worker.CPUWorker.determine_available_memory(worker) == 2**30 - counted
 
 
 def test_segments_of_messages_are_mapped_by_all_workers_once_they_have_met() -> None:

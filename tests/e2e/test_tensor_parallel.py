@@ -1,6 +1,7 @@
 """Tensor parallelism inside of a rank: two ranks of two workers each, against stock vLLM of two."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -167,8 +168,15 @@ def test_offline(expected: list[list[int]], model: str, tmp_path: Path) -> None:
         "if __name__ == '__main__':\n    " + OFFLINE.strip().replace("\n", "\n    ") + "\n"
     )
     command = [sys.executable, str(script), json.dumps([PROMPTS, model])]
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
     ended = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=400, cwd=ROOT
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=400,
+        cwd=ROOT,
+        env=environment,
     )
     assert ended.returncode == 0, ended.stdout[-4000:] + ended.stderr[-4000:]
     (line,) = [line for line in ended.stdout.splitlines() if line.startswith("FOUND ")]

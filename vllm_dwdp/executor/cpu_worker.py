@@ -33,5 +33,5 @@ class DwdpCPUWorker(DwdpWorker, CPUWorker):
 
     def determine_available_memory(self) -> int:
         """Bytes for the KV cache, counting shared expert memory once."""
-        with cpu.proportional_memory():
+        with cpu.proportional_memory(self.parallel_config.world_size):
             return int(super().determine_available_memory())

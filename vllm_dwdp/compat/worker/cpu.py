@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -140,16 +141,18 @@ def compute_on(cores: Sequence[int]) -> None:
 
 
 @contextmanager
-def proportional_memory() -> Iterator[None]:
+def proportional_memory(num_workers: int) -> Iterator[None]:
     """While active, vLLM's CPU worker sizes the KV cache by proportional, not resident, memory.
 
     Composite tensors alias memory (a peer's pages, a slot seen from every layer); the resident
-    set size counts every alias, so vLLM would leave room for memory that does not exist.
+    set size counts every alias, so vLLM would leave room for memory that does not exist. Of several
+    workers each counts its part of the engine's process too, their parent: by default all ranks divide
+    the host's memory, and KV caches that leave no room for engines end in the kernel's OOM killer.
     """
     from vllm.v1.worker import cpu_worker
 
     stock = cpu_worker.psutil
-    cpu_worker.psutil = SimpleNamespace(Process=_ProportionalProcess)
+    cpu_worker.psutil = SimpleNamespace(Process=partial(_ProportionalProcess, num_workers))
     try:
         yield
     finally:
@@ -157,11 +160,15 @@ def proportional_memory() -> Iterator[None]:
 
 
 class _ProportionalProcess:
-    def __init__(self, pid: int) -> None:
+    def __init__(self, num_workers: int, pid: int) -> None:
         self._pid = pid
+        self._num_workers = num_workers
 
     def memory_info(self) -> SimpleNamespace:
-        return SimpleNamespace(rss=proportional_set_bytes(self._pid))
+        own = proportional_set_bytes(self._pid)
+        if self._num_workers > 1:
+            own += proportional_set_bytes(os.getppid()) // self._num_workers
+        return SimpleNamespace(rss=own)
 
 
 MESSAGE_SEGMENT = re.compile(r"/dev/shm/\S*cpushm\S*")
