@@ -17,6 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,21 @@ class Disaggregated:
         return int(pid), url
 
 
+@contextmanager
+def launched(model: str, folder: Path, *arguments: str) -> Iterator[Disaggregated]:
+    """Hand out a launch that serves, as `Disaggregated`; afterwards none of its processes is left."""
+    started = Disaggregated(model, folder, *arguments)
+    family: list[psutil.Process] = []
+    try:
+        started.wait_until_ready()
+        family = psutil.Process(started.process.pid).children(recursive=True)
+        yield started
+    finally:
+        started.process.send_signal(signal.SIGTERM)
+        started.process.wait(timeout=200)
+    assert not psutil.wait_procs(family, timeout=20)[1], "left behind"
+
+
 def ask(url: str, path: str = "/v1/completions", **body: Any) -> dict[str, Any]:
     request = urllib.request.Request(
         url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
@@ -124,16 +140,8 @@ def model(checkpoints: Checkpoints) -> str:
 
 @pytest.fixture(scope="module")
 def launch(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disaggregated]:
-    started = Disaggregated(model, tmp_path_factory.mktemp("disaggregated"))
-    family: list[psutil.Process] = []
-    try:
-        started.wait_until_ready()
-        family = psutil.Process(started.process.pid).children(recursive=True)
+    with launched(model, tmp_path_factory.mktemp("disaggregated")) as started:
         yield started
-    finally:
-        started.process.send_signal(signal.SIGTERM)
-        started.process.wait(timeout=200)
-    assert not psutil.wait_procs(family, timeout=20)[1], "left behind"
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,9 @@
 """Ranks of two workers each compute prompts, and a stock server of two workers, or of one, decodes."""
 
 import importlib.util
-import signal
 from collections.abc import Iterator
 from typing import Any
 
-import psutil
 import pytest
 
 from tests.e2e.conftest import Checkpoints
@@ -17,6 +15,7 @@ from tests.e2e.test_disaggregated import (
     ask,
     choices,
     fetched,
+    launched,
     metric,
 )
 from tests.e2e.test_tensor_parallel import NUM_EXPERTS, SHAPE
@@ -71,16 +70,8 @@ def launch(
 ) -> Iterator[Disaggregated]:
     num_workers, dtype = setting
     given = (*TENSOR, "--dtype", dtype, "--decode-args", f"--tensor-parallel-size {num_workers}")
-    started = Disaggregated(model, tmp_path_factory.mktemp("tensor"), *given)
-    family: list[psutil.Process] = []
-    try:
-        started.wait_until_ready()
-        family = psutil.Process(started.process.pid).children(recursive=True)
+    with launched(model, tmp_path_factory.mktemp("tensor"), *given) as started:
         yield started
-    finally:
-        started.process.send_signal(signal.SIGTERM)
-        started.process.wait(timeout=200)
-    assert not psutil.wait_procs(family, timeout=20)[1], "left behind"
 
 
 def test_answers_are_those_of_one_stock_server_of_two_workers(

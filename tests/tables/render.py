@@ -190,8 +190,9 @@ def render_versions(results: Results) -> str:
     parts = ["# Versions of vLLM", MADE]
     parts.append(
         "`make test-all` runs the whole suite with the first version, and what is meant for every "
-        "version (the contracts, tokens in direct and prefetch mode, a server) with the others. There "
-        "is no CPU build of 0.33.0: its Python runs over the compiled parts of 0.32.0's "
+        "version (the contracts, tokens in direct and prefetch mode, a server, LoRA, the settings and "
+        "requests of `tests/e2e/test_features.py`) with the others; `.ci/run` does so without slow "
+        "tests. There is no CPU build of 0.33.0: its Python runs over the compiled parts of 0.32.0's "
         "(`tests/helpers/other_vllm.py`), so kernels of quantised experts, whose signatures changed, "
         "are not run with it."
     )
