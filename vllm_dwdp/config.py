@@ -132,9 +132,10 @@ class DwdpConfig:
             if not data_parallel_size % size and (largest is None or size <= largest)
         ]
         bound = "" if largest is None else f" and is at most the {_counted(largest)} of a layer"
+        others = f", or to one of {fitting}" if len(fitting) > 1 else ""
         raise DwdpConfigError(
             f"dwdp group_size={self.group_size} {problem}; set it to {fitting[-1]}, the largest that "
-            f"divides --data-parallel-size {data_parallel_size}{bound}, or to one of {fitting} "
+            f"divides --data-parallel-size {data_parallel_size}{bound}{others} "
             f"(1: every rank holds all experts itself).{self._without_experts_per_rank(num_experts)}"
         )
 

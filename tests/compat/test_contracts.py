@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -242,6 +242,29 @@ def test_checkpoint_reader_hooks(tmp_path: Path) -> None:
         "dense",
         *(f"model.layers.0.mlp.experts.{expert}.gate_up_proj" for expert in range(3)),
     ]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_dummy_weights_of_a_rank_are_its_rows_of_what_stock_vllm_makes(rank: int) -> None:
+    import torch
+    from vllm.config import LoadConfig
+    from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+
+    from tests.unit.model_executor.stand_in import NUM_EXPERTS, Loaded, Stock
+
+    loader, anything = DummyModelLoader(LoadConfig(load_format="dummy")), cast(Any, None)
+    config = SimpleNamespace(num_experts=NUM_EXPERTS)
+    bias = torch.nn.Parameter(torch.ones(NUM_EXPERTS), requires_grad=False)
+    stock = Stock("experts", torch.bfloat16, config, None, None, bias)
+    loader.load_weights(stock, anything)
+    loaded = Loaded(rank)
+    with loaded.shard.loading():
+        loader.load_weights(loaded.layer, anything)
+    resident = loaded.layer.raw.resident
+    rows = stock.w13_weight[resident.start : resident.stop]
+    assert len(rows) and torch.equal(loaded.layer.w13_weight.data, rows)
+    assert torch.equal(loaded.layer.w13_scale.data, stock.w13_scale.data)
+    loaded.close()
 
 
 def test_what_quantises_while_it_loads_is_known_by_its_base() -> None:

@@ -255,7 +255,7 @@ assert {model.checkpoint or name for name, model in MODELS.items()} <= set(
 )
 
 _PUBLISHED = "transformers has no such model; its code is published with its weights"
-_PROCESSOR = "a small checkpoint needs the files of its processor, which nobody has written"
+_PROCESSOR = "a small checkpoint needs the files of its processor, and none have been made"
 UNTRIED: dict[str, str] = {
     "BailingMoeV3ForCausalLM": _PUBLISHED,
     "BailingMoeV3VLForConditionalGeneration": _PUBLISHED,

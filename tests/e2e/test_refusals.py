@@ -9,6 +9,7 @@ import pytest
 
 from tests.e2e.conftest import Checkpoints
 from tests.helpers.engines import fork
+from tests.tables.said import Said
 from vllm_dwdp.device import native
 from vllm_dwdp.entrypoints.launch.server import VLLM
 from vllm_dwdp.errors import DwdpConfigError, DwdpUnsupportedError, NativeLibraryError
@@ -124,22 +125,34 @@ def test_the_group_size_that_is_named_is_accepted(
     configure(model, {"group_size": int(named[1])}, data_parallel_size=size)
 
 
-@pytest.mark.model("Odd shape: one expert")
-def test_one_expert_is_shared_by_nobody(checkpoints: Checkpoints) -> None:
+@pytest.mark.model(
+    "Odd shape: one expert",
+    refused="is larger than the 1 expert of a layer; set it to 1, the largest that divides "
+    "--data-parallel-size 2 and is at most the 1 expert of a layer (1: every rank holds all "
+    "experts itself).",
+)
+def test_one_expert_is_shared_by_nobody(checkpoints: Checkpoints, said: Said) -> None:
     """Refused where ranks would share it; every rank may hold it."""
     model = checkpoints("qwen3_moe", 1, num_experts_per_tok=1)
-    with pytest.raises(DwdpConfigError, match=r"larger than the 1 expert of .* set it to 1,"):
+    with pytest.raises(DwdpConfigError) as refusal:
         configure(model, data_parallel_size=2)
+    said(refusal.value)
     configure(model, {"group_size": 1}, data_parallel_size=2)
     configure(model, {"mode": "replica"}, data_parallel_size=2)
 
 
-@pytest.mark.model("Odd shape: fewer experts than ranks")
-def test_fewer_experts_than_ranks(checkpoints: Checkpoints) -> None:
+@pytest.mark.model(
+    "Odd shape: fewer experts than ranks",
+    refused="is larger than the 2 experts of a layer; set it to 2, the largest that divides "
+    "--data-parallel-size 4 and is at most the 2 experts of a layer, or to one of [1, 2] (1: "
+    "every rank holds all experts itself).",
+)
+def test_fewer_experts_than_ranks(checkpoints: Checkpoints, said: Said) -> None:
     """Refused with the size that is left; groups of that size share them."""
     model = checkpoints("qwen3_moe", 2)
-    with pytest.raises(DwdpConfigError, match=r"group_size=4 is larger .* set it to 2,"):
+    with pytest.raises(DwdpConfigError) as refusal:
         configure(model)
+    said(refusal.value)
     configure(model, {"group_size": 2})
 
 
@@ -160,7 +173,11 @@ def test_a_decode_kernel_that_keeps_addresses_of_experts(checkpoints: Checkpoint
         arguments.create_engine_config()
 
 
-@pytest.mark.model("Odd shape: experts in the config, and in no layer")
+@pytest.mark.model(
+    "Odd shape: experts in the config, and in no layer",
+    refused="so there is nothing for --distributed-executor-backend dwdp to share. Leave the flag "
+    "out: vLLM already runs the data-parallel ranks of a dense model independently.",
+)
 @pytest.mark.parametrize(
     ("architecture", "overrides", "rules"),
     [
@@ -170,11 +187,12 @@ def test_a_decode_kernel_that_keeps_addresses_of_experts(checkpoints: Checkpoint
     ],
 )
 def test_experts_in_the_config_and_in_no_layer(
-    checkpoints: Checkpoints, architecture: str, overrides: dict[str, Any], rules: str
+    checkpoints: Checkpoints, architecture: str, overrides: dict[str, Any], rules: str, said: Said
 ) -> None:
-    message = rf"has no layer with routed experts: its config says .*{rules}.* Leave the flag out"
-    with pytest.raises(DwdpUnsupportedError, match=message):
+    message = rf"its config says .*{rules}.* Leave the flag out"
+    with pytest.raises(DwdpUnsupportedError, match=message) as refusal:
         configure(checkpoints(architecture, **overrides))
+    said(refusal.value)
 
 
 def test_experts_that_are_substituted(checkpoints: Checkpoints) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tests.e2e.models import UNTRIED
 from tests.tables.gpu import CHECK, WAITS_FOR_A_GPU
 from tests.tables.rows import Row
 
@@ -107,8 +108,7 @@ def render(table: str, rows: Sequence[Row], results: Results) -> str:
         versions,
         "error",
     )
-    if table == "feature":
-        parts.append(_gpu())
+    parts.append(_gpu() if table == "feature" else _untried())
     parts += _section(
         "## Not shown",
         "Tests of these rows have not passed in a recorded run:",
@@ -162,6 +162,16 @@ def _gpu() -> str:
     lines += [_line([row, f"`{CHECK}{checks}`"]) for row, checks in sorted(WAITS_FOR_A_GPU.items())]
     return (
         "## Waits for a GPU\n\nUnverified until this has run on one ([gpu.md](gpu.md)):\n\n"
+        + "\n".join(lines)
+    )
+
+
+def _untried() -> str:
+    lines = [_line(["architecture", "why"]), _line(["---", "---"])]
+    lines += [_line(each) for each in sorted(UNTRIED.items())]
+    return (
+        "## Not tried\n\nvLLM's registry has these architectures with experts too. There is no small "
+        "checkpoint of them to test with, so nothing is known of them with DWDP:\n\n"
         + "\n".join(lines)
     )
 

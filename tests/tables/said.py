@@ -19,7 +19,8 @@ class Said:
         self.is_asked = True
         assert self._sentences, "the test carries no row with refused=... or stock_fails=..."
         for sentence in self._sentences:
-            assert plain(sentence) in plain(str(text))
+            found = plain(str(text))
+            assert plain(sentence) in found, f"{sentence!r} is not in {found!r}"
 
 
 def sentences_of(item: pytest.Item) -> list[str]:

@@ -240,12 +240,22 @@ class ExpertShard:
             stack.enter_context(moe.replaced_layers(replacement))
             stack.enter_context(checkpoint_reader.mapped_experts())
             stack.enter_context(checkpoint_reader.split_experts(self._splits_experts))
+            stack.enter_context(checkpoint_reader.dummy_weights(self._fill_with_dummies))
             numbered = checkpoint_reader.numbered_models(self._check_room)
             self._current_model = stack.enter_context(numbered)
             yield
 
     def _splits_experts(self) -> bool:
         return any(moe.copies_fused_tensors(entry.layer) for entry in self.layers)
+
+    def _fill_with_dummies(
+        self, tensor: torch.Tensor, stock: Callable[[torch.Tensor], None]
+    ) -> bool:
+        """Fill the rows of a tensor that has those of resident experts only."""
+        raw = next((each.layer.raw for each in self.layers if each.layer.raw.keeps(tensor)), None)
+        if raw is not None:
+            raw.fill(tensor, stock)
+        return raw is not None
 
     def _check_room(self) -> None:
         """Note that a model's layers exist, and nothing of it is loaded."""

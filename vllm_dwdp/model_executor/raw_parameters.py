@@ -123,6 +123,22 @@ class RawParameters:
                 return True if return_success else None
         return stock(param, loaded_weight, weight_name, shard_id, expert_id, return_success)
 
+    def keeps(self, tensor: torch.Tensor) -> bool:
+        """Whether this is a parameter of the layer that has resident rows only."""
+        return self._names.get(id(tensor)) in self.large
+
+    def fill(self, parameter: torch.Tensor, stock: Callable[[torch.Tensor], None]) -> None:
+        """Let vLLM's `stock` loader of dummy weights fill a large parameter as one of all experts.
+
+        What it writes into a row depends on the rows before it.
+        """
+        whole = rows_of_zeros(parameter, self.num_experts)
+        whole.__dict__.update(parameter.__dict__)
+        stock(whole)
+        if len(self.resident):
+            rows = whole[self.resident.start : self.resident.stop]
+            bytes_of(parameter.data).copy_(bytes_of(rows))
+
     def _has_all_experts(self, param: torch.nn.Parameter, loaded_weight: torch.Tensor) -> bool:
         same_rank = loaded_weight.dim() == param.dim()
         return same_rank and bool(loaded_weight.shape[0] == self.num_experts)
@@ -166,7 +182,7 @@ class RawParameters:
         return watched
 
 
-def rows_of_zeros(parameter: torch.nn.Parameter, num_experts: int) -> torch.Tensor:
+def rows_of_zeros(parameter: torch.Tensor, num_experts: int) -> torch.Tensor:
     """Zeros of a parameter's type, with a row for each expert; not every type can be filled."""
     shape = (num_experts, *parameter.shape[1:])
     size = math.prod(shape) * parameter.element_size()

@@ -6,7 +6,7 @@ what is never copied is never read. Other formats and strategies (`eager`, `.bin
 files whole, as in stock vLLM.
 
 Private names used: `weight_utils.safe_open`, `DefaultModelLoader.get_all_weights`,
-`BaseModelLoader.load_model`, `.create_model`.
+`dummy_loader.initialize_single_dummy_weight`, `BaseModelLoader.load_model`, `.create_model`.
 """
 
 import functools
@@ -118,6 +118,27 @@ def _split(weights: Iterator[NamedTensor]) -> Iterator[NamedTensor]:
             continue
         for expert, row in enumerate(tensor):
             yield f"{prefix}.experts.{expert}.{parameter}", row
+
+
+@contextmanager
+def dummy_weights(
+    fill: Callable[[torch.Tensor, Callable[[torch.Tensor], None]], bool],
+) -> Iterator[None]:
+    """While active, `--load-format dummy` asks `fill` for each tensor before it fills it.
+
+    Args:
+        fill: called with a tensor and with what fills one as vLLM does; tells whether it filled it.
+    """
+    from vllm.model_executor.model_loader import dummy_loader
+
+    stock = dummy_loader.initialize_single_dummy_weight
+
+    def initialize_single_dummy_weight(param: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        if not fill(param, lambda tensor: stock(tensor, *args, **kwargs)):
+            stock(param, *args, **kwargs)
+
+    with replaced(dummy_loader, initialize_single_dummy_weight=initialize_single_dummy_weight):
+        yield
 
 
 @contextmanager
