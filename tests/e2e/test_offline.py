@@ -316,6 +316,24 @@ def test_calls_to_a_dead_rank_end_with_its_name(llm: Any) -> None:
         assert time.monotonic() - began < 30
 
 
+def test_an_llm_that_fails_when_its_engines_run_leaves_none(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM reads the chat template after the engines have started."""
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    from vllm_dwdp import LLM
+
+    before = processes("VLLM::EngineCore")
+    with pytest.raises(Exception, match=r"missing\.jinja") as failure:
+        LLM(
+            checkpoints("qwen3_moe", 8),
+            data_parallel_size=2,
+            chat_template="./missing.jinja",
+            **SETTINGS,
+        )
+    assert processes("VLLM::EngineCore") == before, f"left by {failure.value}"
+
+
 @pytest.mark.feature("Worker processes (`executor` `mp`)")
 def test_worker_processes_on_request(
     stock: StockEngine, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch

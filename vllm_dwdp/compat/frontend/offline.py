@@ -206,7 +206,10 @@ class RankStatLoggers(StatLoggerManager):
 
 @contextmanager
 def rank_client() -> Iterator[None]:
-    """While active, an offline engine is driven through a `RankClient`, and its statistics are kept."""
+    """While active, an offline engine is driven through a `RankClient`, and its statistics are kept.
+
+    What fails here once the engines run ends them: nothing else would before this process ends.
+    """
     stock = EngineCoreClient.make_client
     clients: list[RankClient] = []
 
@@ -230,6 +233,10 @@ def rank_client() -> Iterator[None]:
     llm_engine.StatLoggerManager = lambda **kwargs: RankStatLoggers(clients[-1], **kwargs)
     try:
         yield
+    except BaseException:
+        for client in clients:
+            client.shutdown()
+        raise
     finally:
         EngineCoreClient.make_client = stock
         llm_engine.StatLoggerManager = StatLoggerManager
