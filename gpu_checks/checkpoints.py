@@ -6,16 +6,20 @@ transformers' own `save_pretrained` writes them.
 
 import argparse
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers.models.aria.image_processing_pil_aria import AriaImageProcessorPil
 
-from gpu_checks.families import FAMILIES, IMAGE_TOKEN, LLAMA4_TOKENS, VISION_TOKENS
-from gpu_checks.published import PUBLISHED, write_published
+from gpu_checks.families import FAMILIES
+from gpu_checks.multimodal import IMAGE_TOKEN, LLAMA4_TOKENS, MULTIMODAL, VISION_TOKENS
+from gpu_checks.published import PUBLISHED, add_tokens, write_published
 from vllm_dwdp.entrypoints.bench.checkpoints import COMMON, DONE, qwen3_moe, write_checkpoint
 
 DERIVED_HEADS = {key: value for key, value in COMMON.items() if key != "head_dim"}
@@ -153,14 +157,25 @@ ARCHITECTURES: dict[str, Callable[[int], transformers.PretrainedConfig]] = {
     "deepseek_v2": _deepseek_v2,
     "deepseek_v3": _deepseek_v3,
 }
+BUILT = ARCHITECTURES | FAMILIES | MULTIMODAL
+"""What transformers builds, by name."""
+NAMES = BUILT.keys() | PUBLISHED.keys()
 
 
-PUBLISHED_AS = {"phimoe": "PhiMoEForCausalLM"}
+PUBLISHED_AS = {
+    "phimoe": "PhiMoEForCausalLM",
+    "clef_omni": "ClefOmniForJointSchema",
+    "colqwen3_5": "ColQwen3_5",
+}
 """What published configs call an architecture, where transformers calls it otherwise."""
 
 
 TRANSPOSED = ("qwen3_vl_moe",)
 """Families whose published experts are `[num_experts, inputs, outputs]`, and transformers' are not."""
+
+
+GRAFTED = {"gemma4_unified": "gemma4"}
+"""Families whose experts vLLM reads and transformers does not write, and where such ones are found."""
 
 
 def make_checkpoint(
@@ -170,7 +185,7 @@ def make_checkpoint(
 
     Args:
         folder: created if absent; a folder that holds a finished checkpoint is kept as it is.
-        architecture: a key of `ARCHITECTURES`, `FAMILIES` or `PUBLISHED`.
+        architecture: one of `NAMES`.
         num_experts: routed experts per MoE layer.
         seed: of the weights.
         overrides: fields of the Hugging Face config, e.g. `hidden_size=1024`.
@@ -179,7 +194,7 @@ def make_checkpoint(
         return write_published(folder, PUBLISHED[architecture], num_experts, seed, **overrides)
     if (folder / DONE).exists():
         return folder
-    builder = (ARCHITECTURES | FAMILIES)[architecture]
+    builder = BUILT[architecture]
     write_checkpoint(folder, builder(num_experts), seed, **overrides)
     if architecture in PUBLISHED_AS:
         file = folder / "config.json"
@@ -187,9 +202,25 @@ def make_checkpoint(
         file.write_text(json.dumps(config, indent=2))
     if architecture in TRANSPOSED:
         _transpose_experts(folder / "model.safetensors")
+    if architecture in GRAFTED:
+        _graft_experts(folder, GRAFTED[architecture], num_experts, seed)
+    if architecture in HEADS:
+        HEADS[architecture](folder, torch.Generator().manual_seed(seed))
     if architecture in PROCESSORS:
         PROCESSORS[architecture](folder)
     return folder
+
+
+def _graft_experts(folder: Path, family: str, num_experts: int, seed: int) -> None:
+    """Put the layers of a family that is text alone in the place of a checkpoint's."""
+    text = make_checkpoint(folder / family, family, num_experts, seed) / "model.safetensors"
+    layers = {
+        name.replace("model.", "model.language_model.", 1): tensor
+        for name, tensor in load_file(text).items()
+    }
+    file = folder / "model.safetensors"
+    save_file(load_file(file) | layers, file, {"format": "pt"})
+    shutil.rmtree(folder / family)
 
 
 def _transpose_experts(file: Path) -> None:
@@ -219,9 +250,7 @@ def _write_processor(folder: Path, tokens: list[str], files: dict[str, dict[str,
 
     transformers makes such a processor only where torchvision is installed, so the files are written.
     """
-    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
-    tokenizer.save_pretrained(folder)
+    add_tokens(folder, tokens)
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
 
@@ -255,18 +284,88 @@ def _save_llama4_processor(folder: Path) -> None:
 PROCESSORS: dict[str, Callable[[Path], None]] = {
     "aria": _save_aria_processor,
     "qwen3_vl_moe": _save_qwen_vl_processor,
+    "qwen3_vl_moe_saved": _save_qwen_vl_processor,
+    "colqwen3_5": _save_qwen_vl_processor,
     "llama4": _save_llama4_processor,
 }
 """What writes the processor of a family whose checkpoints are asked with images."""
+
+
+def _save_joint_head(folder: Path, dice: torch.Generator) -> None:
+    """Write Clef's head beside the model, and the index that names the model's file alone."""
+    described = json.loads((folder / "config.json").read_text())["joint_head_config"]
+    head = {
+        name: torch.randn(tensor.shape, generator=dice).to(torch.bfloat16)
+        for name, tensor in _joint_head(**described).state_dict().items()
+    }
+    head |= {f"{name}_logit_scale": torch.zeros(()) for name in ("prior", "joint")}
+    head["residual_gate"] = torch.zeros(())
+    save_file(head, folder / "joint_head.safetensors", {"format": "pt"})
+    names = load_file(folder / "model.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _joint_head(
+    hidden_size: int, width: int, routing_layers: int, layers: int, heads: int, feedforward: int
+) -> nn.Module:
+    """Return modules whose names and shapes are those of Clef's head."""
+    projected = ("memory", "question", "option_question", "global")
+    projections = (*projected, "option_context", "option_lexical")
+    evidence = {
+        "query_norm": nn.LayerNorm(width),
+        "memory_norm": nn.LayerNorm(width),
+        "attention": nn.MultiheadAttention(width, heads),
+        "feedforward_norm": nn.LayerNorm(width),
+        "feedforward": _two_layers(width, feedforward, width),
+    }
+    parts: dict[str, nn.Module] = {
+        "hidden_norm": nn.LayerNorm(hidden_size),
+        "type_embedding": nn.Embedding(3, width),
+        "evidence_layers": nn.ModuleList(nn.ModuleDict(evidence) for _ in range(routing_layers)),
+        "layers": nn.ModuleList(
+            nn.TransformerDecoderLayer(width, heads, feedforward) for _ in range(layers)
+        ),
+        "residual_scorer": _two_layers(4 * width, width, 1),
+    }
+    norms = ("option_summary_norm", "field_norm", "option_norm")
+    parts |= {name: nn.LayerNorm(width) for name in norms}
+    parts |= {f"{name}_projection": nn.Linear(hidden_size, width, False) for name in projections}
+    return nn.ModuleDict(parts)
+
+
+def _two_layers(inputs: int, middle: int, outputs: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(inputs, middle), nn.GELU(), nn.Identity(), nn.Linear(middle, outputs)
+    )
+
+
+def _save_projection(folder: Path, dice: torch.Generator) -> None:
+    """Give the tensors ColPali's names, and add the projection of a token to its vector."""
+    file = folder / "model.safetensors"
+    tensors = {
+        name.removeprefix("model."): tensor
+        for name, tensor in load_file(file).items()
+        if name != "lm_head.weight"
+    }
+    for name, shape in (("weight", (128, 128)), ("bias", (128,))):
+        drawn = 0.1 * torch.randn(shape, generator=dice)
+        tensors[f"custom_text_proj.{name}"] = drawn.to(torch.bfloat16)
+    save_file(tensors, file, {"format": "pt"})
+
+
+HEADS: dict[str, Callable[[Path, torch.Generator], None]] = {
+    "clef_omni": _save_joint_head,
+    "colqwen3_5": _save_projection,
+}
+"""What writes the head of a model that transformers has without it."""
 
 
 def main() -> None:
     """Write one: `FOLDER --architecture qwen3_moe --experts 8`."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument(
-        "--architecture", choices=sorted(ARCHITECTURES | FAMILIES | PUBLISHED), default="qwen3_moe"
-    )
+    parser.add_argument("--architecture", choices=sorted(NAMES), default="qwen3_moe")
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--config", type=json.loads, default={}, help="JSON overrides")
     options = parser.parse_args()

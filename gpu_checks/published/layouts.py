@@ -10,6 +10,7 @@ from gpu_checks.published.parts import (
     latent_attention,
     mlp,
     model,
+    normed_attention,
     norms,
     packed_attention,
     routed,
@@ -73,6 +74,78 @@ def pangu_ultra(config: Fields) -> Shapes:
             | latent_attention(f"{prefix}.self_attn", config)
             | feed_forward(prefix, number, config, "n_routed_experts", "e_score_correction_bias")
         ),
+    )
+
+
+def pangu_embedded(config: Fields) -> Shapes:
+    return model(
+        config,
+        lambda prefix, number: (
+            norms(prefix, config)
+            | attention(f"{prefix}.self_attn", config)
+            | feed_forward(prefix, number, config, "n_routed_experts")
+        ),
+    )
+
+
+def k2_horizon(config: Fields) -> Shapes:
+    """List attentions whose queries and keys have a norm over all heads."""
+    size, heads, groups = (
+        config[name] for name in ("head_dim", "num_attention_heads", "num_key_value_heads")
+    )
+
+    def layer(prefix: str, number: int) -> Shapes:
+        inner = f"{prefix}.self_attn"
+        dense = number in config["mlp_only_layers"]
+        return (
+            norms(prefix, config)
+            | attention(inner, config)
+            | weights(inner, q_norm=(heads * size,), k_norm=(groups * size,))
+            | weights(inner, gate_proj=(heads * size, config["hidden_size"]))
+            | (
+                mlp(f"{prefix}.mlp", config, config["intermediate_size"])
+                if dense
+                else routed(f"{prefix}.mlp", config, config["num_experts"])
+            )
+        )
+
+    return model(config, layer)
+
+
+def interns1_pro(config: Fields) -> Shapes:
+    """List the language model: its rotary embedding has coefficients that were learned."""
+    under, learned = "model.language_model", config["rope_parameters"]["num_inv_freq"]
+    rotary = (config["num_key_value_heads"], learned, learned)
+    layers = model(
+        config,
+        lambda prefix, number: (
+            norms(prefix, config)
+            | normed_attention(f"{prefix}.self_attn", config)
+            | routed(f"{prefix}.mlp", config, config["num_experts"], shared=0)
+        ),
+        under=under,
+    )
+    return layers | {f"{under}.rotary_emb.{name}_coef": rotary for name in ("cos", "sin")}
+
+
+def interns2_mobius(config: Fields) -> Shapes:
+    """List layers with an expert of their own, and banks of experts that layers take in turn."""
+    under, hidden, size = "model.language_model", config["hidden_size"], config["head_dim"]
+    queries = {"q_proj": (2 * config["num_attention_heads"] * size, hidden)}  # and their gates
+
+    def layer(prefix: str, number: int) -> Shapes:
+        inner = f"{prefix}.mlp"
+        return (
+            norms(prefix, config)
+            | normed_attention(f"{prefix}.self_attn", config)
+            | weights(f"{prefix}.self_attn", **queries)
+            | weights(inner, shared_expert_gate=(1, hidden))
+            | mlp(f"{inner}.shared_expert", config, config["shared_expert_intermediate_size"])
+        )
+
+    banks = (f"{under}.meta_mlp.{bank}" for bank in range(config["num_blocks"]))
+    return model(config, layer, under=under) | joined(
+        routed(bank, config, config["num_experts"], shared=0) for bank in banks
     )
 
 
@@ -196,6 +269,43 @@ def ernie_vl(config: Fields) -> Shapes:
         return norms(prefix, config) | attention(f"{prefix}.self_attn", config) | rest
 
     return model(config, layer)
+
+
+def mistral_large(config: Fields) -> Shapes:
+    """List Mistral's own names."""
+    hidden, heads, experts = config["dim"], config["n_heads"], config["moe"]
+    middle, rank = config["q_lora_rank"], config["kv_lora_rank"]
+    nope, rope, value = (config[f"{name}_head_dim"] for name in ("qk_nope", "qk_rope", "v"))
+
+    def gated(prefix: str, width: int) -> Shapes:
+        return weights(prefix, w1=(width, hidden), w2=(hidden, width), w3=(width, hidden))
+
+    def layer(prefix: str, number: int) -> Shapes:
+        attending = weights(
+            f"{prefix}.attention",
+            wq_a=(middle, hidden),
+            q_a_norm=(middle,),
+            wq_b=(heads * (nope + rope), middle),
+            wkv_a_with_mqa=(rank + rope, hidden),
+            kv_a_norm=(rank,),
+            wkv_b=(heads * (nope + value), rank),
+            wo=(hidden, heads * value),
+        )
+        shape = weights(prefix, attention_norm=(hidden,), ffn_norm=(hidden,)) | attending
+        if number < experts["first_k_dense_replace"]:
+            return shape | gated(f"{prefix}.feed_forward", config["hidden_dim"])
+        count, width = experts["num_experts"], experts["expert_hidden_dim"]
+        names = (*(f"experts.{expert}" for expert in range(count)), "shared_experts")
+        return (
+            shape
+            | weights(prefix, gate=(count, hidden))
+            | joined(gated(f"{prefix}.{name}", width) for name in names)
+        )
+
+    ends = dict.fromkeys(("tok_embeddings", "output"), (config["vocab_size"], hidden))
+    layers = (layer(f"layers.{number}", number) for number in range(config["n_layers"]))
+    named = {f"{name}.weight": shape for name, shape in ends.items()}
+    return named | {"norm.weight": (hidden,)} | joined(layers)
 
 
 def deepseek_v4(config: Fields) -> Shapes:

@@ -14,13 +14,16 @@ def weights(prefix: str, **shapes: tuple[int, ...]) -> Shapes:
 
 
 def model(
-    config: Fields, layer: Callable[[str, int], Shapes], embedding: str = "embed_tokens"
+    config: Fields,
+    layer: Callable[[str, int], Shapes],
+    embedding: str = "embed_tokens",
+    under: str = "model",
 ) -> Shapes:
     """List a whole model: embeddings, `layer` of every prefix and number, norm and head."""
     vocabulary, hidden = config["vocab_size"], config["hidden_size"]
     count = config.get("num_layers") or config["num_hidden_layers"]
-    layers = (layer(f"model.layers.{number}", number) for number in range(count))
-    ends = weights("model", **{embedding: (vocabulary, hidden), "norm": (hidden,)})
+    layers = (layer(f"{under}.layers.{number}", number) for number in range(count))
+    ends = weights(under, **{embedding: (vocabulary, hidden), "norm": (hidden,)})
     return ends | joined(layers) | {"lm_head.weight": (vocabulary, hidden)}
 
 
@@ -86,6 +89,12 @@ def attention(prefix: str, config: Fields, groups: str = "num_key_value_heads") 
         v_proj=(keys, hidden),
         o_proj=(hidden, queries),
     )
+
+
+def normed_attention(prefix: str, config: Fields) -> Shapes:
+    """List one whose queries and keys are normalised, head by head."""
+    size = (config["head_dim"],)
+    return attention(prefix, config) | weights(prefix, q_norm=size, k_norm=size)
 
 
 def packed_attention(prefix: str, config: Fields, packed: str, out: str) -> Shapes:

@@ -1,12 +1,13 @@
 """What a family is, and how a small checkpoint of it is written."""
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import save_file
 
 from gpu_checks.families import EXPERTS, HEADS
@@ -17,13 +18,16 @@ Fields = dict[str, Any]
 
 CONFIGURATION = """from transformers import PretrainedConfig
 
+PARTS = ("text_config", "vision_config")
+
 
 class OwnConfig(PretrainedConfig):
     model_type = "{model_type}"
 
-    def __init__(self, vision_config=None, **fields):
-        if vision_config is not None:
-            self.vision_config = PretrainedConfig(**vision_config)
+    def __init__(self, **fields):
+        parts = {{part: PretrainedConfig(**fields.pop(part)) for part in PARTS if part in fields}}
+        for part, config in parts.items():
+            setattr(self, part, config)
         super().__init__(**fields)
 """
 
@@ -44,6 +48,11 @@ class Published:
         tensors: names and shapes, of the fields; None if nothing reads them.
         has_own_configuration: the checkpoint brings the class of its config.
         without: names in `COMMON` that the family does not have.
+        inside: the field that holds all of these, of a family with a text model in it.
+        besides: what config.json has beside that field.
+        tokens: that its tokenizer has.
+        files: others of the checkpoint, by name.
+        config_name, weights_name: of the files; Mistral has others.
     """
 
     architecture: str
@@ -53,19 +62,31 @@ class Published:
     tensors: Callable[[Fields], Shapes] | None = None
     has_own_configuration: bool = True
     without: tuple[str, ...] = ()
+    inside: str = ""
+    besides: Fields = field(default_factory=dict)
+    tokens: tuple[str, ...] = ()
+    files: dict[str, str] = field(default_factory=dict)
+    config_name: str = "config.json"
+    weights_name: str = "model.safetensors"
 
     def config(self, num_experts: int, overrides: Fields) -> Fields:
         """Return the content of config.json."""
         common = {name: value for name, value in COMMON.items() if name not in self.without}
+        counted = {self.experts: num_experts} if self.experts else {}
+        text = common | self.fields | counted
         mapped = {"auto_map": {"AutoConfig": "configuration.OwnConfig"}}
         return (
-            common
-            | {"architectures": [self.architecture], "model_type": self.model_type}
+            {"architectures": [self.architecture], "model_type": self.model_type}
             | (mapped if self.has_own_configuration else {})
-            | self.fields
-            | ({self.experts: num_experts} if self.experts else {})
+            | ({self.inside: text} if self.inside else text)
+            | self.besides
             | overrides
         )
+
+    def text(self, config: Fields) -> Fields:
+        """Return the part of config.json that the text model reads."""
+        found: Fields = config[self.inside] if self.inside else config
+        return found
 
 
 TABLE = ".tid2eid"
@@ -81,23 +102,34 @@ def write_published(
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     config = family.config(num_experts, overrides)
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    (folder / family.config_name).write_text(json.dumps(config, indent=2))
     if family.has_own_configuration:
         code = CONFIGURATION.format(model_type=family.model_type)
         (folder / "configuration.py").write_text(code)
+    for name, content in family.files.items():
+        (folder / name).write_text(content)
     save_tokenizer(folder)
+    if family.tokens:
+        add_tokens(folder, family.tokens)
     if family.tensors is not None:
         dice = torch.Generator().manual_seed(seed)
-        shapes = family.tensors(config)
+        shapes = family.tensors(family.text(config))
         tensors = {
             name: torch.randint(num_experts, shape, generator=dice, dtype=torch.int32)
             if name.endswith(TABLE)
             else _random(name, shape, dice)
             for name, shape in shapes.items()
         }
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        save_file(tensors, folder / family.weights_name, {"format": "pt"})
     done.touch()
     return folder
+
+
+def add_tokens(folder: Path, tokens: Sequence[str]) -> None:
+    """Let the tokenizer of a checkpoint know further tokens, e.g. those for images."""
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)})
+    tokenizer.save_pretrained(folder)
 
 
 def _random(name: str, shape: tuple[int, ...], dice: torch.Generator) -> torch.Tensor:

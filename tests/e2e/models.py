@@ -1,14 +1,13 @@
 """The table of models: every architecture of vLLM's registry that has experts, and what is known of it.
 
-`MODELS` have a small checkpoint and are run. `UNTRIED` have none: what stands in the way is said.
+`MODELS` have a small checkpoint and are run. `UNTRIED` have none, and why is said.
 """
 
 from dataclasses import dataclass, field
 from typing import Any
 
-from gpu_checks.checkpoints import ARCHITECTURES
-from gpu_checks.families import FAMILIES, IMAGE_TOKEN
-from gpu_checks.published import PUBLISHED
+from gpu_checks.checkpoints import NAMES
+from gpu_checks.multimodal import IMAGE_TOKEN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +17,7 @@ class Model:
     Args:
         row: of docs/models.md.
         architecture: its name in vLLM's registry.
-        checkpoint: in `ARCHITECTURES` or `FAMILIES`, if it is not called as the model.
+        checkpoint: one of `NAMES`, if it is not called as the model.
         num_experts, overrides: of the checkpoint.
         engine_args: beside those of every test engine.
         asked: what else a case of `engine_process` says, e.g. how it is asked.
@@ -45,6 +44,11 @@ def _model(row: str, architecture: str, **others: Any) -> Model:
     return Model(row=f"{row} ({architecture})", architecture=architecture, **others)
 
 
+def called(architecture: str) -> dict[str, Any]:
+    """Return the argument that lets a checkpoint pass for another architecture."""
+    return {"hf_overrides": {"architectures": [architecture]}}
+
+
 ONE_IMAGE = {"limit_mm_per_prompt": {"image": 1, "video": 0}, "max_num_batched_tokens": 512}
 TEXT_ONLY = {"limit_mm_per_prompt": {"image": 0, "video": 0, "audio": 0}}
 QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -52,7 +56,18 @@ TRUSTED = {"trust_remote_code": True}
 """For a checkpoint that brings its own configuration."""
 NO_WEIGHTS = {"load_format": "dummy"}
 """For one that stock vLLM refuses before it reads any."""
+UNCACHED = {"enable_prefix_caching": False}
+"""For layers that keep a state, or nothing, of which no block can be shared."""
 ONLY_SOFTMAX = 'assert self.scoring_func == "softmax"'
+TWO_QUESTIONS = {
+    "question_types": [1, 2],
+    "question_spans": [[-9, -7], [-7, -5]],
+    "option_spans": [[-5, -4], [-4, -3], [-3, -2], [-2, -1], [-1, 0]],
+    "option_counts": [3, 2],
+}
+"""Spans of tokens that count from a prompt's end."""
+NO_KERNEL = "'_lib_fn_wrapper' object has no attribute 'get'"
+UNGATED = "is_act_and_mul=False is supported only for CUDA"
 NO_SPARSE = "Sparse Attention is not supported on CPU"
 
 MODELS = {
@@ -89,8 +104,8 @@ MODELS = {
     "kimi_linear": _model(
         "Kimi-Linear, hybrid",
         "KimiLinearForCausalLM",
-        engine_args={"enable_prefix_caching": False},
-        stock_error="'_lib_fn_wrapper' object has no attribute 'get'",
+        engine_args=UNCACHED,
+        stock_error=NO_KERNEL,
     ),
     "lfm2_moe": _model("LFM2-MoE, hybrid", "Lfm2MoeForCausalLM"),
     "laguna": _model("Laguna", "LagunaForCausalLM", stock_error=ONLY_SOFTMAX),
@@ -101,7 +116,7 @@ MODELS = {
     "nemotron_h": _model(
         "Nemotron-3, hybrid",
         "NemotronHForCausalLM",
-        stock_error="is_act_and_mul=False is supported only for CUDA",
+        stock_error=UNGATED,
     ),
     "phimoe": _model("Phi-3.5-MoE", "PhiMoEForCausalLM"),
     "qwen3_next": _model("Qwen3-Next, hybrid", "Qwen3NextForCausalLM", on_push=True),
@@ -216,7 +231,7 @@ MODELS = {
     "bailing_moe_v2_5": _model(
         "Ling-2.5, hybrid",
         "BailingMoeV2_5ForCausalLM",
-        engine_args=TRUSTED | NO_WEIGHTS | {"enable_prefix_caching": False},
+        engine_args=TRUSTED | NO_WEIGHTS | UNCACHED,
         stock_error="is not supported by attention backend(s): CPU_MLA",
     ),
     "deepseek_v4": _model(
@@ -247,51 +262,272 @@ MODELS = {
         engine_args=NO_WEIGHTS,
         stock_error="failed to be inspected",
     ),
+    "bailing_moe_v3": _model(
+        "Ling-3, hybrid",
+        "BailingMoeV3ForCausalLM",
+        engine_args=TRUSTED | NO_WEIGHTS | UNCACHED,
+        stock_error="is not supported by attention backend(s): CPU_MLA",
+    ),
+    "bailing_moe_v3_vl": _model(
+        "Ling-3-VL, hybrid",
+        "BailingMoeV3VLForConditionalGeneration",
+        engine_args=TEXT_ONLY | NO_WEIGHTS | UNCACHED,
+        needs_torchvision=True,
+        stock_error="is not supported by attention backend(s): CPU_MLA",
+    ),
+    "longcat_flash_ngram": _model(
+        "LongCat-Flash-Lite",
+        "LongcatFlashNgramForCausalLM",
+        engine_args=NO_WEIGHTS,
+        stock_error="requires the V2 model runner",
+    ),
+    "glm5_next_text": _model(
+        "GLM-5.3-Flash, text",
+        "Glm5NextForCausalLM",
+        engine_args=NO_WEIGHTS | UNCACHED,
+        needs_torchvision=True,
+        stock_error=NO_SPARSE,
+    ),
+    "glm5_next": _model(
+        "GLM-5.3-Flash",
+        "Glm5NextForConditionalGeneration",
+        engine_args=TEXT_ONLY | NO_WEIGHTS | UNCACHED,
+        needs_torchvision=True,
+        stock_error=NO_SPARSE,
+    ),
+    "qwen4_exp_text": _model(
+        "Qwen4-Exp, text",
+        "Qwen4ExpForCausalLM",
+        engine_args=NO_WEIGHTS,
+        needs_torchvision=True,
+        stock_error="_grouped_gemma_rmsnorm_kernel[",
+    ),
+    "qwen4_exp": _model(
+        "Qwen4-Exp",
+        "Qwen4ExpForConditionalGeneration",
+        engine_args=TEXT_ONLY | NO_WEIGHTS,
+        needs_torchvision=True,
+        stock_error="_grouped_gemma_rmsnorm_kernel[",
+    ),
+    "inkling_text": _model(
+        "Inkling, text",
+        "InklingForCausalLM",
+        engine_args=NO_WEIGHTS,
+        stock_error="_seq_metadata_kernel[",
+    ),
+    "inkling": _model(
+        "Inkling",
+        "InklingForConditionalGeneration",
+        engine_args=TEXT_ONLY | NO_WEIGHTS,
+        stock_error=NO_KERNEL,
+    ),
+    "deepseek_v41": _model(
+        "DeepSeek-V4.1",
+        "DeepseekV41ForCausalLM",
+        engine_args=TEXT_ONLY | NO_WEIGHTS,
+        stock_error="attention requires a CUDA device",
+    ),
+    "kimi_k3": _model(
+        "Kimi-K3",
+        "KimiK3ForConditionalGeneration",
+        engine_args=TEXT_ONLY | NO_WEIGHTS | UNCACHED,
+        needs_torchvision=True,
+        stock_error=NO_KERNEL,
+    ),
+    "nemotron_h_omni": _model(
+        "Nemotron-3-Omni",
+        "NemotronH_Omni_Reasoning_V3",
+        engine_args=TEXT_ONLY | NO_WEIGHTS,
+        needs_torchvision=True,
+        stock_error=UNGATED,
+    ),
+    "diffusion_gemma": _model(
+        "DiffusionGemma",
+        "DiffusionGemmaForBlockDiffusion",
+        engine_args=TEXT_ONLY | NO_WEIGHTS,
+        needs_torchvision=True,
+        stock_error="Model Runner V1 does not support: diffusion models",
+    ),
+    "mimo_v2_omni": _model(
+        "MiMo-V2-Omni",
+        "MiMoV2OmniForCausalLM",
+        engine_args=TEXT_ONLY | TRUSTED,
+        needs_torchvision=True,
+    ),
+    "cosmos3_edge": _model(
+        "Cosmos3-Edge",
+        "Cosmos3EdgeForConditionalGeneration",
+        engine_args=TEXT_ONLY | NO_WEIGHTS,
+        needs_torchvision=True,
+        stock_error="Cosmos3 Edge only supports attention",
+    ),
+    "interns2_preview": _model(
+        "Intern-S2-Preview, text, without linear attention",
+        "InternS2PreviewForConditionalGeneration",
+        checkpoint="qwen3_5_moe_full",
+        engine_args=TEXT_ONLY | UNCACHED | called("InternS2PreviewForConditionalGeneration"),
+        needs_torchvision=True,
+    ),
+    "qwen3_5": _model(
+        "Qwen3.5, given experts, text, without linear attention",
+        "Qwen3_5ForConditionalGeneration",
+        checkpoint="qwen3_5_moe_full",
+        engine_args=TEXT_ONLY | UNCACHED | called("Qwen3_5ForConditionalGeneration"),
+        needs_torchvision=True,
+    ),
+    "qwen3_5_text": _model(
+        "Qwen3.5, given experts, text model alone, without linear attention",
+        "Qwen3_5ForCausalLM",
+        checkpoint="qwen3_5_moe_text_full",
+        engine_args=UNCACHED | called("Qwen3_5ForCausalLM"),
+        needs_torchvision=True,
+    ),
+    "interns2_mobius": _model(
+        "Intern-S2-Mobius, text, without linear attention: layers that share their experts",
+        "InternS2MobiusForConditionalGeneration",
+        engine_args=TEXT_ONLY | TRUSTED | UNCACHED,
+        needs_torchvision=True,
+    ),
+    "interns1_pro": _model(
+        "Intern-S1-Pro, text",
+        "InternS1ProForConditionalGeneration",
+        engine_args=TEXT_ONLY | TRUSTED,
+        needs_torchvision=True,
+        stock_error="object has no attribute 'model_config'",
+    ),
+    "k2_horizon": _model(
+        "K2-Horizon, routed by softmax, no mixture of values",
+        "K2HorizonForCausalLM",
+        engine_args=TRUSTED,
+    ),
+    "k2_horizon_values": _model(
+        "K2-Horizon, mixture of values",
+        "K2HorizonForCausalLM",
+        engine_args=TRUSTED | NO_WEIGHTS,
+        stock_error="Dimension out of range",
+    ),
+    "pangu_embedded": _model(
+        "openPangu-Embedded, given experts", "PanguEmbeddedForCausalLM", engine_args=TRUSTED
+    ),
+    "nemotronh_super_omni_reasoning_v3": _model(
+        "Nemotron-3-Super-Omni",
+        "NemotronH_Super_Omni_Reasoning_V3",
+        checkpoint="nemotron_h_omni",
+        engine_args=TEXT_ONLY | NO_WEIGHTS | called("NemotronH_Super_Omni_Reasoning_V3"),
+        needs_torchvision=True,
+        stock_error=UNGATED,
+    ),
+    "nemotronh_nano_omni_reasoning_v3": _model(
+        "Nemotron-3-Nano-Omni",
+        "NemotronH_Nano_Omni_Reasoning_V3",
+        checkpoint="nemotron_h_omni",
+        engine_args=TEXT_ONLY | NO_WEIGHTS | called("NemotronH_Nano_Omni_Reasoning_V3"),
+        needs_torchvision=True,
+        stock_error=UNGATED,
+    ),
+    "nemotronh_nano_vl_v2": _model(
+        "Nemotron-Nano-VL 2",
+        "NemotronH_Nano_VL_V2",
+        checkpoint="nemotron_h_omni",
+        engine_args=TEXT_ONLY | NO_WEIGHTS | called("NemotronH_Nano_VL_V2"),
+        needs_torchvision=True,
+        stock_error=UNGATED,
+    ),
+    "qwen3_vl_moe_transformers": _model(
+        "Qwen3-VL-MoE, text, --model-impl transformers",
+        "TransformersMultiModalMoEForCausalLM",
+        checkpoint="qwen3_vl_moe_saved",
+        engine_args=TEXT_ONLY | {"model_impl": "transformers"},
+        needs_torchvision=True,
+    ),
+    "qwen3_vl_moe_transformers_image": _model(
+        "Qwen3-VL-MoE, image, --model-impl transformers",
+        "TransformersMultiModalMoEForCausalLM",
+        checkpoint="qwen3_vl_moe_saved",
+        engine_args=ONE_IMAGE | {"model_impl": "transformers"},
+        asked={"image_token": QWEN_IMAGE},
+        needs_torchvision=True,
+    ),
+    "aria_transformers": _model(
+        "Aria, with an image, --model-impl transformers",
+        "TransformersMultiModalMoEForCausalLM",
+        checkpoint="aria",
+        engine_args={
+            "max_num_batched_tokens": 512,
+            "mm_processor_kwargs": {"max_image_size": 490},
+            "model_impl": "transformers",
+        },
+        asked={"image_token": IMAGE_TOKEN},
+    ),
+    "mistral_large_3": _model(
+        "Mistral-Large-3",
+        "MistralLarge3ForCausalLM",
+        engine_args={"tokenizer_mode": "hf", "config_format": "mistral", "load_format": "mistral"},
+    ),
+    "clef_omni": _model(
+        "Clef-Omni, asked with text",
+        "ClefOmniForJointSchema",
+        engine_args=TEXT_ONLY | {"runner": "pooling"},
+        asked={"pooling": "token_classify", "pooling_extra": {"joint_schema": TWO_QUESTIONS}},
+        needs_torchvision=True,
+    ),
+    "colqwen3_5": _model(
+        "ColQwen-3.5, given experts, text, without linear attention",
+        "ColQwen3_5",
+        engine_args=TEXT_ONLY | UNCACHED | {"runner": "pooling"},
+        asked={"pooling": "token_embed"},
+        needs_torchvision=True,
+    ),
+    "gemma4_unified": _model(
+        "Gemma-4 unified, with experts, asked with text",
+        "Gemma4UnifiedForConditionalGeneration",
+        engine_args=TEXT_ONLY,
+        needs_torchvision=True,
+    ),
+    "qwen3_omni_moe": _model(
+        "Qwen3-Omni, asked with text",
+        "Qwen3OmniMoeForConditionalGeneration",
+        engine_args=TEXT_ONLY,
+        needs_torchvision=True,
+    ),
+    "minicpmv4_6": _model(
+        "MiniCPM-V 4.6",
+        "MiniCPMV4_6ForConditionalGeneration",
+        engine_args=TEXT_ONLY | UNCACHED,
+        needs_torchvision=True,
+    ),
+    "minicpmv4_7": _model(
+        "MiniCPM-V 4.7",
+        "MiniCPMV4_7ForConditionalGeneration",
+        engine_args=TEXT_ONLY | UNCACHED,
+        needs_torchvision=True,
+    ),
+    "qwen3_5_moe_full": _model(
+        "Qwen3.5-MoE, text, without linear attention",
+        "Qwen3_5MoeForConditionalGeneration",
+        engine_args=TEXT_ONLY | UNCACHED,
+        needs_torchvision=True,
+    ),
+    "jamba_classifier": _model(
+        "Jamba that classifies, hybrid",
+        "JambaForSequenceClassification",
+        engine_args={"runner": "pooling"},
+        asked={"pooling": "classify"},
+        stock_error="Dimension out of range",
+    ),
+    "privacy_filter": _model(
+        "OpenAI Privacy Filter, which labels tokens",
+        "OpenAIPrivacyFilterForTokenClassification",
+        engine_args={"runner": "pooling", "max_num_batched_tokens": 512} | UNCACHED,
+        asked={"pooling": "token_classify"},
+    ),
 }
 """By name."""
 
-assert {model.checkpoint or name for name, model in MODELS.items()} <= set(
-    ARCHITECTURES | FAMILIES | PUBLISHED
-)
+assert {model.checkpoint or name for name, model in MODELS.items()} <= NAMES
 
-_PUBLISHED = "transformers has no such model; its code is published with its weights"
-_PROCESSOR = "a small checkpoint needs the files of its processor, which nobody has written"
 UNTRIED: dict[str, str] = {
-    "BailingMoeV3ForCausalLM": _PUBLISHED,
-    "BailingMoeV3VLForConditionalGeneration": _PUBLISHED,
-    "ClefOmniForJointSchema": _PUBLISHED,
-    "ColQwen3_5": _PUBLISHED,
-    "Cosmos3EdgeForConditionalGeneration": _PROCESSOR,
-    "DeepseekV41ForCausalLM": _PUBLISHED,
-    "DiffusionGemmaForBlockDiffusion": "it generates by diffusion of blocks, which needs a GPU",
-    "EmbeddingGemma2Model": "no published one has experts; its text model is Gemma-4's",
-    "Gemma4UnifiedForConditionalGeneration": _PROCESSOR,
-    "Glm5NextForCausalLM": _PUBLISHED,
-    "Glm5NextForConditionalGeneration": _PROCESSOR,
-    "InklingForCausalLM": "vLLM wants the special tokens of its own tokenizer",
-    "InklingForConditionalGeneration": _PROCESSOR,
-    "InternS1ProForConditionalGeneration": _PUBLISHED,
-    "InternS2MobiusForConditionalGeneration": _PUBLISHED,
-    "InternS2PreviewForConditionalGeneration": _PUBLISHED,
-    "JambaForSequenceClassification": "its text model is Jamba",
-    "K2HorizonForCausalLM": _PUBLISHED,
-    "KimiK3ForConditionalGeneration": _PUBLISHED,
-    "LongcatFlashNgramForCausalLM": _PUBLISHED,
-    "MiMoV2OmniForCausalLM": _PUBLISHED,
-    "MiniCPMV4_6ForConditionalGeneration": _PROCESSOR,
-    "MiniCPMV4_7ForConditionalGeneration": _PROCESSOR,
-    "MistralLarge3ForCausalLM": "Mistral's own format; its layers are DeepSeek-V3's",
-    "NemotronH_Nano_Omni_Reasoning_V3": _PUBLISHED,
-    "NemotronH_Nano_VL_V2": _PUBLISHED,
-    "NemotronH_Omni_Reasoning_V3": _PROCESSOR,
-    "NemotronH_Super_Omni_Reasoning_V3": _PUBLISHED,
-    "OpenAIPrivacyFilterForTokenClassification": "it labels tokens; its layers are gpt-oss'",
-    "PanguEmbeddedForCausalLM": "published ones have no experts",
-    "Qwen3OmniMoeForConditionalGeneration": _PROCESSOR,
-    "Qwen3_5ForCausalLM": "published ones have no experts",
-    "Qwen3_5ForConditionalGeneration": "published ones have no experts",
-    "Qwen4ExpForCausalLM": "no small checkpoint has been made of it",
-    "Qwen4ExpForConditionalGeneration": _PROCESSOR,
-    "TransformersMultiModalMoEForCausalLM": "no run of a model with images by it was seen to end",
+    "EmbeddingGemma2Model": "vLLM builds no experts for it: its text model is dense, whatever its "
+    "config says. It shares code for pictures and sound with Gemma-4, which has experts",
 }
 """Architectures without a checkpoint here, and why."""

@@ -67,7 +67,12 @@ def widths(fields: ConfigFields) -> Widths:
     names = ("moe_intermediate_size", "expert_ffn_hidden_size", "expert_hidden_dim")
     expert = fields.of_kind(0, *names, default=0) or fields.first("intermediate_size")
     other_expert = fields.of_kind(1, *names, default=0) if fields.has_two_kinds else 0
-    dense_names = ("prefix_dense_intermediate_size", "intermediate_size_mlp", "ffn_hidden_size")
+    dense_names = (
+        "prefix_dense_intermediate_size",
+        "dense_intermediate_size",
+        "intermediate_size_mlp",
+        "ffn_hidden_size",
+    )
     dense = fields.first(*dense_names, "intermediate_size", default=0)
     num_shared = fields.first(
         "n_shared_experts",
@@ -81,7 +86,7 @@ def widths(fields: ConfigFields) -> Widths:
     shared = fields.most(*shared_names, *whole_names, default=0) or expert * num_shared
     if fields.attentions_per_layer > 1:
         shared += fields.attentions_per_layer * dense
-    latent = fields.first("moe_latent_size", default=0) or hidden
+    latent = fields.first("moe_latent_size", "routed_expert_hidden_size", default=0) or hidden
     return Widths(matrices, hidden, latent, expert, other_expert, shared, dense)
 
 

@@ -24,6 +24,10 @@ KV_FIELDS = {
 """Heads, and the sizes of keys and values, where layers of a kind have their own (Gemma 4, MiMo)."""
 
 
+ENCODERS = ("openai_privacy_filter",)
+"""Types of models whose layers see a whole sequence at once, and keep nothing of it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerCache:
     """What one layer keeps of a sequence; nothing, if nothing is given.
@@ -133,6 +137,8 @@ def kv_cache(
             f"{fields.named('compress_ratios')} says that layers compress their KV cache; what they "
             "keep is unknown here. vLLM logs the size of its KV cache at start: plan with that."
         )
+    if fields.model_type in ENCODERS:
+        return KvCache((LayerCache(),) * num_layers, kv_bits)
     own_until = num_layers - fields.first("num_kv_shared_layers", default=0)
     kinds = layer_kinds(fields, num_layers)[:own_until]
     layers = [
