@@ -5,7 +5,8 @@ import json
 from gpu_checks.families import LATENT
 from gpu_checks.multimodal import VISION
 from gpu_checks.published import layouts
-from gpu_checks.published.families import GATED_TEXT, GLM5_NEXT, INKLING, INKLING_TOKENS, TEXT
+from gpu_checks.published.families import TEXT
+from gpu_checks.published.fields import GATED_TEXT, GLM5_NEXT, INKLING, INKLING_TOKENS
 from gpu_checks.published.writing import GROUPED, Fields, Published
 
 PICTURES: Fields = {

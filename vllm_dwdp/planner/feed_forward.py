@@ -2,7 +2,8 @@
 
 from typing import NamedTuple
 
-from vllm_dwdp.planner.checkpoint import ConfigFields, LayerKind, layer_kinds
+from vllm_dwdp.planner.checkpoint import ConfigFields
+from vllm_dwdp.planner.layer_kinds import LayerKind, layer_kinds
 
 UNGATED = ("relu2",)
 """Activations of a feed-forward of two matrices; others have a third, for the gate."""

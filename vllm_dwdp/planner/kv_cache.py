@@ -11,7 +11,8 @@ from functools import cached_property
 from typing import Any
 
 from vllm_dwdp.errors import DwdpConfigError
-from vllm_dwdp.planner.checkpoint import ConfigFields, LayerKind, layer_kinds, narrow_size
+from vllm_dwdp.planner.checkpoint import ConfigFields
+from vllm_dwdp.planner.layer_kinds import LayerKind, layer_kinds, narrow_size
 from vllm_dwdp.planner.states import NO_STATE, LayerState, layer_state
 
 INDEX_GROUP, INDEX_SCALE_BYTES = 128, 4

@@ -9,9 +9,10 @@ from typing import Any
 from vllm_dwdp.errors import DwdpConfigError
 from vllm_dwdp.planner.adapters import NOTHING, AdapterSize, adapter_size
 from vllm_dwdp.planner.checked import shown
-from vllm_dwdp.planner.checkpoint import ConfigFields, LayerKind, layer_kinds, moe_layers
+from vllm_dwdp.planner.checkpoint import ConfigFields, moe_layers
 from vllm_dwdp.planner.feed_forward import feed_forwards
 from vllm_dwdp.planner.kv_cache import KV_HEADS, KvCache, kv_cache
+from vllm_dwdp.planner.layer_kinds import LayerKind, layer_kinds
 from vllm_dwdp.planner.quantisation import FORMATS, UNQUANTISED, Precision, Quantisation
 from vllm_dwdp.prefetch.schedule import NUM_SLOTS
 

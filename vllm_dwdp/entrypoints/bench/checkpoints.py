@@ -96,7 +96,7 @@ def _save_model(folder: Path, config: transformers.PretrainedConfig, seed: int) 
 def _empty_model(config: transformers.PretrainedConfig) -> Any:
     """Return a model of the class that the config names, or of the one for its type."""
     if config.architectures:
-        return getattr(transformers, config.architectures[0])._from_config(config)
+        return getattr(transformers, config.architectures[0])(config)
     if hasattr(config, "vision_config"):
         return transformers.AutoModelForImageTextToText.from_config(config)
     return transformers.AutoModelForCausalLM.from_config(config)
