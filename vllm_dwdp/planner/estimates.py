@@ -1,5 +1,6 @@
 """What `plan` estimates: memory, break-even, gains over DEP in parts, crossover, redundancy. Pure."""
 
+import math
 import random
 import statistics
 from dataclasses import dataclass, replace
@@ -126,9 +127,10 @@ def replica_fits(model: CostModel) -> bool:
 
 
 def kv_tokens(model: CostModel, context_tokens: float) -> float:
-    """Return the tokens of sequences of `context_tokens` that fit the KV cache of a rank."""
+    """Return the tokens of sequences of `context_tokens` that fit a rank; `inf` where none is kept."""
     room = max(0.0, memory_bytes(model).kv_cache)
-    return room / model.shape.kv_bytes_per_token(context_tokens)
+    kept = model.shape.kv_bytes_per_token(context_tokens)
+    return room / kept if kept else math.inf
 
 
 def layer_costs(model: CostModel, input_tokens: float) -> LayerCosts:

@@ -249,3 +249,6 @@ def test_plan_says_what_is_per_token_and_what_per_sequence(tmp_path: Any) -> Non
     windows = plan(GPT_OSS_120B)
     assert "KV cache per sequence, windows of 128 tokens, at most" in windows
     assert "states" not in windows
+    encoder = plan(GPT_OSS_120B | {"model_type": "openai_privacy_filter"})
+    assert "KV cache per token, 0 of 36 layers" in encoder
+    assert "tokens that fit the KV cache" not in encoder, "any number does"
