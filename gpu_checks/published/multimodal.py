@@ -1,4 +1,4 @@
-"""Families whose text model is one part of them. All are asked with text."""
+"""Families whose text model is one part of them. Towers have no weights: they are asked with text."""
 
 import json
 

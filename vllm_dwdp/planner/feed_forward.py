@@ -9,6 +9,10 @@ UNGATED = ("relu2",)
 """Activations of a feed-forward of two matrices; others have a third, for the gate."""
 
 
+SHARED_WIDTH = "moe_shared_expert_intermediate_size"
+"""Of one shared expert (Ling, NemotronH)."""
+
+
 class Widths(NamedTuple):
     """What the matrices of feed-forwards lie between; 0 where there is no such feed-forward.
 
@@ -82,9 +86,15 @@ def widths(fields: ConfigFields) -> Widths:
         "num_shared_expert",
         default=int("llama4" in fields.model_type),
     )
-    shared_names = ("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size")
-    whole_names = ("shared_intermediate_size", "share_expert_dim")
-    shared = fields.most(*shared_names, *whole_names, default=0) or expert * num_shared
+    shared_names = (
+        "shared_expert_intermediate_size",
+        "shared_intermediate_size",
+        "share_expert_dim",
+    )
+    shared_each = fields.most(SHARED_WIDTH, default=0)
+    if shared_each:  # of Param-2 it is the width of all of them
+        num_shared = 1 if "param2" in fields.model_type else max(1, num_shared)
+    shared = fields.most(*shared_names, default=0) or (shared_each or expert) * num_shared
     if fields.attentions_per_layer > 1:
         shared += fields.attentions_per_layer * dense
     latent = fields.first("moe_latent_size", "routed_expert_hidden_size", default=0) or hidden

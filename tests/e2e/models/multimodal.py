@@ -2,6 +2,7 @@
 
 from gpu_checks.multimodal import IMAGE_TOKEN
 from tests.e2e.models.model import (
+    ARIA_IMAGE,
     NO_KERNEL,
     NO_SPARSE,
     NO_WEIGHTS,
@@ -55,10 +56,7 @@ MULTIMODAL: dict[str, Model] = {
     "aria": model(
         "Aria, with an image",
         "AriaForConditionalGeneration",
-        engine_args={
-            "max_num_batched_tokens": 512,
-            "mm_processor_kwargs": {"max_image_size": 490},
-        },
+        engine_args=ARIA_IMAGE,
         asked={"image_token": IMAGE_TOKEN},
     ),
     "bailing_moe_v3_vl": model(
@@ -122,7 +120,7 @@ MULTIMODAL: dict[str, Model] = {
         needs_torchvision=True,
     ),
     "cosmos3_edge": model(
-        "Cosmos3-Edge",
+        "Cosmos3-Edge, given experts",
         "Cosmos3EdgeForConditionalGeneration",
         engine_args=TEXT_ONLY | NO_WEIGHTS,
         needs_torchvision=True,
@@ -180,29 +178,33 @@ MULTIMODAL: dict[str, Model] = {
         stock_error=UNGATED,
     ),
     "qwen3_vl_moe_transformers": model(
-        "Qwen3-VL-MoE, text, --model-impl transformers",
+        "Qwen3-VL-MoE as transformers saves it, text, --model-impl transformers",
         "TransformersMultiModalMoEForCausalLM",
         checkpoint="qwen3_vl_moe_saved",
         engine_args=TEXT_ONLY | {"model_impl": "transformers"},
         needs_torchvision=True,
     ),
     "qwen3_vl_moe_transformers_image": model(
-        "Qwen3-VL-MoE, image, --model-impl transformers",
+        "Qwen3-VL-MoE as transformers saves it, with an image, --model-impl transformers",
         "TransformersMultiModalMoEForCausalLM",
         checkpoint="qwen3_vl_moe_saved",
         engine_args=ONE_IMAGE | {"model_impl": "transformers"},
         asked={"image_token": QWEN_IMAGE},
         needs_torchvision=True,
     ),
+    "qwen3_vl_moe_transformers_published": model(
+        "Qwen3-VL-MoE as published, --model-impl transformers",
+        "TransformersMultiModalMoEForCausalLM",
+        checkpoint="qwen3_vl_moe",
+        engine_args=TEXT_ONLY | {"model_impl": "transformers"},
+        needs_torchvision=True,
+        stock_error="must match the size of tensor b",
+    ),
     "aria_transformers": model(
         "Aria, with an image, --model-impl transformers",
         "TransformersMultiModalMoEForCausalLM",
         checkpoint="aria",
-        engine_args={
-            "max_num_batched_tokens": 512,
-            "mm_processor_kwargs": {"max_image_size": 490},
-            "model_impl": "transformers",
-        },
+        engine_args=ARIA_IMAGE | {"model_impl": "transformers"},
         asked={"image_token": IMAGE_TOKEN},
     ),
     "clef_omni": model(
@@ -220,7 +222,7 @@ MULTIMODAL: dict[str, Model] = {
         needs_torchvision=True,
     ),
     "gemma4_unified": model(
-        "Gemma-4 unified, with experts, asked with text",
+        "Gemma-4 unified, given experts, asked with text",
         "Gemma4UnifiedForConditionalGeneration",
         engine_args=TEXT_ONLY,
         needs_torchvision=True,
@@ -232,13 +234,13 @@ MULTIMODAL: dict[str, Model] = {
         needs_torchvision=True,
     ),
     "minicpmv4_6": model(
-        "MiniCPM-V 4.6",
+        "MiniCPM-V 4.6, given experts, text, without linear attention",
         "MiniCPMV4_6ForConditionalGeneration",
         engine_args=TEXT_ONLY | UNCACHED,
         needs_torchvision=True,
     ),
     "minicpmv4_7": model(
-        "MiniCPM-V 4.7",
+        "MiniCPM-V 4.7, given experts, text, without linear attention",
         "MiniCPMV4_7ForConditionalGeneration",
         engine_args=TEXT_ONLY | UNCACHED,
         needs_torchvision=True,

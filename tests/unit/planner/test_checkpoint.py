@@ -24,6 +24,8 @@ from vllm_dwdp.planner.hardware import find_hardware
 from vllm_dwdp.planner.model_shape import ModelShape, dense_beside, shape_of
 from vllm_dwdp.prefetch.schedule import NUM_SLOTS
 
+TWO_SHARED = {"moe_shared_expert_intermediate_size": 96, "num_shared_experts": 2}
+
 
 def maverick_on_h200() -> CostModel:
     hardware = find_hardware("h200")
@@ -183,6 +185,8 @@ def test_the_names_of_dbrx() -> None:
         ({"shared_intermediate_size": 96}, "shared_params", 3 * 2048 * 96),
         ({"share_expert_dim": 96}, "shared_params", 3 * 2048 * 96),
         ({"moe_num_shared_experts": 2}, "shared_params", 3 * 2048 * 2 * 768),
+        (TWO_SHARED, "shared_params", 3 * 2048 * 2 * 96),
+        (TWO_SHARED | {"model_type": "param2moe"}, "shared_params", 3 * 2048 * 96),
         ({"mlp_hidden_act": "relu2"}, "expert_params", 2 * 2048 * 768),
     ],
 )  # fmt: skip
