@@ -206,6 +206,7 @@ MULTIMODAL: dict[str, Model] = {
         checkpoint="aria",
         engine_args=ARIA_IMAGE | {"model_impl": "transformers"},
         asked={"image_token": IMAGE_TOKEN},
+        stock_error="assert top_k is not None",
     ),
     "clef_omni": model(
         "Clef-Omni, asked with text",
