@@ -6,15 +6,18 @@ transformers' own `save_pretrained` writes them.
 
 import argparse
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers.models.aria.image_processing_pil_aria import AriaImageProcessorPil
 
-from gpu_checks.families import FAMILIES, IMAGE_TOKEN, LLAMA4_TOKENS, VISION_TOKENS
+from gpu_checks.beside_weights import HEADS, PROCESSORS, TRANSPOSED, transpose_experts
+from gpu_checks.families import FAMILIES
+from gpu_checks.multimodal import MULTIMODAL
 from gpu_checks.published import PUBLISHED, write_published
 from vllm_dwdp.entrypoints.bench.checkpoints import COMMON, DONE, qwen3_moe, write_checkpoint
 
@@ -153,14 +156,21 @@ ARCHITECTURES: dict[str, Callable[[int], transformers.PretrainedConfig]] = {
     "deepseek_v2": _deepseek_v2,
     "deepseek_v3": _deepseek_v3,
 }
+BUILT = ARCHITECTURES | FAMILIES | MULTIMODAL
+"""What transformers builds, by name."""
+NAMES = BUILT.keys() | PUBLISHED.keys()
 
 
-PUBLISHED_AS = {"phimoe": "PhiMoEForCausalLM"}
+PUBLISHED_AS = {
+    "phimoe": "PhiMoEForCausalLM",
+    "clef_omni": "ClefOmniForJointSchema",
+    "colqwen3_5": "ColQwen3_5",
+}
 """What published configs call an architecture, where transformers calls it otherwise."""
 
 
-TRANSPOSED = ("qwen3_vl_moe",)
-"""Families whose published experts are `[num_experts, inputs, outputs]`, and transformers' are not."""
+GRAFTED = {"gemma4_unified": "gemma4"}
+"""Families whose experts vLLM reads and transformers does not write, and where such ones are found."""
 
 
 def make_checkpoint(
@@ -170,7 +180,7 @@ def make_checkpoint(
 
     Args:
         folder: created if absent; a folder that holds a finished checkpoint is kept as it is.
-        architecture: a key of `ARCHITECTURES`, `FAMILIES` or `PUBLISHED`.
+        architecture: one of `NAMES`.
         num_experts: routed experts per MoE layer.
         seed: of the weights.
         overrides: fields of the Hugging Face config, e.g. `hidden_size=1024`.
@@ -179,94 +189,40 @@ def make_checkpoint(
         return write_published(folder, PUBLISHED[architecture], num_experts, seed, **overrides)
     if (folder / DONE).exists():
         return folder
-    builder = (ARCHITECTURES | FAMILIES)[architecture]
+    builder = BUILT[architecture]
     write_checkpoint(folder, builder(num_experts), seed, **overrides)
     if architecture in PUBLISHED_AS:
         file = folder / "config.json"
         config = json.loads(file.read_text()) | {"architectures": [PUBLISHED_AS[architecture]]}
         file.write_text(json.dumps(config, indent=2))
     if architecture in TRANSPOSED:
-        _transpose_experts(folder / "model.safetensors")
+        transpose_experts(folder / "model.safetensors")
+    if architecture in GRAFTED:
+        _graft_experts(folder, GRAFTED[architecture], num_experts, seed)
+    if architecture in HEADS:
+        HEADS[architecture](folder, torch.Generator().manual_seed(seed))
     if architecture in PROCESSORS:
         PROCESSORS[architecture](folder)
     return folder
 
 
-def _transpose_experts(file: Path) -> None:
-    tensors = load_file(file)
-    for name, tensor in tensors.items():
-        if ".experts." in name:
-            tensors[name] = tensor.transpose(1, 2).contiguous()
-    save_file(tensors, file, {"format": "pt"})
-
-
-def _save_aria_processor(folder: Path) -> None:
-    """Let the tokenizer of a checkpoint know a token for images, and write what prepares them."""
-    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(
-        folder, extra_special_tokens={"image_token": IMAGE_TOKEN}
-    )
-    images = AriaImageProcessorPil(max_image_size=490, min_image_size=70)
-    transformers.AriaProcessor(
-        image_processor=images,
-        tokenizer=tokenizer,
-        chat_template=tokenizer.chat_template,
-        size_conversion={490: 128},
-    ).save_pretrained(folder)
-
-
-def _write_processor(folder: Path, tokens: list[str], files: dict[str, dict[str, Any]]) -> None:
-    """Let the tokenizer know the tokens for images, and say what prepares these.
-
-    transformers makes such a processor only where torchvision is installed, so the files are written.
-    """
-    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
-    tokenizer.save_pretrained(folder)
-    for name, content in files.items():
-        (folder / f"{name}.json").write_text(json.dumps(content))
-
-
-def _save_qwen_vl_processor(folder: Path) -> None:
-    sizes = {
-        "processor_class": "Qwen3VLProcessor",
-        "patch_size": 16,
-        "merge_size": 2,
-        "temporal_patch_size": 2,
-        "size": {"shortest_edge": 32 * 32, "longest_edge": 128 * 128},
+def _graft_experts(folder: Path, family: str, num_experts: int, seed: int) -> None:
+    """Put the layers of a family that is text alone in the place of a checkpoint's."""
+    text = make_checkpoint(folder / family, family, num_experts, seed) / "model.safetensors"
+    layers = {
+        name.replace("model.", "model.language_model.", 1): tensor
+        for name, tensor in load_file(text).items()
     }
-    files = {
-        "preprocessor_config": {"image_processor_type": "Qwen2VLImageProcessor"} | sizes,
-        "video_preprocessor_config": {"video_processor_type": "Qwen3VLVideoProcessor"} | sizes,
-    }
-    _write_processor(folder, list(VISION_TOKENS.values()), files)
-
-
-def _save_llama4_processor(folder: Path) -> None:
-    tiles: dict[str, Any] = {"size": {"height": 56, "width": 56}, "max_patches": 4}
-    separators = ["<|image|>", "<|tile_x_separator|>", "<|tile_y_separator|>"]
-    named: dict[str, Any] = {"processor_class": "Llama4Processor"}
-    files = {
-        "preprocessor_config": {"image_processor_type": "Llama4ImageProcessor"} | tiles | named,
-        "processor_config": named | {"patch_size": 14, "pixel_shuffle_ratio": 0.5},
-    }
-    _write_processor(folder, [*LLAMA4_TOKENS.values(), *separators], files)
-
-
-PROCESSORS: dict[str, Callable[[Path], None]] = {
-    "aria": _save_aria_processor,
-    "qwen3_vl_moe": _save_qwen_vl_processor,
-    "llama4": _save_llama4_processor,
-}
-"""What writes the processor of a family whose checkpoints are asked with images."""
+    file = folder / "model.safetensors"
+    save_file(load_file(file) | layers, file, {"format": "pt"})
+    shutil.rmtree(folder / family)
 
 
 def main() -> None:
     """Write one: `FOLDER --architecture qwen3_moe --experts 8`."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument(
-        "--architecture", choices=sorted(ARCHITECTURES | FAMILIES | PUBLISHED), default="qwen3_moe"
-    )
+    parser.add_argument("--architecture", choices=sorted(NAMES), default="qwen3_moe")
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--config", type=json.loads, default={}, help="JSON overrides")
     options = parser.parse_args()

@@ -37,52 +37,14 @@ GATED_DELTA = {
 LINEAR_THEN_FULL = ["linear_attention", "linear_attention", "full_attention"]
 SLIDING_THEN_FULL = ["sliding_attention", "sliding_attention", "full_attention"]
 DENSE_THEN_SPARSE = ["dense", "sparse", "sparse"]
-VISION = {
-    "depth": 2,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_heads": 2,
-    "out_hidden_size": 128,
-    "num_position_embeddings": 64,
-}
-IMAGE_TOKEN, IMAGE_TOKEN_ID = "<|img|>", 494
-"""The first token that is free in the checkpoints' vocabulary."""
-LLAMA4_TOKENS = {
-    "boi_token_index": "<|image_start|>",
-    "eoi_token_index": "<|image_end|>",
-    "image_token_index": "<|patch|>",
-}
-VISION_TOKENS = {
-    "vision_start_token_id": "<|vision_start|>",
-    "vision_end_token_id": "<|vision_end|>",
-    "image_token_id": "<|image_pad|>",
-    "video_token_id": "<|video_pad|>",
-}
-"""Fields of a config and the tokens that they name, in the order of their ids from `IMAGE_TOKEN_ID`."""
 
 
-def _of(model_type: str, experts: str, **fields: Any) -> Builder:
+def of(model_type: str, experts: str, **fields: Any) -> Builder:
     """Describe a family whose config counts the experts in the field `experts`."""
     return lambda count: CONFIG_MAPPING[model_type](**fields | {experts: count})
 
 
-def _with_vision(model_type: str, text: Builder, **vision: Any) -> Builder:
-    """Describe a family whose text model has a config of its own, beside a vision tower's."""
-
-    def build(count: int) -> transformers.PretrainedConfig:
-        config: transformers.PretrainedConfig = CONFIG_MAPPING[model_type](
-            text_config=text(count).to_dict(),
-            vision_config=VISION | vision,
-            dtype="bfloat16",
-            tie_word_embeddings=False,
-            **{field: IMAGE_TOKEN_ID + number for number, field in enumerate(VISION_TOKENS)},
-        )
-        return config
-
-    return build
-
-
-QWEN3_VL_TEXT = _of(
+QWEN3_VL_TEXT = of(
     "qwen3_vl_moe_text",
     "num_experts",
     **HEADS | EXPERTS,
@@ -94,88 +56,48 @@ QWEN3_VL_TEXT = _of(
         "mrope_interleaved": True,
     },
 )
-QWEN3_5_TEXT = _of(
-    "qwen3_5_moe_text",
-    "num_experts",
-    **HEADS | EXPERTS | GATED_DELTA | {"head_dim": 64},
-    shared_expert_intermediate_size=96,
-    layer_types=LINEAR_THEN_FULL,
-    rope_parameters={
-        "rope_type": "default",
-        "rope_theta": 10000.0,
-        "partial_rotary_factor": 0.25,
-        "mrope_section": [3, 3, 2],
-        "mrope_interleaved": True,
-    },
-)
 
 
-def _aria(num_experts: int) -> transformers.PretrainedConfig:
-    """Return a vision tower with a projector to 128 tokens, and experts in fused tensors."""
-    text = DERIVED | {"intermediate_size": 96, "head_dim": 32, "mlp_bias": False}
-    return transformers.AriaConfig(
-        text_config=text
-        | {
-            "moe_num_experts": num_experts,
-            "moe_topk": 2,
-            "moe_num_shared_experts": 1,
-            "model_type": "aria_text",
+def qwen3_5(layer_types: list[str]) -> Builder:
+    """Describe Qwen3.5's text model."""
+    return of(
+        "qwen3_5_moe_text",
+        "num_experts",
+        **HEADS | EXPERTS | GATED_DELTA | {"head_dim": 64},
+        shared_expert_intermediate_size=96,
+        layer_types=layer_types,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.25,
+            "mrope_section": [3, 3, 2],
+            "mrope_interleaved": True,
         },
-        vision_config={
-            "model_type": "idefics3_vision",
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 490,
-            "patch_size": 14,
-        },
-        projector_patch_to_query_dict={1225: 128},
-        image_token_index=IMAGE_TOKEN_ID,
-        dtype="bfloat16",
     )
 
 
-def _llama4(num_experts: int) -> transformers.PretrainedConfig:
-    """Return a vision tower whose tiles of 56 pixels are four tokens each, and the text model."""
-    return transformers.Llama4Config(
-        text_config=FAMILIES["llama4_text"](num_experts).to_dict(),
-        vision_config={
-            "hidden_size": 64,
-            "intermediate_size": 256,  # of four patches, which the projector takes together
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 56,
-            "patch_size": 14,
-            "projector_input_dim": 128,
-            "projector_output_dim": 128,
-            "vision_output_dim": 128,
-        },
-        dtype="bfloat16",
-        tie_word_embeddings=False,
-        **{field: IMAGE_TOKEN_ID + number for number, field in enumerate(LLAMA4_TOKENS)},
-    )
+QWEN3_5_TEXT = qwen3_5(LINEAR_THEN_FULL)
+QWEN3_5_FULL = qwen3_5(["full_attention"] * 3)
+"""Without linear attention, which stock vLLM does not run on CPUs in this family."""
 
 
-def _gemma4_multimodal(num_experts: int) -> transformers.PretrainedConfig:
-    """Return a vision tower and the text model."""
-    return transformers.Gemma4Config(
-        text_config=FAMILIES["gemma4"](num_experts).to_dict(),
-        vision_config={
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-            "head_dim": 32,
-            "position_embedding_size": 64,
-        },
-        audio_config=None,
-        dtype="bfloat16",
-        tie_word_embeddings=True,
-        **dict.fromkeys(("image_token_id", "boi_token_id", "eoi_token_id"), IMAGE_TOKEN_ID),
-        **dict.fromkeys(("video_token_id", "audio_token_id", "boa_token_id"), IMAGE_TOKEN_ID),
-    )
+def _jamba_classifier(num_experts: int) -> transformers.PretrainedConfig:
+    config = FAMILIES["jamba"](num_experts)
+    config.architectures = ["JambaForSequenceClassification"]
+    config.num_labels = 3
+    return config
+
+
+def _privacy_filter(num_experts: int) -> transformers.PretrainedConfig:
+    config = of(
+        "openai_privacy_filter",
+        "num_local_experts",
+        **HEADS | {"intermediate_size": 96, "num_experts_per_tok": 2},
+        sliding_window=64,
+    )(num_experts)
+    config.architectures = ["OpenAIPrivacyFilterForTokenClassification"]
+    config.num_labels = 33
+    return config
 
 
 def _qwen3_moe_classifier(num_experts: int) -> transformers.PretrainedConfig:
@@ -186,7 +108,7 @@ def _qwen3_moe_classifier(num_experts: int) -> transformers.PretrainedConfig:
 
 
 FAMILIES: dict[str, Builder] = {
-    "afmoe": _of(
+    "afmoe": of(
         "afmoe",
         "num_experts",
         **HEADS | EXPERTS,
@@ -198,8 +120,8 @@ FAMILIES: dict[str, Builder] = {
         n_group=1,
         topk_group=1,
     ),
-    "axk1": _of("axk1", "n_routed_experts", **MLA | EXPERTS, first_k_dense_replace=0),
-    "cohere2_moe": _of(
+    "axk1": of("axk1", "n_routed_experts", **MLA | EXPERTS, first_k_dense_replace=0),
+    "cohere2_moe": of(
         "cohere2_moe",
         "num_experts",
         **HEADS | EXPERTS | {"tie_word_embeddings": True, "intermediate_size": 96},
@@ -209,14 +131,14 @@ FAMILIES: dict[str, Builder] = {
         mlp_layer_types=DENSE_THEN_SPARSE,
         first_k_dense_replace=1,
     ),
-    "deepseek_v32": _of(
+    "deepseek_v32": of(
         "deepseek_v32",
         "n_routed_experts",
         **MLA | EXPERTS | INDEXER,
         mlp_layer_types=DENSE_THEN_SPARSE,
         first_k_dense_replace=1,
     ),
-    "ernie4_5_moe": _of(
+    "ernie4_5_moe": of(
         "ernie4_5_moe",
         "moe_num_experts",
         **DERIVED | EXPERTS,
@@ -224,7 +146,7 @@ FAMILIES: dict[str, Builder] = {
         moe_num_shared_experts=1,
         moe_layer_end_index=2,
     ),
-    "exaone_moe": _of(
+    "exaone_moe": of(
         "exaone_moe",
         "num_experts",
         **HEADS | EXPERTS,
@@ -232,7 +154,7 @@ FAMILIES: dict[str, Builder] = {
         sliding_window=64,
         mlp_layer_types=DENSE_THEN_SPARSE,
     ),
-    "gemma4": _of(
+    "gemma4": of(
         "gemma4_text",
         "num_experts",
         **HEADS | EXPERTS | {"tie_word_embeddings": True},
@@ -244,7 +166,7 @@ FAMILIES: dict[str, Builder] = {
         sliding_window=64,
         per_layer_config={},
     ),
-    "gemma4_shared_kv": _of(
+    "gemma4_shared_kv": of(
         "gemma4_text",
         "num_experts",
         **HEADS | EXPERTS | {"tie_word_embeddings": True, "num_hidden_layers": 4},
@@ -257,21 +179,21 @@ FAMILIES: dict[str, Builder] = {
         sliding_window=64,
         per_layer_config={},
     ),
-    "glm4_moe_lite": _of(
+    "glm4_moe_lite": of(
         "glm4_moe_lite",
         "n_routed_experts",
         **MLA | EXPERTS,
         mlp_layer_types=DENSE_THEN_SPARSE,
         first_k_dense_replace=1,
     ),
-    "glm_moe_dsa": _of(
+    "glm_moe_dsa": of(
         "glm_moe_dsa",
         "n_routed_experts",
         **MLA | EXPERTS | INDEXER,
         mlp_layer_types=DENSE_THEN_SPARSE,
         first_k_dense_replace=1,
     ),
-    "granite_moe_hybrid": _of(
+    "granite_moe_hybrid": of(
         "granitemoehybrid",
         "num_local_experts",
         **DERIVED | {"intermediate_size": 96, "num_experts_per_tok": 2},
@@ -283,14 +205,14 @@ FAMILIES: dict[str, Builder] = {
         position_embedding_type="nope",
         attention_multiplier=0.2,
     ),
-    "granite_moe_shared": _of(
+    "granite_moe_shared": of(
         "granitemoeshared",
         "num_local_experts",
         **DERIVED | {"intermediate_size": 96, "num_experts_per_tok": 2},
         shared_intermediate_size=96,
         attention_multiplier=0.2,
     ),
-    "granite_moe_swa": _of(
+    "granite_moe_swa": of(
         "granitemoe_swa",
         "num_local_experts",
         **DERIVED | {"intermediate_size": 96, "num_experts_per_tok": 2},
@@ -300,7 +222,7 @@ FAMILIES: dict[str, Builder] = {
         sliding_window=64,
         attention_multiplier=0.2,
     ),
-    "hy_v3": _of(
+    "hy_v3": of(
         "hy_v3",
         "num_experts",
         **HEADS | EXPERTS,
@@ -311,7 +233,7 @@ FAMILIES: dict[str, Builder] = {
         route_norm=True,
         qk_norm=True,
     ),
-    "jamba": _of(
+    "jamba": of(
         "jamba",
         "num_experts",
         **DERIVED | {"intermediate_size": 96, "num_experts_per_tok": 2, "num_hidden_layers": 4},
@@ -322,7 +244,7 @@ FAMILIES: dict[str, Builder] = {
         mamba_d_state=16,
         mamba_dt_rank=8,
     ),
-    "kimi_k2": _of(
+    "kimi_k2": of(
         "deepseek_v3",
         "n_routed_experts",
         **MLA | EXPERTS,
@@ -330,7 +252,7 @@ FAMILIES: dict[str, Builder] = {
         topk_method="noaux_tc",
         scoring_func="sigmoid",
     ),
-    "kimi_linear": _of(
+    "kimi_linear": of(
         "kimi_linear",
         "num_experts",
         **MLA | EXPERTS | {"q_lora_rank": None},
@@ -342,14 +264,14 @@ FAMILIES: dict[str, Builder] = {
         linear_head_dim=128,
         linear_num_heads=2,
     ),
-    "lfm2_moe": _of(
+    "lfm2_moe": of(
         "lfm2_moe",
         "num_experts",
         **DERIVED | EXPERTS | {"tie_word_embeddings": True},
         num_dense_layers=1,
         layer_types=["conv", "conv", "full_attention"],
     ),
-    "laguna": _of(
+    "laguna": of(
         "laguna",
         "num_experts",
         **HEADS | EXPERTS,
@@ -359,7 +281,7 @@ FAMILIES: dict[str, Builder] = {
         num_attention_heads_per_layer=[4, 4, 4],
         sliding_window=64,
     ),
-    "llama4_text": _of(
+    "llama4_text": of(
         "llama4_text",
         "num_local_experts",
         **HEADS | {"intermediate_size": 96, "intermediate_size_mlp": 160, "num_experts_per_tok": 1},
@@ -368,14 +290,14 @@ FAMILIES: dict[str, Builder] = {
         no_rope_layers=[1, 1, 0],
         attention_chunk_size=128,
     ),
-    "mellum": _of(
+    "mellum": of(
         "mellum",
         "num_local_experts",
         **HEADS | EXPERTS,
         layer_types=SLIDING_THEN_FULL,
         sliding_window=64,
     ),
-    "minimax_m2": _of(
+    "minimax_m2": of(
         "minimax_m2",
         "num_local_experts",
         **HEADS | {"intermediate_size": 96, "num_experts_per_tok": 2},
@@ -384,7 +306,7 @@ FAMILIES: dict[str, Builder] = {
         scoring_func="sigmoid",
         use_routing_bias=True,
     ),
-    "mimo_v2_flash": _of(
+    "mimo_v2_flash": of(
         "mimo_v2_flash",
         "n_routed_experts",
         **HEADS | EXPERTS,
@@ -403,7 +325,7 @@ FAMILIES: dict[str, Builder] = {
         sliding_window_size=64,
         layernorm_epsilon=1e-5,
     ),
-    "nemotron_h": _of(
+    "nemotron_h": of(
         "nemotron_h",
         "n_routed_experts",
         **{key: value for key, value in HEADS.items() if key != "num_hidden_layers"} | EXPERTS,
@@ -414,36 +336,32 @@ FAMILIES: dict[str, Builder] = {
         n_groups=1,
         moe_shared_expert_intermediate_size=96,
     ),
-    "phimoe": _of(
+    "phimoe": of(
         "phimoe",
         "num_local_experts",
         **DERIVED | {"intermediate_size": 96, "num_experts_per_tok": 2},
         attention_bias=True,
         lm_head_bias=True,
     ),
-    "qwen3_next": _of(
+    "qwen3_next": of(
         "qwen3_next",
         "num_experts",
         **HEADS | EXPERTS | GATED_DELTA | {"head_dim": 64},
         shared_expert_intermediate_size=96,
         layer_types=LINEAR_THEN_FULL,
     ),
-    "qwen3_vl_moe": _with_vision(
-        "qwen3_vl_moe", QWEN3_VL_TEXT, deepstack_visual_indexes=[0], patch_size=16
-    ),
-    "qwen3_5_moe": _with_vision("qwen3_5_moe", QWEN3_5_TEXT, patch_size=16),
-    "flex_olmo": _of(
+    "flex_olmo": of(
         "flex_olmo",
         "num_experts",
         **DERIVED | {"intermediate_size": 96, "num_experts_per_tok": 2},
     ),
-    "hunyuan_v1_moe": _of(
+    "hunyuan_v1_moe": of(
         "hunyuan_v1_moe",
         "num_experts",
         **HEADS | {"intermediate_size": 96},
         moe_topk=2,
     ),
-    "hy_v4": _of(
+    "hy_v4": of(
         "hy_v4",
         "n_routed_experts",
         **MLA | EXPERTS | INDEXER,
@@ -451,14 +369,14 @@ FAMILIES: dict[str, Builder] = {
         mlp_layer_types=DENSE_THEN_SPARSE,
         indexer_types=["full", "full", "shared"],
     ),
-    "minimax_m3": _of(
+    "minimax_m3": of(
         "minimax_m3_vl_text",
         "num_local_experts",
         **HEADS | {"intermediate_size": 96, "num_experts_per_tok": 2},
     ),
-    "aria": _aria,
-    "llama4": _llama4,
-    "gemma4_multimodal": _gemma4_multimodal,
+    "jamba_classifier": _jamba_classifier,
+    "privacy_filter": _privacy_filter,
     "qwen3_moe_classifier": _qwen3_moe_classifier,
     "qwen3_5_moe_text": QWEN3_5_TEXT,
+    "qwen3_5_moe_text_full": QWEN3_5_FULL,
 }

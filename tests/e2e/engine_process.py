@@ -342,7 +342,7 @@ def ask(engine: Any, case: dict[str, Any], index: int, text: str) -> list[Any]:
     `image_token` stands for a picture, which then comes before the prompt.
     """
     if "pooling" in case:
-        return pool(engine, index, text, case["pooling"])
+        return pool(engine, index, text, case["pooling"], case.get("pooling_extra"))
     if "image_token" not in case:
         return generate(engine, index, text)
     import numpy
@@ -355,10 +355,13 @@ def ask(engine: Any, case: dict[str, Any], index: int, text: str) -> list[Any]:
     )
 
 
-def pool(engine: Any, index: int, text: str, task: str) -> list[float]:
+def pool(
+    engine: Any, index: int, text: str, task: str, extra: dict[str, Any] | None = None
+) -> list[float]:
     from vllm import PoolingParams
 
-    engine.add_request(f"request-{index}", text, PoolingParams(task=task))
+    params = PoolingParams(task=task, extra_kwargs=extra)
+    engine.add_request(f"request-{index}", text, params)
     vector: list[float] = []
     while engine.has_unfinished_requests():
         for output in engine.step():

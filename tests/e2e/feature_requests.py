@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from gpu_checks.families import IMAGE_TOKEN
+from gpu_checks.multimodal import IMAGE_TOKEN
 
 LONG = "Independent ranks read each other's experts " * 6
 SHORT = "The capital of France is"

@@ -8,9 +8,10 @@ Every rank has all of it: adapters are not shared. Follows vllm/lora/layers.
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from vllm_dwdp.planner.checkpoint import ConfigFields, LayerKind, layer_kinds
+from vllm_dwdp.planner.checkpoint import ConfigFields
 from vllm_dwdp.planner.feed_forward import Widths, widths
 from vllm_dwdp.planner.kv_cache import KV_HEADS
+from vllm_dwdp.planner.layer_kinds import LayerKind, layer_kinds
 
 WEIGHT_BYTES = 2
 

@@ -1,36 +1,50 @@
-"""What a Hugging Face config.json says of a model: its fields, and which layers are of which kind.
+"""What a Hugging Face config.json says of a model: its fields, and which layers have experts.
 
 Fields are found whatever a family calls them. Quantisation has a module of its own.
 """
 
 import json
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from vllm_dwdp.errors import DwdpConfigError
 from vllm_dwdp.planner.checked import shown, whole
+from vllm_dwdp.planner.mistral import common_names
 
 NUM_KINDS = 2
 """Kinds of experts that a layer of ERNIE-VL has; its config has a list of so many for each field."""
-FULL_EVERY = 4
-"""One of so many layers of Llama-4 and Qwen3-Next sees all keys, where nothing says which."""
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """Read a config.json, or the one in a model folder, and return the text model's part of it.
 
+    Where a folder has none, Mistral's params.json is read.
+
     Raises:
         DwdpConfigError: it cannot be read, or is no JSON object.
     """
     file = path / "config.json" if path.is_dir() else path
+    params = file.with_name("params.json")
+    if not file.exists() and params.is_file():
+        return common_names(_read_object(params))
     config = _read_object(file)
     beside = file.with_name("hf_quant_config.json")  # ModelOpt's older exports
     if "quantization_config" not in config and beside.is_file():
         config["quantization_config"] = _read_object(beside).get("quantization")
-    inner = config.get("text_config")
-    if isinstance(inner, dict):
-        config = {key: value for key, value in config.items() if key != "text_config"} | inner
+    return _text_model(config)
+
+
+TEXT_MODELS = ("thinker_config", "llm_config", "text_config")
+"""What configs of multimodal models call the part that is their text model, or that holds it."""
+
+
+def _text_model(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the text model's fields over those of the config that it is a part of."""
+    for name in TEXT_MODELS:
+        inner = config.get(name)
+        if isinstance(inner, dict):
+            around = {key: value for key, value in config.items() if key != name}
+            return _text_model(around | inner)
     return config
 
 
@@ -148,6 +162,10 @@ class ConfigFields:
                 return len(self.config[name])
         return self.first("num_hidden_layers", "num_layers")
 
+    def num_banks(self, num_expert_layers: int) -> int:
+        """Return how many sets of experts so many layers have; Intern-S2-Mobius' take turns at a few."""
+        return min(num_expert_layers, self.first("num_blocks", default=0) or num_expert_layers)
+
     @property
     def attentions_per_layer(self) -> int:
         """How often a layer attends; LongCat's do twice, with a feed-forward after each."""
@@ -208,7 +226,7 @@ def moe_layers(fields: ConfigFields, num_layers: int, kind: int = 0) -> tuple[in
     (Step), `decoder_sparse_step` and `mlp_only_layers` (Qwen), `first_k_dense_replace` and
     `moe_layer_freq` (DeepSeek, GLM; a frequency, or a list of 0 and 1), `mlp_layer_types` (as
     transformers writes them), the kinds of NemotronH's layers, `expert_layer_period` (Jamba),
-    `moe_layer_start_index` (ERNIE), `num_dense_layers` (LFM2).
+    `moe_layer_start_index` (ERNIE), `num_dense_layers` (LFM2), `dense_mlp_idx` (Inkling).
     """
     for name in ("moe_layers", "moe_layers_enum"):
         if listed := fields.layers(name, num_layers):
@@ -224,7 +242,8 @@ def moe_layers(fields: ConfigFields, num_layers: int, kind: int = 0) -> tuple[in
 
 
 def _has_experts(fields: ConfigFields, layer: int, num_layers: int, kind: int) -> bool:
-    dense_first = fields.first("first_k_dense_replace", "num_dense_layers", default=0)
+    first_names = ("first_k_dense_replace", "num_dense_layers", "dense_mlp_idx")
+    dense_first = fields.first(*first_names, default=0)
     steps = ("decoder_sparse_step", "interleave_moe_layer_step", "moe_layer_interval")
     period = fields.first("expert_layer_period", default=1, low=1)
     return (
@@ -244,93 +263,3 @@ def _by_frequency(fields: ConfigFields, num_layers: int) -> list[bool]:
         return [bool(whole(f"{fields.named(name)}: an entry", one, 0, 1)) for one in listed]
     frequency = fields.first(name, default=1, low=1)
     return [layer % frequency == 0 for layer in range(num_layers)]
-
-
-class LayerKind(Enum):
-    """What a layer keeps of a sequence."""
-
-    FULL = "keys and values of every token"
-    WINDOW = "those of the last tokens"
-    CHUNK = "those of a chunk"
-    STATE = "a state"
-    NONE = "nothing"
-
-
-NAMED_KINDS = {
-    LayerKind.FULL: ("full_attention", "attention", "indexed_attention", "hybrid", "*"),
-    LayerKind.WINDOW: ("sliding_attention", "hybrid_sliding"),
-    LayerKind.CHUNK: ("chunked_attention",),
-    LayerKind.STATE: ("linear_attention", "mamba", "conv", "M"),
-    LayerKind.NONE: ("moe", "mlp", "E", "-"),
-}
-"""What configs call them, by layer or as letters (NemotronH)."""
-
-
-def layer_kinds(fields: ConfigFields, num_layers: int) -> list[LayerKind]:
-    """Say what every layer keeps, as the families say it.
-
-    A list of names (`layer_types`, NemotronH's `layers_block_type` or `hybrid_override_pattern`), of 0
-    and 1 (MiMo's `hybrid_layer_pattern`), of layer numbers (Kimi's `linear_attn_config`), or a period
-    (Qwen3-Next's `full_attention_interval`, Ling's `layer_group_size`, Jamba's `attn_layer_period`,
-    Llama-4's rotary layers).
-
-    Raises:
-        DwdpConfigError: a kind is unknown, or a list does not fit the layers.
-    """
-    for name in ("layers_block_type", "layer_types"):
-        if named := fields.per_layer(name, num_layers):
-            return [_named_kind(fields, name, each) for each in named]
-    if letters := fields.config.get("hybrid_override_pattern"):
-        return [_named_kind(fields, "hybrid_override_pattern", each) for each in str(letters)]
-    if listed := fields.per_layer("hybrid_layer_pattern", num_layers):
-        return [LayerKind.WINDOW if each == 1 else LayerKind.FULL for each in listed]
-    return _periodic_kinds(fields, num_layers)
-
-
-def _named_kind(fields: ConfigFields, field: str, name: object) -> LayerKind:
-    for kind, names in NAMED_KINDS.items():
-        if name in names:
-            return kind
-    raise DwdpConfigError(
-        f"{fields.named(field)} has {shown(name)}, a kind of layer whose KV cache is unknown here. vLLM "
-        "logs the size of its KV cache at start: plan with that."
-    )
-
-
-def _periodic_kinds(fields: ConfigFields, num_layers: int) -> list[LayerKind]:
-    layers = range(num_layers)
-    inner = fields.config.get("linear_attn_config")
-    if isinstance(inner, dict):
-        full = {layer - 1 for layer in inner.get("full_attn_layers") or ()}  # counted from 1
-        return [LayerKind.FULL if layer in full else LayerKind.STATE for layer in layers]
-    if fields.config.get("linear_num_key_heads") is not None:
-        every = fields.first("full_attention_interval", default=FULL_EVERY, low=1)
-        return [LayerKind.STATE if (layer + 1) % every else LayerKind.FULL for layer in layers]
-    if group := fields.first("layer_group_size", default=0):
-        return [LayerKind.STATE if (layer + 1) % group else LayerKind.FULL for layer in layers]
-    if fields.config.get("attn_layer_period") is not None:
-        period, offset = fields.first("attn_layer_period"), fields.first("attn_layer_offset", low=0)
-        return [LayerKind.FULL if layer % period == offset else LayerKind.STATE for layer in layers]
-    if fields.first("attention_chunk_size", default=0):
-        rotary = _rotary_layers(fields, num_layers)
-        return [LayerKind.CHUNK if each else LayerKind.FULL for each in rotary]
-    return [LayerKind.FULL] * num_layers
-
-
-def narrow_size(fields: ConfigFields, kind: LayerKind) -> int:
-    """Return the tokens that a layer keeps at most; 0 for all."""
-    if kind is LayerKind.CHUNK:
-        return fields.first("attention_chunk_size", "sliding_window", default=0)
-    if kind is LayerKind.WINDOW:
-        names = ("sliding_window", "sliding_window_size", "attention_chunk_size")
-        return fields.first(*names, default=0)
-    return 0
-
-
-def _rotary_layers(fields: ConfigFields, num_layers: int) -> list[bool]:
-    """Say which Llama-4 layers have a rotary embedding: these see a chunk. The list says 1 for them."""
-    name = "no_rope_layers"
-    if listed := fields.per_layer(name, num_layers):
-        return [bool(whole(f"{fields.named(name)}: an entry", one, 0, 1)) for one in listed]
-    every = fields.first("no_rope_layer_interval", default=FULL_EVERY, low=1)
-    return [(layer + 1) % every != 0 for layer in range(num_layers)]

@@ -5,6 +5,7 @@ parallelism, with the largest batch whose step keeps the wanted tokens per secon
 keys and values fit; DWDP changes the prefill side only.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -90,7 +91,9 @@ def decode_batch(model: CostModel, service: Service) -> DecodeBatch:
         low, high = (middle, high) if fits else (low, middle)
     sequence_bytes = context * server.shape.kv_bytes_per_token(context)
     room = max(0.0, expert_parallel_kv_bytes(server))
-    return DecodeBatch(by_speed=low, by_memory=room / sequence_bytes)
+    return DecodeBatch(
+        by_speed=low, by_memory=room / sequence_bytes if sequence_bytes else math.inf
+    )
 
 
 def requests_per_s(model: CostModel, service: Service) -> float:

@@ -1,5 +1,6 @@
 """What `plan` estimates: memory, break-even, gains over DEP in parts, crossover, redundancy. Pure."""
 
+import math
 import random
 import statistics
 from dataclasses import dataclass, replace
@@ -90,7 +91,7 @@ class RankMemory(NamedTuple):
 def memory_bytes(model: CostModel) -> RankMemory:
     """Divide the memory of a rank."""
     shape = model.shape
-    experts = shape.num_moe_layers * model.resident_experts * shape.layer_expert_bytes
+    experts = shape.num_banks * model.resident_experts * shape.layer_expert_bytes
     slots = ring_slots(shape.num_expert_layers) * model.slot_bytes
     weights = (experts, slots, shape.dense_bytes, model.adapter_bytes)
     return RankMemory(*weights, usable_bytes(model) - sum(weights))
@@ -126,9 +127,10 @@ def replica_fits(model: CostModel) -> bool:
 
 
 def kv_tokens(model: CostModel, context_tokens: float) -> float:
-    """Return the tokens of sequences of `context_tokens` that fit the KV cache of a rank."""
+    """Return the tokens of sequences of `context_tokens` that fit a rank; `inf` where none is kept."""
     room = max(0.0, memory_bytes(model).kv_cache)
-    return room / model.shape.kv_bytes_per_token(context_tokens)
+    kept = model.shape.kv_bytes_per_token(context_tokens)
+    return room / kept if kept else math.inf
 
 
 def layer_costs(model: CostModel, input_tokens: float) -> LayerCosts:
@@ -306,7 +308,7 @@ def redundancy(model: CostModel, traffic: Traffic) -> tuple[int, float, Tokens]:
     """Return the experts that spare memory holds per layer, the copies saved, the break-even."""
     spare_bytes = memory_bytes(model).kv_cache - KV_RESERVE * model.hardware.memory_gb * 1e9
     num_remote = model.shape.num_experts - model.resident_experts
-    per_layer = model.shape.num_moe_layers * model.shape.layer_expert_bytes
+    per_layer = model.shape.num_banks * model.shape.layer_expert_bytes
     spare = min(num_remote, int(max(0.0, spare_bytes) // per_layer))
     richer = replace(model, extra_experts=model.extra_experts + spare)
     saved = spare / num_remote if num_remote else 0.0

@@ -2,10 +2,15 @@
 
 from typing import NamedTuple
 
-from vllm_dwdp.planner.checkpoint import ConfigFields, LayerKind, layer_kinds
+from vllm_dwdp.planner.checkpoint import ConfigFields
+from vllm_dwdp.planner.layer_kinds import LayerKind, layer_kinds
 
 UNGATED = ("relu2",)
 """Activations of a feed-forward of two matrices; others have a third, for the gate."""
+
+
+SHARED_WIDTH = "moe_shared_expert_intermediate_size"
+"""Of one shared expert (Ling, NemotronH)."""
 
 
 class Widths(NamedTuple):
@@ -67,7 +72,12 @@ def widths(fields: ConfigFields) -> Widths:
     names = ("moe_intermediate_size", "expert_ffn_hidden_size", "expert_hidden_dim")
     expert = fields.of_kind(0, *names, default=0) or fields.first("intermediate_size")
     other_expert = fields.of_kind(1, *names, default=0) if fields.has_two_kinds else 0
-    dense_names = ("prefix_dense_intermediate_size", "intermediate_size_mlp", "ffn_hidden_size")
+    dense_names = (
+        "prefix_dense_intermediate_size",
+        "dense_intermediate_size",
+        "intermediate_size_mlp",
+        "ffn_hidden_size",
+    )
     dense = fields.first(*dense_names, "intermediate_size", default=0)
     num_shared = fields.first(
         "n_shared_experts",
@@ -76,12 +86,18 @@ def widths(fields: ConfigFields) -> Widths:
         "num_shared_expert",
         default=int("llama4" in fields.model_type),
     )
-    shared_names = ("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size")
-    whole_names = ("shared_intermediate_size", "share_expert_dim")
-    shared = fields.most(*shared_names, *whole_names, default=0) or expert * num_shared
+    shared_names = (
+        "shared_expert_intermediate_size",
+        "shared_intermediate_size",
+        "share_expert_dim",
+    )
+    shared_each = fields.most(SHARED_WIDTH, default=0)
+    if shared_each:  # of Param-2 it is the width of all of them
+        num_shared = 1 if "param2" in fields.model_type else max(1, num_shared)
+    shared = fields.most(*shared_names, default=0) or (shared_each or expert) * num_shared
     if fields.attentions_per_layer > 1:
         shared += fields.attentions_per_layer * dense
-    latent = fields.first("moe_latent_size", default=0) or hidden
+    latent = fields.first("moe_latent_size", "routed_expert_hidden_size", default=0) or hidden
     return Widths(matrices, hidden, latent, expert, other_expert, shared, dense)
 
 

@@ -11,7 +11,8 @@ from functools import cached_property
 from typing import Any
 
 from vllm_dwdp.errors import DwdpConfigError
-from vllm_dwdp.planner.checkpoint import ConfigFields, LayerKind, layer_kinds, narrow_size
+from vllm_dwdp.planner.checkpoint import ConfigFields
+from vllm_dwdp.planner.layer_kinds import LayerKind, layer_kinds, narrow_size
 from vllm_dwdp.planner.states import NO_STATE, LayerState, layer_state
 
 INDEX_GROUP, INDEX_SCALE_BYTES = 128, 4
@@ -22,6 +23,10 @@ KV_FIELDS = {
     LayerKind.WINDOW: (("swa_num_key_value_heads",), ("swa_head_dim",), ("swa_v_head_dim",)),
 }
 """Heads, and the sizes of keys and values, where layers of a kind have their own (Gemma 4, MiMo)."""
+
+
+ENCODERS = ("openai_privacy_filter",)
+"""Types of models whose layers see a whole sequence at once, and keep nothing of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +138,8 @@ def kv_cache(
             f"{fields.named('compress_ratios')} says that layers compress their KV cache; what they "
             "keep is unknown here. vLLM logs the size of its KV cache at start: plan with that."
         )
+    if fields.model_type in ENCODERS:
+        return KvCache((LayerCache(),) * num_layers, kv_bits)
     own_until = num_layers - fields.first("num_kv_shared_layers", default=0)
     kinds = layer_kinds(fields, num_layers)[:own_until]
     layers = [

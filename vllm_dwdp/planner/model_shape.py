@@ -9,9 +9,10 @@ from typing import Any
 from vllm_dwdp.errors import DwdpConfigError
 from vllm_dwdp.planner.adapters import NOTHING, AdapterSize, adapter_size
 from vllm_dwdp.planner.checked import shown
-from vllm_dwdp.planner.checkpoint import ConfigFields, LayerKind, layer_kinds, moe_layers
+from vllm_dwdp.planner.checkpoint import ConfigFields, moe_layers
 from vllm_dwdp.planner.feed_forward import feed_forwards
 from vllm_dwdp.planner.kv_cache import KV_HEADS, KvCache, kv_cache
+from vllm_dwdp.planner.layer_kinds import LayerKind, layer_kinds
 from vllm_dwdp.planner.quantisation import FORMATS, UNQUANTISED, Precision, Quantisation
 from vllm_dwdp.prefetch.schedule import NUM_SLOTS
 
@@ -26,6 +27,7 @@ class ModelShape:
         name: architecture.
         num_layers: all of them.
         moe_layers: those with routed experts, ascending.
+        num_banks: sets of experts that the layers have; fewer than layers where these share them.
         num_other_layers: layers with as many experts of a second kind, which run for pictures only.
         other_expert_params: of one of these.
         adapters: what a slot for a LoRA adapter takes.
@@ -47,6 +49,7 @@ class ModelShape:
     name: str
     num_layers: int
     moe_layers: tuple[int, ...]
+    num_banks: int
     num_experts: int
     experts_per_token: int
     expert_params: int
@@ -119,8 +122,8 @@ class ModelShape:
 
     @property
     def experts_bytes(self) -> float:
-        """The bytes of all routed experts of all layers."""
-        return self.num_moe_layers * self.num_experts * self.layer_expert_bytes
+        """The bytes of all routed experts."""
+        return self.num_banks * self.num_experts * self.layer_expert_bytes
 
     @property
     def dense_bytes(self) -> float:
@@ -209,6 +212,7 @@ def shape_of(
         name=fields.architecture,
         num_layers=num_layers,
         moe_layers=with_experts,
+        num_banks=fields.num_banks(len(with_experts)),
         num_experts=num_experts,
         experts_per_token=experts_per_token,
         expert_params=sizes.expert,

@@ -1,5 +1,6 @@
 """`vllm-dwdp plan`: does DWDP pay off for this model, machine and traffic? Figures and advice."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -101,7 +102,7 @@ def _memory(model: CostModel, traffic: Traffic) -> list[Figure]:
         *_drafting(topic, model),
         _figure(topic, "KV cache", sizes.kv_cache / 1e9, "GB", "spec"),
         *_per_sequence(topic, model.shape.kv_cache),
-        _figure(topic, "tokens that fit the KV cache", kv_tokens(model, context), "tokens", "spec"),
+        *_fitting(topic, model, context),
         _figure(topic, "weights of a full replica", weights / 1e9, "GB", "config"),
         _figure(topic, "KV cache of a full replica", replica_kv_bytes(model) / 1e9, "GB", "spec"),
     ]  # fmt: skip
@@ -129,6 +130,12 @@ def _per_sequence(topic: str, cache: KvCache) -> Iterator[Figure]:
     if cache.state_bytes:
         what = f"KV cache per sequence, states of {cache.num_states} layers"
         yield _figure(topic, what, cache.state_bytes / 1e6, "MB", "config")
+
+
+def _fitting(topic: str, model: CostModel, context_tokens: int) -> Iterator[Figure]:
+    fitting = kv_tokens(model, context_tokens)
+    if math.isfinite(fitting):
+        yield _figure(topic, "tokens that fit the KV cache", fitting, "tokens", "spec")
 
 
 def _times(model: CostModel, traffic: Traffic) -> list[Figure]:

@@ -99,6 +99,17 @@ def _published_kimi_linear(fields: ConfigFields) -> LayerState:
     )
 
 
+def _ling_delta_attention(fields: ConfigFields) -> LayerState:
+    heads, size = fields.first("num_attention_heads"), fields.first("head_dim")
+    kernel, hidden = fields.first("short_conv_kernel_size"), fields.first("hidden_size")
+    return LayerState(
+        convolution=3 * heads * size * (kernel - 1),
+        recurrent=heads * size * size,
+        recurrent_bits=FLOAT32,
+        params=6 * hidden * heads * size + hidden * heads,  # two gates of full rank among them
+    )
+
+
 def _lightning_attention(fields: ConfigFields) -> LayerState:
     heads, hidden = fields.first("num_attention_heads"), fields.first("hidden_size")
     size = fields.first("head_dim", default=max(1, hidden // heads), low=1)
@@ -151,6 +162,7 @@ FAMILIES: dict[str, Callable[[ConfigFields], LayerState]] = {
     "linear_num_key_heads": _gated_delta_net,
     "linear_num_heads": _kimi_delta_attention,
     "linear_attn_config": _published_kimi_linear,
+    "short_conv_kernel_size": _ling_delta_attention,
     "layer_group_size": _lightning_attention,
     "mamba_n_heads": _mamba2,
     "mamba_num_heads": _mamba2,

@@ -18,7 +18,7 @@ WITH_WEIGHTS = [name for name, family in PUBLISHED.items() if family.tensors is 
 @pytest.mark.parametrize("name", WITH_WEIGHTS)
 def test_every_expert_is_another(name: str, tmp_path: Path) -> None:
     """Experts that were alike would hide one that is in another's place."""
-    weights = load_file(make_checkpoint(tmp_path, name) / "model.safetensors")
+    weights = load_file(make_checkpoint(tmp_path, name) / PUBLISHED[name].weights_name)
     drawn = {each: tensor for each, tensor in weights.items() if tensor.dim() > 1}
     rows = [row for tensor in drawn.values() for row in (tensor if tensor.dim() == 3 else [tensor])]
     seen = {row.contiguous().view(torch.uint8).numpy().tobytes() for row in rows}

@@ -1,5 +1,7 @@
 """Which layers have experts, and what the layers without them hide."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +17,14 @@ from tests.unit.planner.models import (
 )
 from vllm_dwdp.errors import DwdpConfigError
 from vllm_dwdp.paper import DEEPSEEK_R1
+from vllm_dwdp.planner.checkpoint import read_config
 from vllm_dwdp.planner.cost import CostModel
 from vllm_dwdp.planner.estimates import Part, parts, speedups
 from vllm_dwdp.planner.hardware import find_hardware
 from vllm_dwdp.planner.model_shape import ModelShape, dense_beside, shape_of
 from vllm_dwdp.prefetch.schedule import NUM_SLOTS
+
+TWO_SHARED = {"moe_shared_expert_intermediate_size": 96, "num_shared_experts": 2}
 
 
 def maverick_on_h200() -> CostModel:
@@ -106,6 +111,7 @@ def test_the_frequency_of_layers_with_experts(change: dict[str, Any], expected: 
         ({"moe_layer_start_index": 2, "moe_layer_end_index": 46}, range(2, 47)),
         ({"decoder_sparse_step": None, "moe_layer_interval": 2}, range(1, 48, 2)),
         ({"num_dense_layers": 2}, range(2, 48)),
+        ({"dense_mlp_idx": 2}, range(2, 48)),
         ({"moe_layers_enum": ",".join(map(str, range(3, 48)))}, range(3, 48)),
         ({"mlp_layer_types": ["dense"] + ["sparse"] * 49, "num_nextn_predict_layers": 2}, range(1, 48)),
         ({"layers_block_type": ["attention", "moe"] * 24}, range(1, 48, 2)),
@@ -115,6 +121,39 @@ def test_how_families_say_which_layers_have_experts(
     change: dict[str, Any], expected: range
 ) -> None:
     assert shape_of(QWEN3_30B | change).moe_layers == tuple(expected)
+
+
+@pytest.mark.parametrize(
+    "path", [("text_config",), ("llm_config",), ("thinker_config", "text_config")]
+)
+def test_a_text_model_inside_of_another(path: tuple[str, ...], tmp_path: Path) -> None:
+    config: dict[str, Any] = QWEN3_30B
+    for name in reversed(path):
+        config = {name: config, "model_type": "another", "quantization_config": {"bits": 4}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = read_config(tmp_path)
+    assert found == QWEN3_30B | {"quantization_config": {"bits": 4}}
+
+
+def test_the_words_of_mistral(tmp_path: Path) -> None:
+    experts = {"num_experts": 128, "num_experts_per_tok": 4, "expert_hidden_dim": 4096}
+    ends = {"num_shared_experts": 1, "first_k_dense_replace": 3}
+    params = {
+        "dim": 7168,
+        "n_layers": 61,
+        "n_heads": 128,
+        "hidden_dim": 16384,
+        "vocab_size": 131072,
+    }
+    latent = {"q_lora_rank": 1536, "kv_lora_rank": 512, "v_head_dim": 128}
+    heads = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64}
+    (tmp_path / "params.json").write_text(
+        json.dumps(params | latent | heads | {"moe": experts | ends})
+    )
+    shape = shape_of(read_config(tmp_path))
+    assert (shape.num_experts, shape.experts_per_token) == (128, 4)
+    assert shape.moe_layers == tuple(range(3, 61))
+    assert (shape.experts_bytes + shape.dense_bytes) / 2 == pytest.approx(673e9, rel=0.01)
 
 
 def test_the_names_of_dbrx() -> None:
@@ -140,9 +179,14 @@ def test_the_names_of_dbrx() -> None:
         ({"moe_intermediate_size": None, "expert_ffn_hidden_size": 64}, "expert_params", 3 * 2048 * 64),
         ({"moe_intermediate_size": [64, 32]}, "expert_params", 3 * 2048 * 64),
         ({"moe_latent_size": 256}, "expert_params", 3 * 256 * 768),
+        ({"routed_expert_hidden_size": 256}, "expert_params", 3 * 256 * 768),
+        ({"num_blocks": 6}, "num_banks", 6),
+        ({}, "num_banks", 48),
         ({"shared_intermediate_size": 96}, "shared_params", 3 * 2048 * 96),
         ({"share_expert_dim": 96}, "shared_params", 3 * 2048 * 96),
         ({"moe_num_shared_experts": 2}, "shared_params", 3 * 2048 * 2 * 768),
+        (TWO_SHARED, "shared_params", 3 * 2048 * 2 * 96),
+        (TWO_SHARED | {"model_type": "param2moe"}, "shared_params", 3 * 2048 * 96),
         ({"mlp_hidden_act": "relu2"}, "expert_params", 2 * 2048 * 768),
     ],
 )  # fmt: skip

@@ -182,6 +182,24 @@ def test_ling_has_a_full_layer_at_the_end_of_each_group() -> None:
     assert found.state_bytes == found.num_states * 2 * DEEPSEEK_R1["num_attention_heads"] * size**2
 
 
+def test_ling_3_keeps_the_state_of_delta_attention_but_after_the_last_whole_group() -> None:
+    ling = {"layer_group_size": 8, "short_conv_kernel_size": 4, "head_dim": 128}
+    found = cache(DEEPSEEK_R1, **ling)
+    assert (found.num_full, found.num_states) == (7 + 5, 49), "61 layers are 7 groups and 5"
+    width = DEEPSEEK_R1["num_attention_heads"] * 128
+    assert found.state_bytes == 49 * (2 * 3 * 3 * width + 4 * width * 128)
+
+
+def test_an_encoder_keeps_nothing() -> None:
+    found = cache(GPT_OSS_120B, model_type="openai_privacy_filter")
+    assert (found.token_bytes, found.window_bytes, found.state_bytes) == (0, 0, 0)
+
+
+def test_local_layers_that_are_listed_keep_a_window() -> None:
+    found = cache(QWEN3_30B, local_layer_ids=[0, 2], sliding_window_size=512)
+    assert (found.num_full, found.window_tokens) == (46, 512)
+
+
 def test_layers_of_one_kind_have_heads_of_their_own() -> None:
     others = {"attention_type": "sliding_attention", "num_attention_groups": 2, "head_dim": 64}
     found = cache(
@@ -231,3 +249,6 @@ def test_plan_says_what_is_per_token_and_what_per_sequence(tmp_path: Any) -> Non
     windows = plan(GPT_OSS_120B)
     assert "KV cache per sequence, windows of 128 tokens, at most" in windows
     assert "states" not in windows
+    encoder = plan(GPT_OSS_120B | {"model_type": "openai_privacy_filter"})
+    assert "KV cache per token, 0 of 36 layers" in encoder
+    assert "tokens that fit the KV cache" not in encoder, "any number does"

@@ -82,7 +82,7 @@ def _save_model(folder: Path, config: transformers.PretrainedConfig, seed: int) 
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        model = _class_for(config).from_config(config)
+        model = _empty_model(config)
     finally:
         torch.set_default_dtype(default)
     with torch.no_grad():
@@ -93,13 +93,13 @@ def _save_model(folder: Path, config: transformers.PretrainedConfig, seed: int) 
     model.save_pretrained(folder)
 
 
-def _class_for(config: transformers.PretrainedConfig) -> Any:
-    """Return the automatic class of a model that generates or classifies, or has a vision tower."""
+def _empty_model(config: transformers.PretrainedConfig) -> Any:
+    """Return a model of the class that the config names, or of the one for its type."""
+    if config.architectures:
+        return getattr(transformers, config.architectures[0])(config)
     if hasattr(config, "vision_config"):
-        return transformers.AutoModelForImageTextToText
-    if any("SequenceClassification" in name for name in config.architectures or ()):
-        return transformers.AutoModelForSequenceClassification
-    return transformers.AutoModelForCausalLM
+        return transformers.AutoModelForImageTextToText.from_config(config)
+    return transformers.AutoModelForCausalLM.from_config(config)
 
 
 def save_tokenizer(folder: Path) -> None:

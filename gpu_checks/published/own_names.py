@@ -1,0 +1,217 @@
+"""Names and shapes of the tensors of families with layers, or names, of their own."""
+
+from collections.abc import Callable
+
+from gpu_checks.published.parts import (
+    attention,
+    experts,
+    joined,
+    latent_attention,
+    mlp,
+    model,
+    norms,
+    weights,
+)
+from gpu_checks.published.writing import Fields, Shapes
+
+
+def longcat(config: Fields) -> Shapes:
+    """List two attentions and two feed-forwards a layer, and a router of more than the experts."""
+
+    def layer(prefix: str, number: int) -> Shapes:
+        inner, count = f"{prefix}.mlp", config["n_routed_experts"]
+        choices = count + config["zero_expert_num"]
+        return (
+            joined(
+                latent_attention(f"{prefix}.self_attn.{half}", config)
+                | mlp(f"{prefix}.mlps.{half}", config, config["ffn_hidden_size"])
+                | {
+                    f"{prefix}.{norm}.{half}.weight": (config["hidden_size"],)
+                    for norm in ("input_layernorm", "post_attention_layernorm")
+                }
+                for half in range(2)
+            )
+            | weights(f"{inner}.router", classifier=(choices, config["hidden_size"]))
+            | {f"{inner}.router.e_score_correction_bias": (choices,)}
+            | experts(inner, config, count)
+        )
+
+    return model(config, layer)
+
+
+def step3(config: Fields, attending: Callable[[str], Shapes], **biases: int) -> Shapes:
+    count = config["moe_num_experts"]
+    with_experts = [int(number) for number in config["moe_layers_enum"].split(",")]
+
+    def layer(prefix: str, number: int) -> Shapes:
+        if number in with_experts:
+            rest = (
+                weights(f"{prefix}.moe", gate=(count, config["hidden_size"]))
+                | {f"{prefix}.moe.{name}": (size,) for name, size in biases.items()}
+                | mlp(f"{prefix}.moe", config, config["moe_intermediate_size"], count)
+                | mlp(f"{prefix}.share_expert", config, config["share_expert_dim"])
+            )
+        else:
+            rest = mlp(f"{prefix}.mlp", config, config["intermediate_size"])
+        return norms(prefix, config) | attending(f"{prefix}.self_attn") | rest
+
+    return model(config, layer)
+
+
+def step3_text(config: Fields) -> Shapes:
+    hidden, size, queries = config["hidden_size"], config["head_dim"], config["share_q_dim"]
+    heads = config["num_attention_heads"]
+    return step3(
+        config,
+        lambda prefix: weights(
+            prefix,
+            q_proj=(queries, hidden),
+            k_proj=(size, hidden),
+            v_proj=(size, hidden),
+            inter_norm=(queries,),
+            wq=(heads * size, queries),
+            o_proj=(hidden, heads * size),
+        ),
+    )
+
+
+def step3p5(config: Fields) -> Shapes:
+    def gated(prefix: str) -> Shapes:
+        size, hidden = config["head_dim"], config["hidden_size"]
+        return attention(prefix, config, "num_attention_groups") | weights(
+            prefix,
+            q_norm=(size,),
+            k_norm=(size,),
+            g_proj=(config["num_attention_heads"], hidden),
+        )
+
+    return step3(config, gated, router_bias=config["moe_num_experts"])
+
+
+def ernie_vl(config: Fields) -> Shapes:
+    """List the language model: experts for text in a layer, and as many others for images."""
+    hidden, (count, others) = config["hidden_size"], config["moe_num_experts"]
+    widths = [config["moe_intermediate_size"][expert >= count] for expert in range(count + others)]
+
+    def layer(prefix: str, number: int) -> Shapes:
+        inner = f"{prefix}.mlp"
+        if number < min(config["moe_layer_start_index"]):
+            rest = mlp(inner, config, config["intermediate_size"])
+        else:
+            rest = (
+                {
+                    f"{inner}.gate.weight": (hidden, count),
+                    f"{inner}.gate.weight_1": (hidden, others),
+                }
+                | {f"{inner}.moe_statics.e_score_correction_bias": (2, count)}
+                | mlp(f"{inner}.shared_experts", config, widths[0])
+                | joined(
+                    mlp(f"{inner}.experts.{expert}", config, width)
+                    for expert, width in enumerate(widths)
+                )
+            )
+        return norms(prefix, config) | attention(f"{prefix}.self_attn", config) | rest
+
+    return model(config, layer)
+
+
+def mistral_large(config: Fields) -> Shapes:
+    """List Mistral's own names."""
+    hidden, heads, experts = config["dim"], config["n_heads"], config["moe"]
+    middle, rank = config["q_lora_rank"], config["kv_lora_rank"]
+    nope, rope, value = (config[f"{name}_head_dim"] for name in ("qk_nope", "qk_rope", "v"))
+
+    def gated(prefix: str, width: int) -> Shapes:
+        return weights(prefix, w1=(width, hidden), w2=(hidden, width), w3=(width, hidden))
+
+    def layer(prefix: str, number: int) -> Shapes:
+        attending = weights(
+            f"{prefix}.attention",
+            wq_a=(middle, hidden),
+            q_a_norm=(middle,),
+            wq_b=(heads * (nope + rope), middle),
+            wkv_a_with_mqa=(rank + rope, hidden),
+            kv_a_norm=(rank,),
+            wkv_b=(heads * (nope + value), rank),
+            wo=(hidden, heads * value),
+        )
+        shape = weights(prefix, attention_norm=(hidden,), ffn_norm=(hidden,)) | attending
+        if number < experts["first_k_dense_replace"]:
+            return shape | gated(f"{prefix}.feed_forward", config["hidden_dim"])
+        count, width = experts["num_experts"], experts["expert_hidden_dim"]
+        names = (*(f"experts.{expert}" for expert in range(count)), "shared_experts")
+        return (
+            shape
+            | weights(prefix, gate=(count, hidden))
+            | joined(gated(f"{prefix}.{name}", width) for name in names)
+        )
+
+    ends = dict.fromkeys(("tok_embeddings", "output"), (config["vocab_size"], hidden))
+    layers = (layer(f"layers.{number}", number) for number in range(config["n_layers"]))
+    named = {f"{name}.weight": shape for name, shape in ends.items()}
+    return named | {"norm.weight": (hidden,)} | joined(layers)
+
+
+def deepseek_v4(config: Fields) -> Shapes:
+    """List DeepSeek's own names: streams that are mixed, layers that compress what they keep.
+
+    The first layers choose experts by a table of tokens.
+    """
+    hidden, vocabulary, streams = config["hidden_size"], config["vocab_size"], config["hc_mult"]
+    count, width = config["n_routed_experts"], config["moe_intermediate_size"]
+
+    def mixing(prefix: str, rows: int, scales: int) -> Shapes:
+        sizes = {"fn": (rows, streams * hidden), "base": (rows,), "scale": (scales,)}
+        return {f"{prefix}_{name}": shape for name, shape in sizes.items()}
+
+    def compressor(prefix: str, ratio: int, size: int) -> Shapes:
+        rows = size * (1 + (ratio == 4))
+        inner = weights(prefix, wkv=(rows, hidden), wgate=(rows, hidden), norm=(size,))
+        return inner | {f"{prefix}.ape": (ratio, rows)}
+
+    def compressed(prefix: str, ratio: int) -> Shapes:
+        heads, size, rank = (
+            config[name] for name in ("num_attention_heads", "head_dim", "q_lora_rank")
+        )
+        groups, out = config["o_groups"], config["o_lora_rank"]
+        found = {f"{prefix}.attn_sink": (heads,)} | weights(
+            prefix,
+            wq_a=(rank, hidden),
+            wkv=(size, hidden),
+            q_norm=(rank,),
+            kv_norm=(size,),
+            wq_b=(heads * size, rank),
+            wo_a=(groups * out, heads * size // groups),
+            wo_b=(hidden, groups * out),
+        )
+        if ratio:
+            found |= compressor(f"{prefix}.compressor", ratio, size)
+        if ratio == 4:
+            indexers, index_size = config["index_n_heads"], config["index_head_dim"]
+            found |= compressor(f"{prefix}.indexer.compressor", ratio, index_size)
+            found |= weights(
+                f"{prefix}.indexer",
+                wq_b=(indexers * index_size, rank),
+                weights_proj=(indexers, hidden),
+            )
+        return found
+
+    def layer(number: int) -> Shapes:
+        prefix, inner = f"layers.{number}", f"layers.{number}.ffn"
+        is_hashed = number < config["num_hash_layers"]
+        hashed = {f"{inner}.gate.tid2eid": (vocabulary, config["num_experts_per_tok"])}
+        gated = {"w1": (width, hidden), "w2": (hidden, width), "w3": (width, hidden)}
+        names = (f"experts.{expert}" for expert in range(count))
+        return (
+            weights(prefix, attn_norm=(hidden,), ffn_norm=(hidden,))
+            | mixing(f"{prefix}.hc_attn", (2 + streams) * streams, 3)
+            | mixing(f"{prefix}.hc_ffn", (2 + streams) * streams, 3)
+            | compressed(f"{prefix}.attn", config["compress_ratios"][number])
+            | weights(inner, gate=(count, hidden))
+            | (hashed if is_hashed else {f"{inner}.gate.bias": (count,)})
+            | joined(weights(f"{inner}.{each}", **gated) for each in (*names, "shared_experts"))
+        )
+
+    ends = {"embed.weight": (vocabulary, hidden), "head.weight": (vocabulary, hidden)}
+    layers = joined(layer(number) for number in range(config["num_hidden_layers"]))
+    return ends | {"norm.weight": (hidden,)} | mixing("hc_head", streams, 1) | layers
