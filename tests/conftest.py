@@ -8,9 +8,9 @@ from hypothesis import settings
 from tests.helpers.engines import end_servers
 from tests.helpers.ignored_signals import hear_ignored_signals
 from tests.tables.record import Recorder
-from tests.tables.said import pytest_runtest_setup, said
+from tests.tables.said import pytest_runtest_makereport, pytest_runtest_setup, said
 
-__all__ = ["pytest_runtest_setup", "said"]
+__all__ = ["pytest_runtest_makereport", "pytest_runtest_setup", "said"]
 
 # `make test &` in a script starts pytest with SIGINT ignored; the programs that tests start must
 # not inherit that.

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.compat.versions import vllm_minor
 from tests.e2e import uneven_experts
 from tests.e2e.conftest import Checkpoints, StockEngine
 from tests.e2e.matrix import run_cases
@@ -23,7 +24,7 @@ from vllm_dwdp.planner.checkpoint import read_config
 from vllm_dwdp.planner.kv_cache import LayerCache
 from vllm_dwdp.planner.model_shape import shape_of
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.every_version, pytest.mark.timeout(900)]
 
 PER_PROCESS = 6
 """Checkpoints that one engine process runs after each other."""
@@ -40,11 +41,18 @@ def rows(*, served: bool) -> list[Any]:
             marks=[
                 pytest.mark.model(model.row, **_said_by_stock(model)),
                 *([] if model.on_push else [pytest.mark.slow]),
+                pytest.mark.skipif(
+                    vllm_minor() < model.since, reason=f"since vLLM {_dotted(model.since)}"
+                ),
             ],
         )
         for name, model in MODELS.items()
         if bool(model.stock_error) != served
     ]
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
 
 
 def _said_by_stock(model: Model) -> dict[str, str]:

@@ -7,11 +7,13 @@ later sessions find again.
 import fcntl
 import os
 import subprocess
+import sys
 import sysconfig
 import venv
 from pathlib import Path
 
 INSTALL_S = 300
+PACKAGES = "site-packages"
 
 
 class Unavailable(Exception):
@@ -47,8 +49,10 @@ def make_venv(folder: Path) -> Path:
         [folder / "bin" / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
         text=True,
     ).strip()
-    # What is there already is not installed again, and pip itself is there.
-    Path(own, "tests.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    # What is there already is not installed again, and pip itself is there. All folders are listed,
+    # since Python follows no .pth file of a folder that one names.
+    folders = [sysconfig.get_path("purelib"), *(each for each in sys.path if PACKAGES in each)]
+    Path(own, "tests.pth").write_text("".join(f"{each}\n" for each in dict.fromkeys(folders)))
     return Path(own)
 
 

@@ -170,9 +170,8 @@ def _untried() -> str:
     lines = [_line(["architecture", "why"]), _line(["---", "---"])]
     lines += [_line(each) for each in sorted(UNTRIED.items())]
     return (
-        "## Not tried\n\nvLLM's registry has these architectures with experts too. There is no small "
-        "checkpoint of them to test with, so nothing is known of them with DWDP:\n\n"
-        + "\n".join(lines)
+        "## Not tried\n\nvLLM's registry has these too, whose code can build experts. There is no small "
+        "checkpoint of them to test with:\n\n" + "\n".join(lines)
     )
 
 

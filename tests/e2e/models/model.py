@@ -19,6 +19,7 @@ class Model:
         needs_torchvision: vLLM or transformers import it for this model.
         window_added: tokens that vLLM keeps beyond the window that the config says.
         on_push: run by `make test` too.
+        since: the first vLLM that has the architecture, its first two numbers, if not every tested one.
     """
 
     row: str
@@ -32,6 +33,7 @@ class Model:
     needs_torchvision: bool = False
     window_added: int = 0
     on_push: bool = False
+    since: tuple[int, int] = (0, 0)
 
 
 def model(row: str, architecture: str, **others: Any) -> Model:
