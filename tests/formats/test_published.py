@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 
 from gpu_checks.quantised import FORMATS
-from tests.compat.versions import vllm_minor
 from tests.formats import law
 from tests.formats.layers import HIDDEN, INTERMEDIATE, NUM_EXPERTS, Choice, make_layer
 from tests.formats.pairs import pairs_of
@@ -20,9 +19,6 @@ from tests.helpers import cpu_gates
 pytestmark = [
     pytest.mark.compat,
     pytest.mark.skipif(cpu_gates.why_not() is not None, reason=str(cpu_gates.why_not())),
-    pytest.mark.skipif(
-        vllm_minor() >= (0, 33), reason="compiled kernels of 0.32, whose signatures 0.33 changed"
-    ),
 ]
 
 NAME = "model.layers.0.mlp.experts"

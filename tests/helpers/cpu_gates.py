@@ -6,8 +6,12 @@ runs are vLLM's own processing and kernels. `environment` makes a started progra
 its engines, do the same: a vLLM plugin in `plugins/` calls `open_gates`.
 """
 
+import functools
+import inspect
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 PLUGINS = Path(__file__).with_name("plugins")
@@ -26,10 +30,38 @@ def why_not() -> str | None:
 
 def open_gates() -> None:
     """Let vLLM choose the kernels in this process from now on."""
+    from vllm import _custom_ops
     from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 
     for name in GATED:
         getattr(cpu_moe, name)._supports_current_device = staticmethod(_is_supported)
+    cpu_moe.fused_experts_cpu = as_compiled(_custom_ops.fused_experts_cpu)
+
+
+def as_compiled(stock: Callable[..., None]) -> Callable[..., None]:
+    """Return what calls the kernel for experts with the arguments that it was compiled for.
+
+    `other_vllm` puts the Python of a newer vLLM over older compiled parts. Since 0.33 the activation is
+    an argument; before, the kernel took the one of gpt-oss wherever it was given an `alpha`.
+    """
+    import torch
+
+    kernel = torch.ops._C.fused_experts_cpu
+    takes = [argument.name for argument in kernel.default._schema.arguments]
+    given = inspect.signature(stock)
+    if set(takes) == set(given.parameters):
+        return stock
+
+    @functools.wraps(stock)
+    def call(*args: Any, **kwargs: Any) -> None:
+        bound = given.bind(*args, **kwargs)
+        bound.apply_defaults()
+        activation = bound.arguments["act_method"].name
+        compiled = "SILU_AND_MUL" if bound.arguments["alpha"] is None else "SWIGLU"
+        assert activation == compiled, f"{activation}, and the compiled kernel takes {compiled}"
+        kernel(*(bound.arguments[name] for name in takes))
+
+    return call
 
 
 def environment() -> dict[str, str]:

@@ -2,8 +2,8 @@
 
 There is no CPU build of it. Its Python comes from the wheel that is made for GPUs; the compiled
 parts are those of the CPU build of the environment that this runs in, whose other packages serve as
-well. Kernels whose signature has changed between the two fail when they are called: those of
-quantised experts.
+well. The kernel of quantised experts, whose signature has changed between the two, is called as it was
+compiled (`cpu_gates.as_compiled`).
 
     python -m tests.helpers.other_vllm
 
@@ -30,6 +30,8 @@ PROGRAMS = {
     "vllm": "vllm.entrypoints.cli.main",
     "vllm-dwdp": "vllm_dwdp.entrypoints.cli.main",
 }
+BESIDE = ("vllm-router",)
+"""Programs of other packages, which do not depend on vLLM."""
 PROGRAM = """#!{python}
 import sys
 from {module} import main
@@ -80,6 +82,9 @@ def make() -> None:
         path = FOLDER / "bin" / program
         path.write_text(PROGRAM.format(python=FOLDER / "bin" / "python", module=module))
         path.chmod(0o755)
+    for program in BESIDE:
+        if (found := Path(sys.executable).with_name(program)).exists():
+            (FOLDER / "bin" / program).symlink_to(found)
 
 
 def name_it_a_cpu_build(site_packages: Path) -> None:
