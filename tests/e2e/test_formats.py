@@ -22,6 +22,7 @@ from tests.helpers import cpu_gates
 
 pytestmark = [
     pytest.mark.e2e,
+    pytest.mark.every_version,
     pytest.mark.skipif(cpu_gates.why_not() is not None, reason=str(cpu_gates.why_not())),
 ]
 

@@ -26,6 +26,7 @@ from vllm_dwdp.entrypoints.launch.ports import free_ports
 
 pytestmark = [
     pytest.mark.e2e,
+    pytest.mark.every_version,
     pytest.mark.timeout(400),
 ]
 
@@ -105,7 +106,6 @@ def tokens_of(outputs: list[Any]) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-@pytest.mark.every_version
 @pytest.mark.feature("Offline `LLM` over several ranks: `generate`, `chat`")
 def test_generate_and_chat_in_order(
     llm: Any, expected: list[list[int]], stock_answers: dict[str, Any]

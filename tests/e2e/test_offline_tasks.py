@@ -12,6 +12,7 @@ from tests.e2e.matrix import run_cases
 
 pytestmark = [
     pytest.mark.e2e,
+    pytest.mark.every_version,
     pytest.mark.timeout(600),
 ]
 

@@ -16,7 +16,7 @@ from tests.e2e.conftest import StockEngine
 from tests.e2e.matrix import run_cases
 from tests.helpers.engines import ROOT
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.every_version]
 
 TEXT = """\
 A library near the harbour keeps one copy of every sea chart. For years each of its four reading

@@ -14,7 +14,12 @@ from tests.e2e.conftest import Checkpoints
 from vllm_dwdp.entrypoints.cli.status import find_ranks
 from vllm_dwdp.entrypoints.launch.server import VLLM, Server, serving
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.every_version,
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+]
 
 ALONE = ("--enforce-eager", "--max-num-seqs", "1", "--max-num-batched-tokens", "512")
 DWDP = ("--distributed-executor-backend", "dwdp", "--data-parallel-size", "2")

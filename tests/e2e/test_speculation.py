@@ -14,7 +14,7 @@ from tests.e2e.conftest import Checkpoints, StockEngine
 from tests.e2e.matrix import run_cases
 from tests.helpers import weight_files
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.every_version, pytest.mark.timeout(600)]
 
 RACES = {"DWDP_DEBUG_POISON": "1", "DWDP_DEBUG_MAX_DELAY_US": "3000"}
 DRIVE = {

@@ -19,7 +19,7 @@ from tests.helpers import cpu_gates
 from tests.helpers.engines import fork
 from tests.helpers.weight_files import parts_of
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.every_version, pytest.mark.timeout(600)]
 
 GATES = {"prepare": "tests.helpers.cpu_gates:open_gates"}
 TRANSFER = {

@@ -199,11 +199,12 @@ def render_versions(results: Results) -> str:
     parts = ["# Versions of vLLM", MADE]
     parts.append(
         "`make test-all` runs the whole suite with the first version, and what is meant for every "
-        "version (the contracts, tokens in direct and prefetch mode, a server, LoRA, the settings and "
-        "requests of `tests/e2e/test_features.py`) with the others; `.ci/run` does so without slow "
-        "tests. There is no CPU build of 0.33.0: its Python runs over the compiled parts of 0.32.0's "
-        "(`tests/helpers/other_vllm.py`), so kernels of quantised experts, whose signatures changed, "
-        "are not run with it."
+        "version (the contracts, every format and model, settings and requests, servers, LoRA, "
+        "speculation, new weights, pooling) with the others; `.ci/run` does so without slow "
+        "tests. Other tests were run with a version by hand, where a row says how they ended. "
+        "There is no CPU build of 0.33.0: its Python runs over the compiled parts of 0.32.0's "
+        "(`tests/helpers/other_vllm.py`), and calls the one kernel whose signature changed as it "
+        "was compiled."
     )
     columns = ["vLLM", "torch", "transformers", "Python", "last run", "machine", *PARTS]
     lines = [_line(columns), _line("---" for _ in columns)]
