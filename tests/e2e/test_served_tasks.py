@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -35,18 +36,65 @@ ASKED: dict[str, dict[str, Any]] = {
 }
 
 
-def answers(server: Server, rank: int | None = None) -> dict[str, Any]:
+KEY = "sk-test"
+MESSAGES = {"messages": [{"role": "user", "content": TEXTS[0]}]}
+GREEDY = {"temperature": 0, "max_tokens": 40}
+TOOL = {
+    "name": "weather",
+    "strict": True,
+    "parameters": {
+        "type": "object",
+        "properties": {"city": {"enum": ["Oslo", "Rome"]}, "unit": {"enum": ["C", "F"]}},
+        "required": ["city", "unit"],
+        "additionalProperties": False,
+    },
+}
+TOOLS = {"tools": [{"type": "function", "function": TOOL}]}
+WEATHER = {
+    "tool_choice": {"type": "function", "function": {"name": "weather"}},
+    "max_tokens": 200,
+}
+CHATS: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": MESSAGES | TOOLS | GREEDY | WEATHER,
+    "/v1/responses": {"input": TEXTS[2], "temperature": 0, "max_output_tokens": 16},
+    "/v1/messages": MESSAGES | GREEDY,
+    "/v1/completions": {"prompt": TEXTS, "echo": True, "logprobs": 2} | GREEDY,
+    "/tokenize": {"prompt": TEXTS[2]},
+    "/detokenize": {"tokens": [5, 60, 7]},
+}
+NOT_COMPARED = {"id", "created", "created_at", "completed_at", "request_id", "system_fingerprint"}
+"""Fields that are new with each request."""
+
+
+def answers(
+    server: Server, rank: int | None = None, asked: dict[str, dict[str, Any]] = ASKED
+) -> dict[str, Any]:
     """Return what each route answers, without names and times."""
     found = {}
     pinned = {} if rank is None else {"X-data-parallel-rank": str(rank)}
-    for path, body in ASKED.items():
-        asked = json.dumps({"model": "m"} | body).encode()
-        headers = {"Content-Type": "application/json"} | pinned
-        request = urllib.request.Request(server.url + path, asked, headers)
+    for path, body in asked.items():
+        content = json.dumps({"model": "m"} | body).encode()
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"} | pinned
+        request = urllib.request.Request(server.url + path, content, headers)
         with urllib.request.urlopen(request, timeout=60) as response:
-            answer = json.load(response)
-        found[path] = answer.get("data", answer.get("results"))
+            found[path] = compared(json.load(response))
     return found
+
+
+def compared(answer: Any) -> Any:
+    """Return the answer without what is new each time."""
+    if isinstance(answer, dict):
+        return {key: compared(each) for key, each in answer.items() if key not in NOT_COMPARED}
+    return [compared(each) for each in answer] if isinstance(answer, list) else answer
+
+
+def check_fetched(server: Server) -> None:
+    """Assert that both ranks have fetched their remote experts."""
+    time.sleep(2.5)  # longer than two of the polls that fill the metrics
+    for rank in ("0", "1"):
+        fetched = server.metric("vllm:dwdp_fetched_bytes_total", engine=rank) or 0
+        remote = server.metric("vllm:dwdp_remote_expert_bytes", engine=rank) or 0
+        assert fetched > 5 * remote > 0
 
 
 @pytest.mark.feature("Pooling over HTTP: `/v1/embeddings`, `/pooling`, `/score`, `/rerank`")
@@ -56,17 +104,32 @@ def test_vectors_scores_and_ranks_of_documents(checkpoints: Checkpoints, tmp_pat
     with serving(tmp_path / "stock.log", model, *embeds) as stock:
         expected = answers(stock)
     assert all(expected.values())
-    assert len({round(each["score"], 3) for each in expected["/score"]}) > 2
+    assert len({round(each["score"], 3) for each in expected["/score"]["data"]}) > 2
     options = (*DWDP, "--additional-config", PREFETCH)
     with serving(tmp_path / "ranks.log", model, *embeds, *options) as server:
         for rank in (0, 1):
             assert answers(server, rank) == expected
         assert answers(server) == expected
-        time.sleep(2.5)  # longer than two of the polls that fill the metrics
-        for rank in ("0", "1"):
-            fetched = server.metric("vllm:dwdp_fetched_bytes_total", engine=rank) or 0
-            remote = server.metric("vllm:dwdp_remote_expert_bytes", engine=rank) or 0
-            assert fetched > 5 * remote > 0
+        check_fetched(server)
+
+
+@pytest.mark.feature("Tool calls, `/v1/responses`, `/v1/messages`, `/tokenize`, API keys")
+def test_tools_responses_and_keys(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    model = checkpoints("qwen3_moe", 8)
+    tools = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--api-key", KEY)
+    with serving(tmp_path / "stock.log", model, *tools, *ALONE) as stock:
+        expected = answers(stock, asked=CHATS)
+    (choice,) = expected["/v1/chat/completions"]["choices"]
+    (call,) = choice["message"]["tool_calls"]
+    assert call["function"]["name"] == "weather"
+    assert set(json.loads(call["function"]["arguments"])) == {"city", "unit"}
+    options = (*DWDP, "--additional-config", PREFETCH)
+    with serving(tmp_path / "ranks.log", model, *tools, *ALONE, *options) as server:
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(f"{server.url}/v1/models", timeout=60)
+        for rank in (0, 1):
+            assert answers(server, rank, CHATS) == expected
+        check_fetched(server)
 
 
 def batch(folder: Path, name: str, model: str, *arguments: str, **environment: str) -> Any:
