@@ -146,7 +146,7 @@ def _qwen3_omni(num_experts: int) -> transformers.PretrainedConfig:
     tower = VISION | {
         "deepstack_visual_indexes": [0],
         "patch_size": 16,
-        "image_size": 64,
+        "image_size": 128,
         "apply_vit_abs_pos_embed": True,
     }
     sound = {

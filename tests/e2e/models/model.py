@@ -43,7 +43,10 @@ def called(architecture: str) -> dict[str, Any]:
     return {"hf_overrides": {"architectures": [architecture]}}
 
 
-ONE_IMAGE = {"limit_mm_per_prompt": {"image": 1, "video": 0}, "max_num_batched_tokens": 512}
+ONE_IMAGE = {
+    "limit_mm_per_prompt": {"image": 1, "video": 0, "audio": 0},
+    "max_num_batched_tokens": 512,
+}
 TEXT_ONLY = {"limit_mm_per_prompt": {"image": 0, "video": 0, "audio": 0}}
 ARIA_IMAGE = {"max_num_batched_tokens": 512, "mm_processor_kwargs": {"max_image_size": 490}}
 QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"

@@ -229,9 +229,10 @@ MULTIMODAL: dict[str, Model] = {
         needs_torchvision=True,
     ),
     "qwen3_omni_moe": model(
-        "Qwen3-Omni, asked with text",
+        "Qwen3-Omni, with an image",
         "Qwen3OmniMoeForConditionalGeneration",
-        engine_args=TEXT_ONLY,
+        engine_args=ONE_IMAGE,
+        asked={"image_token": QWEN_IMAGE},
         needs_torchvision=True,
     ),
     "minicpmv4_6": model(
