@@ -1,13 +1,17 @@
-"""What vLLM keeps of a sequence in each layer, as its own specification says it; for `report`."""
+"""Which model vLLM has built and what it keeps of a sequence in each layer; for `report`."""
 
 import math
 from typing import Any
 
 
 def report(worker: Any) -> dict[str, Any]:
-    """Return what each layer keeps: elements and bytes per token, a window, or a state's elements."""
+    """Return what each layer keeps: elements and bytes per token, a window, or a state's elements.
+
+    `classes` are the model's, with those that it is derived from.
+    """
     return {
-        "kv_layers": {name: describe(spec) for name, spec in worker.get_kv_cache_spec().items()}
+        "classes": [each.__name__ for each in type(worker.model_runner.get_model()).__mro__],
+        "kv_layers": {name: describe(spec) for name, spec in worker.get_kv_cache_spec().items()},
     }
 
 

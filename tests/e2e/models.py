@@ -9,6 +9,7 @@ from typing import Any
 from gpu_checks.checkpoints import ARCHITECTURES
 from gpu_checks.families import FAMILIES, IMAGE_TOKEN
 from gpu_checks.published import PUBLISHED
+from tests.helpers.missing_kernels import said
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,7 @@ class Model:
         engine_args: beside those of every test engine.
         asked: what else a case of `engine_process` says, e.g. how it is asked.
         stock_error: what stock vLLM says; empty if it serves the model.
+        stand_ins: of `missing_kernels`, with which stock vLLM serves it all the same.
         needs_torchvision: vLLM or transformers import it for this model.
         window_added: tokens that vLLM keeps beyond the window that the config says.
         on_push: run by `make test` too.
@@ -36,9 +38,20 @@ class Model:
     engine_args: dict[str, Any] = field(default_factory=dict)
     asked: dict[str, Any] = field(default_factory=dict)
     stock_error: str = ""
+    stand_ins: tuple[str, ...] = ()
     needs_torchvision: bool = False
     window_added: int = 0
     on_push: bool = False
+
+    @property
+    def is_served(self) -> bool:
+        """Whether stock vLLM serves it, if need be with stand-ins."""
+        return not self.stock_error or bool(self.stand_ins)
+
+    @property
+    def served_row(self) -> str:
+        """The row of what is served, which says what was put in for it."""
+        return f"{self.row}, {said(self.stand_ins)}" if self.stand_ins else self.row
 
 
 def _model(row: str, architecture: str, **others: Any) -> Model:
@@ -53,6 +66,12 @@ TRUSTED = {"trust_remote_code": True}
 NO_WEIGHTS = {"load_format": "dummy"}
 """For one that stock vLLM refuses before it reads any."""
 ONLY_SOFTMAX = 'assert self.scoring_func == "softmax"'
+BY_SIGMOID = {"stock_error": ONLY_SOFTMAX, "stand_ins": ("routing_by_sigmoid",)}
+ONE_TOKEN = {
+    "stock_error": "expect x to be transposed",
+    "stand_ins": ("the_convolution_of_one_token",),
+}
+"""Stock vLLM serves it, but no prompt, or rest of one, of a single token."""
 NO_SPARSE = "Sparse Attention is not supported on CPU"
 
 MODELS = {
@@ -85,7 +104,12 @@ MODELS = {
     "granite_moe_shared": _model("Granite-MoE-Shared", "GraniteMoeSharedForCausalLM"),
     "granite_moe_swa": _model("Granite-MoE-SWA", "GraniteMoeSWAForCausalLM"),
     "hy_v3": _model("Hunyuan-3", "HYV3ForCausalLM"),
-    "jamba": _model("Jamba, hybrid", "JambaForCausalLM", stock_error="Dimension out of range"),
+    "jamba": _model(
+        "Jamba, hybrid",
+        "JambaForCausalLM",
+        stock_error="Dimension out of range",
+        stand_ins=("mamba_1",),
+    ),
     "kimi_linear": _model(
         "Kimi-Linear, hybrid",
         "KimiLinearForCausalLM",
@@ -93,15 +117,16 @@ MODELS = {
         stock_error="'_lib_fn_wrapper' object has no attribute 'get'",
     ),
     "lfm2_moe": _model("LFM2-MoE, hybrid", "Lfm2MoeForCausalLM"),
-    "laguna": _model("Laguna", "LagunaForCausalLM", stock_error=ONLY_SOFTMAX),
+    "laguna": _model("Laguna", "LagunaForCausalLM", **BY_SIGMOID),
     "llama4_text": _model("Llama-4, text", "Llama4ForCausalLM"),
     "mellum": _model("Mellum", "MellumForCausalLM"),
-    "minimax_m2": _model("MiniMax-M2", "MiniMaxM2ForCausalLM", stock_error=ONLY_SOFTMAX),
+    "minimax_m2": _model("MiniMax-M2", "MiniMaxM2ForCausalLM", **BY_SIGMOID),
     "mimo_v2_flash": _model("MiMo-V2-Flash", "MiMoV2FlashForCausalLM"),
     "nemotron_h": _model(
         "Nemotron-3, hybrid",
         "NemotronHForCausalLM",
         stock_error="is_act_and_mul=False is supported only for CUDA",
+        stand_ins=("experts_without_a_gate",),
     ),
     "phimoe": _model("Phi-3.5-MoE", "PhiMoEForCausalLM"),
     "qwen3_next": _model("Qwen3-Next, hybrid", "Qwen3NextForCausalLM", on_push=True),
@@ -131,13 +156,14 @@ MODELS = {
         engine_args=TEXT_ONLY | TRUSTED,
         needs_torchvision=True,
         stock_error="Ernie4_5_VLRotaryEmbedding.forward_native() takes from 3 to 4 positional",
+        stand_ins=("the_rotary_embedding",),
     ),
     "qwen3_5_moe": _model(
         "Qwen3.5-MoE, text",
         "Qwen3_5MoeForConditionalGeneration",
         engine_args=TEXT_ONLY,
         needs_torchvision=True,
-        stock_error="expect x to be transposed",
+        **ONE_TOKEN,
     ),
     "flex_olmo": _model("FlexOlmo, Transformers back end", "FlexOlmoForCausalLM"),
     "hunyuan_v1_moe": _model("Hunyuan-A13B, Transformers back end", "HunYuanMoEV1ForCausalLM"),
@@ -166,7 +192,7 @@ MODELS = {
         "Qwen3.5-MoE, text model alone",
         "Qwen3_5MoeForCausalLM",
         needs_torchvision=True,
-        stock_error="expect x to be transposed",
+        **ONE_TOKEN,
     ),
     "aria": _model(
         "Aria, with an image",
@@ -210,7 +236,9 @@ MODELS = {
         "HYV4ForCausalLM",
         stock_error="no valid sparse MLA backend is available",
     ),
-    "minimax_m3": _model("MiniMax-M3", "MiniMaxM3SparseForCausalLM", stock_error=ONLY_SOFTMAX),
+    "minimax_m3": _model(
+        "MiniMax-M3, Transformers back end", "TransformersMoEForCausalLM", **BY_SIGMOID
+    ),
     "bailing_moe": _model("Ling-lite, Ling-plus", "BailingMoeForCausalLM", engine_args=TRUSTED),
     "bailing_moe_v2": _model("Ling-2.0, Ring-2.0", "BailingMoeV2ForCausalLM", engine_args=TRUSTED),
     "bailing_moe_v2_5": _model(
@@ -237,10 +265,13 @@ MODELS = {
     ),
     "mimo_v2": _model("MiMo-V2", "MiMoV2ForCausalLM", engine_args=TRUSTED),
     "longcat_flash": _model(
-        "LongCat-Flash", "LongcatFlashForCausalLM", stock_error="no attribute 'topk_softmax'"
+        "LongCat-Flash",
+        "LongcatFlashForCausalLM",
+        stock_error="no attribute 'topk_softmax'",
+        stand_ins=("zero_experts",),
     ),
     "step3_text": _model("Step-3, text", "Step3TextForCausalLM"),
-    "step3p5": _model("Step-3.5-Flash", "Step3p5ForCausalLM", stock_error=ONLY_SOFTMAX),
+    "step3p5": _model("Step-3.5-Flash", "Step3p5ForCausalLM", **BY_SIGMOID),
     "dots3_note": _model(
         "dots.note",
         "Dots3NoteForCausalLM",
@@ -280,6 +311,8 @@ UNTRIED: dict[str, str] = {
     "MiMoV2OmniForCausalLM": _PUBLISHED,
     "MiniCPMV4_6ForConditionalGeneration": _PROCESSOR,
     "MiniCPMV4_7ForConditionalGeneration": _PROCESSOR,
+    "MiniMaxM3SparseForCausalLM": "nobody has made a small checkpoint as published ones are",
+    "MiniMaxM3SparseForConditionalGeneration": _PROCESSOR,
     "MistralLarge3ForCausalLM": "Mistral's own format; its layers are DeepSeek-V3's",
     "NemotronH_Nano_Omni_Reasoning_V3": _PUBLISHED,
     "NemotronH_Nano_VL_V2": _PUBLISHED,
