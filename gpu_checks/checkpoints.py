@@ -255,6 +255,7 @@ def _save_llama4_processor(folder: Path) -> None:
 PROCESSORS: dict[str, Callable[[Path], None]] = {
     "aria": _save_aria_processor,
     "qwen3_vl_moe": _save_qwen_vl_processor,
+    "qwen3_5_moe": _save_qwen_vl_processor,
     "llama4": _save_llama4_processor,
 }
 """What writes the processor of a family whose checkpoints are asked with images."""

@@ -206,19 +206,31 @@ def _packed_attention(prefix: str, config: Fields, packed: str, out: str) -> Sha
     return _weights(prefix, **{packed: (queries + keys, hidden), out: (hidden, queries)})
 
 
+def _bailing_attention(prefix: str, config: Fields, number: int) -> Shapes:
+    size = (config["head_dim"],)
+    has_norms = config.get("use_qk_norm")
+    norms = _weights(prefix, query_layernorm=size, key_layernorm=size) if has_norms else {}
+    period = config.get("layer_group_size")
+    if not period:
+        return _packed_attention(prefix, config, "query_key_value", "dense") | norms
+    if (number + 1) % period == 0:
+        latent = _latent_attention(prefix, config)
+        return latent | {f"{prefix}.dense.weight": latent.pop(f"{prefix}.o_proj.weight")}
+    whole, hidden = config["num_attention_heads"] * config["head_dim"], config["hidden_size"]
+    gate = _weights(prefix, g_proj=(whole, hidden), g_norm=(whole,))
+    linear = config | {"num_key_value_heads": config["num_attention_heads"]}
+    return _packed_attention(prefix, linear, "query_key_value", "dense") | gate | norms
+
+
 def _bailing(config: Fields) -> Shapes:
-    count, hidden_norms = config["num_experts"], config.get("use_qk_norm")
+    count = config["num_experts"]
     bias = "gate.expert_bias" if config.get("moe_router_enable_expert_bias") else ""
 
     def layer(prefix: str, number: int) -> Shapes:
-        inner = f"{prefix}.attention"
-        size = (config["head_dim"],)
-        norms = _weights(inner, query_layernorm=size, key_layernorm=size) if hidden_norms else {}
         dense = number < config["first_k_dense_replace"]
         return (
             _norms(prefix, config)
-            | _packed_attention(inner, config, "query_key_value", "dense")
-            | norms
+            | _bailing_attention(f"{prefix}.attention", config, number)
             | (
                 _mlp(f"{prefix}.mlp", config, config["intermediate_size"])
                 if dense
@@ -687,7 +699,8 @@ PUBLISHED: dict[str, Published] = {
         architecture="BailingMoeV2_5ForCausalLM",
         model_type="bailing_hybrid",
         experts="num_experts",
-        fields=BAILING_V2 | LATENT | {"layer_group_size": 3},
+        fields=BAILING_V2 | LATENT | {"layer_group_size": 3, "head_dim": 32, "group_norm_size": 4},
+        tensors=_bailing,
     ),
     "pangu_pro_moe_v2": Published(
         architecture="PanguProMoEV2ForCausalLM",

@@ -20,7 +20,8 @@ def describe(spec: Any) -> dict[str, int]:
     from vllm.v1.kv_cache_interface import MambaSpec
 
     if isinstance(spec, MambaSpec):
-        convolution, *recurrent = (math.prod(shape) for shape in spec.shapes)
-        return {"convolution": convolution, "recurrent": sum(recurrent)}
+        sizes = [math.prod(shape) for shape in spec.shapes]
+        convolution = 0 if spec.mamba_type.name == "LINEAR" else sizes[0]
+        return {"convolution": convolution, "recurrent": sum(sizes) - convolution}
     window = getattr(spec, "sliding_window", None) or getattr(spec, "attention_chunk_size", None)
     return {"token_bytes": spec.real_page_size_bytes // spec.block_size, "window": window or 0}

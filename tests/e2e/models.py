@@ -9,7 +9,7 @@ from typing import Any
 from gpu_checks.checkpoints import ARCHITECTURES
 from gpu_checks.families import FAMILIES, IMAGE_TOKEN
 from gpu_checks.published import PUBLISHED
-from tests.helpers.missing_kernels import said
+from tests.helpers.missing_kernels import STAND_INS, said
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +115,7 @@ MODELS = {
         "KimiLinearForCausalLM",
         engine_args={"enable_prefix_caching": False},
         stock_error="'_lib_fn_wrapper' object has no attribute 'get'",
+        stand_ins=("delta_attention", "blocks_of_latents", "caches_of_latents"),
     ),
     "lfm2_moe": _model("LFM2-MoE, hybrid", "Lfm2MoeForCausalLM"),
     "laguna": _model("Laguna", "LagunaForCausalLM", **BY_SIGMOID),
@@ -165,6 +166,14 @@ MODELS = {
         needs_torchvision=True,
         **ONE_TOKEN,
     ),
+    "qwen3_5_moe_image": _model(
+        "Qwen3.5-MoE, with an image",
+        "Qwen3_5MoeForConditionalGeneration",
+        checkpoint="qwen3_5_moe",
+        engine_args=ONE_IMAGE,
+        asked={"image_token": QWEN_IMAGE},
+        needs_torchvision=True,
+    ),
     "flex_olmo": _model("FlexOlmo, Transformers back end", "FlexOlmoForCausalLM"),
     "hunyuan_v1_moe": _model("Hunyuan-A13B, Transformers back end", "HunYuanMoEV1ForCausalLM"),
     "olmoe_transformers": _model(
@@ -175,7 +184,7 @@ MODELS = {
     ),
     "olmoe_transformers_embeds": _model(
         "OLMoE that embeds, --model-impl transformers",
-        "TransformersMoEEmbeddingModel",
+        "TransformersMoEForCausalLM",
         checkpoint="olmoe",
         engine_args={"model_impl": "transformers", "runner": "pooling", "convert": "embed"},
         asked={"pooling": "embed"},
@@ -244,8 +253,9 @@ MODELS = {
     "bailing_moe_v2_5": _model(
         "Ling-2.5, hybrid",
         "BailingMoeV2_5ForCausalLM",
-        engine_args=TRUSTED | NO_WEIGHTS | {"enable_prefix_caching": False},
+        engine_args=TRUSTED | {"enable_prefix_caching": False},
         stock_error="is not supported by attention backend(s): CPU_MLA",
+        stand_ins=("blocks_of_latents", "linear_attention"),
     ),
     "deepseek_v4": _model(
         "DeepSeek-V4", "DeepseekV4ForCausalLM", stock_error="_token_request_mapping_kernel["
@@ -284,6 +294,8 @@ MODELS = {
 assert {model.checkpoint or name for name, model in MODELS.items()} <= set(
     ARCHITECTURES | FAMILIES | PUBLISHED
 )
+
+assert {name for model in MODELS.values() for name in model.stand_ins} <= set(STAND_INS)
 
 _PUBLISHED = "transformers has no such model; its code is published with its weights"
 _PROCESSOR = "a small checkpoint needs the files of its processor, which nobody has written"
@@ -325,6 +337,7 @@ UNTRIED: dict[str, str] = {
     "Qwen3_5ForConditionalGeneration": "published ones have no experts",
     "Qwen4ExpForCausalLM": "no small checkpoint has been made of it",
     "Qwen4ExpForConditionalGeneration": _PROCESSOR,
+    "TransformersMoEEmbeddingModel": "vLLM converts the causal model to embed",
     "TransformersMultiModalMoEForCausalLM": "no run of a model with images by it was seen to end",
 }
 """Architectures without a checkpoint here, and why."""
