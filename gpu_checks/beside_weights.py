@@ -105,6 +105,7 @@ def _save_llama4_processor(folder: Path) -> None:
 PROCESSORS: dict[str, Callable[[Path], None]] = {
     "aria": _save_aria_processor,
     "qwen3_vl_moe": _save_qwen_vl_processor,
+    "qwen3_5_moe": _save_qwen_vl_processor,
     "qwen3_vl_moe_saved": _save_qwen_vl_processor,
     "colqwen3_5": _save_qwen_vl_processor,
     "qwen3_omni_moe": _save_omni_processor,

@@ -214,7 +214,8 @@ TEXT: dict[str, Published] = {
         architecture="BailingMoeV2_5ForCausalLM",
         model_type="bailing_hybrid",
         experts="num_experts",
-        fields=BAILING_V2 | LATENT | {"layer_group_size": 3},
+        fields=BAILING_V2 | LATENT | {"layer_group_size": 3, "head_dim": 32, "group_norm_size": 4},
+        tensors=layouts.bailing,
     ),
     "pangu_pro_moe_v2": Published(
         architecture="PanguProMoEV2ForCausalLM",

@@ -1,10 +1,11 @@
 """Models that read text alone."""
 
 from tests.e2e.models.model import (
+    BY_SIGMOID,
     NO_KERNEL,
     NO_SPARSE,
     NO_WEIGHTS,
-    ONLY_SOFTMAX,
+    ONE_TOKEN,
     TRUSTED,
     UNCACHED,
     UNGATED,
@@ -41,23 +42,30 @@ TEXT: dict[str, Model] = {
     "granite_moe_shared": model("Granite-MoE-Shared", "GraniteMoeSharedForCausalLM"),
     "granite_moe_swa": model("Granite-MoE-SWA", "GraniteMoeSWAForCausalLM"),
     "hy_v3": model("Hunyuan-3", "HYV3ForCausalLM"),
-    "jamba": model("Jamba, hybrid", "JambaForCausalLM", stock_error="Dimension out of range"),
+    "jamba": model(
+        "Jamba, hybrid",
+        "JambaForCausalLM",
+        stock_error="Dimension out of range",
+        stand_ins=("mamba_1",),
+    ),
     "kimi_linear": model(
         "Kimi-Linear, hybrid",
         "KimiLinearForCausalLM",
         engine_args=UNCACHED,
         stock_error=NO_KERNEL,
+        stand_ins=("delta_attention", "blocks_of_latents", "caches_of_latents"),
     ),
     "lfm2_moe": model("LFM2-MoE, hybrid", "Lfm2MoeForCausalLM"),
-    "laguna": model("Laguna", "LagunaForCausalLM", stock_error=ONLY_SOFTMAX),
+    "laguna": model("Laguna", "LagunaForCausalLM", **BY_SIGMOID),
     "llama4_text": model("Llama-4, text", "Llama4ForCausalLM"),
     "mellum": model("Mellum", "MellumForCausalLM"),
-    "minimax_m2": model("MiniMax-M2", "MiniMaxM2ForCausalLM", stock_error=ONLY_SOFTMAX),
+    "minimax_m2": model("MiniMax-M2", "MiniMaxM2ForCausalLM", **BY_SIGMOID),
     "mimo_v2_flash": model("MiMo-V2-Flash", "MiMoV2FlashForCausalLM"),
     "nemotron_h": model(
         "Nemotron-3, hybrid",
         "NemotronHForCausalLM",
         stock_error=UNGATED,
+        stand_ins=("experts_without_a_gate",),
     ),
     "phimoe": model("Phi-3.5-MoE", "PhiMoEForCausalLM"),
     "qwen3_next": model("Qwen3-Next, hybrid", "Qwen3NextForCausalLM", on_push=True),
@@ -71,7 +79,7 @@ TEXT: dict[str, Model] = {
     ),
     "olmoe_transformers_embeds": model(
         "OLMoE that embeds, --model-impl transformers",
-        "TransformersMoEEmbeddingModel",
+        "TransformersMoEForCausalLM",
         checkpoint="olmoe",
         engine_args={"model_impl": "transformers", "runner": "pooling", "convert": "embed"},
         asked={"pooling": "embed"},
@@ -88,7 +96,7 @@ TEXT: dict[str, Model] = {
         "Qwen3.5-MoE, text model alone",
         "Qwen3_5MoeForCausalLM",
         needs_torchvision=True,
-        stock_error="expect x to be transposed",
+        **ONE_TOKEN,
     ),
     "qwen3_moe_embeds": model(
         "Qwen3-MoE that embeds, --convert embed",
@@ -123,14 +131,17 @@ TEXT: dict[str, Model] = {
         "HYV4ForCausalLM",
         stock_error="no valid sparse MLA backend is available",
     ),
-    "minimax_m3": model("MiniMax-M3", "MiniMaxM3SparseForCausalLM", stock_error=ONLY_SOFTMAX),
+    "minimax_m3": model(
+        "MiniMax-M3, Transformers back end", "TransformersMoEForCausalLM", **BY_SIGMOID
+    ),
     "bailing_moe": model("Ling-lite, Ling-plus", "BailingMoeForCausalLM", engine_args=TRUSTED),
     "bailing_moe_v2": model("Ling-2.0, Ring-2.0", "BailingMoeV2ForCausalLM", engine_args=TRUSTED),
     "bailing_moe_v2_5": model(
         "Ling-2.5, hybrid",
         "BailingMoeV2_5ForCausalLM",
-        engine_args=TRUSTED | NO_WEIGHTS | UNCACHED,
+        engine_args=TRUSTED | UNCACHED,
         stock_error="is not supported by attention backend(s): CPU_MLA",
+        stand_ins=("blocks_of_latents", "linear_attention"),
     ),
     "deepseek_v4": model(
         "DeepSeek-V4", "DeepseekV4ForCausalLM", stock_error="_token_request_mapping_kernel["
@@ -150,10 +161,13 @@ TEXT: dict[str, Model] = {
     ),
     "mimo_v2": model("MiMo-V2", "MiMoV2ForCausalLM", engine_args=TRUSTED),
     "longcat_flash": model(
-        "LongCat-Flash", "LongcatFlashForCausalLM", stock_error="no attribute 'topk_softmax'"
+        "LongCat-Flash",
+        "LongcatFlashForCausalLM",
+        stock_error="no attribute 'topk_softmax'",
+        stand_ins=("zero_experts",),
     ),
     "step3_text": model("Step-3, text", "Step3TextForCausalLM"),
-    "step3p5": model("Step-3.5-Flash", "Step3p5ForCausalLM", stock_error=ONLY_SOFTMAX),
+    "step3p5": model("Step-3.5-Flash", "Step3p5ForCausalLM", **BY_SIGMOID),
     "dots3_note": model(
         "dots.note",
         "Dots3NoteForCausalLM",
