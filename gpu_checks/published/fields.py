@@ -109,7 +109,7 @@ K2_HORIZON: Fields = {
     "decoder_sparse_step": 1,
     "layernorm_num_groups": 2,
     "mlp_only_layers": [0],
-    "moe_gate_bias": False,
+    "moe_gate_bias": True,
     "mova_num_experts": 0,
     "mova_num_experts_per_tok": 0,
     "norm_topk_prob": True,
@@ -117,6 +117,5 @@ K2_HORIZON: Fields = {
     "query_key_norm": True,
     "rope_head_dim": 16,
     "router_scaling_factor": 1.5,
-    "router_score_func": "softmax",
+    "router_score_func": "sigmoid",
 }
-"""Published ones score by sigmoid, which vLLM's experts on CPUs do not."""

@@ -3,6 +3,7 @@
 from gpu_checks.published.parts import (
     attention,
     feed_forward,
+    gated_delta_net,
     joined,
     latent_attention,
     mlp,
@@ -112,7 +113,7 @@ def k2_horizon(config: Fields) -> Shapes:
             | (
                 mlp(f"{prefix}.mlp", config, config["intermediate_size"])
                 if dense
-                else routed(f"{prefix}.mlp", config, config["num_experts"])
+                else routed(f"{prefix}.mlp", config, config["num_experts"], "gate.bias")
             )
         )
 
@@ -144,8 +145,12 @@ def interns2_mobius(config: Fields) -> Shapes:
         inner = f"{prefix}.mlp"
         return (
             norms(prefix, config)
-            | normed_attention(f"{prefix}.self_attn", config)
-            | weights(f"{prefix}.self_attn", **queries)
+            | (
+                gated_delta_net(f"{prefix}.linear_attn", config)
+                if config["layer_types"][number] == "linear_attention"
+                else normed_attention(f"{prefix}.self_attn", config)
+                | weights(f"{prefix}.self_attn", **queries)
+            )
             | weights(inner, shared_expert_gate=(1, hidden))
             | mlp(f"{inner}.shared_expert", config, config["shared_expert_intermediate_size"])
         )

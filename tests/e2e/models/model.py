@@ -85,5 +85,8 @@ TWO_QUESTIONS = {
 }
 """Spans of tokens that count from a prompt's end."""
 NO_KERNEL = "'_lib_fn_wrapper' object has no attribute 'get'"
-UNGATED = "is_act_and_mul=False is supported only for CUDA"
+NO_GATE = {
+    "stock_error": "is_act_and_mul=False is supported only for CUDA",
+    "stand_ins": ("experts_without_a_gate",),
+}
 NO_SPARSE = "Sparse Attention is not supported on CPU"

@@ -2,13 +2,13 @@
 
 from tests.e2e.models.model import (
     BY_SIGMOID,
+    NO_GATE,
     NO_KERNEL,
     NO_SPARSE,
     NO_WEIGHTS,
     ONE_TOKEN,
     TRUSTED,
     UNCACHED,
-    UNGATED,
     Model,
     called,
     model,
@@ -64,8 +64,7 @@ TEXT: dict[str, Model] = {
     "nemotron_h": model(
         "Nemotron-3, hybrid",
         "NemotronHForCausalLM",
-        stock_error=UNGATED,
-        stand_ins=("experts_without_a_gate",),
+        **NO_GATE,
     ),
     "phimoe": model("Phi-3.5-MoE", "PhiMoEForCausalLM"),
     "qwen3_next": model("Qwen3-Next, hybrid", "Qwen3NextForCausalLM", on_push=True),
@@ -207,16 +206,18 @@ TEXT: dict[str, Model] = {
         stock_error="_seq_metadata_kernel[",
     ),
     "qwen3_5_text": model(
-        "Qwen3.5, given experts, text model alone, without linear attention",
+        "Qwen3.5, given experts, text model alone",
         "Qwen3_5ForCausalLM",
-        checkpoint="qwen3_5_moe_text_full",
-        engine_args=UNCACHED | called("Qwen3_5ForCausalLM"),
+        checkpoint="qwen3_5_moe_text",
+        engine_args=called("Qwen3_5ForCausalLM"),
         needs_torchvision=True,
+        **ONE_TOKEN,
     ),
     "k2_horizon": model(
-        "K2-Horizon, routed by softmax, no mixture of values",
+        "K2-Horizon, without its mixture of values",
         "K2HorizonForCausalLM",
         engine_args=TRUSTED,
+        **BY_SIGMOID,
     ),
     "k2_horizon_values": model(
         "K2-Horizon, mixture of values",
@@ -238,6 +239,7 @@ TEXT: dict[str, Model] = {
         engine_args={"runner": "pooling"},
         asked={"pooling": "classify"},
         stock_error="Dimension out of range",
+        stand_ins=("mamba_1",),
     ),
     "privacy_filter": model(
         "OpenAI Privacy Filter, which labels tokens",
