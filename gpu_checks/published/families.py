@@ -10,6 +10,7 @@ from gpu_checks.published.fields import (
     INKLING_TOKENS,
     K2_HORIZON,
     LONGCAT,
+    MINIMAX_M3,
     MISTRAL,
     WITHOUT_LONGCAT,
 )
@@ -348,6 +349,13 @@ TEXT: dict[str, Published] = {
             "routed_scaling_factor": 2.5,
         },
         tensors=layouts.pangu_embedded,
+    ),
+    "minimax_m3_sparse": Published(
+        architecture="MiniMaxM3SparseForCausalLM",
+        model_type="minimax_m3_text",
+        experts="num_local_experts",
+        fields=MINIMAX_M3,
+        without=("moe_intermediate_size",),
     ),
     "mistral_large_3": Published(
         architecture="MistralLarge3ForCausalLM",

@@ -6,7 +6,7 @@ from gpu_checks.families import LATENT, LINEAR_THEN_FULL
 from gpu_checks.multimodal import VISION
 from gpu_checks.published import layouts, own_names
 from gpu_checks.published.families import TEXT
-from gpu_checks.published.fields import GATED_TEXT, GLM5_NEXT, INKLING, INKLING_TOKENS
+from gpu_checks.published.fields import GATED_TEXT, GLM5_NEXT, INKLING, INKLING_TOKENS, MINIMAX_M3
 from gpu_checks.published.writing import GROUPED, Fields, Published
 
 PICTURES: Fields = {
@@ -236,6 +236,27 @@ MULTIMODAL: dict[str, Published] = {
             },
             "processor_config": {},
         },
+    ),
+    "minimax_m3_vl": Published(
+        architecture="MiniMaxM3SparseForConditionalGeneration",
+        model_type="minimax_m3_vl",
+        experts="num_local_experts",
+        fields=MINIMAX_M3,
+        without=("moe_intermediate_size",),
+        inside="text_config",
+        besides={
+            "vision_config": {
+                "hidden_size": 64,
+                "intermediate_size": 96,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 56,
+                "patch_size": 14,
+            },
+            "image_token_index": 494,
+            "video_token_index": 495,
+        },
+        has_own_configuration=False,
     ),
     "cosmos3_edge": Published(
         architecture="Cosmos3EdgeForConditionalGeneration",

@@ -228,6 +228,12 @@ TEXT: dict[str, Model] = {
     "pangu_embedded": model(
         "openPangu-Embedded, given experts", "PanguEmbeddedForCausalLM", engine_args=TRUSTED
     ),
+    "minimax_m3_sparse": model(
+        "MiniMax-M3, text",
+        "MiniMaxM3SparseForCausalLM",
+        engine_args=TRUSTED | NO_WEIGHTS,
+        stock_error="??",
+    ),
     "mistral_large_3": model(
         "Mistral-Large-3",
         "MistralLarge3ForCausalLM",
