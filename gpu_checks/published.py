@@ -327,6 +327,62 @@ def _longcat(config: Fields) -> Shapes:
     return _model(config, layer)
 
 
+def _kimi_linear(config: Fields) -> Shapes:
+    """List delta attention in some layers, and experts whose matrices are called by numbers."""
+    hidden, count, linear = (
+        config["hidden_size"],
+        config["num_experts"],
+        config["linear_attn_config"],
+    )
+    size, heads = linear["head_dim"], linear["num_heads"]
+    whole, width = heads * size, config["moe_intermediate_size"]
+
+    def delta_attention(prefix: str) -> Shapes:
+        convolution = (whole, 1, linear["short_conv_kernel_size"])
+        each = _all(
+            _weights(prefix, **{f"{name}_proj": (whole, hidden), f"{name}_conv1d": convolution})
+            for name in "qkv"
+        )
+        gates = _all(
+            _weights(prefix, **{f"{name}_a_proj": (size, hidden), f"{name}_b_proj": (whole, size)})
+            for name in "fg"
+        )
+        others = _weights(prefix, b_proj=(heads, hidden), o_norm=(size,), o_proj=(hidden, whole))
+        return (
+            each
+            | gates
+            | others
+            | {f"{prefix}.A_log": (1, 1, heads, 1), f"{prefix}.dt_bias": (whole,)}
+        )
+
+    def experts(prefix: str) -> Shapes:
+        up, down = (width, hidden), (hidden, width)
+        return (
+            _weights(prefix, gate=(count, hidden))
+            | {f"{prefix}.gate.e_score_correction_bias": (count,)}
+            | _all(
+                _weights(f"{prefix}.experts.{expert}", w1=up, w2=down, w3=up)
+                for expert in range(count)
+            )
+            | _mlp(f"{prefix}.shared_experts", config, width)
+        )
+
+    def layer(prefix: str, number: int) -> Shapes:
+        inner, dense = f"{prefix}.self_attn", number < config["first_k_dense_replace"]
+        counted_from_one = number + 1 in linear["kda_layers"]
+        return (
+            _norms(prefix, config)
+            | (delta_attention(inner) if counted_from_one else _latent_attention(inner, config))
+            | (
+                _mlp(f"{prefix}.mlp", config, config["intermediate_size"])
+                if dense
+                else experts(f"{prefix}.block_sparse_moe")
+            )
+        )
+
+    return _model(config, layer)
+
+
 def _step3(config: Fields, attention: Callable[[str], Shapes], **biases: int) -> Shapes:
     count = config["moe_num_experts"]
     with_experts = [int(number) for number in config["moe_layers_enum"].split(",")]
@@ -701,6 +757,35 @@ PUBLISHED: dict[str, Published] = {
         experts="num_experts",
         fields=BAILING_V2 | LATENT | {"layer_group_size": 3, "head_dim": 32, "group_norm_size": 4},
         tensors=_bailing,
+    ),
+    "kimi_linear": Published(
+        architecture="KimiLinearForCausalLM",
+        model_type="kimi_linear",
+        experts="num_experts",
+        fields=LATENT
+        | {
+            "q_lora_rank": None,
+            "mla_use_nope": True,
+            "num_experts_per_token": 2,
+            "num_shared_experts": 1,
+            "num_expert_group": 1,
+            "topk_group": 1,
+            "use_grouped_topk": True,
+            "moe_renormalize": True,
+            "moe_router_activation_func": "sigmoid",
+            "routed_scaling_factor": 2.446,
+            "first_k_dense_replace": 1,
+            "moe_layer_freq": 1,
+            "linear_attn_config": {
+                "kda_layers": [1, 2],
+                "full_attn_layers": [3],
+                "num_heads": 2,
+                "head_dim": 128,
+                "short_conv_kernel_size": 4,
+            },
+        },
+        tensors=_kimi_linear,
+        has_own_configuration=False,
     ),
     "pangu_pro_moe_v2": Published(
         architecture="PanguProMoEV2ForCausalLM",
