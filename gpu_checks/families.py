@@ -243,18 +243,6 @@ FAMILIES: dict[str, Builder] = {
         topk_method="noaux_tc",
         scoring_func="sigmoid",
     ),
-    "kimi_linear": of(
-        "kimi_linear",
-        "num_experts",
-        **MLA | EXPERTS | {"q_lora_rank": None},
-        num_shared_experts=1,
-        num_experts_per_token=2,
-        num_expert_group=1,
-        layer_types=LINEAR_THEN_FULL,
-        mlp_layer_types=DENSE_THEN_SPARSE,
-        linear_head_dim=128,
-        linear_num_heads=2,
-    ),
     "lfm2_moe": of(
         "lfm2_moe",
         "num_experts",

@@ -115,6 +115,62 @@ def ernie_vl(config: Fields) -> Shapes:
     return model(config, layer)
 
 
+def kimi_linear(config: Fields) -> Shapes:
+    """List delta attention in some layers, and experts whose matrices are called by numbers."""
+    hidden, count, linear = (
+        config["hidden_size"],
+        config["num_experts"],
+        config["linear_attn_config"],
+    )
+    size, heads = linear["head_dim"], linear["num_heads"]
+    whole, width = heads * size, config["moe_intermediate_size"]
+
+    def delta_attention(prefix: str) -> Shapes:
+        convolution = (whole, 1, linear["short_conv_kernel_size"])
+        each = joined(
+            weights(prefix, **{f"{name}_proj": (whole, hidden), f"{name}_conv1d": convolution})
+            for name in "qkv"
+        )
+        gates = joined(
+            weights(prefix, **{f"{name}_a_proj": (size, hidden), f"{name}_b_proj": (whole, size)})
+            for name in "fg"
+        )
+        others = weights(prefix, b_proj=(heads, hidden), o_norm=(size,), o_proj=(hidden, whole))
+        return (
+            each
+            | gates
+            | others
+            | {f"{prefix}.A_log": (1, 1, heads, 1), f"{prefix}.dt_bias": (whole,)}
+        )
+
+    def with_experts(prefix: str) -> Shapes:
+        up, down = (width, hidden), (hidden, width)
+        return (
+            weights(prefix, gate=(count, hidden))
+            | {f"{prefix}.gate.e_score_correction_bias": (count,)}
+            | joined(
+                weights(f"{prefix}.experts.{expert}", w1=up, w2=down, w3=up)
+                for expert in range(count)
+            )
+            | mlp(f"{prefix}.shared_experts", config, width)
+        )
+
+    def layer(prefix: str, number: int) -> Shapes:
+        inner, dense = f"{prefix}.self_attn", number < config["first_k_dense_replace"]
+        counted_from_one = number + 1 in linear["kda_layers"]
+        return (
+            norms(prefix, config)
+            | (delta_attention(inner) if counted_from_one else latent_attention(inner, config))
+            | (
+                mlp(f"{prefix}.mlp", config, config["intermediate_size"])
+                if dense
+                else with_experts(f"{prefix}.block_sparse_moe")
+            )
+        )
+
+    return model(config, layer)
+
+
 def nemotron_h(config: Fields) -> Shapes:
     """List a model of state-space layers, attentions, and experts that have no gate."""
     hidden, vocabulary, count = (

@@ -64,7 +64,7 @@ def delta_attention() -> None:
         return states[slots] * has_initial_state.view(-1, *[1] * (states.dim() - 1))
 
     made_for_gpus: Any = model
-    made_for_gpus.maybe_init_gemm_rs_ar = lambda *given: False
+    made_for_gpus.maybe_init_gemm_rs_ar = lambda *given: False  # it imports what only GPUs have
     rule: Any = kda
     rule.chunk_kda_with_fused_gate = of_prompts
     rule.fused_recurrent_kda_packed_decode = of_one_token

@@ -44,6 +44,14 @@ def caches_of_latents() -> None:
         write(cache, slots, latents, k_pe.flatten(1))
         return torch.cat((q_nope, q_pe), -1)
 
+    attention: Any = mla.MultiHeadLatentAttention
+    stock = attention.__init__
+
+    def init(self: Any, *given: Any, **named: Any) -> None:
+        stock(self, *given, **named)
+        self.kv_b_proj._cpu_skip_gemm_dispatch = True  # its weight is read, so it must stay
+
+    attention.__init__ = init
     latent: Any = mla
     latent.fused_mla_key_concat_kv_cache_insert = keys_of_prompts
     latent.fused_mla_decode_q_concat_kv_cache_insert = queries_of_tokens
