@@ -114,7 +114,7 @@ MODELS = {
         "Kimi-Linear, hybrid",
         "KimiLinearForCausalLM",
         engine_args={"enable_prefix_caching": False},
-        stock_error="'_lib_fn_wrapper' object has no attribute 'get'",
+        stock_error="No module named 'cutlass'",
         stand_ins=("delta_attention", "blocks_of_latents", "caches_of_latents"),
     ),
     "lfm2_moe": _model("LFM2-MoE, hybrid", "Lfm2MoeForCausalLM"),
