@@ -352,6 +352,7 @@ FAMILIES: dict[str, Builder] = {
         "minimax_m3_vl_text",
         "num_local_experts",
         **HEADS | {"intermediate_size": 96, "num_experts_per_tok": 2},
+        index_head_dim=0,  # vLLM's Transformers back end has no sparse attention, nor its keys
     ),
     "jamba_classifier": _jamba_classifier,
     "privacy_filter": _privacy_filter,

@@ -190,13 +190,6 @@ MULTIMODAL: dict[str, Model] = {
         needs_torchvision=True,
         **NO_GATE,
     ),
-    "minimax_m3_vl": model(
-        "MiniMax-M3",
-        "MiniMaxM3SparseForConditionalGeneration",
-        engine_args=TEXT_ONLY | NO_WEIGHTS,
-        needs_torchvision=True,
-        stock_error="??",
-    ),
     "qwen3_vl_moe_transformers": model(
         "Qwen3-VL-MoE as transformers saves it, text, --model-impl transformers",
         "TransformersMultiModalMoEForCausalLM",
