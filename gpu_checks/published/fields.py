@@ -97,7 +97,7 @@ MINIMAX_M3: Fields = {
     "sparse_attention_config": {
         "use_sparse_attention": True,
         "sparse_index_dim": 128,
-        "sparse_num_index_heads": 4,
+        "sparse_num_index_heads": 2,
         "sparse_topk_blocks": 16,
         "sparse_block_size": 128,
         "sparse_disable_index_value": [0, 1, 1],

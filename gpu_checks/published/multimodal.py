@@ -251,6 +251,12 @@ MULTIMODAL: dict[str, Published] = {
                 "num_hidden_layers": 1,
                 "num_attention_heads": 2,
                 "image_size": 56,
+                "num_channels": 3,
+                "layer_norm_eps": 1e-6,
+                "img_token_compression_config": {
+                    "spatial_merge_size": 2,
+                    "temporal_patch_size": 2,
+                },
                 "patch_size": 14,
             },
             "image_token_index": 494,
