@@ -18,9 +18,6 @@ assert {model.checkpoint or name for name, model in MODELS.items()} <= NAMES
 assert {name for model in MODELS.values() for name in model.stand_ins} <= set(STAND_INS)
 
 UNTRIED: dict[str, str] = {
-    "MiniMaxM3SparseForCausalLM": "its small checkpoint (`minimax_m3_sparse`) has not been run yet",
-    "MiniMaxM3SparseForConditionalGeneration": "its small checkpoint (`minimax_m3_vl`) has not been "
-    "run yet",
     "TransformersMoEEmbeddingModel": "vLLM converts the causal model to embed: nothing reaches it",
     "EmbeddingGemma2Model": "vLLM builds no experts for it: its text model is dense, whatever its "
     "config says. It shares code for pictures and sound with Gemma-4, which has experts",

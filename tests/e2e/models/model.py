@@ -89,4 +89,5 @@ NO_GATE = {
     "stock_error": "is_act_and_mul=False is supported only for CUDA",
     "stand_ins": ("experts_without_a_gate",),
 }
+NO_BACKEND = "No Unquantized MoE backend supports the deployment configuration"
 NO_SPARSE = "Sparse Attention is not supported on CPU"

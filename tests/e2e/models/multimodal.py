@@ -3,6 +3,7 @@
 from gpu_checks.multimodal import IMAGE_TOKEN
 from tests.e2e.models.model import (
     ARIA_IMAGE,
+    NO_BACKEND,
     NO_GATE,
     NO_KERNEL,
     NO_SPARSE,
@@ -189,6 +190,13 @@ MULTIMODAL: dict[str, Model] = {
         engine_args=TEXT_ONLY | TRUSTED | called("NemotronH_Nano_VL_V2"),
         needs_torchvision=True,
         **NO_GATE,
+    ),
+    "minimax_m3_vl": model(
+        "MiniMax-M3",
+        "MiniMaxM3SparseForConditionalGeneration",
+        engine_args=TEXT_ONLY | NO_WEIGHTS,
+        needs_torchvision=True,
+        stock_error=NO_BACKEND,
     ),
     "qwen3_vl_moe_transformers": model(
         "Qwen3-VL-MoE as transformers saves it, text, --model-impl transformers",

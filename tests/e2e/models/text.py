@@ -2,6 +2,7 @@
 
 from tests.e2e.models.model import (
     BY_SIGMOID,
+    NO_BACKEND,
     NO_GATE,
     NO_SPARSE,
     NO_WEIGHTS,
@@ -226,6 +227,13 @@ TEXT: dict[str, Model] = {
     ),
     "pangu_embedded": model(
         "openPangu-Embedded, given experts", "PanguEmbeddedForCausalLM", engine_args=TRUSTED
+    ),
+    "minimax_m3_sparse": model(
+        "MiniMax-M3, text",
+        "MiniMaxM3SparseForCausalLM",
+        engine_args=TRUSTED | NO_WEIGHTS,
+        needs_torchvision=True,
+        stock_error=NO_BACKEND,
     ),
     "mistral_large_3": model(
         "Mistral-Large-3",
