@@ -53,19 +53,42 @@ def _write_processor(folder: Path, tokens: list[str], files: dict[str, dict[str,
         (folder / f"{name}.json").write_text(json.dumps(content))
 
 
+QWEN_SIZES: dict[str, Any] = {
+    "patch_size": 16,
+    "merge_size": 2,
+    "temporal_patch_size": 2,
+    "size": {"shortest_edge": 32 * 32, "longest_edge": 128 * 128},
+}
+
+
 def _save_qwen_vl_processor(folder: Path) -> None:
-    sizes = {
-        "processor_class": "Qwen3VLProcessor",
-        "patch_size": 16,
-        "merge_size": 2,
-        "temporal_patch_size": 2,
-        "size": {"shortest_edge": 32 * 32, "longest_edge": 128 * 128},
-    }
+    sizes = {"processor_class": "Qwen3VLProcessor"} | QWEN_SIZES
     files = {
         "preprocessor_config": {"image_processor_type": "Qwen2VLImageProcessor"} | sizes,
         "video_preprocessor_config": {"video_processor_type": "Qwen3VLVideoProcessor"} | sizes,
     }
     _write_processor(folder, list(VISION_TOKENS.values()), files)
+
+
+def _save_omni_processor(folder: Path) -> None:
+    """Name the tokens for pictures and sound in the tokenizer, where the processor looks for them."""
+    sound = ("<|audio_pad|>", "<|audio_start|>", "<|audio_end|>")
+    names = ("vision_bos", "vision_eos", "image", "video", "audio", "audio_bos", "audio_eos")
+    tokens = zip(names, (*VISION_TOKENS.values(), *sound), strict=True)
+    transformers.PreTrainedTokenizerFast.from_pretrained(
+        folder, extra_special_tokens={f"{name}_token": token for name, token in tokens}
+    ).save_pretrained(folder)
+    named = {"processor_class": "Qwen3OmniMoeProcessor"} | QWEN_SIZES
+    files: dict[str, dict[str, Any]] = {
+        "preprocessor_config": {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "feature_extractor_type": "WhisperFeatureExtractor",
+            "feature_size": 16,
+        },
+        "video_preprocessor_config": {"video_processor_type": "Qwen2VLVideoProcessor"},
+    }
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content | named))
 
 
 def _save_llama4_processor(folder: Path) -> None:
@@ -82,8 +105,10 @@ def _save_llama4_processor(folder: Path) -> None:
 PROCESSORS: dict[str, Callable[[Path], None]] = {
     "aria": _save_aria_processor,
     "qwen3_vl_moe": _save_qwen_vl_processor,
+    "qwen3_5_moe": _save_qwen_vl_processor,
     "qwen3_vl_moe_saved": _save_qwen_vl_processor,
     "colqwen3_5": _save_qwen_vl_processor,
+    "qwen3_omni_moe": _save_omni_processor,
     "llama4": _save_llama4_processor,
 }
 """What writes the processor of a family whose checkpoints are asked with images."""

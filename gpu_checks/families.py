@@ -56,29 +56,20 @@ QWEN3_VL_TEXT = of(
         "mrope_interleaved": True,
     },
 )
-
-
-def qwen3_5(layer_types: list[str]) -> Builder:
-    """Describe Qwen3.5's text model."""
-    return of(
-        "qwen3_5_moe_text",
-        "num_experts",
-        **HEADS | EXPERTS | GATED_DELTA | {"head_dim": 64},
-        shared_expert_intermediate_size=96,
-        layer_types=layer_types,
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "partial_rotary_factor": 0.25,
-            "mrope_section": [3, 3, 2],
-            "mrope_interleaved": True,
-        },
-    )
-
-
-QWEN3_5_TEXT = qwen3_5(LINEAR_THEN_FULL)
-QWEN3_5_FULL = qwen3_5(["full_attention"] * 3)
-"""Without linear attention, which stock vLLM does not run on CPUs in this family."""
+QWEN3_5_TEXT = of(
+    "qwen3_5_moe_text",
+    "num_experts",
+    **HEADS | EXPERTS | GATED_DELTA | {"head_dim": 64},
+    shared_expert_intermediate_size=96,
+    layer_types=LINEAR_THEN_FULL,
+    rope_parameters={
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.25,
+        "mrope_section": [3, 3, 2],
+        "mrope_interleaved": True,
+    },
+)
 
 
 def _jamba_classifier(num_experts: int) -> transformers.PretrainedConfig:
@@ -252,18 +243,6 @@ FAMILIES: dict[str, Builder] = {
         topk_method="noaux_tc",
         scoring_func="sigmoid",
     ),
-    "kimi_linear": of(
-        "kimi_linear",
-        "num_experts",
-        **MLA | EXPERTS | {"q_lora_rank": None},
-        num_shared_experts=1,
-        num_experts_per_token=2,
-        num_expert_group=1,
-        layer_types=LINEAR_THEN_FULL,
-        mlp_layer_types=DENSE_THEN_SPARSE,
-        linear_head_dim=128,
-        linear_num_heads=2,
-    ),
     "lfm2_moe": of(
         "lfm2_moe",
         "num_experts",
@@ -373,10 +352,10 @@ FAMILIES: dict[str, Builder] = {
         "minimax_m3_vl_text",
         "num_local_experts",
         **HEADS | {"intermediate_size": 96, "num_experts_per_tok": 2},
+        index_head_dim=0,  # vLLM's Transformers back end has no sparse attention, nor its keys
     ),
     "jamba_classifier": _jamba_classifier,
     "privacy_filter": _privacy_filter,
     "qwen3_moe_classifier": _qwen3_moe_classifier,
     "qwen3_5_moe_text": QWEN3_5_TEXT,
-    "qwen3_5_moe_text_full": QWEN3_5_FULL,
 }

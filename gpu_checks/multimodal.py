@@ -8,7 +8,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from gpu_checks.families import (
     DERIVED,
     FAMILIES,
-    QWEN3_5_FULL,
     QWEN3_5_TEXT,
     QWEN3_VL_TEXT,
     Builder,
@@ -146,7 +145,7 @@ def _qwen3_omni(num_experts: int) -> transformers.PretrainedConfig:
     tower = VISION | {
         "deepstack_visual_indexes": [0],
         "patch_size": 16,
-        "image_size": 64,
+        "image_size": 128,
         "apply_vit_abs_pos_embed": True,
     }
     sound = {
@@ -189,7 +188,7 @@ def _clef_omni(num_experts: int) -> transformers.PretrainedConfig:
 
 def _colqwen(num_experts: int) -> transformers.PretrainedConfig:
     """Return Qwen3.5 with a projection to vectors, which `checkpoints.py` writes."""
-    config = MULTIMODAL["qwen3_5_moe_full"](num_experts)
+    config = MULTIMODAL["qwen3_5_moe"](num_experts)
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
     config.retrieval_attention_contract = "causal"
     return config
@@ -200,7 +199,7 @@ def _minicpm(model_type: str) -> Builder:
 
     def build(num_experts: int) -> transformers.PretrainedConfig:
         config: transformers.PretrainedConfig = CONFIG_MAPPING[model_type](
-            text_config=QWEN3_5_FULL(num_experts).to_dict(),
+            text_config=QWEN3_5_TEXT(num_experts).to_dict(),
             vision_config={
                 "hidden_size": 64,
                 "intermediate_size": 96,
@@ -230,7 +229,6 @@ MULTIMODAL: dict[str, Builder] = {
     "colqwen3_5": _colqwen,
     "minicpmv4_6": _minicpm("minicpmv4_6"),
     "minicpmv4_7": _minicpm("minicpmv4_7"),
-    "qwen3_5_moe_full": _with_vision("qwen3_5_moe", QWEN3_5_FULL, patch_size=16),
     "aria": _aria,
     "llama4": _llama4,
     "gemma4_multimodal": _gemma4_multimodal,

@@ -3,6 +3,7 @@
 from gpu_checks.published.parts import (
     attention,
     feed_forward,
+    gated_delta_net,
     joined,
     latent_attention,
     mlp,
@@ -17,20 +18,14 @@ from gpu_checks.published.writing import Fields, Shapes
 
 
 def bailing(config: Fields) -> Shapes:
-    count, hidden_norms = config["num_experts"], config.get("use_qk_norm")
+    count = config["num_experts"]
     bias = "gate.expert_bias" if config.get("moe_router_enable_expert_bias") else ""
 
     def layer(prefix: str, number: int) -> Shapes:
-        inner = f"{prefix}.attention"
-        size = (config["head_dim"],)
-        inner_norms = (
-            weights(inner, query_layernorm=size, key_layernorm=size) if hidden_norms else {}
-        )
         dense = number < config["first_k_dense_replace"]
         return (
             norms(prefix, config)
-            | packed_attention(inner, config, "query_key_value", "dense")
-            | inner_norms
+            | bailing_attention(f"{prefix}.attention", config, number)
             | (
                 mlp(f"{prefix}.mlp", config, config["intermediate_size"])
                 if dense
@@ -39,6 +34,22 @@ def bailing(config: Fields) -> Shapes:
         )
 
     return model(config, layer, "word_embeddings")
+
+
+def bailing_attention(prefix: str, config: Fields, number: int) -> Shapes:
+    size = (config["head_dim"],)
+    has_norms = config.get("use_qk_norm")
+    inner_norms = weights(prefix, query_layernorm=size, key_layernorm=size) if has_norms else {}
+    period = config.get("layer_group_size")
+    if not period:
+        return packed_attention(prefix, config, "query_key_value", "dense") | inner_norms
+    if (number + 1) % period == 0:
+        latent = latent_attention(prefix, config)
+        return latent | {f"{prefix}.dense.weight": latent.pop(f"{prefix}.o_proj.weight")}
+    whole, hidden = config["num_attention_heads"] * config["head_dim"], config["hidden_size"]
+    gate = weights(prefix, g_proj=(whole, hidden), g_norm=(whole,))
+    linear = config | {"num_key_value_heads": config["num_attention_heads"]}
+    return packed_attention(prefix, linear, "query_key_value", "dense") | gate | inner_norms
 
 
 def deepseek(config: Fields) -> Shapes:
@@ -102,7 +113,7 @@ def k2_horizon(config: Fields) -> Shapes:
             | (
                 mlp(f"{prefix}.mlp", config, config["intermediate_size"])
                 if dense
-                else routed(f"{prefix}.mlp", config, config["num_experts"])
+                else routed(f"{prefix}.mlp", config, config["num_experts"], "gate.bias")
             )
         )
 
@@ -134,8 +145,12 @@ def interns2_mobius(config: Fields) -> Shapes:
         inner = f"{prefix}.mlp"
         return (
             norms(prefix, config)
-            | normed_attention(f"{prefix}.self_attn", config)
-            | weights(f"{prefix}.self_attn", **queries)
+            | (
+                gated_delta_net(f"{prefix}.linear_attn", config)
+                if config["layer_types"][number] == "linear_attention"
+                else normed_attention(f"{prefix}.self_attn", config)
+                | weights(f"{prefix}.self_attn", **queries)
+            )
             | weights(inner, shared_expert_gate=(1, hidden))
             | mlp(f"{inner}.shared_expert", config, config["shared_expert_intermediate_size"])
         )

@@ -2,11 +2,11 @@
 
 import json
 
-from gpu_checks.families import LATENT
+from gpu_checks.families import LATENT, LINEAR_THEN_FULL
 from gpu_checks.multimodal import VISION
-from gpu_checks.published import layouts
+from gpu_checks.published import layouts, own_names
 from gpu_checks.published.families import TEXT
-from gpu_checks.published.fields import GATED_TEXT, GLM5_NEXT, INKLING, INKLING_TOKENS
+from gpu_checks.published.fields import GATED_TEXT, GLM5_NEXT, INKLING, INKLING_TOKENS, MINIMAX_M3
 from gpu_checks.published.writing import GROUPED, Fields, Published
 
 PICTURES: Fields = {
@@ -83,7 +83,7 @@ MULTIMODAL: dict[str, Published] = {
         fields=GATED_TEXT
         | {
             "model_type": "qwen3_5_moe_text",
-            "layer_types": ["full_attention"] * 5,
+            "layer_types": [*LINEAR_THEN_FULL, "linear_attention", "full_attention"],
             "num_blocks": 3,
             "num_hidden_layers": 5,
         },
@@ -159,10 +159,11 @@ MULTIMODAL: dict[str, Published] = {
     ),
     "nemotron_h_omni": Published(
         architecture="NemotronH_Omni_Reasoning_V3",
-        model_type="nemotron_h_omni",
+        model_type="NemotronH_Nano_VL_V2",
         experts="n_routed_experts",
         fields={
             "model_type": "nemotron_h",
+            "mlp_hidden_act": "relu2",
             "layers_block_type": ["mamba", "moe", "attention", "moe"],
             "ssm_state_size": 32,
             "mamba_num_heads": 8,
@@ -170,13 +171,13 @@ MULTIMODAL: dict[str, Published] = {
             "n_groups": 1,
             "moe_shared_expert_intermediate_size": 96,
         },
+        tensors=own_names.nemotron_h,
         without=("num_hidden_layers",),
-        inside="text_config",
+        inside="llm_config",
         besides={
             "vision_config": {
-                "model_type": "radio",
-                "hidden_size": 64,
                 "video_temporal_patch_size": 2,
+                "args": {"model": "vit_small_patch16_224"},
             },
             "force_image_size": 64,
             "patch_size": 16,
@@ -184,13 +185,12 @@ MULTIMODAL: dict[str, Published] = {
             "ps_version": "v2",
             "image_tag_type": "internvl",
             "vit_hidden_size": 64,
-            "vision_hidden_size": 64,
             "projector_hidden_size": 64,
-            "image_token_id": 494,
+            "downsample_ratio": 0.5,
+            "img_context_token_id": 494,
             "norm_mean": [0.5, 0.5, 0.5],
             "norm_std": [0.5, 0.5, 0.5],
         },
-        has_own_configuration=False,
     ),
     "diffusion_gemma": Published(
         architecture="DiffusionGemmaForBlockDiffusion",
@@ -236,6 +236,33 @@ MULTIMODAL: dict[str, Published] = {
             },
             "processor_config": {},
         },
+    ),
+    "minimax_m3_vl": Published(
+        architecture="MiniMaxM3SparseForConditionalGeneration",
+        model_type="minimax_m3_vl",
+        experts="num_local_experts",
+        fields=MINIMAX_M3,
+        without=("moe_intermediate_size",),
+        inside="text_config",
+        besides={
+            "vision_config": {
+                "hidden_size": 64,
+                "intermediate_size": 96,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 56,
+                "num_channels": 3,
+                "layer_norm_eps": 1e-6,
+                "img_token_compression_config": {
+                    "spatial_merge_size": 2,
+                    "temporal_patch_size": 2,
+                },
+                "patch_size": 14,
+            },
+            "image_token_index": 494,
+            "video_token_index": 495,
+        },
+        has_own_configuration=False,
     ),
     "cosmos3_edge": Published(
         architecture="Cosmos3EdgeForConditionalGeneration",

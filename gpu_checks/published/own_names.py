@@ -115,6 +115,113 @@ def ernie_vl(config: Fields) -> Shapes:
     return model(config, layer)
 
 
+def kimi_linear(config: Fields) -> Shapes:
+    """List delta attention in some layers, and experts whose matrices are called by numbers."""
+    hidden, count, linear = (
+        config["hidden_size"],
+        config["num_experts"],
+        config["linear_attn_config"],
+    )
+    size, heads = linear["head_dim"], linear["num_heads"]
+    whole, width = heads * size, config["moe_intermediate_size"]
+
+    def delta_attention(prefix: str) -> Shapes:
+        convolution = (whole, 1, linear["short_conv_kernel_size"])
+        each = joined(
+            weights(prefix, **{f"{name}_proj": (whole, hidden), f"{name}_conv1d": convolution})
+            for name in "qkv"
+        )
+        gates = joined(
+            weights(prefix, **{f"{name}_a_proj": (size, hidden), f"{name}_b_proj": (whole, size)})
+            for name in "fg"
+        )
+        others = weights(prefix, b_proj=(heads, hidden), o_norm=(size,), o_proj=(hidden, whole))
+        return (
+            each
+            | gates
+            | others
+            | {f"{prefix}.A_log": (1, 1, heads, 1), f"{prefix}.dt_bias": (whole,)}
+        )
+
+    def with_experts(prefix: str) -> Shapes:
+        up, down = (width, hidden), (hidden, width)
+        return (
+            weights(prefix, gate=(count, hidden))
+            | {f"{prefix}.gate.e_score_correction_bias": (count,)}
+            | joined(
+                weights(f"{prefix}.experts.{expert}", w1=up, w2=down, w3=up)
+                for expert in range(count)
+            )
+            | mlp(f"{prefix}.shared_experts", config, width)
+        )
+
+    def layer(prefix: str, number: int) -> Shapes:
+        inner, dense = f"{prefix}.self_attn", number < config["first_k_dense_replace"]
+        counted_from_one = number + 1 in linear["kda_layers"]
+        return (
+            norms(prefix, config)
+            | (delta_attention(inner) if counted_from_one else latent_attention(inner, config))
+            | (
+                mlp(f"{prefix}.mlp", config, config["intermediate_size"])
+                if dense
+                else with_experts(f"{prefix}.block_sparse_moe")
+            )
+        )
+
+    return model(config, layer)
+
+
+def nemotron_h(config: Fields) -> Shapes:
+    """List a model of state-space layers, attentions, and experts that have no gate."""
+    hidden, vocabulary, count = (
+        config[name] for name in ("hidden_size", "vocab_size", "n_routed_experts")
+    )
+
+    def ungated(prefix: str, width: int) -> Shapes:
+        return weights(prefix, up_proj=(width, hidden), down_proj=(hidden, width))
+
+    def state_space(prefix: str) -> Shapes:
+        heads, state = config["mamba_num_heads"], config["n_groups"] * config["ssm_state_size"]
+        inner = heads * config["mamba_head_dim"]
+        mixed = inner + 2 * state
+        return {f"{prefix}.{name}": (heads,) for name in ("A_log", "D", "dt_bias")} | {
+            f"{prefix}.conv1d.weight": (mixed, 1, 4),
+            f"{prefix}.conv1d.bias": (mixed,),
+            f"{prefix}.in_proj.weight": (inner + mixed + heads, hidden),
+            f"{prefix}.norm.weight": (inner,),
+            f"{prefix}.out_proj.weight": (hidden, inner),
+        }
+
+    def with_experts(prefix: str) -> Shapes:
+        shared = config["moe_shared_expert_intermediate_size"]
+        return (
+            weights(prefix, gate=(count, hidden))
+            | {f"{prefix}.gate.e_score_correction_bias": (count,)}
+            | joined(
+                ungated(f"{prefix}.experts.{expert}", config["moe_intermediate_size"])
+                for expert in range(count)
+            )
+            | ungated(f"{prefix}.shared_experts", shared)
+        )
+
+    kinds: dict[str, Callable[[str], Shapes]] = {
+        "mamba": state_space,
+        "attention": lambda prefix: attention(prefix, config),
+        "moe": with_experts,
+    }
+    under = "language_model.backbone"
+    ends = {
+        f"{under}.embeddings.weight": (vocabulary, hidden),
+        f"{under}.norm_f.weight": (hidden,),
+        "language_model.lm_head.weight": (vocabulary, hidden),
+    }
+    return ends | joined(
+        weights(f"{under}.layers.{number}", norm=(hidden,))
+        | kinds[kind](f"{under}.layers.{number}.mixer")
+        for number, kind in enumerate(config["layers_block_type"])
+    )
+
+
 def mistral_large(config: Fields) -> Shapes:
     """List Mistral's own names."""
     hidden, heads, experts = config["dim"], config["n_heads"], config["moe"]

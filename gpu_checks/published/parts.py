@@ -97,6 +97,23 @@ def normed_attention(prefix: str, config: Fields) -> Shapes:
     return attention(prefix, config) | weights(prefix, q_norm=size, k_norm=size)
 
 
+def gated_delta_net(prefix: str, config: Fields) -> Shapes:
+    hidden, heads = config["hidden_size"], config["linear_num_value_heads"]
+    keys = config["linear_num_key_heads"] * config["linear_key_head_dim"]
+    size, kernel = config["linear_value_head_dim"], config["linear_conv_kernel_dim"]
+    values, gates = heads * size, ("A_log", "dt_bias")
+    return {f"{prefix}.{name}": (heads,) for name in gates} | weights(
+        prefix,
+        in_proj_qkv=(2 * keys + values, hidden),
+        in_proj_z=(values, hidden),
+        in_proj_b=(heads, hidden),
+        in_proj_a=(heads, hidden),
+        conv1d=(2 * keys + values, 1, kernel),
+        norm=(size,),
+        out_proj=(hidden, values),
+    )
+
+
 def packed_attention(prefix: str, config: Fields, packed: str, out: str) -> Shapes:
     """List an attention whose queries, keys and values come from one matrix."""
     hidden, size = config["hidden_size"], config["head_dim"]

@@ -16,16 +16,21 @@ from vllm_dwdp.entrypoints.bench.checkpoints import DONE, save_tokenizer
 Shapes = dict[str, tuple[int, ...]]
 Fields = dict[str, Any]
 
-CONFIGURATION = """from transformers import PretrainedConfig
+CONFIGURATION = """from transformers import CONFIG_MAPPING, PretrainedConfig
 
-PARTS = ("text_config", "vision_config")
+PARTS = ("text_config", "llm_config", "vision_config")
+
+
+def config_of(fields):
+    known = fields.get("model_type") in CONFIG_MAPPING
+    return (CONFIG_MAPPING[fields["model_type"]] if known else PretrainedConfig)(**fields)
 
 
 class OwnConfig(PretrainedConfig):
     model_type = "{model_type}"
 
     def __init__(self, **fields):
-        parts = {{part: PretrainedConfig(**fields.pop(part)) for part in PARTS if part in fields}}
+        parts = {{part: config_of(fields.pop(part)) for part in PARTS if part in fields}}
         for part, config in parts.items():
             setattr(self, part, config)
         super().__init__(**fields)

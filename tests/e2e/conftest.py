@@ -61,7 +61,10 @@ class StockEngine:
         self, models: Sequence[str], environment: dict[str, str] | None = None, **settings: Any
     ) -> dict[str, dict[str, Any]]:
         """Return the results by model; missing ones are computed by two processes beside each other."""
-        names = {model: json.dumps([model, settings], sort_keys=True) for model in models}
+        names = {
+            model: json.dumps([model, environment or {}, settings], sort_keys=True)
+            for model in models
+        }
         missing = [
             {"name": name, "model": model} | settings
             for model, name in names.items()

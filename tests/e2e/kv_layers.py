@@ -1,13 +1,17 @@
-"""What vLLM keeps of a sequence in each layer, as its own specification says it; for `report`."""
+"""Which model vLLM has built and what it keeps of a sequence in each layer; for `report`."""
 
 import math
 from typing import Any
 
 
 def report(worker: Any) -> dict[str, Any]:
-    """Return what each layer keeps: elements and bytes per token, a window, or a state's elements."""
+    """Return what each layer keeps: elements and bytes per token, a window, or a state's elements.
+
+    `classes` are the model's, with those that it is derived from.
+    """
     return {
-        "kv_layers": {name: describe(spec) for name, spec in worker.get_kv_cache_spec().items()}
+        "classes": [each.__name__ for each in type(worker.model_runner.get_model()).__mro__],
+        "kv_layers": {name: describe(spec) for name, spec in worker.get_kv_cache_spec().items()},
     }
 
 
@@ -16,7 +20,8 @@ def describe(spec: Any) -> dict[str, int]:
     from vllm.v1.kv_cache_interface import MambaSpec
 
     if isinstance(spec, MambaSpec):
-        convolution, *recurrent = (math.prod(shape) for shape in spec.shapes)
-        return {"convolution": convolution, "recurrent": sum(recurrent)}
+        sizes = [math.prod(shape) for shape in spec.shapes]
+        convolution = 0 if spec.mamba_type.name == "LINEAR" else sizes[0]
+        return {"convolution": convolution, "recurrent": sum(sizes) - convolution}
     window = getattr(spec, "sliding_window", None) or getattr(spec, "attention_chunk_size", None)
     return {"token_bytes": spec.real_page_size_bytes // spec.block_size, "window": window or 0}

@@ -15,8 +15,8 @@ from tests.compat.versions import vllm_minor
 from tests.e2e import uneven_experts
 from tests.e2e.conftest import Checkpoints, StockEngine
 from tests.e2e.matrix import run_cases
-from tests.e2e.models import MODELS, UNTRIED, Model
-from tests.helpers import torchvision
+from tests.e2e.models import MODELS, UNTRIED
+from tests.helpers import missing_kernels, torchvision
 from tests.helpers.environments import Unavailable
 from tests.helpers.moe_registry import architectures_with_experts
 from tests.tables.said import Said
@@ -39,7 +39,9 @@ def rows(*, served: bool) -> list[Any]:
             name,
             id=name,
             marks=[
-                pytest.mark.model(model.row, **_said_by_stock(model)),
+                pytest.mark.model(model.served_row)
+                if served
+                else pytest.mark.model(model.row, stock_fails=model.stock_error),
                 *([] if model.on_push else [pytest.mark.slow]),
                 pytest.mark.skipif(
                     vllm_minor() < model.since, reason=f"since vLLM {_dotted(model.since)}"
@@ -47,16 +49,12 @@ def rows(*, served: bool) -> list[Any]:
             ],
         )
         for name, model in MODELS.items()
-        if bool(model.stock_error) != served
+        if (model.is_served if served else model.stock_error)
     ]
 
 
 def _dotted(version: tuple[int, int]) -> str:
     return ".".join(map(str, version))
-
-
-def _said_by_stock(model: Model) -> dict[str, str]:
-    return {"stock_fails": model.stock_error} if model.stock_error else {}
 
 
 @dataclass
@@ -69,11 +67,14 @@ class Outcomes:
     stock_engine: StockEngine
     _ranks: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
-    def stock(self, name: str) -> dict[str, Any]:
+    def stock(self, name: str, *, bare: bool = False) -> dict[str, Any]:
+        """Return the result of a stock engine, with the model's stand-ins or `bare` of them."""
         settings = self._settings(name)
-        alike = [other for other in self._together(name) if self._settings(other) == settings]
+        # What a bare one imported until it failed may be in the way of others.
+        together = [name] if bare else self._together(name)
+        alike = [other for other in together if self._settings(other) == settings]
         paths = [self.path(other) for other in alike]
-        environment = self._environment(name)
+        environment = self._environment(name, () if bare else MODELS[name].stand_ins)
         found = self.stock_engine.all(paths, environment, **settings, **REPORT)
         return found[self.path(name)]
 
@@ -82,17 +83,18 @@ class Outcomes:
         if key not in self._ranks:
             modes = ("direct", "prefetch")
             cases = [self._case(each, mode) for each in self._together(name) for mode in modes]
-            environment = self._environment(name) | RACES
+            environment = self._environment(name, MODELS[name].stand_ins) | RACES
             self._ranks |= run_cases(self.folder, f"ranks-{len(self._ranks)}", cases, environment)
         return self._ranks[key]
 
-    def _environment(self, name: str) -> dict[str, str]:
+    def _environment(self, name: str, stand_ins: tuple[str, ...]) -> dict[str, str]:
         """Return what the engines of a model need; skip the test where it cannot be had."""
-        if not MODELS[name].needs_torchvision:
-            return {}
-        if isinstance(self._torchvision, Unavailable):
-            pytest.skip(str(self._torchvision))
-        return self._torchvision
+        found: dict[str, str] = {}
+        if MODELS[name].needs_torchvision:
+            if isinstance(self._torchvision, Unavailable):
+                pytest.skip(str(self._torchvision))
+            found = self._torchvision
+        return missing_kernels.environment(stand_ins, found) if stand_ins else found
 
     @cached_property
     def _torchvision(self) -> dict[str, str] | Unavailable:
@@ -102,12 +104,11 @@ class Outcomes:
             return reason
 
     def _together(self, name: str) -> list[str]:
-        if MODELS[name].stock_error:
-            return [name]  # what it imported until it failed may be in the way of others
         alike = [
             each
             for each, model in MODELS.items()
-            if not model.stock_error
+            if model.is_served
+            and model.stand_ins == MODELS[name].stand_ins
             and model.on_push == MODELS[name].on_push
             and model.needs_torchvision == MODELS[name].needs_torchvision
         ]
@@ -146,6 +147,8 @@ def outcomes(
 def test_two_ranks_answer_as_stock(outcomes: Outcomes, name: str) -> None:
     expected = outcomes.stock(name)
     assert not expected["error"], f"stock vLLM does not serve it: {expected['error']}"
+    _, served = architectures_with_experts()[MODELS[name].architecture]
+    assert served in expected["classes"], "the row names another model"
     assert len({token for tokens in expected["tokens"] for token in tokens}) > 5, "degenerate"
     for mode in ("direct", "prefetch"):
         ranks = outcomes.ranks(name, mode)
@@ -166,7 +169,7 @@ def test_two_ranks_answer_as_stock(outcomes: Outcomes, name: str) -> None:
 @pytest.mark.parametrize("name", rows(served=False))
 def test_stock_does_not_serve_it_on_cpus(outcomes: Outcomes, name: str, said: Said) -> None:
     """When this fails, stock vLLM has learned it: take `stock_error` away."""
-    said(outcomes.stock(name)["error"] or "stock vLLM serves it")
+    said(outcomes.stock(name, bare=True)["error"] or "stock vLLM serves it")
 
 
 @pytest.mark.parametrize("name", rows(served=True))

@@ -3,7 +3,8 @@
 A tensor whose outermost dimension in memory counts the experts is *per expert*: row `e` is taken from
 the rank that loaded expert `e`. Everything else is *replicated*: each rank has made it itself, and all
 must have made the same. Tensors that share a storage (aliases, views, kernel copies of a parameter) are
-moved together, so none is left behind over memory of one rank only.
+moved together, so none is left behind over memory of one rank only. A small storage that has more than
+rows, as a table of which each of two layers holds a line, is replicated.
 """
 
 import hashlib
@@ -14,6 +15,9 @@ import torch
 
 from vllm_dwdp.errors import DwdpUnsupportedError
 from vllm_dwdp.layout.placement import ExpertRange
+
+LARGE_ROW_BYTES = 4096
+"""From so many bytes per expert on, a parameter is kept and read for resident experts only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +107,7 @@ def sort_tensors(
         device: of the experts; what lies elsewhere is replicated.
 
     Raises:
-        DwdpUnsupportedError: a storage mixes rows of experts with something else.
+        DwdpUnsupportedError: a large storage mixes rows of experts with something else.
     """
     groups: dict[int, list[tuple[str, torch.Tensor]]] = {}
     replicated = {}
@@ -115,11 +119,18 @@ def sort_tensors(
     per_expert = []
     for members in groups.values():
         row_bytes = {expert_stride_bytes(tensor, num_experts) for _, tensor in members} - {None}
-        if row_bytes:
-            (stride,) = row_bytes if len(row_bytes) == 1 else (0,)
-            per_expert.append(_rows_of(layer_name, members, num_experts, stride or 0))
+        (stride,) = row_bytes if len(row_bytes) == 1 else (0,)
+        rows = _rows_of(members, num_experts, stride) if stride else None
+        if rows is not None:
+            per_expert.append(rows)
+        elif not row_bytes or _is_small(members, num_experts):
+            replicated.update(members)  # every rank has loaded it whole
         else:
-            replicated.update(members)
+            shown = ", ".join(f"{path} {tuple(t.shape)} {t.stride()}" for path, t in members)
+            raise DwdpUnsupportedError(
+                f"{layer_name}: tensors that share memory do not have one row per expert: {shown}. "
+                'Use dwdp mode "replica" for this checkpoint.'
+            )
     return SortedTensors(per_expert=tuple(per_expert), replicated=replicated)
 
 
@@ -140,24 +151,25 @@ def expert_dimension(tensor: torch.Tensor, num_experts: int) -> int | None:
     return outermost if tensor.shape[outermost] == num_experts else None
 
 
+def _is_small(members: Sequence[tuple[str, torch.Tensor]], num_experts: int) -> bool:
+    """Whether the storage has so few bytes that what it holds was loaded for every expert."""
+    _, first = members[0]
+    num_bytes: int = first.untyped_storage().nbytes()
+    return num_bytes < num_experts * LARGE_ROW_BYTES
+
+
 def _rows_of(
-    layer_name: str, members: Sequence[tuple[str, torch.Tensor]], num_experts: int, row_bytes: int
-) -> ExpertRows:
+    members: Sequence[tuple[str, torch.Tensor]], num_experts: int, row_bytes: int
+) -> ExpertRows | None:
+    """Return the storage of some tensors as rows of experts; None if it is not."""
     name, first = members[0]
-    starts = [
+    start = min(
         tensor.storage_offset() * tensor.element_size()
         for _, tensor in members
         if expert_stride_bytes(tensor, num_experts) is not None
-    ]
-    start = min(starts)
-    if not row_bytes or any(
-        not _fits(tensor, num_experts, row_bytes, start) for _, tensor in members
-    ):
-        shown = ", ".join(f"{path} {tuple(t.shape)} {t.stride()}" for path, t in members)
-        raise DwdpUnsupportedError(
-            f"{layer_name}: tensors that share memory do not have one row per expert: {shown}. Use dwdp "
-            'mode "replica" for this checkpoint.'
-        )
+    )
+    if not all(_fits(tensor, num_experts, row_bytes, start) for _, tensor in members):
+        return None
     storage = first.untyped_storage()
     num_bytes = min(num_experts * row_bytes, storage.nbytes() - start)
     whole = torch.empty(0, dtype=torch.uint8, device=first.device)

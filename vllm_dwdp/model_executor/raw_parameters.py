@@ -13,10 +13,8 @@ import torch
 
 from vllm_dwdp.errors import DwdpUnsupportedError
 from vllm_dwdp.layout.placement import ExpertRange
+from vllm_dwdp.model_executor.expert_tensors import LARGE_ROW_BYTES
 from vllm_dwdp.model_executor.relocation import WatchedStorage
-
-LARGE_ROW_BYTES = 4096
-"""From so many bytes per expert on, a parameter is kept and read for resident experts only."""
 
 
 class RawParameters:

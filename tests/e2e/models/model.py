@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from tests.helpers.missing_kernels import said
+
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
@@ -16,6 +18,7 @@ class Model:
         engine_args: beside those of every test engine.
         asked: what else a case of `engine_process` says, e.g. how it is asked.
         stock_error: what stock vLLM says; empty if it serves the model.
+        stand_ins: of `missing_kernels`, with which stock vLLM serves it all the same.
         needs_torchvision: vLLM or transformers import it for this model.
         window_added: tokens that vLLM keeps beyond the window that the config says.
         on_push: run by `make test` too.
@@ -30,10 +33,21 @@ class Model:
     engine_args: dict[str, Any] = field(default_factory=dict)
     asked: dict[str, Any] = field(default_factory=dict)
     stock_error: str = ""
+    stand_ins: tuple[str, ...] = ()
     needs_torchvision: bool = False
     window_added: int = 0
     on_push: bool = False
     since: tuple[int, int] = (0, 0)
+
+    @property
+    def is_served(self) -> bool:
+        """Whether stock vLLM serves it, if need be with stand-ins."""
+        return not self.stock_error or bool(self.stand_ins)
+
+    @property
+    def served_row(self) -> str:
+        """The row of what is served, which says what was put in for it."""
+        return f"{self.row}, {said(self.stand_ins)}" if self.stand_ins else self.row
 
 
 def model(row: str, architecture: str, **others: Any) -> Model:
@@ -45,7 +59,10 @@ def called(architecture: str) -> dict[str, Any]:
     return {"hf_overrides": {"architectures": [architecture]}}
 
 
-ONE_IMAGE = {"limit_mm_per_prompt": {"image": 1, "video": 0}, "max_num_batched_tokens": 512}
+ONE_IMAGE = {
+    "limit_mm_per_prompt": {"image": 1, "video": 0, "audio": 0},
+    "max_num_batched_tokens": 512,
+}
 TEXT_ONLY = {"limit_mm_per_prompt": {"image": 0, "video": 0, "audio": 0}}
 ARIA_IMAGE = {"max_num_batched_tokens": 512, "mm_processor_kwargs": {"max_image_size": 490}}
 QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -56,6 +73,12 @@ NO_WEIGHTS = {"load_format": "dummy"}
 UNCACHED = {"enable_prefix_caching": False}
 """For layers that keep a state, or nothing, of which no block can be shared."""
 ONLY_SOFTMAX = 'assert self.scoring_func == "softmax"'
+BY_SIGMOID = {"stock_error": ONLY_SOFTMAX, "stand_ins": ("routing_by_sigmoid",)}
+ONE_TOKEN = {
+    "stock_error": "expect x to be transposed",
+    "stand_ins": ("the_convolution_of_one_token",),
+}
+"""Stock vLLM serves it, but no prompt, or rest of one, of a single token."""
 TWO_QUESTIONS = {
     "question_types": [1, 2],
     "question_spans": [[-9, -7], [-7, -5]],
@@ -64,5 +87,9 @@ TWO_QUESTIONS = {
 }
 """Spans of tokens that count from a prompt's end."""
 NO_KERNEL = "'_lib_fn_wrapper' object has no attribute 'get'"
-UNGATED = "is_act_and_mul=False is supported only for CUDA"
+NO_GATE = {
+    "stock_error": "is_act_and_mul=False is supported only for CUDA",
+    "stand_ins": ("experts_without_a_gate",),
+}
+NO_BACKEND = "No Unquantized MoE backend supports the deployment configuration"
 NO_SPARSE = "Sparse Attention is not supported on CPU"

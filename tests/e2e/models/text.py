@@ -1,13 +1,14 @@
 """Models that read text alone."""
 
 from tests.e2e.models.model import (
-    NO_KERNEL,
+    BY_SIGMOID,
+    NO_BACKEND,
+    NO_GATE,
     NO_SPARSE,
     NO_WEIGHTS,
-    ONLY_SOFTMAX,
+    ONE_TOKEN,
     TRUSTED,
     UNCACHED,
-    UNGATED,
     Model,
     called,
     model,
@@ -41,23 +42,29 @@ TEXT: dict[str, Model] = {
     "granite_moe_shared": model("Granite-MoE-Shared", "GraniteMoeSharedForCausalLM"),
     "granite_moe_swa": model("Granite-MoE-SWA", "GraniteMoeSWAForCausalLM"),
     "hy_v3": model("Hunyuan-3", "HYV3ForCausalLM"),
-    "jamba": model("Jamba, hybrid", "JambaForCausalLM", stock_error="Dimension out of range"),
+    "jamba": model(
+        "Jamba, hybrid",
+        "JambaForCausalLM",
+        stock_error="Dimension out of range",
+        stand_ins=("mamba_1",),
+    ),
     "kimi_linear": model(
         "Kimi-Linear, hybrid",
         "KimiLinearForCausalLM",
         engine_args=UNCACHED,
-        stock_error=NO_KERNEL,
+        stock_error="No module named 'cutlass'",
+        stand_ins=("delta_attention", "blocks_of_latents", "caches_of_latents"),
     ),
     "lfm2_moe": model("LFM2-MoE, hybrid", "Lfm2MoeForCausalLM"),
-    "laguna": model("Laguna", "LagunaForCausalLM", stock_error=ONLY_SOFTMAX),
+    "laguna": model("Laguna", "LagunaForCausalLM", **BY_SIGMOID),
     "llama4_text": model("Llama-4, text", "Llama4ForCausalLM"),
     "mellum": model("Mellum", "MellumForCausalLM"),
-    "minimax_m2": model("MiniMax-M2", "MiniMaxM2ForCausalLM", stock_error=ONLY_SOFTMAX),
+    "minimax_m2": model("MiniMax-M2", "MiniMaxM2ForCausalLM", **BY_SIGMOID),
     "mimo_v2_flash": model("MiMo-V2-Flash", "MiMoV2FlashForCausalLM"),
     "nemotron_h": model(
         "Nemotron-3, hybrid",
         "NemotronHForCausalLM",
-        stock_error=UNGATED,
+        **NO_GATE,
     ),
     "phimoe": model("Phi-3.5-MoE", "PhiMoEForCausalLM"),
     "qwen3_next": model("Qwen3-Next, hybrid", "Qwen3NextForCausalLM", on_push=True),
@@ -71,7 +78,7 @@ TEXT: dict[str, Model] = {
     ),
     "olmoe_transformers_embeds": model(
         "OLMoE that embeds, --model-impl transformers",
-        "TransformersMoEEmbeddingModel",
+        "TransformersMoEForCausalLM",
         checkpoint="olmoe",
         engine_args={"model_impl": "transformers", "runner": "pooling", "convert": "embed"},
         asked={"pooling": "embed"},
@@ -88,7 +95,7 @@ TEXT: dict[str, Model] = {
         "Qwen3.5-MoE, text model alone",
         "Qwen3_5MoeForCausalLM",
         needs_torchvision=True,
-        stock_error="expect x to be transposed",
+        **ONE_TOKEN,
     ),
     "qwen3_moe_embeds": model(
         "Qwen3-MoE that embeds, --convert embed",
@@ -123,14 +130,17 @@ TEXT: dict[str, Model] = {
         "HYV4ForCausalLM",
         stock_error="no valid sparse MLA backend is available",
     ),
-    "minimax_m3": model("MiniMax-M3", "MiniMaxM3SparseForCausalLM", stock_error=ONLY_SOFTMAX),
+    "minimax_m3": model(
+        "MiniMax-M3, Transformers back end", "TransformersMoEForCausalLM", **BY_SIGMOID
+    ),
     "bailing_moe": model("Ling-lite, Ling-plus", "BailingMoeForCausalLM", engine_args=TRUSTED),
     "bailing_moe_v2": model("Ling-2.0, Ring-2.0", "BailingMoeV2ForCausalLM", engine_args=TRUSTED),
     "bailing_moe_v2_5": model(
         "Ling-2.5, hybrid",
         "BailingMoeV2_5ForCausalLM",
-        engine_args=TRUSTED | NO_WEIGHTS | UNCACHED,
+        engine_args=TRUSTED | UNCACHED,
         stock_error="is not supported by attention backend(s): CPU_MLA",
+        stand_ins=("blocks_of_latents", "linear_attention"),
     ),
     "deepseek_v4": model(
         "DeepSeek-V4", "DeepseekV4ForCausalLM", stock_error="_token_request_mapping_kernel["
@@ -150,10 +160,13 @@ TEXT: dict[str, Model] = {
     ),
     "mimo_v2": model("MiMo-V2", "MiMoV2ForCausalLM", engine_args=TRUSTED),
     "longcat_flash": model(
-        "LongCat-Flash", "LongcatFlashForCausalLM", stock_error="no attribute 'topk_softmax'"
+        "LongCat-Flash",
+        "LongcatFlashForCausalLM",
+        stock_error="no attribute 'topk_softmax'",
+        stand_ins=("zero_experts",),
     ),
     "step3_text": model("Step-3, text", "Step3TextForCausalLM"),
-    "step3p5": model("Step-3.5-Flash", "Step3p5ForCausalLM", stock_error=ONLY_SOFTMAX),
+    "step3p5": model("Step-3.5-Flash", "Step3p5ForCausalLM", **BY_SIGMOID),
     "dots3_note": model(
         "dots.note",
         "Dots3NoteForCausalLM",
@@ -193,16 +206,18 @@ TEXT: dict[str, Model] = {
         stock_error="_seq_metadata_kernel[",
     ),
     "qwen3_5_text": model(
-        "Qwen3.5, given experts, text model alone, without linear attention",
+        "Qwen3.5, given experts, text model alone",
         "Qwen3_5ForCausalLM",
-        checkpoint="qwen3_5_moe_text_full",
-        engine_args=UNCACHED | called("Qwen3_5ForCausalLM"),
+        checkpoint="qwen3_5_moe_text",
+        engine_args=called("Qwen3_5ForCausalLM"),
         needs_torchvision=True,
+        **ONE_TOKEN,
     ),
     "k2_horizon": model(
-        "K2-Horizon, routed by softmax, no mixture of values",
+        "K2-Horizon, without its mixture of values",
         "K2HorizonForCausalLM",
         engine_args=TRUSTED,
+        **BY_SIGMOID,
     ),
     "k2_horizon_values": model(
         "K2-Horizon, mixture of values",
@@ -212,6 +227,13 @@ TEXT: dict[str, Model] = {
     ),
     "pangu_embedded": model(
         "openPangu-Embedded, given experts", "PanguEmbeddedForCausalLM", engine_args=TRUSTED
+    ),
+    "minimax_m3_sparse": model(
+        "MiniMax-M3, text",
+        "MiniMaxM3SparseForCausalLM",
+        engine_args=TRUSTED | NO_WEIGHTS,
+        needs_torchvision=True,
+        stock_error=NO_BACKEND,
     ),
     "mistral_large_3": model(
         "Mistral-Large-3",
@@ -224,6 +246,7 @@ TEXT: dict[str, Model] = {
         engine_args={"runner": "pooling"},
         asked={"pooling": "classify"},
         stock_error="Dimension out of range",
+        stand_ins=("mamba_1",),
     ),
     "privacy_filter": model(
         "OpenAI Privacy Filter, which labels tokens",

@@ -8,7 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_dwdp.errors import DwdpUnsupportedError
-from vllm_dwdp.model_executor.expert_tensors import digest_of, expert_dimension, sort_tensors
+from vllm_dwdp.model_executor.expert_tensors import (
+    LARGE_ROW_BYTES,
+    digest_of,
+    expert_dimension,
+    sort_tensors,
+)
 
 CPU = torch.device("cpu")
 
@@ -85,10 +90,22 @@ def test_what_has_no_row_per_expert_is_replicated() -> None:
     ],
 )
 def test_memory_that_is_not_rows_is_refused(others: Any) -> None:
-    memory = torch.ones(20)
+    memory = torch.ones(4 * LARGE_ROW_BYTES)
     tensors = {"rows": memory[:12].view(4, 3)} | others(memory)
     with pytest.raises(DwdpUnsupportedError, match=r"one row per expert: rows \(4, 3\) \(3, 1\), "):
         sort_tensors("layer", tensors, 4, CPU)
+
+
+@pytest.mark.parametrize("line", [0, 1])
+def test_a_line_of_a_small_table_is_replicated_with_the_table(line: int) -> None:
+    """ERNIE-4.5-VL has one such table of biases for text experts and vision experts."""
+    table = torch.nn.Parameter(torch.rand(2, 4))
+    bias = table[line]
+    found = sort_tensors(
+        "layer", {"bias": bias, "bias._base": table, "w": torch.ones(4, 2)}, 4, CPU
+    )
+    assert set(found.replicated) == {"bias", "bias._base"}
+    assert [rows.name for rows in found.per_expert] == ["w"]
 
 
 def test_a_digest_is_of_the_elements() -> None:

@@ -194,9 +194,9 @@ def test_a_small_row_that_was_not_loaded_is_refused() -> None:
 def test_storages_that_mix_experts_with_something_else_are_refused() -> None:
     class Mixes(Method):
         def process(self, layer: Any) -> None:
-            memory = torch.zeros(NUM_EXPERTS * 8 + 3)
-            self.rows, self.rest = memory[:-3].view(NUM_EXPERTS, 8), memory[-3:]
+            memory = torch.zeros(NUM_EXPERTS * 1024 + 3)
+            self.rows, self.rest = memory[:-3].view(NUM_EXPERTS, 1024), memory[-3:]
 
     message = refused(Mixes)
-    assert "do not have one row per expert: quant_method.rows (5, 8) (8, 1), " in message
+    assert "do not have one row per expert: quant_method.rows (5, 1024) (1024, 1), " in message
     assert "quant_method.rest (3,)" in message

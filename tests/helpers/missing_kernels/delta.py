@@ -1,0 +1,113 @@
+"""Kimi's delta attention."""
+
+import itertools
+from typing import Any
+
+import torch
+
+
+def delta_attention() -> None:
+    """Attend by a state of each head, token by token: it forgets what a key knew, and takes the new."""
+    make_importable()
+    from vllm.model_executor.layers.mamba.gdn import kimi_gdn_linear_attn
+    from vllm.models.kimi_k3.nvidia import model
+    from vllm.models.kimi_k3.nvidia.ops.third_party import kda
+    from vllm.third_party.flash_linear_attention.ops.kda import FusedRMSNormGated
+
+    def of_prompts(
+        *,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        raw_g: torch.Tensor,
+        raw_beta: torch.Tensor,
+        A_log: torch.Tensor,
+        g_bias: torch.Tensor,
+        lower_bound: None,
+        initial_state: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        **others: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert lower_bound is None
+        out, states = torch.empty_like(v), torch.empty_like(initial_state)
+        for number, (start, stop) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+            tokens = [each[0, start:stop] for each in (q, k, v, raw_g, raw_beta)]
+            seen, states[number] = attend(*tokens, A_log, g_bias, initial_state[number].float())
+            out[0, start:stop] = seen.to(out.dtype)
+        return out, states
+
+    def of_one_token(
+        *,
+        mixed_qkv: torch.Tensor,
+        raw_g: torch.Tensor,
+        raw_beta: torch.Tensor,
+        A_log: torch.Tensor,
+        dt_bias: torch.Tensor,
+        lower_bound: None,
+        initial_state: torch.Tensor,
+        state_indices: torch.Tensor,
+        **others: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert lower_bound is None
+        out = torch.empty(raw_g.shape, dtype=mixed_qkv.dtype)
+        for number, slot in enumerate(state_indices.tolist()):
+            q, k, v = mixed_qkv[number].view(3, 1, *raw_g.shape[2:])
+            gates = raw_g[0, number, None], raw_beta[0, number, None]
+            seen, state = attend(q, k, v, *gates, A_log, dt_bias, initial_state[slot].float())
+            out[0, number] = seen[0].to(out.dtype)
+            initial_state[slot] = state
+        return out, initial_state
+
+    def initial_states(
+        states: torch.Tensor, slots: torch.Tensor, has_initial_state: torch.Tensor
+    ) -> torch.Tensor:
+        return states[slots] * has_initial_state.view(-1, *[1] * (states.dim() - 1))
+
+    made_for_gpus: Any = model
+    made_for_gpus.maybe_init_gemm_rs_ar = lambda *given: False  # it imports what only GPUs have
+    rule: Any = kda
+    rule.chunk_kda_with_fused_gate = of_prompts
+    rule.fused_recurrent_kda_packed_decode = of_one_token
+    layer: Any = kimi_gdn_linear_attn
+    layer.gather_initial_states = initial_states
+    norm: Any = FusedRMSNormGated
+    norm.forward_cpu = norm.forward_native
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    raw_g: torch.Tensor,
+    raw_beta: torch.Tensor,
+    A_log: torch.Tensor,
+    bias: torch.Tensor,
+    state: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `[tokens, heads, size]` see, and the state `[heads, size, size]` after them."""
+    q, k = (torch.nn.functional.normalize(each.float(), dim=-1) for each in (q, k))
+    gate = torch.nn.functional.softplus(raw_g.float() + bias.view(raw_g.shape[1:]))
+    kept = (-A_log.exp()[:, None] * gate).exp()
+    beta = raw_beta.float().sigmoid()
+    seen = []
+    for token in range(q.shape[0]):
+        state = state * kept[token, :, :, None]
+        known = (state * k[token, :, :, None]).sum(1)
+        new = beta[token, :, None] * (v[token].float() - known)
+        state = state + k[token, :, :, None] * new[:, None]
+        seen.append((state * q[token, :, :, None]).sum(1) * q.shape[-1] ** -0.5)
+    return torch.stack(seen), state
+
+
+def make_importable() -> None:
+    """Let a process import Kimi's modules, which are made for GPUs."""
+    from vllm.triton_utils import dispatcher
+
+    def of_vars(value: Any) -> dict[str, Any]:
+        found = vars(value)
+        return found if isinstance(found, dict) else {}
+
+    search: Any = dispatcher
+    search.vars = of_vars  # it looks into every object of every module, llvmlite's library too
+    cuda: Any = torch.cuda
+    cuda.Stream = type("Stream", (), {})
