@@ -17,6 +17,7 @@ from vllm_dwdp.planner.states import NO_STATE, LayerState, layer_state
 
 INDEX_GROUP, INDEX_SCALE_BYTES = 128, 4
 """An indexer keeps a key in FP8, and a scale for each so many of its elements."""
+BF16_BYTES = 2
 KV_HEADS = ("num_key_value_heads", "num_attention_groups")
 KV_FIELDS = {
     LayerKind.FULL: (("num_global_key_value_heads",), ("global_head_dim",), ()),
@@ -201,7 +202,15 @@ def _own_fields(fields: ConfigFields, layer: int, num_layers: int) -> ConfigFiel
 
 
 def _index_bytes(fields: ConfigFields, layer: int, num_layers: int) -> int:
-    """Count what a sparse indexer keeps of a token (DeepSeek-V3.2); layers may share one (GLM-5)."""
+    """Count what a sparse indexer keeps of a token (DeepSeek-V3.2); layers may share one (GLM-5).
+
+    MiniMax-M3's keys are in bf16, in the layers that its config lists.
+    """
+    sparse = fields.config.get("sparse_attention_config")
+    if isinstance(sparse, dict):
+        inner = ConfigFields(sparse)
+        listed = inner.per_layer("sparse_attention_freq", num_layers)
+        return BF16_BYTES * inner.first("sparse_index_dim") if listed and listed[layer] else 0
     size = fields.first("index_head_dim", default=0)
     types = fields.per_layer("indexer_types", num_layers)
     if not size or (types and types[layer] != "full"):

@@ -88,6 +88,14 @@ def cache(config: dict[str, Any], **changes: Any) -> KvCache:
     return shape_of(config | changes).kv_cache
 
 
+def test_an_indexer_of_some_layers_keeps_keys_in_those() -> None:
+    """MiniMax-M3's, in bf16."""
+    freq = [0] * 12 + [1] * 36
+    sparse = {"sparse_attention_freq": freq, "sparse_index_dim": 128}
+    plain = cache(QWEN3_30B).token_bytes
+    assert cache(QWEN3_30B, sparse_attention_config=sparse).token_bytes == plain + 36 * 128 * 2
+
+
 def test_qwen3_next_keeps_keys_and_values_in_12_of_48_layers() -> None:
     found = cache(QWEN3_NEXT)
     assert (found.num_full, found.num_states) == (12, 36)
