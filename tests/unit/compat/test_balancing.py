@@ -17,7 +17,7 @@ def client() -> Any:
     """As its constructor leaves it; there are no engines."""
     made = OnlyClient.__new__(OnlyClient)
     made.client_count, made.eng_start_index = 1, 0
-    made.reqs_in_flight, made.engine_inflight = {}, Counter()
+    made.reqs_in_flight, made.engine_inflight, made.streaming_reqs = {}, Counter(), set()
     made.engine_ranks_managed = [FIRST, FIRST + 1]
     made.core_engines = [rank.to_bytes(2, "little") for rank in made.engine_ranks_managed]
     made._said = [[0, 0, 0.0], [0, 0, 0.0]]
@@ -26,7 +26,9 @@ def client() -> Any:
 
 def send(client: Any, name: str, rank: int | None = None) -> int:
     """Return the position of the rank that gets the request."""
-    request: Any = SimpleNamespace(request_id=name, data_parallel_rank=rank, pooling_params=None)
+    request: Any = SimpleNamespace(
+        request_id=name, data_parallel_rank=rank, pooling_params=None, resumable=False
+    )
     return int(client.core_engines.index(client.get_core_engine_for_request(request)))
 
 
