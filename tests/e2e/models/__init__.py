@@ -21,7 +21,6 @@ assert {name for model in MODELS.values() for name in model.stand_ins} <= set(ST
 UNTRIED: dict[str, str] = {
     "ClefFlashForJointSchema": "since vLLM 0.33: Qwen3.5's class with the head of Clef-Omni, each of "
     "which is tried",
-    "TransformersMoEEmbeddingModel": "vLLM converts the causal model to embed: nothing reaches it",
     "EmbeddingGemma2Model": "vLLM builds no experts for it: its text model is dense, whatever its "
     "config says. It shares code for pictures and sound with Gemma-4, which has experts",
     "MiniCPMOcrForConditionalGeneration": "since vLLM 0.33: MiniCPM-V 4.6, which is tried, with "

@@ -83,6 +83,14 @@ TEXT: dict[str, Model] = {
         engine_args={"model_impl": "transformers", "runner": "pooling", "convert": "embed"},
         asked={"pooling": "embed"},
     ),
+    "olmoe_base": model(
+        "OLMoE without a head, which embeds, --model-impl transformers",
+        "TransformersMoEEmbeddingModel",
+        checkpoint="olmoe",
+        overrides={"architectures": ["OlmoeModel"]},
+        engine_args={"model_impl": "transformers", "max_num_batched_tokens": 512},
+        asked={"pooling": "embed"},
+    ),
     "qwen3_moe_transformers_classifies": model(
         "Qwen3-MoE that classifies, --model-impl transformers",
         "TransformersMoEForSequenceClassification",
