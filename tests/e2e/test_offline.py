@@ -324,7 +324,7 @@ def test_an_llm_that_fails_when_its_engines_run_leaves_none(
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm_dwdp import LLM
 
-    before = processes("VLLM::EngineCore")
+    before = set(processes("VLLM::EngineCore"))  # some of which may be ending
     with pytest.raises(Exception, match=r"missing\.jinja") as failure:
         LLM(
             checkpoints("qwen3_moe", 8),
@@ -333,7 +333,7 @@ def test_an_llm_that_fails_when_its_engines_run_leaves_none(
             **SETTINGS,
         )
     assert failure.traceback, "held, as by a shell that shows it"
-    wait_until(lambda: processes("VLLM::EngineCore") == before)
+    wait_until(lambda: set(processes("VLLM::EngineCore")) <= before)
 
 
 @pytest.mark.feature("Worker processes (`executor` `mp`)")
