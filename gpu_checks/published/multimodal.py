@@ -268,7 +268,15 @@ MULTIMODAL: dict[str, Published] = {
         architecture="Cosmos3EdgeForConditionalGeneration",
         model_type="cosmos3_edge",
         experts="n_routed_experts",
-        fields={"layers_block_type": ["full_attention", "moe"], "hidden_act": "relu2"},
+        fields={
+            "layers_block_type": ["full_attention", "moe"],
+            "hidden_act": "relu2",
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [6, 5, 5],
+            },
+        },
         without=("num_hidden_layers",),
         inside="text_config",
         besides={

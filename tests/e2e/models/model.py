@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from tests.compat.versions import vllm_minor
 from tests.helpers.missing_kernels import said
 
 
@@ -48,6 +49,11 @@ class Model:
     def served_row(self) -> str:
         """The row of what is served, which says what was put in for it."""
         return f"{self.row}, {said(self.stand_ins)}" if self.stand_ins else self.row
+
+
+def since_0_33(error: str, before: str) -> str:
+    """Return what stock vLLM says, of whichever version is tested."""
+    return error if vllm_minor() >= (0, 33) else before
 
 
 def model(row: str, architecture: str, **others: Any) -> Model:

@@ -151,7 +151,10 @@ TEXT: dict[str, Model] = {
         stand_ins=("blocks_of_latents", "linear_attention"),
     ),
     "deepseek_v4": model(
-        "DeepSeek-V4", "DeepseekV4ForCausalLM", stock_error="_token_request_mapping_kernel["
+        "DeepSeek-V4",
+        "DeepseekV4ForCausalLM",
+        engine_args=NO_WEIGHTS,
+        stock_error="_token_request_mapping_kernel[",
     ),
     "sarvam_mla": model("Sarvam-105B", "SarvamMLAForCausalLM", engine_args=TRUSTED),
     "sarvam_moe": model("Sarvam-30B", "SarvamMoEForCausalLM", engine_args=TRUSTED),
