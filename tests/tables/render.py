@@ -125,8 +125,9 @@ def _introduction(results: Results) -> str:
         for version, result in results.items()
     )
     return (
-        "Each row is made true by tests: `yes` says that all of them passed with that version of vLLM, "
-        f"`-` that they have not run with it.\nLast runs: {of_which}. [Versions](versions.md) has more."
+        "Each row is made true by tests: `yes` says that all of them passed with that version of vLLM, or "
+        "all that ran with the second one; `-` that none has run with it.\n"
+        f"Last runs: {of_which}. [Versions](versions.md) has more."
     )
 
 
