@@ -125,8 +125,8 @@ def _introduction(results: Results) -> str:
         for version, result in results.items()
     )
     return (
-        "Each row is made true by tests: `yes` says that all of them passed with that version of vLLM, or "
-        "all that ran with the second one; `-` that none has run with it.\n"
+        "Each row is made true by tests: `yes` says that all of them passed with that version of vLLM, "
+        "or all that ran with the second one; `-` that none has run with it.\n"
         f"Last runs: {of_which}. [Versions](versions.md) has more."
     )
 
