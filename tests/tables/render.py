@@ -20,6 +20,11 @@ TITLES = {
     "feature": "# vLLM's features, with DWDP",
     "model": "# Models that run with DWDP",
 }
+NOTES = {
+    "model": "Checkpoints are small, with random weights. A row that ends in `... in torch` ran with "
+    "that operation, which vLLM has for GPUs only, in plain torch, in stock vLLM and with DWDP alike "
+    "(`tests/helpers/missing_kernels`); what stock vLLM says without it is below."
+}
 FILES = {"feature": "features.md", "model": "models.md"}
 
 
@@ -92,7 +97,7 @@ def render(table: str, rows: Sequence[Row], results: Results) -> str:
     found = entries(rows, table, results)
     true = [entry for entry in found if entry.is_true]
     versions = list(results)
-    parts = [TITLES[table], MADE, _introduction(results)]
+    parts = [TITLES[table], MADE, _introduction(results), NOTES.get(table, "")]
     parts += _section("## Works", "", [e for e in true if e.kind == "works"], versions, "")
     parts += _section(
         "## Refused",
