@@ -377,7 +377,7 @@ TEXT: dict[str, Published] = {
             "norm_topk_prob": True,
             "routed_scaling_factor": 2.5,
         },
-        tensors=layouts.pangu_embedded,
+        tensors=layouts.deepseek,
     ),
     "minimax_m3_sparse": Published(
         architecture="MiniMaxM3SparseForCausalLM",

@@ -85,17 +85,6 @@ def pangu_ultra(config: Fields) -> Shapes:
     )
 
 
-def pangu_embedded(config: Fields) -> Shapes:
-    return model(
-        config,
-        lambda prefix, number: (
-            norms(prefix, config)
-            | attention(f"{prefix}.self_attn", config)
-            | feed_forward(prefix, number, config, "n_routed_experts")
-        ),
-    )
-
-
 def k2_horizon(config: Fields) -> Shapes:
     """List attentions whose queries and keys have a norm over all heads."""
     size, heads, groups = (

@@ -128,14 +128,16 @@ class RawParameters:
     def fill(self, parameter: torch.Tensor, stock: Callable[[torch.Tensor], None]) -> None:
         """Let vLLM's `stock` loader of dummy weights fill a large parameter as one of all experts.
 
-        What it writes into a row depends on the rows before it.
+        What it writes into a row depends on the rows before it. A rank that returns has its rows in
+        memory, and fills none.
         """
+        if not len(self.resident):
+            return
         whole = rows_of_zeros(parameter, self.num_experts)
         whole.__dict__.update(parameter.__dict__)
         stock(whole)
-        if len(self.resident):
-            rows = whole[self.resident.start : self.resident.stop]
-            bytes_of(parameter.data).copy_(bytes_of(rows))
+        rows = whole[self.resident.start : self.resident.stop]
+        bytes_of(parameter.data).copy_(bytes_of(rows))
 
     def _has_all_experts(self, param: torch.nn.Parameter, loaded_weight: torch.Tensor) -> bool:
         same_rank = loaded_weight.dim() == param.dim()

@@ -24,8 +24,6 @@ KV_FIELDS = {
     LayerKind.WINDOW: (("swa_num_key_value_heads",), ("swa_head_dim",), ("swa_v_head_dim",)),
 }
 """Heads, and the sizes of keys and values, where layers of a kind have their own (Gemma 4, MiMo)."""
-
-
 ENCODERS = ("openai_privacy_filter",)
 """Types of models whose layers see a whole sequence at once, and keep nothing of it."""
 

@@ -35,9 +35,8 @@ def layer_kinds(fields: ConfigFields, num_layers: int) -> list[LayerKind]:
 
     A list of names (`layer_types`, NemotronH's `layers_block_type` or `hybrid_override_pattern`), of 0
     and 1 (MiMo's `hybrid_layer_pattern`), of layer numbers (Kimi's `linear_attn_config`, Inkling's
-    `local_layer_ids`), or a period
-    (Qwen3-Next's `full_attention_interval`, Ling's `layer_group_size`, Jamba's `attn_layer_period`,
-    Llama-4's rotary layers).
+    `local_layer_ids`), or a period (Qwen3-Next's `full_attention_interval`, Ling's `layer_group_size`,
+    Jamba's `attn_layer_period`, Llama-4's rotary layers).
 
     Raises:
         DwdpConfigError: a kind is unknown, or a list does not fit the layers.
