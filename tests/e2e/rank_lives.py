@@ -24,6 +24,7 @@ from typing import Any
 
 from tests.e2e import engine_process
 from tests.e2e.engine_process import PROMPTS, close_engine, find, footprint, generate, make_engine
+from tests.helpers.files import num_open_files
 from vllm_dwdp.distributed.status import query_status
 from vllm_dwdp.entrypoints.launch.ports import free_ports
 
@@ -194,7 +195,7 @@ def resources() -> dict[str, int]:
     """Count what must not grow while peers die and return."""
     rollup = Path("/proc/self/smaps_rollup").read_text()
     anonymous = int(rollup.split("Anonymous:")[1].split()[0]) * 1024
-    return footprint() | {"fds": len(os.listdir("/proc/self/fd")), "anonymous_bytes": anonymous}
+    return footprint() | {"fds": num_open_files(), "anonymous_bytes": anonymous}
 
 
 def restart_before_ready(stage: Stage) -> list[dict[str, Any]]:

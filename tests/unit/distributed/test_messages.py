@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.files import num_open_files
 from vllm_dwdp.distributed import messages
 from vllm_dwdp.distributed.connection import PacketConnection
 from vllm_dwdp.distributed.fingerprint import Fingerprint
@@ -62,7 +63,7 @@ def test_nonsense_is_refused_and_its_descriptors_are_closed(
     pair: Pair,
 ) -> None:
     fd = os.memfd_create("dwdp-test")
-    before = len(os.listdir("/proc/self/fd"))
+    before = num_open_files()
     for nonsense in (b"\xc1", b"x" * 1000, b"\xdf\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff"):
         for fds in ([], [fd, fd, fd]):
             pair[0].send(nonsense, fds)
@@ -71,7 +72,7 @@ def test_nonsense_is_refused_and_its_descriptors_are_closed(
     pair[0].send_message(messages.StatusRequest(), [fd])
     with pytest.raises(ProtocolError, match="0 file descriptors"):
         pair[1].receive_request()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert num_open_files() == before
     os.close(fd)
 
 
@@ -110,7 +111,7 @@ BAD_HANDLES = {
 @pytest.mark.parametrize("name", BAD_HANDLES)
 def test_handles_that_do_not_fit_their_shard_are_refused_and_closed(pair: Pair, name: str) -> None:
     fd = os.memfd_create("dwdp-test")
-    before = len(os.listdir("/proc/self/fd"))
+    before = num_open_files()
     for message, num_fds in BAD_HANDLES[name]:
         data = msgspec.msgpack.encode(message)
         pair[0].sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * messages.MAX_MESSAGE_BYTES)
@@ -118,7 +119,7 @@ def test_handles_that_do_not_fit_their_shard_are_refused_and_closed(pair: Pair, 
     pair[0].sock.shutdown(socket.SHUT_WR)
     with pytest.raises((ProtocolError, ConnectionResetError)):
         pair[1].receive_handles(HEADER)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert num_open_files() == before
     os.close(fd)
 
 
@@ -126,7 +127,7 @@ def test_descriptors_beyond_the_limit_of_open_files_are_a_clear_error(
     pair: Pair,
 ) -> None:
     fd = os.memfd_create("dwdp-test")
-    open_now = len(os.listdir("/proc/self/fd"))
+    open_now = num_open_files()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     for packet in messages.shard_packets(HEADER, [fd] * 600, []):
         pair[0].send_message(*packet)
@@ -137,7 +138,7 @@ def test_descriptors_beyond_the_limit_of_open_files_are_a_clear_error(
             pair[1].receive_handles(HEADER)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert len(os.listdir("/proc/self/fd")) == open_now
+    assert num_open_files() == open_now
     os.close(fd)
 
 
