@@ -20,8 +20,8 @@ from tests.helpers import missing_kernels, torchvision
 from tests.helpers.environments import Unavailable
 from tests.helpers.moe_registry import architectures_with_experts
 from tests.tables.said import Said
+from vllm_dwdp.planner.cache_parts import CachePart
 from vllm_dwdp.planner.checkpoint import read_config
-from vllm_dwdp.planner.kv_cache import LayerCache
 from vllm_dwdp.planner.model_shape import shape_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.every_version, pytest.mark.timeout(900)]
@@ -177,10 +177,10 @@ def test_the_planner_counts_the_kv_cache_as_vllm_does(outcomes: Outcomes, name: 
     expected = outcomes.stock(name)["kv_layers"].values()
     cache = shape_of(read_config(Path(outcomes.path(name)))).kv_cache
     added = MODELS[name].window_added
-    assert kept(described(layer, cache.kv_bits, added) for layer in cache.layers) == kept(expected)
+    assert kept(described(layer, cache.kv_bits, added) for layer in cache.parts) == kept(expected)
 
 
-def described(layer: LayerCache, kv_bits: float, window_added: int) -> dict[str, int]:
+def described(layer: CachePart, kv_bits: float, window_added: int) -> dict[str, int]:
     """Return a layer of the planner in the words of `kv_layers.describe`."""
     if layer.state.num_bytes:
         return {"convolution": layer.state.convolution, "recurrent": layer.state.recurrent}

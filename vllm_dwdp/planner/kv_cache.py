@@ -10,13 +10,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from vllm_dwdp.errors import DwdpConfigError
+from vllm_dwdp.planner import compressed
+from vllm_dwdp.planner.cache_parts import (
+    INDEX_GROUP,
+    INDEX_SCALE_BYTES,
+    CachePart,
+    index_bytes,
+    packed,
+)
 from vllm_dwdp.planner.checkpoint import ConfigFields
 from vllm_dwdp.planner.layer_kinds import LayerKind, layer_kinds, narrow_size
-from vllm_dwdp.planner.states import NO_STATE, LayerState, layer_state
+from vllm_dwdp.planner.states import layer_state
 
-INDEX_GROUP, INDEX_SCALE_BYTES = 128, 4
-"""An indexer keeps a key in FP8, and a scale for each so many of its elements."""
 BF16_BYTES = 2
 KV_HEADS = ("num_key_value_heads", "num_attention_groups")
 KV_FIELDS = {
@@ -28,95 +33,65 @@ ENCODERS = ("openai_privacy_filter",)
 """Types of models whose layers see a whole sequence at once, and keep nothing of it."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerCache:
-    """What one layer keeps of a sequence; nothing, if nothing is given.
-
-    Args:
-        elements: of keys and values, or of their latent, per token.
-        index_bytes: per token, of a sparse indexer's keys; their type is their own.
-        window: the most tokens kept; 0 for all.
-        is_chunk: the window is a chunk, of which a token sees half in the mean.
-        state: of a sequence of any length.
-    """
-
-    elements: int = 0
-    index_bytes: int = 0
-    window: int = 0
-    is_chunk: bool = False
-    state: LayerState = NO_STATE
-
-    def token_bytes(self, kv_bits: float) -> float:
-        """Return the bytes of a token that is kept."""
-        return self.elements * kv_bits / 8 + self.index_bytes
-
-    def keys_seen(self, mean_keys: float) -> float:
-        """Return the keys that a query meets, where those of all tokens would be `mean_keys`."""
-        if not self.elements:
-            return 0.0
-        narrow = self.window / 2 if self.is_chunk else self.window
-        return min(mean_keys, narrow) if self.window else mean_keys
-
-
 @dataclass(frozen=True)
 class KvCache:
     """What all layers keep.
 
     Args:
-        layers: of the model, in order.
+        parts: of all layers.
+        num_layers: of the model.
         kv_bits: of an element of keys and values.
     """
 
-    layers: tuple[LayerCache, ...]
+    parts: tuple[CachePart, ...]
+    num_layers: int
     kv_bits: float
 
     @cached_property
     def token_bytes(self) -> float:
         """The bytes per token of the layers that keep every token."""
-        return sum(layer.token_bytes(self.kv_bits) for layer in self.layers if not layer.window)
+        return sum(part.token_bytes(self.kv_bits) for part in self.parts if not part.window)
 
     @cached_property
     def window_bytes(self) -> float:
         """The bytes per sequence, at most, of the layers that keep a window or a chunk."""
-        return sum(layer.window * layer.token_bytes(self.kv_bits) for layer in self.layers)
+        return sum(part.window * part.token_bytes(self.kv_bits) for part in self.parts)
 
     @cached_property
     def window_tokens(self) -> int:
         """The tokens of the largest window; 0 if there is none."""
-        return max(layer.window for layer in self.layers)
+        return max(part.window for part in self.parts)
 
     @cached_property
     def state_bytes(self) -> float:
         """The bytes per sequence, of any length, of the layers that keep a state."""
-        return sum(layer.state.num_bytes for layer in self.layers)
+        return sum(part.state.num_bytes for part in self.parts)
 
     @cached_property
     def num_full(self) -> int:
         """The number of layers that keep every token."""
-        return sum(bool(layer.elements) and not layer.window for layer in self.layers)
+        return sum(bool(part.elements) and not part.window for part in self.parts)
 
     @cached_property
     def num_states(self) -> int:
         """The number of layers that keep a state."""
-        return sum(layer.state.num_bytes > 0 for layer in self.layers)
+        return sum(part.state.num_bytes > 0 for part in self.parts)
 
     def sequence_bytes(self, tokens: float) -> float:
         """Return the bytes of a sequence of so many tokens."""
         windows = sum(
-            min(tokens, layer.window) * layer.token_bytes(self.kv_bits) for layer in self.layers
+            min(tokens, part.window) * part.token_bytes(self.kv_bits) for part in self.parts
         )
         return tokens * self.token_bytes + windows + self.state_bytes
 
     def keys_seen(self, mean_keys: float) -> float:
-        """Return the keys that a query meets in a layer, in the mean over the layers."""
-        return sum(layer.keys_seen(mean_keys) for layer in self.layers) / len(self.layers)
+        """Return the keys that a query attends to in a layer, in the mean over the layers."""
+        return sum(part.keys_seen(mean_keys) for part in self.parts) / self.num_layers
 
     def read_bytes(self, mean_keys: float) -> float:
         """Return what a query reads in a layer, in the mean; a state is written back too."""
-        keys = sum(
-            layer.keys_seen(mean_keys) * layer.token_bytes(self.kv_bits) for layer in self.layers
-        )
-        return (keys + 2 * self.state_bytes) / len(self.layers)
+        keys = sum(part.read_bytes(mean_keys, self.kv_bits) for part in self.parts)
+        return (keys + 2 * self.state_bytes) / self.num_layers
 
 
 def kv_cache(
@@ -132,46 +107,64 @@ def kv_cache(
     Raises:
         DwdpConfigError: what a layer keeps is unknown here.
     """
-    if fields.config.get("compress_ratios") is not None:
-        raise DwdpConfigError(
-            f"{fields.named('compress_ratios')} says that layers compress their KV cache; what they "
-            "keep is unknown here. vLLM logs the size of its KV cache at start: plan with that."
-        )
     if fields.model_type in ENCODERS:
-        return KvCache((LayerCache(),) * num_layers, kv_bits)
+        return KvCache((CachePart(),) * num_layers, num_layers, kv_bits)
+    if compressed.is_compressed(fields):
+        parts = compressed.cache_parts(fields, num_layers, kv_bits, tensor_parallel_size)
+        return KvCache(tuple(parts), num_layers, kv_bits)
     own_until = num_layers - fields.first("num_kv_shared_layers", default=0)
     kinds = layer_kinds(fields, num_layers)[:own_until]
-    layers = [
-        _layer_cache(fields, kind, layer, num_layers, tensor_parallel_size)
+    found = tuple(
+        _layer_part(fields, kind, layer, num_layers, kv_bits, tensor_parallel_size)
         for layer, kind in enumerate(kinds)
-    ]
-    shared = [LayerCache()] * (num_layers - len(layers))
-    return KvCache((*layers, *shared), kv_bits)
+    )
+    return KvCache(found, num_layers, kv_bits)
 
 
-def _layer_cache(
-    fields: ConfigFields, kind: LayerKind, layer: int, num_layers: int, num_gpus: int
-) -> LayerCache:
+def _layer_part(
+    fields: ConfigFields,
+    kind: LayerKind,
+    layer: int,
+    num_layers: int,
+    kv_bits: float,
+    num_gpus: int,
+) -> CachePart:
     if kind is LayerKind.NONE:
-        return LayerCache()
+        return CachePart()
     if kind is LayerKind.STATE:
-        return LayerCache(state=layer_state(fields))
+        return CachePart(state=layer_state(fields))
+    if fields.config.get("kv_lora_rank") is not None:
+        return _latent(fields, layer, num_layers, kv_bits, num_gpus)
     window = narrow_size(fields, kind)
-    return LayerCache(
+    return CachePart(
         elements=_elements(fields, kind, layer, num_layers, num_gpus),
-        index_bytes=num_gpus * _index_bytes(fields, layer, num_layers),
+        own_bytes=num_gpus * _index_bytes(fields, layer, num_layers),
         window=window,
         is_chunk=kind is LayerKind.CHUNK and bool(window),
+    )
+
+
+def _latent(
+    fields: ConfigFields, layer: int, num_layers: int, kv_bits: float, num_gpus: int
+) -> CachePart:
+    """Return what a layer of latent attention keeps, of which each GPU of a rank has all."""
+    size, rotary = fields.first("kv_lora_rank"), fields.first("qk_rope_head_dim", low=0)
+    elements, most_seen = size + rotary, 0
+    if fields.config.get("index_head_dim") is not None:
+        scales = size // INDEX_GROUP * INDEX_SCALE_BYTES
+        elements = packed(size, rotary, scales, kv_bits)
+        most_seen = fields.first("index_topk", default=0)
+    return CachePart(
+        elements=num_gpus * elements * fields.attentions_per_layer,
+        own_bytes=num_gpus * _index_bytes(fields, layer, num_layers),
+        most_seen=most_seen,
     )
 
 
 def _elements(
     fields: ConfigFields, kind: LayerKind, layer: int, num_layers: int, num_gpus: int
 ) -> int:
-    """Count what a layer of attention keeps of a token, on all GPUs of a rank."""
-    if fields.config.get("kv_lora_rank") is not None:
-        latent = fields.first("kv_lora_rank") + fields.first("qk_rope_head_dim", low=0)
-        return num_gpus * latent * fields.attentions_per_layer
+    """Count what a layer keeps of a token's keys and values, on all GPUs of a rank."""
     own = _own_fields(fields, layer, num_layers)
     heads_names, size_names, value_names = KV_FIELDS.get(kind, ((), (), ()))
     num_heads = fields.first("num_attention_heads")
@@ -213,4 +206,4 @@ def _index_bytes(fields: ConfigFields, layer: int, num_layers: int) -> int:
     types = fields.per_layer("indexer_types", num_layers)
     if not size or (types and types[layer] != "full"):
         return 0
-    return size + size // INDEX_GROUP * INDEX_SCALE_BYTES
+    return index_bytes(size)

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from vllm_dwdp.errors import DwdpConfigError
+from vllm_dwdp.planner import compressed
 from vllm_dwdp.planner.adapters import NOTHING, AdapterSize, adapter_size
 from vllm_dwdp.planner.checked import shown
 from vllm_dwdp.planner.checkpoint import ConfigFields, moe_layers
@@ -195,18 +196,17 @@ def shape_of(
     if not with_experts:
         raise DwdpConfigError(f"{fields.architecture}: config.json leaves no layer with experts.")
     sizes = feed_forwards(fields, num_layers, with_experts)
-    attention_params, core_dim = (_gqa if config.get("kv_lora_rank") is None else _mla)(
-        fields, hidden
-    )
+    attention_params, core_dim = _attention(fields, hidden, num_layers)
     other_layers = moe_layers(fields, num_layers, 1) if fields.has_two_kinds else ()
-    quantisation = Quantisation.of(config.get("quantization_config"))
+    quantisation = Quantisation.of(config.get("quantization_config"), compressed.experts(fields))
     experts, dense = (
         _override("--expert-dtype", expert_dtype),
         _override("--dense-dtype", dense_dtype),
     )
     kv_type = _override("--kv-dtype", kv_dtype)
     without_experts = sorted(set(range(num_layers)) - set(with_experts))
-    kv_bits = kv_type.bits if kv_type else quantisation.kv_bits
+    asked = compressed.KV_BITS if compressed.is_compressed(fields) else quantisation.kv_bits
+    kv_bits = kv_type.bits if kv_type else asked
     cache = kv_cache(fields, num_layers, kv_bits, tensor_parallel_size)
     return ModelShape(
         name=fields.architecture,
@@ -238,10 +238,10 @@ def shape_of(
 
 def _mean_attention(fields: ConfigFields, cache: KvCache, attention_params: int) -> int:
     """Return the linear weights of a layer that is no feed-forward, in the mean over all layers."""
-    kinds = layer_kinds(fields, len(cache.layers))
+    kinds = layer_kinds(fields, cache.num_layers)
     of_kind = {LayerKind.NONE: 0, LayerKind.STATE: 0}
     whole = sum(of_kind.get(kind, attention_params) for kind in kinds) * fields.attentions_per_layer
-    return round((whole + sum(layer.state.params for layer in cache.layers)) / len(kinds))
+    return round((whole + sum(part.state.params for part in cache.parts)) / len(kinds))
 
 
 def _routing(fields: ConfigFields) -> tuple[int, int]:
@@ -262,6 +262,14 @@ def _routing(fields: ConfigFields) -> tuple[int, int]:
             "experts; it must be no more than there are."
         )
     return num_experts, per_token
+
+
+def _attention(fields: ConfigFields, hidden: int, num_layers: int) -> tuple[int, int]:
+    """Return the parameters and the core size of a layer of attention."""
+    if compressed.is_compressed(fields):
+        return compressed.attention(fields, num_layers)
+    is_latent = fields.config.get("kv_lora_rank") is not None
+    return _mla(fields, hidden) if is_latent else _gqa(fields, hidden)
 
 
 def _mla(fields: ConfigFields, hidden: int) -> tuple[int, int]:

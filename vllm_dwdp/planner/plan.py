@@ -122,7 +122,7 @@ def _drafting(topic: str, model: CostModel) -> Iterator[Figure]:
 
 def _per_sequence(topic: str, cache: KvCache) -> Iterator[Figure]:
     """Say what grows with a sequence, and what every sequence needs besides."""
-    num = f"{cache.num_full} of {len(cache.layers)} layers"
+    num = f"{cache.num_full} of {cache.num_layers} layers"
     yield _figure(topic, f"KV cache per token, {num}", cache.token_bytes / 1e3, "kB", "config")
     if cache.window_bytes:
         what = f"KV cache per sequence, windows of {cache.window_tokens:,} tokens, at most"

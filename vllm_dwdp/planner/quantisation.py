@@ -45,6 +45,8 @@ FORMATS: Mapping[str, Format] = {
     "nvfp4": Format(bits=4.5, activation_bits=4),  # one 8-bit scale for 16 values
 }
 UNQUANTISED = FORMATS["bf16"]
+BLOCKS_OF_FP4 = Format(bits=FORMATS["mxfp4"].bits, activation_bits=8)
+"""DeepSeek-V4's experts: weights in MXFP4, activations in FP8."""
 
 
 @dataclass(frozen=True)
@@ -160,12 +162,14 @@ class Quantisation:
 
     Args:
         config: the entry of config.json, or `hf_quant_config.json`'s; empty if nothing is quantised.
+        experts: DeepSeek-V4's name of another format that experts have: "fp4".
     """
 
     config: Mapping[str, Any]
+    experts: str = ""
 
     @classmethod
-    def of(cls, entry: Any) -> "Quantisation":
+    def of(cls, entry: Any, experts: str = "") -> "Quantisation":
         """Read the entry of config.json; None if it has none.
 
         Raises:
@@ -175,7 +179,7 @@ class Quantisation:
             raise DwdpConfigError(
                 f"quantization_config of config.json is {shown(entry)}; it must be an object."
             )
-        return cls(entry or {})
+        return cls(entry or {}, experts)
 
     def precision(self, kind: str, layers: Sequence[int]) -> Precision:
         """Return the formats of a kind of weight, a key of `KINDS`.
@@ -201,6 +205,8 @@ class Quantisation:
         return UNQUANTISED.bits if bits is None else float(_bits("kv_cache_scheme.num_bits", bits))
 
     def _format(self, kind: str, layer: int) -> Format:
+        if kind == "experts" and self._own_experts:
+            return self._own_experts
         names = names_of(kind, layer)
         if self._kept.has(names):
             return UNQUANTISED
@@ -208,6 +214,13 @@ class Quantisation:
             return self._whole
         found = [form for targets, form in self._groups if targets.covers(kind, names)]
         return found[0] if found else UNQUANTISED
+
+    @cached_property
+    def _own_experts(self) -> Format | None:
+        """The format of experts, where it is not that of the other weights."""
+        if "nvfp4" in str(self.config.get("moe_quant_algo", "")).lower():
+            return FORMATS["nvfp4"]
+        return BLOCKS_OF_FP4 if self.experts == "fp4" else None
 
     @cached_property
     def _kept(self) -> ModuleNames:

@@ -22,6 +22,7 @@ def config(name: str) -> dict[str, Any]:
     return found
 
 
+DEEPSEEK_V4_FLASH = config("deepseek_v4_flash")
 QWEN3_30B, MIXTRAL_8X7B, GLM_4_5 = config("qwen3_30b"), config("mixtral_8x7b"), config("glm_4_5")
 LLAMA4_MAVERICK, LLAMA4_MAVERICK_FP8 = config("llama4_maverick"), config("llama4_maverick_fp8")
 ALL = (DEEPSEEK_R1, QWEN3_30B, GPT_OSS_120B, MIXTRAL_8X7B, LLAMA4_MAVERICK, GLM_4_5)

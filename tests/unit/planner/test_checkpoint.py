@@ -210,7 +210,7 @@ def test_how_families_say_the_sizes_of_feed_forwards(
 def test_chunked_attention(config: dict[str, Any], share: float) -> None:
     """As Llama-4's published configs say it: by layers without rotary embedding, or not at all."""
     shape = shape_of(LLAMA4_MAVERICK | config)
-    narrow = sum(layer.window > 0 for layer in shape.kv_cache.layers)
+    narrow = sum(layer.window > 0 for layer in shape.kv_cache.parts)
     assert narrow == share * shape.num_layers
     full = 65536 * (1 - share)
     seen = shape.kv_cache.keys_seen

@@ -11,7 +11,7 @@ from vllm_dwdp.planner.checkpoint import read_config
 from vllm_dwdp.planner.model_shape import shape_of
 
 WITHOUT_WEIGHTS = {name for name, family in PUBLISHED.items() if family.tensors is None}
-COMPRESSED = {"deepseek_v4", "deepseek_v41"}
+COMPRESSED = {"deepseek_v41"}
 """What their layers keep is unknown to the planner, which says so."""
 STEP = (".moe.gate_proj", ".moe.up_proj", ".moe.down_proj")
 NAMED = (".experts.", ".block_sparse_moe.input_", ".block_sparse_moe.output_", *STEP)

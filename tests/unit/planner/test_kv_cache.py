@@ -147,15 +147,24 @@ def test_a_latent_is_one_vector() -> None:
 
 
 def test_an_indexer_keeps_a_key_of_its_own_type() -> None:
-    """In FP8 with a scale for 128 elements, also where keys and values have another type."""
+    """In FP8 with a scale for 128 elements, also where keys and values have another type.
+
+    A latent in FP8 is packed then: its rotary part in 16 bits, and four scales.
+    """
     latent = cache(DEEPSEEK_R1)
-    for dtype in (None, "fp8"):
+    for dtype, packed in ((None, 0), ("fp8", 64 + 4 * 4)):
         base = shape_of(DEEPSEEK_R1, kv_dtype=dtype).kv_cache
         found = shape_of(DEEPSEEK_R1 | INDEXED, kv_dtype=dtype).kv_cache
-        assert found.token_bytes - base.token_bytes == 61 * 132
+        assert found.token_bytes - base.token_bytes == 61 * (132 + packed)
     types = ["full"] + ["shared"] * 60
     shared = cache(DEEPSEEK_R1 | INDEXED, indexer_types=types)
     assert shared.token_bytes - latent.token_bytes == 132, "layers that share an indexer"
+
+
+def test_of_an_indexed_latent_a_query_sees_what_is_chosen_and_an_indexer_reads_all_keys() -> None:
+    found = cache(DEEPSEEK_R1 | INDEXED)
+    assert (found.keys_seen(10_000), found.keys_seen(1000)) == (2048, 1000)
+    assert found.read_bytes(10_000) == 2048 * 576 * 2 + 10_000 * 132
 
 
 def test_layers_that_share_keep_nothing() -> None:
@@ -165,7 +174,7 @@ def test_layers_that_share_keep_nothing() -> None:
 
 def test_kimi_counts_its_layers_from_one() -> None:
     found = cache(KIMI_LINEAR)
-    assert [number for number, layer in enumerate(found.layers, 1) if layer.elements] == (
+    assert [number for number, layer in enumerate(found.parts, 1) if layer.elements] == (
         KIMI_LINEAR["linear_attn_config"]["full_attn_layers"]  # type: ignore[index]
     )
     assert found.token_bytes == 7 * (512 + 64) * 2
@@ -228,7 +237,7 @@ def test_layers_of_one_kind_have_heads_of_their_own() -> None:
         ({"layer_types": ["compressed_sparse_attention"] * 92}, "whose KV cache is unknown here"),
         (
             {"compress_ratios": [0, 4] * 46},
-            "compress_ratios in config.json says that layers compress",
+            "what layers keep that compress their KV cache is known here for deepseek_v4",
         ),
         ({"layer_types": ["linear_attention"] * 92}, "no field that says its size is known here"),
         (
