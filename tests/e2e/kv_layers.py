@@ -1,5 +1,6 @@
 """Which model vLLM has built and what it keeps of a sequence in each layer; for `report`."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -15,7 +16,7 @@ def report(worker: Any) -> dict[str, Any]:
     }
 
 
-def describe(spec: Any) -> dict[str, int]:
+def describe(spec: Any) -> dict[str, float]:
     """One layer's specification, without padding, which depends on the other layers."""
     from vllm.v1.kv_cache_interface import MambaSpec
 
@@ -24,4 +25,7 @@ def describe(spec: Any) -> dict[str, int]:
         convolution = 0 if spec.mamba_type.name == "LINEAR" else sizes[0]
         return {"convolution": convolution, "recurrent": sum(sizes) - convolution}
     window = getattr(spec, "sliding_window", None) or getattr(spec, "attention_chunk_size", None)
-    return {"token_bytes": spec.real_page_size_bytes // spec.block_size, "window": window or 0}
+    # A worker that runs has blocks that may be smaller than an entry for many tokens.
+    block = spec.block_size * max(1, getattr(spec, "tokens_per_state", 1))
+    whole = dataclasses.replace(spec, block_size=block)
+    return {"token_bytes": whole.real_page_size_bytes / block, "window": window or 0}

@@ -37,7 +37,11 @@ def answered(folder: Path, model: str, mode: str, **case: Any) -> Answers:
 
 
 def all_answered(
-    folder: Path, model: str, mode: str, cases: dict[str, dict[str, Any]]
+    folder: Path,
+    model: str,
+    mode: str,
+    cases: dict[str, dict[str, Any]],
+    environment: dict[str, str] | None = None,
 ) -> dict[str, Answers]:
     """Return what stock vLLM and two ranks answer to each case, by its name."""
     both: dict[str, Answers] = {name: {} for name in cases}
@@ -45,7 +49,7 @@ def all_answered(
         listed = [
             {"name": name, "model": model, "run": RUN} | cases[name] | place for name in cases
         ]
-        for name, results in run_cases(folder, who, listed).items():
+        for name, results in run_cases(folder, who, listed, environment).items():
             both[name][who] = results
     return both
 

@@ -16,7 +16,7 @@ from tests.e2e import uneven_experts
 from tests.e2e.conftest import Checkpoints, StockEngine
 from tests.e2e.matrix import run_cases
 from tests.e2e.models import MODELS, UNTRIED
-from tests.helpers import missing_kernels, torchvision
+from tests.helpers import missing_kernels, torchvision, triton_interpreter
 from tests.helpers.environments import Unavailable
 from tests.helpers.moe_registry import architectures_with_experts
 from tests.tables.said import Said
@@ -74,7 +74,7 @@ class Outcomes:
         together = [name] if bare else self._together(name)
         alike = [other for other in together if self._settings(other) == settings]
         paths = [self.path(other) for other in alike]
-        environment = self._environment(name, () if bare else MODELS[name].stand_ins)
+        environment = self._environment(name, bare=bare)
         found = self.stock_engine.all(paths, environment, **settings, **REPORT)
         return found[self.path(name)]
 
@@ -83,23 +83,30 @@ class Outcomes:
         if key not in self._ranks:
             modes = ("direct", "prefetch")
             cases = [self._case(each, mode) for each in self._together(name) for mode in modes]
-            environment = self._environment(name, MODELS[name].stand_ins) | RACES
+            environment = self._environment(name) | RACES
             self._ranks |= run_cases(self.folder, f"ranks-{len(self._ranks)}", cases, environment)
         return self._ranks[key]
 
-    def _environment(self, name: str, stand_ins: tuple[str, ...]) -> dict[str, str]:
-        """Return what the engines of a model need; skip the test where it cannot be had."""
-        found: dict[str, str] = {}
-        if MODELS[name].needs_torchvision:
+    def _environment(self, name: str, *, bare: bool = False) -> dict[str, str]:
+        """Return what the engines of a model need, or `bare` ones; skip where it cannot be had."""
+        model, found = MODELS[name], dict[str, str]()
+        if model.needs_torchvision:
             if isinstance(self._torchvision, Unavailable):
                 pytest.skip(str(self._torchvision))
             found = self._torchvision
-        return missing_kernels.environment(stand_ins, found) if stand_ins else found
+        if model.interpreted and not bare:
+            try:
+                found = triton_interpreter.variables(self.cache / "triton", found)
+            except Unavailable as reason:
+                pytest.skip(str(reason))
+        if model.stand_ins and not bare:
+            found = missing_kernels.environment(model.stand_ins, found)
+        return found
 
     @cached_property
     def _torchvision(self) -> dict[str, str] | Unavailable:
         try:
-            return torchvision.variables(self.cache)
+            return torchvision.variables(self.cache / "torchvision")
         except Unavailable as reason:
             return reason
 
@@ -109,6 +116,7 @@ class Outcomes:
             for each, model in MODELS.items()
             if model.is_served
             and model.stand_ins == MODELS[name].stand_ins
+            and model.interpreted == MODELS[name].interpreted
             and model.on_push == MODELS[name].on_push
             and model.needs_torchvision == MODELS[name].needs_torchvision
         ]
@@ -139,7 +147,7 @@ def outcomes(
     checkpoints: Checkpoints,
     stock: StockEngine,
 ) -> Outcomes:
-    cache = Path(request.config.cache.mkdir("torchvision"))
+    cache = Path(request.config.cache.mkdir("packages"))
     return Outcomes(tmp_path_factory.mktemp("models"), cache, checkpoints, stock)
 
 
@@ -180,17 +188,17 @@ def test_the_planner_counts_the_kv_cache_as_vllm_does(outcomes: Outcomes, name: 
     assert kept(described(layer, cache.kv_bits, added) for layer in cache.parts) == kept(expected)
 
 
-def described(layer: CachePart, kv_bits: float, window_added: int) -> dict[str, int]:
+def described(layer: CachePart, kv_bits: float, window_added: int) -> dict[str, float]:
     """Return a layer of the planner in the words of `kv_layers.describe`."""
     if layer.state.num_bytes:
         return {"convolution": layer.state.convolution, "recurrent": layer.state.recurrent}
     window = layer.window + window_added if layer.window else 0
-    return {"token_bytes": int(layer.token_bytes(kv_bits)), "window": window}
+    return {"token_bytes": layer.token_bytes(kv_bits), "window": window}
 
 
-def kept(layers: Iterable[dict[str, int]]) -> dict[str, Any]:
+def kept(layers: Iterable[dict[str, float]]) -> dict[str, Any]:
     """Return what layers keep together: bytes per token by window (0: of every token), and states."""
-    per_token: dict[int, int] = {}
+    per_token: dict[float, float] = {}
     states = []
     for layer in layers:
         if "recurrent" in layer:

@@ -24,7 +24,7 @@ ENGINE = {
     "OMP_NUM_THREADS": "1",
 }
 """The environment of an engine that runs in its process's only thread, on any core."""
-READ_ON_LOADING = ("LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONPATH", *ENGINE)
+READ_ON_LOADING = ("LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONPATH", "TRITON_INTERPRET", *ENGINE)
 """Variables that a child cannot change any more, because its server has loaded the libraries."""
 NUM_SERVERS = 2
 """Neighbouring ranks are forks of different processes, so that neither addresses nor hashes agree."""

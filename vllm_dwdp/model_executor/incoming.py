@@ -73,6 +73,7 @@ class ModelUpdate:
 
     def _make_incoming(self, entry: ShardedLayer) -> Any:
         layer = entry.layer.make_twin(LoadsRawParameters)
+        moe.give_later_tensors(layer, entry.layer)
         resident = entry.placement.resident[self._shard.dwdp_rank]
         layer.raw = RawParameters(
             layer,

@@ -30,7 +30,7 @@ class LayerTwin:
     """
 
     def __init__(self, layer: Any, original: Any) -> None:
-        self._layer = layer
+        self._layer, self._original = layer, original
         originals = {id(tensor) for tensor in reachable_tensors(original).values()}
         self._shared = originals & {id(tensor) for tensor in reachable_tensors(layer).values()}
         self._large = RawParameters(layer, layer.global_num_experts, ExpertRange(0, 0)).large
@@ -38,7 +38,8 @@ class LayerTwin:
     def process(self, raw: RawParameters, device: torch.device) -> Findings:
         """Process the twin with the resident experts of `raw`; its memory is free afterwards."""
         layer = self._layer
-        del self._layer
+        moe.give_later_tensors(layer, self._original)
+        del self._layer, self._original
         for name, parameter in raw.small.items():
             getattr(layer, name).data.copy_(parameter.data)
         for name, parameter in raw.large.items():

@@ -20,6 +20,7 @@ class Model:
         asked: what else a case of `engine_process` says, e.g. how it is asked.
         stock_error: what stock vLLM says; empty if it serves the model.
         stand_ins: of `missing_kernels`, with which stock vLLM serves it all the same.
+        interpreted: stock vLLM serves it where there is Triton, of which tests have the interpreter.
         needs_torchvision: vLLM or transformers import it for this model.
         window_added: tokens that vLLM keeps beyond the window that the config says.
         on_push: run by `make test` too.
@@ -35,6 +36,7 @@ class Model:
     asked: dict[str, Any] = field(default_factory=dict)
     stock_error: str = ""
     stand_ins: tuple[str, ...] = ()
+    interpreted: bool = False
     needs_torchvision: bool = False
     window_added: int = 0
     on_push: bool = False
@@ -42,13 +44,15 @@ class Model:
 
     @property
     def is_served(self) -> bool:
-        """Whether stock vLLM serves it, if need be with stand-ins."""
-        return not self.stock_error or bool(self.stand_ins)
+        """Whether stock vLLM serves it, if need be with stand-ins or Triton's interpreter."""
+        return not self.stock_error or bool(self.stand_ins) or self.interpreted
 
     @property
     def served_row(self) -> str:
         """The row of what is served, which says what was put in for it."""
-        return f"{self.row}, {said(self.stand_ins)}" if self.stand_ins else self.row
+        put_in = [said(self.stand_ins)] if self.stand_ins else []
+        put_in += ["in Triton's interpreter"] if self.interpreted else []
+        return ", ".join([self.row, *put_in])
 
 
 def since_0_33(error: str, before: str) -> str:

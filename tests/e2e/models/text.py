@@ -153,8 +153,11 @@ TEXT: dict[str, Model] = {
     "deepseek_v4": model(
         "DeepSeek-V4",
         "DeepseekV4ForCausalLM",
-        engine_args=NO_WEIGHTS,
+        num_experts=64,  # its kernel of the choice of experts knows a few numbers only
+        overrides={"num_experts_per_tok": 6},
         stock_error="_token_request_mapping_kernel[",
+        stand_ins=("plans_of_all_layers",),
+        interpreted=True,
     ),
     "sarvam_mla": model("Sarvam-105B", "SarvamMLAForCausalLM", engine_args=TRUSTED),
     "sarvam_moe": model("Sarvam-30B", "SarvamMoEForCausalLM", engine_args=TRUSTED),

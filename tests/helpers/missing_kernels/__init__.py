@@ -14,6 +14,7 @@ from pathlib import Path
 from tests.helpers.missing_kernels.delta import delta_attention
 from tests.helpers.missing_kernels.experts import experts_without_a_gate
 from tests.helpers.missing_kernels.latents import blocks_of_latents, caches_of_latents
+from tests.helpers.missing_kernels.plans import plans_of_all_layers
 from tests.helpers.missing_kernels.rotary import the_rotary_embedding
 from tests.helpers.missing_kernels.routing import routing_by_sigmoid, zero_experts
 from tests.helpers.missing_kernels.states import (
@@ -40,6 +41,7 @@ STAND_INS: dict[str, Callable[[], None]] = {
         blocks_of_latents,
         caches_of_latents,
         the_rotary_embedding,
+        plans_of_all_layers,
     )
 }
 

@@ -72,6 +72,16 @@ def stock_twin(
     return lambda *mixins: build(type(name, (*mixins, stock), {}), copy.copy(kept))
 
 
+def give_later_tensors(twin: Any, layer: Any) -> None:
+    """Give a twin the tensors that the layer's model has put on it since it was built.
+
+    As DeepSeek-V4 puts its table of the experts of each token there.
+    """
+    for name, value in vars(layer).items():
+        if isinstance(value, torch.Tensor) and not hasattr(twin, name):
+            object.__setattr__(twin, name, value)
+
+
 def around_processing(layer: Any, process: Callable[[Callable[[], None]], None]) -> None:
     """Call `process` in place of vLLM's processing of the layer's loaded weights, with that."""
     method = layer.quant_method
