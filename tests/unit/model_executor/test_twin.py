@@ -1,8 +1,9 @@
-"""What the twin puts in place of other ranks' experts."""
+"""The twin of a layer: what stands in place of other ranks' experts, and what it shares with the layer."""
 
 import pytest
 import torch
 
+from vllm_dwdp.compat.worker.moe import give_later_tensors
 from vllm_dwdp.errors import DwdpUnsupportedError
 from vllm_dwdp.layout.placement import ExpertRange
 from vllm_dwdp.model_executor.raw_parameters import bytes_of
@@ -52,3 +53,18 @@ def test_the_first_difference_is_named() -> None:
             check_same("layer", same, same | {path: other})
     with pytest.raises(DwdpUnsupportedError, match="of more depends"):
         check_same("layer", same, same | {"more": 1.0})
+
+
+def test_what_a_model_puts_on_its_layer_is_on_the_twin_too() -> None:
+    """As DeepSeek-V4's table of experts by token; what the twin has made itself stays."""
+    layer, twin = torch.nn.Module(), torch.nn.Module()
+    for each in (layer, twin):
+        each.weight = torch.nn.Parameter(torch.zeros(2))
+        each.scale = torch.ones(1)
+    table = torch.nn.Parameter(torch.arange(3.0))
+    object.__setattr__(layer, "table", table)
+    layer.settings = {"top_k": 2}
+    own = twin.scale
+    give_later_tensors(twin, layer)
+    assert twin.table is table and not dict(twin.named_parameters()).keys() - {"weight"}
+    assert twin.scale is own and not hasattr(twin, "settings")
