@@ -1,4 +1,4 @@
-"""The twin of a layer: what stands in place of other ranks' experts, and what it shares with the layer."""
+"""The twin of a layer: what stands for experts of other ranks, and what it shares with the layer."""
 
 import pytest
 import torch
