@@ -272,7 +272,7 @@ def test_a_trainer_sends_weights_and_their_version(
         assert tokens_of(outputs) == (stock(new)["tokens"] if model == new else expected) * 2
         found = [status["weight_update"] for status in llm.dwdp_status()]
         assert found == [update + int(step) for update in updates]
-        assert len({status["weights"] for status in llm.dwdp_status()}) == 1
+        assert len({status["weights"]["digest"] for status in llm.dwdp_status()}) == 1
 
 
 def wrapped() -> set[str]:

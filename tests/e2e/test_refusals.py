@@ -1,10 +1,12 @@
 """Bad input: one clear error that names the setting, the value and the fix, before anything starts."""
 
+import os
 import re
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.e2e.conftest import Checkpoints
@@ -354,3 +356,81 @@ def run_script(script: str, folder: Path, plugins: str) -> str:
     finally:
         process.kill()
     return next(line for line in log.read_text().splitlines() if line.startswith("RESULT"))
+
+
+GIB = 2**30
+
+
+def host_gib() -> int:
+    return psutil.virtual_memory().total // GIB
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"data_parallel_size": 2},
+        {"data_parallel_size": 2, "data_parallel_rank": 1, "dwdp": {"rendezvous": "unix:///x"}},
+        {"data_parallel_size": 1, "tensor_parallel_size": 2},
+    ],
+    ids=["one front end", "one by one", "workers"],
+)
+def test_kv_caches_that_the_machine_cannot_hold(
+    arguments: dict[str, Any], checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    half = host_gib() // 2
+    message = (
+        rf"is for each of the 2 workers of [12] ranks: 2 x {half + 1}\.00 GiB are .* and this machine "
+        r"has .* Give each less than .*, or leave it out: then the ranks divide the memory"
+    )
+    dwdp = arguments.get("dwdp")
+    model = checkpoints("qwen3_moe", 2, num_attention_heads=4, num_key_value_heads=2)
+    arguments = {name: each for name, each in arguments.items() if name != "dwdp"}
+    with pytest.raises(DwdpConfigError, match=f"VLLM_CPU_KVCACHE_SPACE or .*{message}"):
+        configure(model, dwdp, kv_cache_memory_bytes=(half + 1) * GIB, **arguments)
+    configure(model, dwdp, kv_cache_memory_bytes=(half - 1) * GIB, **arguments)
+    with pytest.raises(
+        DwdpConfigError, match=r"--gpu-memory-utilization 0\.6 is for each of the 2"
+    ):
+        configure(model, dwdp, gpu_memory_utilization=0.6, **arguments)
+    configure(model, dwdp, gpu_memory_utilization=0.45, **arguments)
+
+
+def test_kv_caches_that_may_lie_elsewhere_or_are_smaller(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    model, much = checkpoints("qwen3_moe", 2), {"kv_cache_memory_bytes": host_gib() * GIB}
+    configure(model, {"mode": "replica"}, data_parallel_size=4, data_parallel_rank=1, **much)
+    configure(model, data_parallel_size=2, num_gpu_blocks_override=8, **much)
+
+
+def test_kv_caches_that_a_container_cannot_hold(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """In a memory cgroup of this test's own; by the variable that the documentation names."""
+    mine = Path("/sys/fs/cgroup/memory", f"dwdp-{os.getpid()}")
+    try:
+        mine.mkdir()
+    except OSError as error:
+        pytest.skip(f"no memory cgroup (v1) can be made here: {error}")
+    try:
+        (mine / "memory.limit_in_bytes").write_text(str(7 * GIB))
+        script = (
+            f"import os; open('{mine}/cgroup.procs', 'w').write(str(os.getpid())); "
+            "from vllm import EngineArgs; import vllm.plugins as p; p.load_general_plugins(); "
+            f"EngineArgs(model={checkpoints('qwen3_moe', 2)!r}, data_parallel_size=2, "
+            "distributed_executor_backend='dwdp').create_engine_config(); print('RESULT fits')"
+        )
+        wanted = {
+            "3": "RESULT fits",
+            "4": "2 x 4.00 GiB are 8.00 GiB, and this container may use 7.00",
+        }
+        for each, said in wanted.items():
+            log = tmp_path / f"{each}.log"
+            process = fork(["-c", script], log, {"VLLM_CPU_KVCACHE_SPACE": each})
+            try:
+                assert process.wait(timeout=120) == (each == "4"), log.read_text()
+            finally:
+                process.kill()
+            assert said in log.read_text()
+    finally:
+        mine.rmdir()

@@ -95,9 +95,10 @@ def test_all_ranks_serve_the_new_weights(
                 assert said["status"]["weight_update"] == number, where
                 assert said["status"]["state"] == "serving", where
         assert ranks[0]["weights"] == ranks[1]["weights"]
-        assert len({rank["updates"][0]["status"]["weights"] for rank in ranks}) == 1
+        assert len({rank["updates"][0]["status"]["weights"]["digest"] for rank in ranks}) == 1
         first, last = (said["status"]["weights"] for said in ranks[0]["updates"])
-        assert first.startswith("update ") == (name == "prefetch-sent")
+        assert first["digest"].startswith("update ") == (name == "prefetch-sent")
+        assert first["checkpoint"] == (None if name == "prefetch-sent" else new)
         assert (first == last) == (name == "prefetch")
 
 
@@ -272,27 +273,38 @@ def test_a_rank_that_is_killed_in_an_update_and_returns_mixes_no_weights(
     assert lives["killed"]["code"] == -9
     for said in (lives["survivor"]["first"], lives["survivor"]["last"]):
         assert (said["error"], said["tokens"]) == ("", tokens[new][:2]), said
-    assert "have been updated since it started (update 1)" in lives["with old"]["error"], lives
-    assert lives["with new"]["tokens"] == tokens[new][:2], lives
-    status = lives["with new"]["status"]
-    assert (status["adopted"], status["state"], status["weight_update"]) == (True, "serving", 1)
+    for name in ("with old", "with new"):
+        assert lives[name].get("tokens") == tokens[new][:2], lives
+        status = lives[name]["status"]
+        assert (status["adopted"], status["state"], status["weight_update"]) == (True, "serving", 1)
 
 
-def test_a_rank_that_starts_again_after_an_update_adopts_new_weights_or_is_refused(
+def test_a_rank_that_starts_again_after_an_update_takes_the_weights_of_its_group(
     old: str, new: str, tokens: dict[str, list[list[int]]], tmp_path: Path
 ) -> None:
+    """With its first command line; where that checkpoint is gone it is told so."""
     found = run_lives(tmp_path, "after", old, new)
     assert found["killed"]["code"] == -9
-    refused = found["with old"]["error"]
+    survivor = found["survivor"]
+    weights = survivor["first"]["status"]["weights"]
+    place, digest = weights["checkpoint"], weights["digest"]
+    assert place.startswith("/") and place.endswith("/new"), "it was given as a relative path"
+    refused = found["gone"]["error"]
     assert refused.startswith(
         "PeerMismatchError: rank 1 of group 0: the ranks do not serve the same"
     )
-    assert "have been updated since it started (update 1): start with that checkpoint" in refused
-    back, survivor = found["with new"], found["survivor"]
-    assert back["status"]["adopted"] and back["status"]["weight_update"] == 1, back
-    assert back["status"]["read_expert_bytes"] == 0
-    assert back["tokens"] == survivor["first"]["tokens"] == tokens[new][:2]
-    for said in (back["second"], survivor["second"]):
+    assert f"(update 1), from {place}: make that checkpoint readable there" in refused, refused
+    assert digest[:19] in refused
+    assert survivor["first"]["tokens"] == tokens[new][:2]
+    for name in ("with old", "with new"):
+        back = found[name]
+        assert back.get("tokens") == tokens[new][:2], back
+        assert back["status"]["adopted"] and back["status"]["weight_update"] == 1, back
+        assert back["status"]["read_expert_bytes"] == 0
+        assert back["status"]["weights"]["digest"] == digest
+        assert not any(back["left"].values())
+    assert found["with old"]["status"]["weights"] == weights
+    for said in (found["with new"]["second"], survivor["second"]):
         assert (said["error"], said["status"]["weight_update"]) == ("", 2), said
         assert said["tokens"] == tokens[old][:2], "memory that was adopted can be written anew"
-    assert not any(back["left"].values()) and not any(survivor["left"].values())
+    assert not any(survivor["left"].values())

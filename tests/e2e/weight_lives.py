@@ -6,6 +6,7 @@ python -m tests.e2e.weight_lives within RESULTS.json OLD_CHECKPOINT NEW_CHECKPOI
 
 import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -32,7 +33,8 @@ def serve_updated(new: str, ready: Path, done: Path, case: dict[str, Any]) -> di
     """Start, renew the weights with the group, and once more, to the first ones, when `done` exists."""
     rank = int(os.environ["VLLM_DP_RANK"])
     engine = make_engine(case)
-    first = update(engine, {"calls": [["reload_weights", {"weights_path": new}]]}, rank)
+    relative = os.path.relpath(new)
+    first = update(engine, {"calls": [["reload_weights", {"weights_path": relative}]]}, rank)
     ready.with_suffix(f".{rank}").touch()
     if rank == 0:
         time.sleep(1)
@@ -93,14 +95,24 @@ def kill_within(old: str, new: str, folder: Path) -> dict[str, Any]:
 
 
 def return_after(old: str, new: str, folder: Path) -> dict[str, Any]:
-    """Return what becomes of both ranks where rank 0 dies once it has updated."""
+    """Return what becomes of both ranks where rank 0 dies once it has updated.
+
+    It starts again with its first command line where the new checkpoint is gone, and where it is there;
+    then with a copy of the new one, which lies elsewhere.
+    """
+    copy, gone = shutil.copytree(new, folder / "copy"), folder / "gone"
+    new = str(shutil.copytree(new, folder / "new"))
     stage, (port,) = Stage(old, folder), free_ports(1)
     ready, done = folder / "ready", folder / "done"
     work = partial(serve_updated, new, ready, done)
     survivor = stage.start("survivor", 1, port, work)
     found = {"killed": stage.start("killed", 0, port, work).end()}
+    os.rename(new, gone)
+    found["gone"] = stage.start("gone", 0, port, serve_once).end()
+    os.rename(gone, new)
     found["with old"] = stage.start("with old", 0, port, serve_once).end()
-    stage.model = new
+    os.rename(new, gone)
+    stage.model = str(copy)
     work = partial(serve_and_update, old, done)
     found["with new"] = stage.start("with new", 0, port, work).end()
     done.touch()

@@ -54,6 +54,8 @@ def read_request(data: bytes) -> None:
         return
     if isinstance(request, messages.Keep):
         packets = STATE.answer_holder(request)
+    elif isinstance(request, messages.Renewed):
+        packets = [(STATE.answer_newcomer(), ())]
     elif isinstance(request, messages.Follow):
         packets = [(STATE.progress(), ())]
     else:
@@ -140,6 +142,7 @@ def write_corpus(folder: Path) -> None:
         messages.Failed(1, 1, "reason"),
         messages.Keep(1),
         messages.Follow(1),
+        messages.Renewed(),
         messages.StatusRequest(),
         messages.NotYet(),
         messages.Identity(fingerprint()),

@@ -93,6 +93,23 @@ def test_all_ranks_die_and_find_their_shards_again(endpoint: Endpoint, holder: G
         member.close()
 
 
+def test_what_is_lent_tells_of_the_update_that_it_has_seen(
+    endpoint: Endpoint, holder: GroupHolder
+) -> None:
+    """So a rank that has all of its group from a holder tells the others what they must read."""
+    first = Pair(endpoint)
+    for member in first.members:
+        member._state.set_progress(messages.Progress(started=1, update=3, step=messages.Step.DONE))
+        member.learn_update()
+    holder.look()
+    first.end()
+    returned = rank(endpoint, 0)
+    met = returned.meet()
+    assert met[1].update == 3
+    met[1].close()
+    returned.close()
+
+
 def test_a_shard_is_held_once_it_is_whole(endpoint: Endpoint, holder: GroupHolder) -> None:
     members = [rank(endpoint, number) for number in range(2)]
     fds = [publish(member) for member in members]

@@ -22,7 +22,7 @@ from vllm_dwdp.compat.frontend import metrics
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.distributed.meeting import parse_endpoint
 from vllm_dwdp.distributed.unix import UnixEndpoint
-from vllm_dwdp.entrypoints.launch import pairing, relay
+from vllm_dwdp.entrypoints.launch import hop, pairing, relay
 from vllm_dwdp.entrypoints.launch import plan as launch_plan
 from vllm_dwdp.entrypoints.launch.disaggregation import (
     CONNECTOR,
@@ -198,6 +198,24 @@ def test_the_router_asks_the_relay_for_every_server(name: str, tmp_path: Path) -
         urls = [asked[at + 1] for at, word in enumerate(asked) if word == option]
         assert [int(url.rpartition(":")[2]) for url in urls] == ports
     assert given.compare and len(given.decode) == 1
+
+
+def test_the_relay_is_probed_where_it_answers_for_all_its_ports(tmp_path: Path) -> None:
+    (container,) = (
+        each
+        for each in pods("kubernetes.disaggregated")[2]["containers"]
+        if each["name"] == "relay"
+    )
+    given = relay.parse(arguments(tmp_path, container["args"][0])[3:])
+    assert given.host == "0.0.0.0", "the kubelet asks the pod's address"
+    for probe in ("readinessProbe", "livenessProbe"):
+        asked = container[probe]["httpGet"]
+        assert asked["path"] == hop.ALIVE_PATH and asked["port"] in given.ports
+        doors_and_ports = len(given.decode) + len(given.ports)
+        assert container[probe]["timeoutSeconds"] > doors_and_ports * hop.ALIVE_TIMEOUT_S
+    service = compose("compose.disaggregated")["services"]["relay"]
+    ports = relay.parse(arguments(tmp_path, service["command"][0])[3:]).ports
+    assert f":{ports[0]}{hop.ALIVE_PATH}'" in service["healthcheck"]["test"][-1]
 
 
 @pytest.mark.skipif(not shutil.which("flock"), reason="needs util-linux")

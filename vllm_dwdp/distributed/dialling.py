@@ -30,6 +30,25 @@ class _Answer:
     fabric_handles: list[bytes] = field(default_factory=list)
 
 
+def ask_once(
+    endpoint: Endpoint, group: int, rank: int, request: messages.Request, timeout_s: float
+) -> messages.Reply | None:
+    """Ask a rank without being one of its group; None if no process listens in its place.
+
+    Raises:
+        OSError: it dies meanwhile, or takes too long.
+        RendezvousError: what listens there is not that rank, or its answer is no message.
+    """
+    connection = endpoint.connect(group, rank, timeout_s)
+    if connection is None:
+        return None
+    with connection:
+        connection.send_message(request)
+        reply, stray = connection.receive_reply()
+    messages.close_all(stray)
+    return reply
+
+
 class Dialler:
     """How a rank reaches its peers, and what it introduces itself with.
 

@@ -3,7 +3,7 @@
 import hashlib
 import mmap
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +16,8 @@ WHOLE_BYTES = 16 * 2**30
 DIGEST_CHARACTERS = 19
 """So much of a digest is shown, with the word before it that says what was digested."""
 PIECE_BYTES = 16 * 2**20
+SENT = "update "
+"""How a digest begins of weights that came from a trainer, and are no checkpoint."""
 MAX_HEADER_BYTES = 100 * 10**6  # as the safetensors format has it
 
 
@@ -44,6 +46,14 @@ class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
     vllm_version: str
     plugin_version: str
 
+    @property
+    def checkpoint(self) -> str | None:
+        """Where the weights were read from, as a name that other processes of the host can use.
+
+        None of weights that a trainer has sent.
+        """
+        return None if self.checkpoint_digest.startswith(SENT) else self.model
+
     def differences(self, other: "Fingerprint") -> dict[str, tuple[object, object]]:
         """Fields that differ, as (ours, theirs). The path of the model may differ."""
         return {
@@ -58,6 +68,25 @@ def describe(differences: dict[str, tuple[object, object]]) -> str:
     return "; ".join(
         f"{name} is {_shown(name, ours)} here and {_shown(name, theirs)} there"
         for name, (ours, theirs) in differences.items()
+    )
+
+
+def advice(served: Fingerprint, update: int, differences: Mapping[str, object]) -> str:
+    """Say to a rank that was refused how it can join.
+
+    Args:
+        served: by the group.
+        update: number of the last update of the group's weights; 0 as they were loaded at first.
+        differences: of what the rank would serve.
+    """
+    if not update or "checkpoint_digest" not in differences:
+        return "Start every rank with the same checkpoint, arguments and versions"
+    updated = f"The weights of this group have been updated since it started (update {update})"
+    if served.checkpoint is None:
+        return f"{updated} by a trainer: restart all ranks of the group and send them again"
+    return (
+        f"{updated}, from {served.checkpoint}: make that checkpoint readable there for the rank that "
+        "starts, with that digest, or start it with a copy"
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 import msgspec
 
 from vllm_dwdp.distributed import messages
-from vllm_dwdp.distributed.fingerprint import Fingerprint, describe
+from vllm_dwdp.distributed.fingerprint import Fingerprint, advice, describe
 from vllm_dwdp.distributed.messages import Step
 from vllm_dwdp.distributed.published_shard import PeerState, PublishedShard, agreed_limit
 from vllm_dwdp.errors import PeerMismatchError, RendezvousError
@@ -237,6 +237,19 @@ class GroupState:
             return [(messages.Accepted(), ())]
         return [(messages.Identity(self.fingerprint), ()), *shard.packets(with_handles=True)]
 
+    def answer_newcomer(self) -> messages.Reply:
+        """Say which checkpoint the group has read since it started, to a rank that will join it."""
+        with self._lock:
+            is_known = not self._progress.unsettled and self.fingerprint.checkpoint is not None
+            if self._update and is_known:
+                return messages.Identity(self.fingerprint)
+        return messages.NotYet()
+
+    @property
+    def _update(self) -> int:
+        """The last update that our shard has seen; 0 if none."""
+        return 0 if self._published is None else self._published.update
+
     def _refusal(
         self, request: messages.Hello | messages.Borrow | messages.Failed
     ) -> messages.Refused | None:
@@ -249,26 +262,13 @@ class GroupState:
                 "and rendezvous"
             )
         if isinstance(request, messages.Hello | messages.Borrow):
-            if self._progress.failure:
-                return messages.Refused(self._progress.failure[:MAX_REASON])
-            if Step.LOCKED <= self._progress.step < Step.DONE:
-                return messages.Refused(
-                    "the ranks of this group are writing new weights. Start again when they have"
-                )
+            if unsettled := self._progress.unsettled:
+                return messages.Refused(unsettled[:MAX_REASON])
             differences = self.fingerprint.differences(request.fingerprint)
             if differences:
-                reason = (
-                    f"the ranks do not serve the same model and layout: {describe(differences)}"
-                )
-                if self._progress.update and "checkpoint_digest" in differences:
-                    reason += (
-                        f". The weights of this group have been updated since it started (update "
-                        f"{self._progress.update}): start with that checkpoint, or, if they came from a "
-                        "trainer, restart all ranks of the group and send them again"
-                    )
-                else:
-                    reason += ". Start every rank with the same checkpoint, arguments and versions"
-                reason = reason[:MAX_REASON]
+                reason = "the ranks do not serve the same model and layout: "
+                reason += describe(differences) + ". "
+                reason = (reason + advice(self.fingerprint, self._update, differences))[:MAX_REASON]
                 if rank not in self._held:
                     self._refusals[rank] = reason
                 self._note(f"rank {rank} was refused: {reason}")

@@ -130,6 +130,7 @@ class GroupHolder:
             layout=header.layout,
             digest=header.digest,
             ready=header.ready,
+            update=header.update,
             is_lent=True,
         )
         return self._shards.hold(shard, reply.fingerprint)

@@ -262,6 +262,8 @@ def _answer(
         return [(messages.Status(status.content()), ())]
     if isinstance(request, messages.Keep):
         return state.answer_holder(request)
+    if isinstance(request, messages.Renewed):
+        return [(state.answer_newcomer(), ())]
     if isinstance(request, messages.Follow):
         progress = msgspec.structs.replace(state.progress(), started=dialler.generation)
         return [(progress, ())]

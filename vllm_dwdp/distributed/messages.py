@@ -75,6 +75,10 @@ class Follow(msgspec.Struct, frozen=True, tag=True):
     dwdp_rank: int
 
 
+class Renewed(msgspec.Struct, frozen=True, tag=True):
+    """A rank that starts asks which checkpoint we serve, if we have read it since we started."""
+
+
 class StatusRequest(msgspec.Struct, frozen=True, tag=True):
     """A process asks how this rank is."""
 
@@ -107,7 +111,7 @@ class Shard(msgspec.Struct, frozen=True, tag=True):
 
 
 class Identity(msgspec.Struct, frozen=True, tag=True):
-    """What the shard that follows is of, for a holder."""
+    """What we serve: for a rank that starts, and for a holder, whom our shard follows."""
 
     fingerprint: Fingerprint
 
@@ -144,6 +148,15 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
     digest: bytes = b""
     failure: str = ""
 
+    @property
+    def unsettled(self) -> str:
+        """Why it cannot be known which weights the group serves; empty if they are whole."""
+        if self.failure:
+            return self.failure
+        if Step.LOCKED <= self.step < Step.DONE:
+            return "the ranks of this group are writing new weights. Start again when they have"
+        return ""
+
 
 class Handles(msgspec.Struct, frozen=True, tag=True):
     """The next handles of a shard: `num_fds` descriptors beside this message, and these."""
@@ -174,7 +187,7 @@ class Accepted(msgspec.Struct, frozen=True, tag=True):
     """Noted."""
 
 
-Request = Hello | Borrow | Failed | Keep | Follow | StatusRequest
+Request = Hello | Borrow | Failed | Keep | Follow | Renewed | StatusRequest
 Reply = NotYet | Identity | Shard | Progress | Handles | Refused | Status | Accepted
 Packet = tuple[Reply, tuple[int, ...]]
 """A message and the descriptors to send beside it."""

@@ -1,18 +1,40 @@
-"""A rank that comes back: what its peers have of its earlier starts.
+"""A rank that comes back: which weights its peers serve by now, and what they have of earlier starts.
 
-Peers are asked once, early, without handles; the handles of what they hold are fetched once, late, by
-the code that adopts the shard.
+Peers are asked for the weights before the rank says what it is. They are asked for its shard once,
+early, without handles; the handles of what they hold are fetched once, late, by the code that adopts it.
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 from vllm_dwdp.distributed import messages
-from vllm_dwdp.distributed.dialling import Dialler
+from vllm_dwdp.distributed.dialling import REPLY_TIMEOUT_S, Dialler, ask_once
+from vllm_dwdp.distributed.endpoint import Endpoint
+from vllm_dwdp.distributed.fingerprint import Fingerprint
+from vllm_dwdp.distributed.group_state import ranks_after
 from vllm_dwdp.distributed.published_shard import PublishedShard
+from vllm_dwdp.errors import ProtocolError
 from vllm_dwdp.logger import init_logger
 
 logger = init_logger(__name__)
+
+
+def renewed_weights(
+    endpoint: Endpoint, *, group: int, dwdp_rank: int, group_size: int
+) -> Fingerprint | None:
+    """Return what the group serves, if it has read another checkpoint since it started; else None.
+
+    Raises:
+        SecretMismatchError: a peer has another secret.
+        RendezvousError: what listens in a peer's place is not that rank.
+    """
+    for peer in ranks_after(dwdp_rank, group_size):
+        with suppress(OSError, ProtocolError):
+            reply = ask_once(endpoint, group, peer, messages.Renewed(), REPLY_TIMEOUT_S)
+            if isinstance(reply, messages.Identity):
+                return reply.fingerprint
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm_dwdp.distributed import messages
-from vllm_dwdp.distributed.dialling import Dialler
+from vllm_dwdp.distributed.dialling import Dialler, ask_once
 from vllm_dwdp.distributed.endpoint import Endpoint
 from vllm_dwdp.distributed.group_state import GroupState
 from vllm_dwdp.distributed.published_shard import PeerState
@@ -105,13 +105,9 @@ def query_status(endpoint: Endpoint, group: int, rank: int, timeout_s: float) ->
     Raises:
         RendezvousError: no process listens there, or the answer is no status.
     """
-    connection = endpoint.connect(group, rank, timeout_s)
-    if connection is None:
+    reply = ask_once(endpoint, group, rank, messages.StatusRequest(), timeout_s)
+    if reply is None:
         raise RendezvousError(f"rank {rank} of group {group} does not listen at {endpoint}")
-    with connection:
-        connection.send_message(messages.StatusRequest())
-        reply, stray = connection.receive_reply()
-    messages.close_all(stray)
     if not isinstance(reply, messages.Status):
         raise RendezvousError(
             f"rank {rank} of group {group} answered a status request with {type(reply).__name__}. Use "

@@ -5,10 +5,12 @@ Mixed into the CPU and the GPU worker. Runs in the process of the rank, or of it
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 
 from vllm_dwdp.compat.worker import checksums, independent, reloading
 from vllm_dwdp.compat.worker.signals import end_with_engine, vllm_watches_engine
@@ -17,7 +19,8 @@ from vllm_dwdp.distributed.fingerprint import Fingerprint
 from vllm_dwdp.distributed.launch import Seat
 from vllm_dwdp.distributed.membership import Membership
 from vllm_dwdp.errors import DwdpUnsupportedError
-from vllm_dwdp.executor.identity import make_fingerprint, open_membership
+from vllm_dwdp.executor.identity import open_membership
+from vllm_dwdp.executor.source import reloaded_source
 from vllm_dwdp.logger import init_logger
 from vllm_dwdp.model_executor.costs import ServedModel
 from vllm_dwdp.model_executor.group import ExpertGroup
@@ -219,7 +222,7 @@ class DwdpWorker:
             raise
 
     def _fingerprint(self) -> Fingerprint:
+        """Return what every rank says that has read the same checkpoint, now or at its start."""
         assert self.expert_group is not None
-        page_bytes = self.expert_group.membership.fingerprint.page_bytes
-        vllm_config = self.vllm_config  # type: ignore[attr-defined]
-        return make_fingerprint(self.seat, vllm_config, page_bytes)
+        source = reloaded_source(self.vllm_config)  # type: ignore[attr-defined]
+        return replace(self.expert_group.membership.fingerprint, **asdict(source))

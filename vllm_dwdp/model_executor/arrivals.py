@@ -9,6 +9,7 @@ import hashlib
 import torch
 
 from vllm_dwdp.device.digest import digest_content
+from vllm_dwdp.distributed.fingerprint import SENT
 
 
 class Arrivals:
@@ -36,4 +37,4 @@ class Arrivals:
         digest = hashlib.sha256(self._before.encode())
         for name, each in sorted(self.digests.items()):
             digest.update(name.encode() + each)
-        return f"update {digest.hexdigest()}"
+        return f"{SENT}{digest.hexdigest()}"

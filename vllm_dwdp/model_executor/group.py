@@ -81,6 +81,7 @@ class ExpertGroup:
 
     def status(self) -> dict[str, Any]:
         """Return a JSON-compatible snapshot for `/metrics` and `vllm-dwdp status`."""
+        fingerprint = self.membership.fingerprint
         return {
             **self.seat.status(),
             "state": self._shown_state(),
@@ -91,7 +92,10 @@ class ExpertGroup:
             "pid": os.getpid(),
             "generation": self.membership.generation,
             "weight_update": self.membership.weights.update,
-            "weights": self.membership.fingerprint.checkpoint_digest,
+            "weights": {
+                "digest": fingerprint.checkpoint_digest,
+                "checkpoint": fingerprint.checkpoint,
+            },
             "adopted": self._rejoin_seconds is not None,
             "rejoin_seconds": self._rejoin_seconds or 0.0,
             **self._start_status(),

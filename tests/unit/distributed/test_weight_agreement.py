@@ -16,6 +16,7 @@ from vllm_dwdp.distributed import messages
 from vllm_dwdp.distributed.meeting import make_abstract_endpoint
 from vllm_dwdp.distributed.membership import Membership
 from vllm_dwdp.distributed.messages import Step
+from vllm_dwdp.distributed.returning import renewed_weights
 from vllm_dwdp.errors import PeerMismatchError, WeightUpdateError
 
 NUM_RANKS = 3
@@ -124,7 +125,8 @@ def test_all_ranks_go_on_together_and_lend_the_new_shards() -> None:
         # A rank that starts with the old weights is refused, with what to do; one with the new is not.
         ranks.ranks[0].close()
         with pytest.raises(
-            PeerMismatchError, match=r"been updated .*\(update 2\): start with that"
+            PeerMismatchError,
+            match=r"been updated .*\(update 2\), from /m: make that checkpoint readable",
         ):
             ranks.join(0)
         ranks.ranks[0] = ranks.join(0, checkpoint_digest="new")
@@ -162,6 +164,54 @@ def test_whoever_fails_leaves_all_others_refusing_until_an_update_succeeds(
         else:
             with pytest.raises(PeerMismatchError, match="restart all ranks of the group"):
                 ranks.join(1, checkpoint_digest="new")
+
+
+def told_by(ranks: Group) -> str | None:
+    """Return the digest of what a rank that starts as rank 0 is told to read."""
+    told = renewed_weights(ranks.endpoint, group=0, dwdp_rank=0, group_size=NUM_RANKS)
+    return None if told is None else told.checkpoint_digest
+
+
+def test_a_rank_that_starts_is_told_what_was_read_since_the_group_started() -> None:
+    with group() as ranks:
+        assert told_by(ranks) is None, "what the command line names"
+        assert ranks.update_all() == [None] * NUM_RANKS
+        assert told_by(ranks) == "new"
+        with pytest.raises(WeightUpdateError):
+            ranks.update(1, fails=lambda step: ranks.ranks[0].close())
+        assert not ranks.ranks[1].weights.refusal and told_by(ranks) == "new"
+        ranks.ranks[0] = ranks.join(0, checkpoint_digest="new")
+        ranks._meet(ranks.ranks[0])
+        ranks.ranks[1].close()
+        ranks.ranks[2].close()
+        told = renewed_weights(ranks.endpoint, group=0, dwdp_rank=1, group_size=NUM_RANKS)
+        assert told is not None and told.checkpoint_digest == "new", "it has learned that itself"
+
+
+def test_a_rank_that_starts_is_told_nothing_that_no_start_can_read() -> None:
+    with group() as ranks:
+        seen: list[str | None] = []
+        works = {
+            f"rank{number}": partial(
+                ranks.update, number, new="update 1", fails=lambda step: seen.append(told_by(ranks))
+            )
+            for number in range(NUM_RANKS)
+        }
+        assert ranks.update_all(**works) == [None] * NUM_RANKS
+        assert {told_by(ranks), *seen} == {None}
+        ranks.ranks[0].close()
+        with pytest.raises(
+            PeerMismatchError, match=r"\(update 1\) by a trainer: restart all ranks of the group"
+        ):
+            ranks.join(0)
+    with group() as ranks:
+        assert ranks.update_all() == [None] * NUM_RANKS
+
+        def fail(step: str) -> None:
+            assert step != "agree", "no disk"
+
+        assert None not in ranks.update_all(rank1=lambda: ranks.update(1, fails=fail))
+        assert told_by(ranks) is None, "nobody knows what the memory holds"
 
 
 def test_one_update_follows_another_at_once() -> None:

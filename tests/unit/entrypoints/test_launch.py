@@ -27,9 +27,10 @@ from tests.unit.distributed.test_messages import fingerprint
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.distributed.meeting import parse_endpoint
 from vllm_dwdp.distributed.membership import Membership
-from vllm_dwdp.entrypoints.launch import child, fronts, pairing, ports, server
+from vllm_dwdp.entrypoints.launch import asking, child, fronts, pairing, ports, server
 from vllm_dwdp.entrypoints.launch import launcher as launch
 from vllm_dwdp.entrypoints.launch import plan as launch_plan
+from vllm_dwdp.entrypoints.launch.asking import join_obstacle, rank_progress
 from vllm_dwdp.entrypoints.launch.child import Child
 from vllm_dwdp.entrypoints.launch.disaggregation import Disaggregation
 from vllm_dwdp.entrypoints.launch.plan import ROUTER, LaunchPlan, find_program, split_arguments
@@ -107,7 +108,7 @@ def use_fakes(folder: Path, use: Callable[[Any, str, Any], None]) -> LaunchPlan:
     for module in (launch, launch_plan):
         use(module, "find_program", lambda name: str(folder / name))
     use(launch, "count_gpus", lambda: 0)
-    use(launch, "query_status", lambda place, group, rank, timeout_s: said_by(folder, rank))
+    use(asking, "query_status", lambda place, group, rank, timeout_s: said_by(folder, rank))
     use(launch, "POLL_INTERVAL_S", 0.02)
     use(child, "FIRST_BACKOFF_S", 0.05)
     use(child, "STOP_TIMEOUT_S", 5.0)
@@ -250,7 +251,7 @@ def test_what_a_starting_rank_waits_for_is_told_when_it_changes(
 
 def test_the_question_what_a_rank_does_is_put_where_the_ranks_meet(tmp_path: Path) -> None:
     options = {"group_size": 2, "rendezvous": f"unix://{tmp_path}/meet"}
-    ask = launch.rank_progress(DwdpConfig.from_options(options, 4), rank=3)
+    ask = rank_progress(DwdpConfig.from_options(options, 4), rank=3)
     assert ask() == "", "nobody listens yet"
     place = parse_endpoint(options["rendezvous"])
     facts = {"group_size": 2, "fingerprint": fingerprint(), "join_timeout_s": 0.3}
@@ -267,7 +268,7 @@ def test_the_question_what_a_rank_does_is_put_where_the_ranks_meet(tmp_path: Pat
 def test_of_several_workers_the_first_that_starts_is_quoted(tmp_path: Path) -> None:
     options = {"group_size": 2, "rendezvous": f"unix://{tmp_path}/meet"}
     config = DwdpConfig.from_options(options, 4)
-    ask = launch.rank_progress(config, rank=3, num_workers=2)
+    ask = rank_progress(config, rank=3, num_workers=2)
     place = parse_endpoint(options["rendezvous"])
     facts = {"group_size": 2, "fingerprint": fingerprint(), "join_timeout_s": 0.3}
     with (
@@ -280,6 +281,43 @@ def test_of_several_workers_the_first_that_starts_is_quoted(tmp_path: Path) -> N
         assert ask() == "has its experts and warms up"
 
 
+def test_a_rank_that_its_group_cannot_take_is_not_started(tmp_path: Path) -> None:
+    options = {"group_size": 2, "rendezvous": f"unix://{tmp_path}/meet"}
+    ask = join_obstacle(DwdpConfig.from_options(options, 4), rank=2, num_workers=2)
+    assert ask() == "", "nobody lives"
+    place = parse_endpoint(options["rendezvous"])
+    facts = {"group_size": 2, "fingerprint": fingerprint(), "join_timeout_s": 0.3}
+    said: dict[str, object] = {"state": "serving", "weight_update": 0, "last_failure": "no disk"}
+    with Membership.join(place, group=3, dwdp_rank=1, **facts) as peer:
+        assert ask() == "", "it starts"
+        peer.describe_by(lambda: said)
+        said["weights"] = {"digest": "dummy-0", "checkpoint": "/m"}
+        assert ask() == ""
+        said |= {"weight_update": 2, "weights": {"digest": "update 5", "checkpoint": None}}
+        assert ask() == (
+            "rank 2 cannot join its group: a trainer has sent its weights (update 2), which no start "
+            "can read. Restart all ranks, and send them again"
+        )
+        said["weights"] = {"digest": "1a", "checkpoint": "/m"}
+        assert ask() == ""
+        said["state"] = "refusing"
+        assert ask() == "rank 2 cannot join its group: no disk"
+    assert ask() == ""
+
+
+def test_launch_asks_whether_a_rank_can_join_before_it_starts_one(tmp_path: Path) -> None:
+    options = {"group_size": 2, "rendezvous": f"unix://{tmp_path}/meet"}
+    config = DwdpConfig.from_options(options, 2)
+    ports = tuple(free_ports(2))
+    made = launch._rank_child(plan(rank_ports=ports), config, 0, tmp_path, {})
+    place = parse_endpoint(options["rendezvous"])
+    facts = {"group_size": 2, "fingerprint": fingerprint(), "join_timeout_s": 0.3}
+    with Membership.join(place, group=0, dwdp_rank=1, **facts) as peer:
+        peer.describe_by(lambda: {"state": "refusing", "last_failure": "no disk"})
+        assert made.obstacle() == "rank 0 cannot join its group: no disk"
+    assert made.obstacle() == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "size"),
     [([], 1), (["-tp", "2"], 2), (["--tensor_parallel_size=4", "--seed", "3"], 4)],
@@ -290,7 +328,7 @@ def test_how_many_workers_a_rank_has(arguments: list[str], size: int) -> None:
 
 def test_a_rank_that_shares_nothing_is_not_asked(tmp_path: Path) -> None:
     options = {"mode": "replica", "rendezvous": f"unix://{tmp_path}/meet"}
-    assert launch.rank_progress(DwdpConfig.from_options(options, 2), rank=1)() == ""
+    assert rank_progress(DwdpConfig.from_options(options, 2), rank=1)() == ""
 
 
 def test_a_start_that_hangs_is_ended_and_told_and_given_up(

@@ -3,7 +3,10 @@
 import http.client
 import http.server
 import json
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -15,7 +18,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.waiting import wait_until
 from vllm_dwdp.entrypoints.launch import door as door_module
+from vllm_dwdp.entrypoints.launch import fronts, hop
+from vllm_dwdp.entrypoints.launch import relay as relay_module
 from vllm_dwdp.entrypoints.launch.door import DoorServer
 from vllm_dwdp.entrypoints.launch.ports import free_ports
 from vllm_dwdp.entrypoints.launch.relay import RelayServer, open_doors, parse
@@ -121,6 +127,41 @@ def test_a_prompt_that_no_rank_computes_is_left_to_the_decode_server() -> None:
     with relayed(0, None) as (ask, ranks):
         assert ask() == (200, {"kv_transfer_params": None})
         assert len(ranks[0].asked) == 1
+
+
+def test_a_probe_of_the_relay_fails_while_it_hangs_and_not_for_dead_servers() -> None:
+    """Its connections are accepted by the kernel all the while."""
+    ports = free_ports(5)
+    door, first, second, *dead = ports
+    urls = [f"http://127.0.0.1:{port}" for port in dead]
+    words = [f"--decode={door}={urls[0]}", f"{first},{second}", *urls]
+    process = subprocess.Popen([sys.executable, "-m", relay_module.__name__, *words])
+    alive = f"http://127.0.0.1:{first}{hop.ALIVE_PATH}"
+    try:
+        wait_until(lambda: fronts.answers(alive), 20)
+        process.send_signal(signal.SIGSTOP)
+        with socket.create_connection(("127.0.0.1", first), timeout=5):
+            assert not fronts.answers(alive)
+        process.send_signal(signal.SIGCONT)
+        assert fronts.answers(alive)
+        assert not fronts.answers(f"http://127.0.0.1:{first}/health"), "which is the rank's"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_probe_of_one_port_finds_another_that_hangs() -> None:
+    with RelayServer(0, ["http://127.0.0.1:1"]) as hangs:
+        silent = hangs.server_port
+        asked = RelayServer(0, ["http://127.0.0.1:1"])
+        with served(asked) as url:
+            for beside, status in (([asked, hangs], 503), ([asked], 200)):
+                asked.beside = beside
+                answer = hop.ask(url, "GET", hop.ALIVE_PATH, b"", {}, 10.0)
+                assert answer is not None and answer.status == status
+                assert (f"ports [{silent}] do not answer" in answer.body.decode()) == (
+                    status == 503
+                )
 
 
 @pytest.mark.parametrize(("first", "status"), [(200, 200), (503, 503), (None, 503), (0, 503)])

@@ -11,7 +11,7 @@ from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.distributed.fingerprint import Fingerprint
 from vllm_dwdp.distributed.launch import DwdpLaunch, RankSpan, Seat
 from vllm_dwdp.distributed.meeting import make_abstract_endpoint
-from vllm_dwdp.executor import identity
+from vllm_dwdp.executor import identity, source
 
 LAUNCH = DwdpLaunch(
     config=DwdpConfig(group_size=2),
@@ -74,9 +74,9 @@ def test_two_commits_of_a_name_on_a_hub_differ() -> None:
 
 
 def test_content_that_nobody_can_compare_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    identity.logger.addHandler(caplog.handler)
+    source.logger.addHandler(caplog.handler)
     assert fingerprint_of("s3://bucket/model").checkpoint_digest == "unknown"
-    identity.logger.removeHandler(caplog.handler)
+    source.logger.removeHandler(caplog.handler)
     assert "s3://bucket/model cannot be compared between ranks" in caplog.text
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from vllm_dwdp.compat.frontend import own_engines, startup, stat_logger
 from vllm_dwdp.compat.frontend.backend import BACKEND, WORKER_CLS, executor_cls, offline_size
+from vllm_dwdp.compat.frontend.host_memory import check_kv_caches
 from vllm_dwdp.compat.frontend.model_refusals import refuse_unsupported_model
 from vllm_dwdp.compat.frontend.ranks import (
     choose_endpoint,
@@ -61,6 +62,8 @@ def create_dwdp_config(args: Any, build_stock: Callable[[], Any], *, headless: b
     )
     independent.plant(vllm_config, launch)
     uncouple(vllm_config.parallel_config, started)
+    if device == "cpu":
+        check_kv_caches(args, vllm_config.cache_config, launch)
     if device == "cpu" and args.gpu_memory_utilization == type(args).gpu_memory_utilization:
         # On the CPU this is a share of the host's memory, which the workers divide.
         vllm_config.cache_config.gpu_memory_utilization /= size * num_workers

@@ -120,7 +120,12 @@ def _sentences(entry: dict[str, Any]) -> Iterator[str]:
     if entry.get("policy"):
         yield f"{rank} serves in {entry['mode']} mode: {entry['policy']}{_hidden_from(entry)}"
     if entry.get("weight_update"):
-        yield f"{rank} has the weights of update {entry['weight_update']} ({entry['weights'][:19]})"
+        weights = entry["weights"]
+        source = weights["checkpoint"] or "a trainer"
+        yield (
+            f"{rank} has the weights of update {entry['weight_update']}, from {source} "
+            f"({weights['digest'][:19]})"
+        )
     if entry.get("doing"):
         yield f"{rank} {entry['doing']}"
     if seconds := entry.get("start_seconds"):

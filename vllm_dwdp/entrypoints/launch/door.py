@@ -122,7 +122,7 @@ class DoorServer(HopServer):
 class _Handler(Hop):
     server: DoorServer
 
-    def do_GET(self) -> None:
+    def _answer_for_server(self) -> None:
         place = self.server.place
         self._answer_health(self.server.url, reason_against(place) if is_passed_over(place) else "")
 

@@ -4,7 +4,6 @@ import contextlib
 import http.client
 import os
 import signal
-import socket
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from vllm_dwdp.entrypoints.launch.admission import ADMISSION_FILE_ENV
 from vllm_dwdp.entrypoints.launch.child import Child
 from vllm_dwdp.entrypoints.launch.control import ALIVE_PATH
 from vllm_dwdp.entrypoints.launch.deadlines import shutdown_timeout_s
+from vllm_dwdp.entrypoints.launch.hop import ALIVE_PATH as RELAY_ALIVE_PATH
 from vllm_dwdp.entrypoints.launch.plan import RANK_HOST, LaunchPlan
 from vllm_dwdp.entrypoints.launch.routed import ENDING_FILE_ENV
 from vllm_dwdp.entrypoints.launch.server import READY_PATH
@@ -69,21 +69,13 @@ def relay_children(plan: LaunchPlan, logs: Path) -> list[Child]:
     if plan.disaggregation is None or not plan.has_router:
         return []
 
-    def listens() -> bool:
-        assert plan.disaggregation is not None
-        with (
-            contextlib.suppress(OSError),
-            socket.create_connection((RANK_HOST, plan.disaggregation.relay_ports[-1]), timeout=1),
-        ):
-            return True
-        return False
-
+    alive = f"http://{RANK_HOST}:{plan.disaggregation.relay_ports[-1]}{RELAY_ALIVE_PATH}"
     return [
         Child(
             "relay",
             plan.relay_command,
             logs / "relay.log",
-            is_ready=listens,
+            is_ready=lambda: answers(alive),
             progress=str,
             environment={
                 ENDING_FILE_ENV: str(ending_file(logs)),

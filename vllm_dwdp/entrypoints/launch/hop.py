@@ -7,7 +7,7 @@ import http.client
 import http.server
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -15,6 +15,11 @@ from vllm_dwdp.entrypoints.launch.routed import ENDING_FILE_ENV, ENDS, RETRY_AFT
 
 HOST = "127.0.0.1"
 HEALTH_TIMEOUT_S = 4.0
+ALIVE_PATH = "/relay/alive"
+"""Answered with 200 while every port of this process answers, whatever the servers behind them do."""
+PORT_PATH = "/relay/port"
+"""The same for the port that is asked."""
+ALIVE_TIMEOUT_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +30,9 @@ class Answer:
     content_type: str = "application/json"
     body: bytes = b""
     headers: Mapping[str, str] = field(default_factory=dict)
+
+
+ALIVE = Answer(status=200)
 
 
 def ask(
@@ -70,16 +78,43 @@ class HopServer(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
     request_queue_size = 1024
+    beside: Sequence["HopServer"] = ()
+    """All that listen in this process."""
 
     def __init__(self, host: str, port: int, handler: "type[Hop]") -> None:
         super().__init__((host, port), handler)
+
+    def answers(self) -> bool:
+        """Whether a request that comes to our port is answered; another thread must do that."""
+        host, port = self.server_address[:2]
+        url = f"http://{host!s}:{port}"
+        answer = ask(url, "GET", PORT_PATH, b"", {}, ALIVE_TIMEOUT_S)
+        return answer is not None and answer.status == 200
+
+    def health(self) -> Answer:
+        """Ask every port of this process, and answer whether all answered."""
+        silent = [hop.server_port for hop in self.beside if not hop.answers()]
+        return refusal(f"The relay's ports {silent} do not answer.") if silent else ALIVE
 
 
 class Hop(http.server.BaseHTTPRequestHandler):
     """Reads a request and writes an answer; keeps the connection."""
 
+    server: HopServer
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
+
+    def do_GET(self) -> None:
+        """Health and figures are those of the server; a probe of this process has paths of its own."""
+        if self.path == PORT_PATH:
+            self._answer(ALIVE)
+        elif self.path == ALIVE_PATH:
+            self._answer(self.server.health())
+        else:
+            self._answer_for_server()
+
+    def _answer_for_server(self) -> None:
+        raise NotImplementedError
 
     def _body(self) -> bytes:
         return self.rfile.read(int(self.headers.get("Content-Length") or "0"))

@@ -19,11 +19,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from vllm_dwdp.config import DwdpConfig
-from vllm_dwdp.distributed.launch import place_in_group
-from vllm_dwdp.distributed.meeting import parse_endpoint
-from vllm_dwdp.distributed.status import query_status
 from vllm_dwdp.entrypoints.doctor.gpus import count_gpus, one_gpu_each
 from vllm_dwdp.entrypoints.doctor.queues import check_queues, free_bytes
+from vllm_dwdp.entrypoints.launch.asking import join_obstacle, rank_progress
 from vllm_dwdp.entrypoints.launch.child import Child
 from vllm_dwdp.entrypoints.launch.cores import cores_for_each, physical_cores
 from vllm_dwdp.entrypoints.launch.deadlines import default_start_timeout_s, shutdown_timeout_s
@@ -53,7 +51,6 @@ from vllm_dwdp.entrypoints.launch.server import READY_PATH
 from vllm_dwdp.errors import DwdpConfigError, DwdpError
 
 POLL_INTERVAL_S = 0.5
-STATUS_TIMEOUT_S = 2.0
 TAIL_CHARACTERS = 3000
 
 ALL_HEALTHY_PATH = "/health"
@@ -251,6 +248,7 @@ def _describe(child: Child) -> str:
 def _rank_child(
     plan: LaunchPlan, config: DwdpConfig, rank: int, logs: Path, environment: dict[str, str]
 ) -> Child:
+    joins_not = join_obstacle(config, rank, plan.tensor_parallel_size)
     return Child(
         f"rank {rank}",
         lambda: plan.rank_command(rank),
@@ -258,7 +256,7 @@ def _rank_child(
         is_ready=lambda: answers(plan.rank_url(rank) + READY_PATH),
         progress=rank_progress(config, rank, plan.tensor_parallel_size),
         environment=environment | plan.rank_environment | {ENDING_FILE_ENV: str(ending_file(logs))},
-        obstacle=lambda: port_obstacle(rank, plan.rank_host, plan.rank_ports[rank]),
+        obstacle=lambda: port_obstacle(rank, plan.rank_host, plan.rank_ports[rank]) or joins_not(),
         start_timeout_s=start_timeout_s(plan, config),
         drain_s=shutdown_timeout_s(plan.arguments),
         place=f"prefill at {plan.rank_url(rank)}" if plan.disaggregation else "",
@@ -270,36 +268,6 @@ def start_timeout_s(plan: LaunchPlan, config: DwdpConfig) -> float:
     if plan.start_timeout_s is not None:
         return plan.start_timeout_s
     return default_start_timeout_s(plan.model, config.join_timeout_s)
-
-
-def rank_progress(config: DwdpConfig, rank: int, num_workers: int = 1) -> Callable[[], str]:
-    """Make the question what a starting rank does, which is put to it where the ranks meet.
-
-    The answer is empty until the rank loads its experts, and always if it shares none. Of several
-    workers the first that still starts is quoted.
-
-    Raises:
-        DwdpConfigError: the rendezvous is no meeting place, or its secret cannot be used.
-    """
-    if not config.shares_experts or config.rendezvous is None:
-        return str
-    place = parse_endpoint(config.rendezvous, config.group_size, config.rendezvous_secret_file)
-    workers = [
-        place_in_group(rank, config.group_size, tensor_rank, num_workers)
-        for tensor_rank in range(num_workers)
-    ]
-
-    def ask() -> str:
-        said = ""
-        for group, dwdp_rank in workers:
-            with contextlib.suppress(OSError, DwdpError):
-                status = query_status(place, group, dwdp_rank, timeout_s=STATUS_TIMEOUT_S)
-                if "doing" in status:
-                    return str(status["doing"])
-                said = "has its experts and warms up"
-        return said
-
-    return ask
 
 
 @contextlib.contextmanager

@@ -21,7 +21,8 @@ and blocks that are not fetched are freed when their lease ends.
 
     python -m vllm_dwdp.entrypoints.launch.relay PORT_0,PORT_1,... URL_OF_RANK_0 URL_OF_RANK_1 ...
 
-It listens on 127.0.0.1; with `--host ADDRESS` elsewhere, for a router in another container. `--decode
+It listens on 127.0.0.1; with `--host ADDRESS` elsewhere, for a router in another container, or for the
+probe of a kubelet: `GET /relay/alive` at any port makes a round trip through every port. `--decode
 PORT=URL` makes a door, which `--compare` opens only to a server that fits the ranks, as launch does.
 """
 
@@ -96,8 +97,8 @@ class RelayServer(HopServer):
 class _Handler(Hop):
     server: RelayServer
 
-    def do_GET(self) -> None:
-        """Health and figures are those of the rank itself; at the end the router shall not choose it."""
+    def _answer_for_server(self) -> None:
+        """At the end the router shall not choose the rank."""
         self._answer_health(self.server.urls[0], reason_to_end())
 
     def do_POST(self) -> None:
@@ -173,6 +174,8 @@ def main(arguments: Sequence[str]) -> None:
     hops: list[HopServer] = [*doors]
     for rank, port in enumerate(given.ports):
         hops.append(RelayServer(port, [*given.urls[rank:], *given.urls[:rank]], given.host))
+    for hop in hops:
+        hop.beside = hops
     threads = [threading.Thread(target=hop.serve_forever, daemon=True) for hop in hops]
     for thread in threads:
         thread.start()
