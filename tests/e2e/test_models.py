@@ -3,7 +3,7 @@
 Most run with `make test-all` only; many checkpoints share one engine process per rank.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -177,28 +177,37 @@ def test_the_planner_counts_the_kv_cache_as_vllm_does(outcomes: Outcomes, name: 
     expected = outcomes.stock(name)["kv_layers"].values()
     cache = shape_of(read_config(Path(outcomes.path(name)))).kv_cache
     added = MODELS[name].window_added
-    assert kept(described(layer, cache.kv_bits, added) for layer in cache.layers) == kept(expected)
+    planned = (each for layer in cache.layers for each in described(layer, cache.kv_bits, added))
+    assert kept(planned) == kept(expected)
 
 
-def described(layer: LayerCache, kv_bits: float, window_added: int) -> dict[str, int]:
-    """Return a layer of the planner in the words of `kv_layers.describe`."""
+def described(layer: LayerCache, kv_bits: float, window_added: int) -> Iterator[dict[str, float]]:
+    """Yield what a layer of the planner keeps, in the words of `kv_layers.describe`."""
     if layer.state.num_bytes:
-        return {"convolution": layer.state.convolution, "recurrent": layer.state.recurrent}
+        yield {"convolution": layer.state.convolution, "recurrent": layer.state.recurrent}
+        return
+    yield {"ring_bytes": layer.ring_bytes}
     window = layer.window + window_added if layer.window else 0
-    return {"token_bytes": int(layer.token_bytes(kv_bits)), "window": window}
+    yield {"token_bytes": layer.token_bytes(kv_bits), "window": window}
 
 
-def kept(layers: Iterable[dict[str, int]]) -> dict[str, Any]:
-    """Return what layers keep together: bytes per token by window (0: of every token), and states."""
-    per_token: dict[int, int] = {}
+def kept(layers: Iterable[dict[str, float]]) -> dict[str, Any]:
+    """Return what layers keep together: bytes per token by window (0: of every token), and states.
+
+    Rings are of a few tokens, per sequence.
+    """
+    per_token: dict[float, float] = {}
     states = []
+    rings = 0.0
     for layer in layers:
-        if "recurrent" in layer:
+        if "ring_bytes" in layer:
+            rings += layer["ring_bytes"]
+        elif "recurrent" in layer:
             states.append((layer["convolution"], layer["recurrent"]))
         elif layer["token_bytes"]:
             window = layer["window"]
             per_token[window] = per_token.get(window, 0) + layer["token_bytes"]
-    return {"bytes per token by window": per_token, "states": sorted(states)}
+    return {"bytes per token by window": per_token, "states": sorted(states), "rings": rings}
 
 
 @pytest.mark.slow

@@ -35,16 +35,23 @@ class LayerCache:
     Args:
         elements: of keys and values, or of their latent, per token.
         index_bytes: per token, of a sparse indexer's keys; their type is their own.
+        ring_bytes: per sequence, of its last tokens, whose keys the indexer has not pooled yet.
         window: the most tokens kept; 0 for all.
         is_chunk: the window is a chunk, of which a token sees half in the mean.
         state: of a sequence of any length.
     """
 
     elements: int = 0
-    index_bytes: int = 0
+    index_bytes: float = 0
+    ring_bytes: int = 0
     window: int = 0
     is_chunk: bool = False
     state: LayerState = NO_STATE
+
+    @property
+    def fixed_bytes(self) -> float:
+        """The bytes of a sequence of any length."""
+        return self.state.num_bytes + self.ring_bytes
 
     def token_bytes(self, kv_bits: float) -> float:
         """Return the bytes of a token that is kept."""
@@ -87,8 +94,8 @@ class KvCache:
 
     @cached_property
     def state_bytes(self) -> float:
-        """The bytes per sequence, of any length, of the layers that keep a state."""
-        return sum(layer.state.num_bytes for layer in self.layers)
+        """The bytes per sequence, of any length, of the layers that keep a state or a ring."""
+        return sum(layer.fixed_bytes for layer in self.layers)
 
     @cached_property
     def num_full(self) -> int:
@@ -97,8 +104,8 @@ class KvCache:
 
     @cached_property
     def num_states(self) -> int:
-        """The number of layers that keep a state."""
-        return sum(layer.state.num_bytes > 0 for layer in self.layers)
+        """The number of layers that keep a state or a ring."""
+        return sum(layer.fixed_bytes > 0 for layer in self.layers)
 
     def sequence_bytes(self, tokens: float) -> float:
         """Return the bytes of a sequence of so many tokens."""
@@ -157,9 +164,12 @@ def _layer_cache(
     if kind is LayerKind.STATE:
         return LayerCache(state=layer_state(fields))
     window = narrow_size(fields, kind)
+    index_bytes = num_gpus * _index_bytes(fields, layer, num_layers)
+    pool = fields.first("index_kpool", default=1, low=1)
     return LayerCache(
         elements=_elements(fields, kind, layer, num_layers, num_gpus),
-        index_bytes=num_gpus * _index_bytes(fields, layer, num_layers),
+        index_bytes=index_bytes / pool,
+        ring_bytes=num_gpus * _ring_bytes(fields, pool) if index_bytes else 0,
         window=window,
         is_chunk=kind is LayerKind.CHUNK and bool(window),
     )
@@ -214,3 +224,11 @@ def _index_bytes(fields: ConfigFields, layer: int, num_layers: int) -> int:
     if not size or (types and types[layer] != "full"):
         return 0
     return size + size // INDEX_GROUP * INDEX_SCALE_BYTES
+
+
+def _ring_bytes(fields: ConfigFields, pool: int) -> int:
+    """Count what an indexer keeps of tokens until so many are one key (GLM-5.3-Flash).
+
+    A key and a gate of each are in bf16.
+    """
+    return 2 * BF16_BYTES * fields.first("index_head_dim") * pool if pool > 1 else 0
