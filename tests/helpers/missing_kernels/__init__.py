@@ -16,6 +16,7 @@ from tests.helpers.missing_kernels.experts import experts_without_a_gate
 from tests.helpers.missing_kernels.latents import blocks_of_latents, caches_of_latents
 from tests.helpers.missing_kernels.rotary import the_rotary_embedding
 from tests.helpers.missing_kernels.routing import routing_by_sigmoid, zero_experts
+from tests.helpers.missing_kernels.sparse import sparse_attention
 from tests.helpers.missing_kernels.states import (
     linear_attention,
     mamba_1,
@@ -39,6 +40,7 @@ STAND_INS: dict[str, Callable[[], None]] = {
         delta_attention,
         blocks_of_latents,
         caches_of_latents,
+        sparse_attention,
         the_rotary_embedding,
     )
 }
