@@ -102,3 +102,6 @@ SPARSE = {
     "stock_error": "Sparse Attention is not supported on CPU",
     "stand_ins": ("sparse_attention",),
 }
+POOLED = SPARSE | {
+    "stand_ins": ("bounded_delta_attention", "sparse_attention", "pools_of_keys"),
+}

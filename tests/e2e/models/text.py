@@ -6,6 +6,7 @@ from tests.e2e.models.model import (
     NO_GATE,
     NO_WEIGHTS,
     ONE_TOKEN,
+    POOLED,
     SPARSE,
     TRUSTED,
     UNCACHED,
@@ -198,9 +199,9 @@ TEXT: dict[str, Model] = {
     "glm5_next_text": model(
         "GLM-5.3-Flash, text",
         "Glm5NextForCausalLM",
-        engine_args=NO_WEIGHTS | UNCACHED,
+        engine_args=UNCACHED,
         needs_torchvision=True,
-        stock_error=SPARSE["stock_error"],
+        **POOLED,
     ),
     "qwen4_exp_text": model(
         "Qwen4-Exp, text",

@@ -11,9 +11,10 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from tests.helpers.missing_kernels.delta import delta_attention
+from tests.helpers.missing_kernels.delta import bounded_delta_attention, delta_attention
 from tests.helpers.missing_kernels.experts import experts_without_a_gate
 from tests.helpers.missing_kernels.latents import blocks_of_latents, caches_of_latents
+from tests.helpers.missing_kernels.pools import pools_of_keys
 from tests.helpers.missing_kernels.rotary import the_rotary_embedding
 from tests.helpers.missing_kernels.routing import routing_by_sigmoid, zero_experts
 from tests.helpers.missing_kernels.sparse import sparse_attention
@@ -38,9 +39,11 @@ STAND_INS: dict[str, Callable[[], None]] = {
         mamba_1,
         linear_attention,
         delta_attention,
+        bounded_delta_attention,
         blocks_of_latents,
         caches_of_latents,
         sparse_attention,
+        pools_of_keys,
         the_rotary_embedding,
     )
 }
