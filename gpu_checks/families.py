@@ -27,6 +27,7 @@ LATENT = {
 }
 """Multi-head latent attention, of the sizes that vLLM's kernels on CPUs have."""
 MLA = DERIVED | LATENT | {"n_shared_experts": 1, "n_group": 1, "topk_group": 1}
+BIASED = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 INDEXER = {"index_topk": 64, "index_head_dim": 128, "index_n_heads": 4}
 GATED_DELTA = {
     "linear_num_key_heads": 2,
@@ -125,7 +126,7 @@ FAMILIES: dict[str, Builder] = {
     "deepseek_v32": of(
         "deepseek_v32",
         "n_routed_experts",
-        **MLA | EXPERTS | INDEXER,
+        **MLA | EXPERTS | INDEXER | BIASED,
         mlp_layer_types=DENSE_THEN_SPARSE,
         first_k_dense_replace=1,
     ),
@@ -180,7 +181,7 @@ FAMILIES: dict[str, Builder] = {
     "glm_moe_dsa": of(
         "glm_moe_dsa",
         "n_routed_experts",
-        **MLA | EXPERTS | INDEXER,
+        **MLA | EXPERTS | INDEXER | BIASED,
         mlp_layer_types=DENSE_THEN_SPARSE,
         first_k_dense_replace=1,
     ),
@@ -238,10 +239,8 @@ FAMILIES: dict[str, Builder] = {
     "kimi_k2": of(
         "deepseek_v3",
         "n_routed_experts",
-        **MLA | EXPERTS,
+        **MLA | EXPERTS | BIASED,
         first_k_dense_replace=1,
-        topk_method="noaux_tc",
-        scoring_func="sigmoid",
     ),
     "lfm2_moe": of(
         "lfm2_moe",
@@ -339,14 +338,6 @@ FAMILIES: dict[str, Builder] = {
         "num_experts",
         **HEADS | {"intermediate_size": 96},
         moe_topk=2,
-    ),
-    "hy_v4": of(
-        "hy_v4",
-        "n_routed_experts",
-        **MLA | EXPERTS | INDEXER,
-        layer_types=["indexed_attention"] * 3,
-        mlp_layer_types=DENSE_THEN_SPARSE,
-        indexer_types=["full", "full", "shared"],
     ),
     "minimax_m3": of(
         "minimax_m3_vl_text",

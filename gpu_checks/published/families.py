@@ -1,7 +1,7 @@
 """The families that generate from text."""
 
-from gpu_checks.families import LATENT
-from gpu_checks.published import layouts, own_names
+from gpu_checks.families import INDEXER, LATENT
+from gpu_checks.published import indexed, layouts, own_names
 from gpu_checks.published.fields import (
     BAILING_V2,
     GATED_TEXT,
@@ -304,7 +304,7 @@ TEXT: dict[str, Published] = {
                 "beta_slow": 1,
             },
         },
-        tensors=own_names.deepseek_v4,
+        tensors=indexed.deepseek_v4,
         has_own_configuration=False,
     ),
     "bailing_moe_v3": Published(
@@ -335,6 +335,26 @@ TEXT: dict[str, Published] = {
         model_type="glm5_next_text",
         experts="n_routed_experts",
         fields=GLM5_NEXT,
+        tensors=indexed.glm5_next,
+        without=("head_dim",),
+        has_own_configuration=False,
+    ),
+    "hy_v4": Published(
+        architecture="HYV4ForCausalLM",
+        model_type="hy_v4",
+        experts="n_routed_experts",
+        fields=LATENT
+        | INDEXER
+        | GROUPED
+        | {
+            "hc_mult": 4,
+            "n_shared_experts": 1,
+            "norm_topk_prob": True,
+            "layer_types": ["indexed_attention"] * 3,
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "indexer_types": ["full", "full", "shared"],
+        },
+        tensors=indexed.hy_v4,
         without=("head_dim",),
         has_own_configuration=False,
     ),

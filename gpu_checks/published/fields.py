@@ -64,6 +64,9 @@ GLM5_NEXT: Fields = (
         "mlp_layer_types": ["dense", "sparse", "sparse"],
         "linear_head_dim": 128,
         "linear_num_heads": 2,
+        "linear_conv_kernel_dim": 4,
+        "hc_mult": 4,
+        "index_kpool": 8,
     }
 )
 INKLING: Fields = {"n_shared_experts": 1, "shared_expert_sink": True, "use_sconv": True}

@@ -4,7 +4,7 @@ import json
 
 from gpu_checks.families import LATENT, LINEAR_THEN_FULL
 from gpu_checks.multimodal import VISION
-from gpu_checks.published import layouts, own_names
+from gpu_checks.published import indexed, layouts, own_names
 from gpu_checks.published.families import TEXT
 from gpu_checks.published.fields import GATED_TEXT, GLM5_NEXT, INKLING, INKLING_TOKENS, MINIMAX_M3
 from gpu_checks.published.writing import GROUPED, Fields, Published
@@ -126,6 +126,7 @@ MULTIMODAL: dict[str, Published] = {
         model_type="glm5_next",
         experts="n_routed_experts",
         fields=GLM5_NEXT,
+        tensors=indexed.glm5_next_vl,
         without=("head_dim",),
         inside="text_config",
         besides={"vision_config": TOWER} | IMAGE_IDS,

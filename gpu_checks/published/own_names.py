@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from gpu_checks.published.parts import (
     attention,
+    delta_attention,
     experts,
     joined,
     latent_attention,
@@ -123,25 +124,8 @@ def kimi_linear(config: Fields) -> Shapes:
         config["linear_attn_config"],
     )
     size, heads = linear["head_dim"], linear["num_heads"]
-    whole, width = heads * size, config["moe_intermediate_size"]
-
-    def delta_attention(prefix: str) -> Shapes:
-        convolution = (whole, 1, linear["short_conv_kernel_size"])
-        each = joined(
-            weights(prefix, **{f"{name}_proj": (whole, hidden), f"{name}_conv1d": convolution})
-            for name in "qkv"
-        )
-        gates = joined(
-            weights(prefix, **{f"{name}_a_proj": (size, hidden), f"{name}_b_proj": (whole, size)})
-            for name in "fg"
-        )
-        others = weights(prefix, b_proj=(heads, hidden), o_norm=(size,), o_proj=(hidden, whole))
-        return (
-            each
-            | gates
-            | others
-            | {f"{prefix}.A_log": (1, 1, heads, 1), f"{prefix}.dt_bias": (whole,)}
-        )
+    width = config["moe_intermediate_size"]
+    sizes = heads, size, linear["short_conv_kernel_size"]
 
     def with_experts(prefix: str) -> Shapes:
         up, down = (width, hidden), (hidden, width)
@@ -160,7 +144,11 @@ def kimi_linear(config: Fields) -> Shapes:
         counted_from_one = number + 1 in linear["kda_layers"]
         return (
             norms(prefix, config)
-            | (delta_attention(inner) if counted_from_one else latent_attention(inner, config))
+            | (
+                delta_attention(inner, hidden, *sizes)
+                if counted_from_one
+                else latent_attention(inner, config)
+            )
             | (
                 mlp(f"{prefix}.mlp", config, config["intermediate_size"])
                 if dense
@@ -257,68 +245,3 @@ def mistral_large(config: Fields) -> Shapes:
     layers = (layer(f"layers.{number}", number) for number in range(config["n_layers"]))
     named = {f"{name}.weight": shape for name, shape in ends.items()}
     return named | {"norm.weight": (hidden,)} | joined(layers)
-
-
-def deepseek_v4(config: Fields) -> Shapes:
-    """List DeepSeek's own names: streams that are mixed, layers that compress what they keep.
-
-    The first layers choose experts by a table of tokens.
-    """
-    hidden, vocabulary, streams = config["hidden_size"], config["vocab_size"], config["hc_mult"]
-    count, width = config["n_routed_experts"], config["moe_intermediate_size"]
-
-    def mixing(prefix: str, rows: int, scales: int) -> Shapes:
-        sizes = {"fn": (rows, streams * hidden), "base": (rows,), "scale": (scales,)}
-        return {f"{prefix}_{name}": shape for name, shape in sizes.items()}
-
-    def compressor(prefix: str, ratio: int, size: int) -> Shapes:
-        rows = size * (1 + (ratio == 4))
-        inner = weights(prefix, wkv=(rows, hidden), wgate=(rows, hidden), norm=(size,))
-        return inner | {f"{prefix}.ape": (ratio, rows)}
-
-    def compressed(prefix: str, ratio: int) -> Shapes:
-        heads, size, rank = (
-            config[name] for name in ("num_attention_heads", "head_dim", "q_lora_rank")
-        )
-        groups, out = config["o_groups"], config["o_lora_rank"]
-        found = {f"{prefix}.attn_sink": (heads,)} | weights(
-            prefix,
-            wq_a=(rank, hidden),
-            wkv=(size, hidden),
-            q_norm=(rank,),
-            kv_norm=(size,),
-            wq_b=(heads * size, rank),
-            wo_a=(groups * out, heads * size // groups),
-            wo_b=(hidden, groups * out),
-        )
-        if ratio:
-            found |= compressor(f"{prefix}.compressor", ratio, size)
-        if ratio == 4:
-            indexers, index_size = config["index_n_heads"], config["index_head_dim"]
-            found |= compressor(f"{prefix}.indexer.compressor", ratio, index_size)
-            found |= weights(
-                f"{prefix}.indexer",
-                wq_b=(indexers * index_size, rank),
-                weights_proj=(indexers, hidden),
-            )
-        return found
-
-    def layer(number: int) -> Shapes:
-        prefix, inner = f"layers.{number}", f"layers.{number}.ffn"
-        is_hashed = number < config["num_hash_layers"]
-        hashed = {f"{inner}.gate.tid2eid": (vocabulary, config["num_experts_per_tok"])}
-        gated = {"w1": (width, hidden), "w2": (hidden, width), "w3": (width, hidden)}
-        names = (f"experts.{expert}" for expert in range(count))
-        return (
-            weights(prefix, attn_norm=(hidden,), ffn_norm=(hidden,))
-            | mixing(f"{prefix}.hc_attn", (2 + streams) * streams, 3)
-            | mixing(f"{prefix}.hc_ffn", (2 + streams) * streams, 3)
-            | compressed(f"{prefix}.attn", config["compress_ratios"][number])
-            | weights(inner, gate=(count, hidden))
-            | (hashed if is_hashed else {f"{inner}.gate.bias": (count,)})
-            | joined(weights(f"{inner}.{each}", **gated) for each in (*names, "shared_experts"))
-        )
-
-    ends = {"embed.weight": (vocabulary, hidden), "head.weight": (vocabulary, hidden)}
-    layers = joined(layer(number) for number in range(config["num_hidden_layers"]))
-    return ends | {"norm.weight": (hidden,)} | mixing("hc_head", streams, 1) | layers

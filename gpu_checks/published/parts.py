@@ -79,6 +79,37 @@ def latent_attention(prefix: str, config: Fields) -> Shapes:
     )
 
 
+def indexed_attention(prefix: str, config: Fields) -> Shapes:
+    """List a latent attention that sees the tokens which its indexer chooses."""
+    size, heads, hidden = (
+        config[name] for name in ("index_head_dim", "index_n_heads", "hidden_size")
+    )
+    indexer = weights(
+        f"{prefix}.indexer",
+        wq_b=(heads * size, config["q_lora_rank"]),
+        wk=(size, hidden),
+        weights_proj=(heads, hidden),
+        k_norm=(size,),
+    )
+    bias: Shapes = {f"{prefix}.indexer.k_norm.bias": (size,)}
+    return latent_attention(prefix, config) | indexer | bias
+
+
+def delta_attention(prefix: str, hidden: int, heads: int, size: int, kernel: int) -> Shapes:
+    whole = heads * size
+    each = joined(
+        weights(prefix, **{f"{name}_proj": (whole, hidden), f"{name}_conv1d": (whole, 1, kernel)})
+        for name in "qkv"
+    )
+    gates = joined(
+        weights(prefix, **{f"{name}_a_proj": (size, hidden), f"{name}_b_proj": (whole, size)})
+        for name in "fg"
+    )
+    others = weights(prefix, b_proj=(heads, hidden), o_norm=(size,), o_proj=(hidden, whole))
+    decays: Shapes = {f"{prefix}.A_log": (1, 1, heads, 1), f"{prefix}.dt_bias": (whole,)}
+    return each | gates | others | decays
+
+
 def attention(prefix: str, config: Fields, groups: str = "num_key_value_heads") -> Shapes:
     hidden, size = config["hidden_size"], config["head_dim"]
     queries, keys = config["num_attention_heads"] * size, config[groups] * size

@@ -1,9 +1,14 @@
-"""The stand-ins for kernels that vLLM lacks on CPUs: how they are named, and the rule of one of them."""
+"""The stand-ins for kernels that vLLM lacks on CPUs: how they are named, and the rules of some."""
 
 import torch
 
 from tests.helpers.missing_kernels import NAMES, PLUGINS, environment, said
+from tests.helpers.missing_kernels.chosen_tokens import attend as attend_to
+from tests.helpers.missing_kernels.chosen_tokens import best, packed, unpacked
 from tests.helpers.missing_kernels.delta import attend
+from tests.helpers.missing_kernels.pools import rotated, tokens_of
+from vllm_dwdp.planner.checkpoint import ConfigFields
+from vllm_dwdp.planner.kv_cache import _index_bytes
 
 
 def test_programs_find_the_plugin_and_the_names_beside_what_they_have() -> None:
@@ -24,3 +29,59 @@ def test_a_key_of_the_delta_rule_knows_what_it_was_told_last() -> None:
     assert torch.allclose(state[0], values[:, 0])
     told_again = keys, keys, values + 1, *given[3:]
     assert torch.allclose(attend(*told_again, state)[1][0], values[:, 0] + 1)
+
+
+def test_with_a_bound_a_state_forgets_no_more_than_it_says() -> None:
+    tokens = [torch.zeros(1, 1, 4) for _ in range(3)]
+    all_of_it, told_nothing = torch.full((1, 1, 4), 1e3), torch.full((1, 1), -1e3)
+    given = *tokens, all_of_it, told_nothing, torch.zeros(1), torch.zeros(4), torch.ones(1, 4, 4)
+    assert torch.allclose(attend(*given, -1.0)[1], torch.ones(4, 4) * torch.tensor(-1.0).exp())
+    assert attend(*given)[1].max() == 0
+
+
+def test_an_indexed_key_has_the_bytes_that_the_planner_counts() -> None:
+    keys = torch.randn(7, 128) * torch.logspace(-3, 3, 7)[:, None]
+    rows = packed(keys)
+    counted = _index_bytes(ConfigFields({"index_head_dim": 128}), 0, 1)
+    assert (rows.dtype, rows.shape) == (torch.uint8, (7, counted))
+    largest = keys.abs().amax(-1, keepdim=True)
+    assert ((unpacked(rows, 128) - keys).abs() <= largest / 16).all()
+
+
+def test_the_best_keys_are_those_that_a_query_sees_and_scores_highest() -> None:
+    keys = torch.eye(6, 8)
+    q = torch.eye(6, 8)[[2, 4, 5]].unsqueeze(1) + 0.1 * torch.eye(6, 8)[[1, 1, 0]].unsqueeze(1)
+    places = best(q, torch.ones(3, 1), keys, torch.tensor([3, 3, 1]), 2).tolist()
+    assert places[0] == [2, 1]
+    assert places[1][0] == 1 and 4 not in places[1], "it comes later"
+    assert places[2] == [0, -1], "there is no other"
+    negative = best(q, -torch.ones(3, 1), keys, torch.tensor([3, 3, 3]), 2).tolist()
+    assert 2 not in negative[0], "a head's weight may be negative"
+
+
+def test_attention_to_all_tokens_is_dense_and_to_chosen_ones_is_not() -> None:
+    q, latents = torch.randn(2, 3, 8), torch.randn(5, 8)
+    everything = torch.arange(5).expand(2, 5)
+    dense = (q @ latents.T * 0.5).softmax(-1) @ latents[:, :6]
+    assert torch.allclose(attend_to(q, latents, everything, 6, 0.5), dense, atol=1e-5)
+    padded = torch.nn.functional.pad(everything, (0, 3), value=-1)
+    assert torch.allclose(attend_to(q, latents, padded, 6, 0.5), dense, atol=1e-5)
+    one = torch.tensor([[3, -1], [0, -1]])
+    alone = latents[[3, 0], None, :6].expand(2, 3, 6)
+    assert torch.allclose(attend_to(q, latents, one, 6, 0.5), alone, atol=1e-5)
+    sinks = torch.full((3,), 30.0)
+    assert attend_to(q, latents, one, 6, 0.5, sinks).abs().max() < 1e-6, "a sink takes the rest"
+
+
+def test_a_query_sees_the_tokens_of_its_pools_and_of_the_open_one() -> None:
+    pools = torch.tensor([[1, 0], [0, -1], [-1, -1]], dtype=torch.int32)
+    places = tokens_of(pools, torch.tensor([10, 4, 3]), 4).tolist()
+    assert places[0] == [4, 5, 6, 7, 0, 1, 2, 3, 8, 9, -1]
+    assert places[1] == [0, 1, 2, 3, *[-1] * 7]
+    assert places[2] == [*[-1] * 8, 0, 1, 2]
+
+
+def test_a_rotation_keeps_products() -> None:
+    q, k = torch.randn(2, 3, 128)
+    assert torch.allclose(rotated(q) @ rotated(k).T, q @ k.T, atol=1e-4)
+    assert not torch.allclose(rotated(q), q)

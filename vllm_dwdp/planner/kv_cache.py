@@ -6,8 +6,10 @@ the same for every sequence. Layers that read the cache of an earlier one, and l
 keep nothing.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 from vllm_dwdp.planner import compressed
@@ -60,7 +62,7 @@ class KvCache:
     @cached_property
     def window_tokens(self) -> int:
         """The tokens of the largest window; 0 if there is none."""
-        return max(part.window for part in self.parts)
+        return max((part.window for part in self.parts), default=0)
 
     @cached_property
     def state_bytes(self) -> float:
@@ -108,45 +110,46 @@ def kv_cache(
         DwdpConfigError: what a layer keeps is unknown here.
     """
     if fields.model_type in ENCODERS:
-        return KvCache((CachePart(),) * num_layers, num_layers, kv_bits)
+        return KvCache((), num_layers, kv_bits)
     if compressed.is_compressed(fields):
         parts = compressed.cache_parts(fields, num_layers, kv_bits, tensor_parallel_size)
         return KvCache(tuple(parts), num_layers, kv_bits)
     own_until = num_layers - fields.first("num_kv_shared_layers", default=0)
     kinds = layer_kinds(fields, num_layers)[:own_until]
-    found = tuple(
-        _layer_part(fields, kind, layer, num_layers, kv_bits, tensor_parallel_size)
+    found = chain.from_iterable(
+        _layer_parts(fields, kind, layer, num_layers, kv_bits, tensor_parallel_size)
         for layer, kind in enumerate(kinds)
     )
-    return KvCache(found, num_layers, kv_bits)
+    return KvCache(tuple(found), num_layers, kv_bits)
 
 
-def _layer_part(
+def _layer_parts(
     fields: ConfigFields,
     kind: LayerKind,
     layer: int,
     num_layers: int,
     kv_bits: float,
     num_gpus: int,
-) -> CachePart:
+) -> Iterator[CachePart]:
     if kind is LayerKind.NONE:
-        return CachePart()
+        return
     if kind is LayerKind.STATE:
-        return CachePart(state=layer_state(fields))
+        yield CachePart(state=layer_state(fields))
+        return
     if fields.config.get("kv_lora_rank") is not None:
-        return _latent(fields, layer, num_layers, kv_bits, num_gpus)
-    window = narrow_size(fields, kind)
-    return CachePart(
-        elements=_elements(fields, kind, layer, num_layers, num_gpus),
-        own_bytes=num_gpus * _index_bytes(fields, layer, num_layers),
-        window=window,
-        is_chunk=kind is LayerKind.CHUNK and bool(window),
-    )
+        yield _latent(fields, kv_bits, num_gpus)
+    else:
+        window = narrow_size(fields, kind)
+        yield CachePart(
+            elements=_elements(fields, kind, layer, num_layers, num_gpus),
+            window=window,
+            is_chunk=kind is LayerKind.CHUNK and bool(window),
+        )
+    if size := num_gpus * _index_bytes(fields, layer, num_layers):
+        yield from _index(fields, size, num_gpus)
 
 
-def _latent(
-    fields: ConfigFields, layer: int, num_layers: int, kv_bits: float, num_gpus: int
-) -> CachePart:
+def _latent(fields: ConfigFields, kv_bits: float, num_gpus: int) -> CachePart:
     """Return what a layer of latent attention keeps, of which each GPU of a rank has all."""
     size, rotary = fields.first("kv_lora_rank"), fields.first("qk_rope_head_dim", low=0)
     elements, most_seen = size + rotary, 0
@@ -155,10 +158,20 @@ def _latent(
         elements = packed(size, rotary, scales, kv_bits)
         most_seen = fields.first("index_topk", default=0)
     return CachePart(
-        elements=num_gpus * elements * fields.attentions_per_layer,
-        own_bytes=num_gpus * _index_bytes(fields, layer, num_layers),
-        most_seen=most_seen,
+        elements=num_gpus * elements * fields.attentions_per_layer, most_seen=most_seen
     )
+
+
+def _index(fields: ConfigFields, key_bytes: int, num_gpus: int) -> Iterator[CachePart]:
+    """Yield the keys of a sparse indexer: of each token, or of pools of several (GLM-5.3-Flash).
+
+    Until a pool is full, a key and a gate of each of its tokens wait in bf16.
+    """
+    pool = fields.first("index_kpool", default=1, low=1)
+    yield CachePart(own_bytes=key_bytes, tokens_per_entry=pool)
+    if pool > 1:
+        waiting = 2 * BF16_BYTES * fields.first("index_head_dim")
+        yield CachePart(own_bytes=num_gpus * waiting, window=pool)
 
 
 def _elements(

@@ -102,4 +102,10 @@ NO_GATE = {
     "stand_ins": ("experts_without_a_gate",),
 }
 NO_BACKEND = "No Unquantized MoE backend supports the deployment configuration"
-NO_SPARSE = "Sparse Attention is not supported on CPU"
+SPARSE = {
+    "stock_error": "Sparse Attention is not supported on CPU",
+    "stand_ins": ("sparse_attention",),
+}
+POOLED = SPARSE | {
+    "stand_ins": ("bounded_delta_attention", "sparse_attention", "pools_of_keys"),
+}

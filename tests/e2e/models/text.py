@@ -4,9 +4,10 @@ from tests.e2e.models.model import (
     BY_SIGMOID,
     NO_BACKEND,
     NO_GATE,
-    NO_SPARSE,
     NO_WEIGHTS,
     ONE_TOKEN,
+    POOLED,
+    SPARSE,
     TRUSTED,
     UNCACHED,
     Model,
@@ -29,15 +30,13 @@ TEXT: dict[str, Model] = {
     "afmoe": model("Trinity (AFMoE)", "AfmoeForCausalLM"),
     "axk1": model("A.X-K1", "AXK1ForCausalLM"),
     "cohere2_moe": model("Command-A MoE", "Cohere2MoeForCausalLM", window_added=1),
-    "deepseek_v32": model(
-        "DeepSeek-V3.2, sparse attention", "DeepseekV32ForCausalLM", stock_error=NO_SPARSE
-    ),
+    "deepseek_v32": model("DeepSeek-V3.2, sparse attention", "DeepseekV32ForCausalLM", **SPARSE),
     "ernie4_5_moe": model("ERNIE-4.5", "Ernie4_5_MoeForCausalLM"),
     "exaone_moe": model("K-EXAONE", "ExaoneMoeForCausalLM"),
     "gemma4": model("Gemma-4 26B-A4B", "Gemma4ForCausalLM"),
     "gemma4_shared_kv": model("Gemma-4, layers that share keys", "Gemma4ForCausalLM"),
     "glm4_moe_lite": model("GLM-4.7-Flash", "Glm4MoeLiteForCausalLM"),
-    "glm_moe_dsa": model("GLM-5, sparse attention", "GlmMoeDsaForCausalLM", stock_error=NO_SPARSE),
+    "glm_moe_dsa": model("GLM-5, sparse attention", "GlmMoeDsaForCausalLM", **SPARSE),
     "granite_moe_hybrid": model("Granite-4-H, hybrid", "GraniteMoeHybridForCausalLM", on_push=True),
     "granite_moe_shared": model("Granite-MoE-Shared", "GraniteMoeSharedForCausalLM"),
     "granite_moe_swa": model("Granite-MoE-SWA", "GraniteMoeSWAForCausalLM"),
@@ -137,6 +136,7 @@ TEXT: dict[str, Model] = {
         "Hunyuan-4, sparse attention",
         "HYV4ForCausalLM",
         stock_error="no valid sparse MLA backend is available",
+        stand_ins=("sparse_attention",),
     ),
     "minimax_m3": model(
         "MiniMax-M3, Transformers back end", "TransformersMoEForCausalLM", **BY_SIGMOID
@@ -202,9 +202,9 @@ TEXT: dict[str, Model] = {
     "glm5_next_text": model(
         "GLM-5.3-Flash, text",
         "Glm5NextForCausalLM",
-        engine_args=NO_WEIGHTS | UNCACHED,
+        engine_args=UNCACHED,
         needs_torchvision=True,
-        stock_error=NO_SPARSE,
+        **POOLED,
     ),
     "qwen4_exp_text": model(
         "Qwen4-Exp, text",

@@ -11,12 +11,14 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from tests.helpers.missing_kernels.delta import delta_attention
+from tests.helpers.missing_kernels.delta import bounded_delta_attention, delta_attention
 from tests.helpers.missing_kernels.experts import experts_without_a_gate
 from tests.helpers.missing_kernels.latents import blocks_of_latents, caches_of_latents
 from tests.helpers.missing_kernels.plans import plans_of_all_layers
+from tests.helpers.missing_kernels.pools import pools_of_keys
 from tests.helpers.missing_kernels.rotary import the_rotary_embedding
 from tests.helpers.missing_kernels.routing import routing_by_sigmoid, zero_experts
+from tests.helpers.missing_kernels.sparse import sparse_attention
 from tests.helpers.missing_kernels.states import (
     linear_attention,
     mamba_1,
@@ -38,8 +40,11 @@ STAND_INS: dict[str, Callable[[], None]] = {
         mamba_1,
         linear_attention,
         delta_attention,
+        bounded_delta_attention,
         blocks_of_latents,
         caches_of_latents,
+        sparse_attention,
+        pools_of_keys,
         the_rotary_embedding,
         plans_of_all_layers,
     )

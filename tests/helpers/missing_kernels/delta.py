@@ -1,4 +1,4 @@
-"""Kimi's delta attention."""
+"""Delta attention: Kimi's, and GLM's with a bound."""
 
 import itertools
 from typing import Any
@@ -13,28 +13,6 @@ def delta_attention() -> None:
     from vllm.models.kimi_k3.nvidia import model
     from vllm.models.kimi_k3.nvidia.ops.third_party import kda
     from vllm.third_party.flash_linear_attention.ops.kda import FusedRMSNormGated
-
-    def of_prompts(
-        *,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        raw_g: torch.Tensor,
-        raw_beta: torch.Tensor,
-        A_log: torch.Tensor,
-        g_bias: torch.Tensor,
-        lower_bound: None,
-        initial_state: torch.Tensor,
-        cu_seqlens: torch.Tensor,
-        **others: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        assert lower_bound is None
-        out, states = torch.empty_like(v), torch.empty_like(initial_state)
-        for number, (start, stop) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
-            tokens = [each[0, start:stop] for each in (q, k, v, raw_g, raw_beta)]
-            seen, states[number] = attend(*tokens, A_log, g_bias, initial_state[number].float())
-            out[0, start:stop] = seen.to(out.dtype)
-        return out, states
 
     def of_one_token(
         *,
@@ -58,11 +36,6 @@ def delta_attention() -> None:
             initial_state[slot] = state
         return out, initial_state
 
-    def initial_states(
-        states: torch.Tensor, slots: torch.Tensor, has_initial_state: torch.Tensor
-    ) -> torch.Tensor:
-        return states[slots] * has_initial_state.view(-1, *[1] * (states.dim() - 1))
-
     made_for_gpus: Any = model
     made_for_gpus.maybe_init_gemm_rs_ar = lambda *given: False  # it imports what only GPUs have
     rule: Any = kda
@@ -74,6 +47,94 @@ def delta_attention() -> None:
     norm.forward_cpu = norm.forward_native
 
 
+def bounded_delta_attention() -> None:
+    """Attend as `delta_attention`, where a token forgets at most what the bound says (GLM-5.3-Flash)."""
+    from vllm.models.glm5next.common import kda
+    from vllm.third_party.flash_linear_attention.ops.kda import FusedRMSNormGated
+
+    def of_tokens(
+        *,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        g: torch.Tensor,
+        beta: torch.Tensor,
+        initial_state: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        ssm_state_indices: torch.Tensor,
+        a_log: torch.Tensor,
+        g_bias: torch.Tensor,
+        lower_bound: float,
+        out: torch.Tensor | None,
+        **others: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        slots = ssm_state_indices[: len(cu_seqlens) - 1]
+        seen, initial_state[slots] = of_prompts(
+            q=q,
+            k=k,
+            v=v,
+            raw_g=g,
+            beta=beta,
+            A_log=a_log,
+            g_bias=g_bias,
+            lower_bound=lower_bound,
+            initial_state=initial_state[slots],
+            cu_seqlens=cu_seqlens,
+        )
+        return seen if out is None else out.copy_(seen), initial_state
+
+    def scatter_states(states: torch.Tensor, found: torch.Tensor, slots: torch.Tensor) -> None:
+        states[slots] = found.to(states.dtype)
+
+    layer: Any = kda
+    layer.chunk_kda_with_fused_gate = of_prompts
+    layer.fused_recurrent_kda = of_tokens
+    layer.gather_initial_states = initial_states
+    scatter: Any = scatter_states
+    scatter.register_warmup = layer.scatter_states.register_warmup
+    layer.scatter_states = scatter
+    layer._cast_sigmoid = lambda beta: beta  # `attend` does it
+    norm: Any = FusedRMSNormGated
+    norm.forward_cpu = norm.forward_native
+
+
+def of_prompts(
+    *,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    raw_g: torch.Tensor,
+    beta: torch.Tensor | None = None,
+    raw_beta: torch.Tensor | None = None,
+    A_log: torch.Tensor,
+    g_bias: torch.Tensor,
+    lower_bound: float | None,
+    initial_state: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    **others: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what tokens `[1, tokens, heads, size]` see, and the state after each sequence.
+
+    Args:
+        beta, raw_beta: the same, as Kimi and GLM call it.
+    """
+    out, states = torch.empty_like(v), torch.empty_like(initial_state)
+    given = q, k, v, raw_g, raw_beta if beta is None else beta
+    for number, (start, stop) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+        tokens = [each[0, start:stop] for each in given]
+        state = initial_state[number].float()
+        seen, states[number] = attend(*tokens, A_log.flatten(), g_bias, state, lower_bound)
+        out[0, start:stop] = seen.to(out.dtype)
+    return out, states
+
+
+def initial_states(
+    states: torch.Tensor, slots: torch.Tensor, has_initial_state: torch.Tensor
+) -> torch.Tensor:
+    """Return the states of sequences, zero of those that begin."""
+    return states[slots] * has_initial_state.view(-1, *[1] * (states.dim() - 1))
+
+
 def attend(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -83,11 +144,19 @@ def attend(
     A_log: torch.Tensor,
     bias: torch.Tensor,
     state: torch.Tensor,
+    lower_bound: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what `[tokens, heads, size]` see, and the state `[heads, size, size]` after them."""
+    """Return what `[tokens, heads, size]` see, and the state `[heads, size, size]` after them.
+
+    Args:
+        lower_bound: of the logarithm of what is kept; None if there is none.
+    """
     q, k = (torch.nn.functional.normalize(each.float(), dim=-1) for each in (q, k))
-    gate = torch.nn.functional.softplus(raw_g.float() + bias.view(raw_g.shape[1:]))
-    kept = (-A_log.exp()[:, None] * gate).exp()
+    gate, factor = raw_g.float() + bias.view(raw_g.shape[1:]), A_log.exp()[:, None]
+    if lower_bound is None:
+        kept = (-factor * torch.nn.functional.softplus(gate)).exp()
+    else:
+        kept = (lower_bound * (factor * gate).sigmoid()).exp()
     beta = raw_beta.float().sigmoid()
     seen = []
     for token in range(q.shape[0]):

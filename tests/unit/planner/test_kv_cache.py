@@ -96,6 +96,16 @@ def test_an_indexer_of_some_layers_keeps_keys_in_those() -> None:
     assert cache(QWEN3_30B, sparse_attention_config=sparse).token_bytes == plain + 36 * 128 * 2
 
 
+def test_an_indexer_of_pools_keeps_a_key_for_each_and_the_tokens_of_the_open_one() -> None:
+    """GLM-5.3-Flash's."""
+    plain, found = cache(DEEPSEEK_R1), cache(DEEPSEEK_R1, **INDEXED, index_kpool=16)
+    assert found.token_bytes == plain.token_bytes + 61 * (128 + 4) / 16
+    assert (found.window_tokens, found.window_bytes) == (16, 61 * 16 * 2 * 128 * 2)
+    every_fourth = (["full"] + ["shared"] * 3) * 15 + ["full"]
+    shared = cache(DEEPSEEK_R1, **INDEXED, index_kpool=16, indexer_types=every_fourth)
+    assert shared.window_bytes == 16 * 16 * 2 * 128 * 2
+
+
 def test_qwen3_next_keeps_keys_and_values_in_12_of_48_layers() -> None:
     found = cache(QWEN3_NEXT)
     assert (found.num_full, found.num_states) == (12, 36)
