@@ -44,14 +44,19 @@ def model(source: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def run_both(
-    stock: StockEngine, folder: Path, model: str, *modes: str, **case: Any
+    stock: StockEngine,
+    folder: Path,
+    model: str,
+    *modes: str,
+    environment: dict[str, str] | None = None,
+    **case: Any,
 ) -> tuple[Result, list[Result]]:
     """Return a stock engine's result, and those of both ranks in some modes, with equal tokens."""
-    expected = stock(model, **DRIVE, **case)
+    expected = stock.all([model], environment, **DRIVE, **case)[model]
     ranks: list[Result] = []
     for mode in modes:  # a process that has drafted n-grams makes no second engine in vLLM 0.32
         ours = {"name": mode, "model": model, "num_ranks": 2, "dwdp": {"mode": mode}}
-        ranks += run_cases(folder, mode, [ours | DRIVE | case], RACES)[mode]
+        ranks += run_cases(folder, mode, [ours | DRIVE | case], RACES | (environment or {}))[mode]
     for result in ranks:
         assert result["tokens"] == expected["tokens"], (result["name"], result["rank"])
         assert result["status"]["remote_expert_bytes"] > 0
