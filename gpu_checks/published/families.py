@@ -1,22 +1,19 @@
 """The families that generate from text."""
 
-from gpu_checks.families import INDEXER, LATENT
-from gpu_checks.published import indexed, layouts, own_names
+from gpu_checks.families import LATENT
+from gpu_checks.published import layouts, own_names
 from gpu_checks.published.fields import (
     BAILING_V2,
-    GATED_TEXT,
-    GLM5_NEXT,
-    INKLING,
-    INKLING_TOKENS,
     K2_HORIZON,
     LONGCAT,
-    MINIMAX_M3,
     MISTRAL,
     WITHOUT_LONGCAT,
 )
+from gpu_checks.published.hybrids import HYBRIDS
+from gpu_checks.published.sparse import SPARSE
 from gpu_checks.published.writing import COMMON, GROUPED, Published
 
-TEXT: dict[str, Published] = {
+DENSE_ATTENTION: dict[str, Published] = {
     "bailing_moe": Published(
         architecture="BailingMoeForCausalLM",
         model_type="bailing_moe",
@@ -211,42 +208,6 @@ TEXT: dict[str, Published] = {
         tensors=own_names.ernie_vl,
         without=("num_experts_per_tok",),
     ),
-    "bailing_moe_v2_5": Published(
-        architecture="BailingMoeV2_5ForCausalLM",
-        model_type="bailing_hybrid",
-        experts="num_experts",
-        fields=BAILING_V2 | LATENT | {"layer_group_size": 3, "head_dim": 32, "group_norm_size": 4},
-        tensors=layouts.bailing,
-    ),
-    "kimi_linear": Published(
-        architecture="KimiLinearForCausalLM",
-        model_type="kimi_linear",
-        experts="num_experts",
-        fields=LATENT
-        | {
-            "q_lora_rank": None,
-            "mla_use_nope": True,
-            "num_experts_per_token": 2,
-            "num_shared_experts": 1,
-            "num_expert_group": 1,
-            "topk_group": 1,
-            "use_grouped_topk": True,
-            "moe_renormalize": True,
-            "moe_router_activation_func": "sigmoid",
-            "routed_scaling_factor": 2.446,
-            "first_k_dense_replace": 1,
-            "moe_layer_freq": 1,
-            "linear_attn_config": {
-                "kda_layers": [1, 2],
-                "full_attn_layers": [3],
-                "num_heads": 2,
-                "head_dim": 128,
-                "short_conv_kernel_size": 4,
-            },
-        },
-        tensors=own_names.kimi_linear,
-        has_own_configuration=False,
-    ),
     "pangu_pro_moe_v2": Published(
         architecture="PanguProMoEV2ForCausalLM",
         model_type="pangu_pro_moe_v2",
@@ -266,62 +227,6 @@ TEXT: dict[str, Published] = {
         },
         without=("head_dim",),
     ),
-    "deepseek_v4": Published(
-        architecture="DeepseekV4ForCausalLM",
-        model_type="deepseek_v4",
-        experts="n_routed_experts",
-        fields={
-            "num_hidden_layers": 4,
-            "num_key_value_heads": 1,
-            "head_dim": 512,
-            "qk_rope_head_dim": 64,
-            "q_lora_rank": 128,
-            "o_lora_rank": 128,
-            "o_groups": 2,
-            "sliding_window": 128,
-            "compress_ratios": [0, 0, 4, 128],
-            "index_topk": 64,
-            "index_head_dim": 128,
-            "index_n_heads": 4,
-            "hc_mult": 4,
-            "hc_sinkhorn_iters": 20,
-            "hc_eps": 1e-6,
-            "num_hash_layers": 1,
-            "n_shared_experts": 1,
-            "norm_topk_prob": True,
-            "routed_scaling_factor": 1.5,
-            "scoring_func": "sqrtsoftplus",
-            "topk_method": "noaux_tc",
-            "swiglu_limit": 10.0,
-            "compress_rope_theta": 160000.0,
-            "moe_intermediate_size": 128,
-            "rope_scaling": {
-                "type": "yarn",
-                "rope_type": "yarn",
-                "factor": 4,
-                "original_max_position_embeddings": 512,
-                "beta_fast": 32,
-                "beta_slow": 1,
-            },
-        },
-        tensors=indexed.deepseek_v4,
-        has_own_configuration=False,
-    ),
-    "bailing_moe_v3": Published(
-        architecture="BailingMoeV3ForCausalLM",
-        model_type="bailing_hybrid",
-        experts="num_experts",
-        fields=BAILING_V2
-        | LATENT
-        | {
-            "q_lora_rank": None,
-            "layer_group_size": 3,
-            "short_conv_kernel_size": 4,
-            "no_kda_lora": True,
-            "moe_shared_expert_intermediate_size": 96,
-            "rope_interleave": True,
-        },
-    ),
     "longcat_flash_ngram": Published(
         architecture="LongcatFlashNgramForCausalLM",
         model_type="longcat_flash",
@@ -329,49 +234,6 @@ TEXT: dict[str, Published] = {
         fields=LONGCAT | {"ngram_vocab_size_ratio": 4, "emb_split_num": 2, "emb_neighbor_num": 3},
         has_own_configuration=False,
         without=WITHOUT_LONGCAT,
-    ),
-    "glm5_next_text": Published(
-        architecture="Glm5NextForCausalLM",
-        model_type="glm5_next_text",
-        experts="n_routed_experts",
-        fields=GLM5_NEXT,
-        tensors=indexed.glm5_next,
-        without=("head_dim",),
-        has_own_configuration=False,
-    ),
-    "hy_v4": Published(
-        architecture="HYV4ForCausalLM",
-        model_type="hy_v4",
-        experts="n_routed_experts",
-        fields=LATENT
-        | INDEXER
-        | GROUPED
-        | {
-            "hc_mult": 4,
-            "n_shared_experts": 1,
-            "norm_topk_prob": True,
-            "layer_types": ["indexed_attention"] * 3,
-            "mlp_layer_types": ["dense", "sparse", "sparse"],
-            "indexer_types": ["full", "full", "shared"],
-        },
-        tensors=indexed.hy_v4,
-        without=("head_dim",),
-        has_own_configuration=False,
-    ),
-    "qwen4_exp_text": Published(
-        architecture="Qwen4ExpForCausalLM",
-        model_type="qwen4_exp_text",
-        experts="num_experts",
-        fields=GATED_TEXT | {"hc_lowrank": 32, "output_gate_type": "silu"},
-        has_own_configuration=False,
-    ),
-    "inkling_text": Published(
-        architecture="InklingForCausalLM",
-        model_type="inkling_model",
-        experts="n_routed_experts",
-        fields=INKLING,
-        tokens=INKLING_TOKENS,
-        has_own_configuration=False,
     ),
     "k2_horizon": Published(
         architecture="K2HorizonForCausalLM",
@@ -399,13 +261,6 @@ TEXT: dict[str, Published] = {
         },
         tensors=layouts.deepseek,
     ),
-    "minimax_m3_sparse": Published(
-        architecture="MiniMaxM3SparseForCausalLM",
-        model_type="minimax_m3_text",
-        experts="num_local_experts",
-        fields=MINIMAX_M3,
-        without=("moe_intermediate_size",),
-    ),
     "mistral_large_3": Published(
         architecture="MistralLarge3ForCausalLM",
         model_type="transformer",
@@ -417,13 +272,8 @@ TEXT: dict[str, Published] = {
         config_name="params.json",
         weights_name="consolidated.safetensors",
     ),
-    "dots3_note": Published(
-        architecture="Dots3NoteForCausalLM",
-        model_type="dots3_note",
-        experts="n_routed_experts",
-        fields=LATENT | GROUPED | {"first_k_dense_replace": 1, "n_shared_experts": 1},
-        has_own_configuration=False,
-        without=("head_dim",),
-    ),
 }
+"""Those of layers that see all tokens, or a window."""
+
+TEXT: dict[str, Published] = DENSE_ATTENTION | HYBRIDS | SPARSE
 """By name."""
