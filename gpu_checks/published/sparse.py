@@ -49,6 +49,7 @@ SPARSE: dict[str, Published] = {
         },
         tensors=indexed.deepseek_v4,
         has_own_configuration=False,
+        without=("intermediate_size",),  # transformers' name for that of experts
     ),
     "glm5_next_text": Published(
         architecture="Glm5NextForCausalLM",
