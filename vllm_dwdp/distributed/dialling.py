@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from vllm_dwdp.distributed import messages
+from vllm_dwdp.distributed.connection import Connection
 from vllm_dwdp.distributed.endpoint import Endpoint, name_of
 from vllm_dwdp.distributed.fingerprint import Fingerprint
 from vllm_dwdp.distributed.group_state import MAX_REASON, ranks_after
@@ -43,8 +44,13 @@ def ask_once(
     if connection is None:
         return None
     with connection:
-        connection.send_message(request)
-        reply, stray = connection.receive_reply()
+        return _ask(connection, request)
+
+
+def _ask(connection: Connection, request: messages.Request) -> messages.Reply:
+    """Send a request and return the reply; of descriptors that come with it none is kept."""
+    connection.send_message(request)
+    reply, stray = connection.receive_reply()
     messages.close_all(stray)
     return reply
 
@@ -177,12 +183,9 @@ class Dialler:
             if connection is None:
                 return None
             with connection:
-                connection.send_message(request)
-                reply, stray = connection.receive_reply()
-                messages.close_all(stray)
-                answer = _Answer(reply)
-                if isinstance(reply, messages.Shard):
-                    answer.fds, answer.fabric_handles = connection.receive_handles(reply)
+                answer = _Answer(_ask(connection, request))
+                if isinstance(answer.reply, messages.Shard):
+                    answer.fds, answer.fabric_handles = connection.receive_handles(answer.reply)
         except (OSError, ProtocolError) as error:
             self.problems[peer] = f"{type(error).__name__}: {error}"
             return None
