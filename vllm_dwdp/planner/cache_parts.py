@@ -1,6 +1,7 @@
 """One of the things that a layer keeps of a sequence, and how its entries lie in memory. Pure."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from vllm_dwdp.planner.states import NO_STATE, LayerState
 
@@ -8,6 +9,18 @@ INDEX_GROUP, INDEX_SCALE_BYTES = 128, 4
 """An indexer keeps a key in FP8, and a scale for each so many of its elements."""
 PACKED_BITS, ROTARY_BYTES = 8, 2
 """Of a latent that is kept in so many bits, the rotary part still has so many bytes an element."""
+
+
+class Scoring(NamedTuple):
+    """What an indexer does for a query: it scores entries, of which the best are attended to.
+
+    Args:
+        operations: of its products.
+        num_bytes: of the keys that it reads.
+    """
+
+    operations: float
+    num_bytes: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +35,9 @@ class CachePart:
         is_chunk: the window is a chunk, of which a token sees half in the mean.
         tokens_per_entry: that are compressed into one.
         most_seen: the entries that a query attends to, which an indexer chooses; 0 for all.
+        index_dim: sum over the heads of an indexer of their sizes: a query and an entry cost
+            `2 * index_dim` operations.
+        index_bits: that its products run in.
         state: of a sequence of any length.
     """
 
@@ -31,6 +47,8 @@ class CachePart:
     is_chunk: bool = False
     tokens_per_entry: int = 1
     most_seen: int = 0
+    index_dim: int = 0
+    index_bits: int = 8
     state: LayerState = NO_STATE
 
     def token_bytes(self, kv_bits: float) -> float:
@@ -45,9 +63,16 @@ class CachePart:
         return min(entries, self.most_seen) if self.most_seen else entries
 
     def read_bytes(self, mean_keys: float, kv_bits: float) -> float:
-        """Return what a query reads of it; an indexer reads its keys of all entries."""
+        """Return what attention reads of it for a query."""
         attended = self.keys_seen(mean_keys) * self.elements * kv_bits / 8
-        return attended + self._entries(mean_keys) * self.own_bytes
+        return attended + (0.0 if self.index_dim else self._entries(mean_keys) * self.own_bytes)
+
+    def scoring(self, mean_keys: float) -> Scoring:
+        """Return what an indexer does for a query, which scores every entry."""
+        if not self.index_dim:
+            return Scoring(0.0, 0.0)
+        entries = self._entries(mean_keys)
+        return Scoring(2 * entries * self.index_dim, entries * self.own_bytes)
 
     def _entries(self, mean_keys: float) -> float:
         narrow = self.window / 2 if self.is_chunk else self.window

@@ -53,6 +53,7 @@ def cache_parts(
             own_bytes=num_gpus * index_bytes(index_size),
             tokens_per_entry=ratio,
             most_seen=fields.first("index_topk") if is_chosen else 0,
+            index_dim=num_gpus * fields.first("index_n_heads") * index_size if is_chosen else 0,
         )
         overlap = _overlap(ratio)
         for each in filter(None, (size, index_size)):

@@ -69,7 +69,7 @@ class LayerSeconds(NamedTuple):
 
     Args:
         linear: dense matrix products: projections, shared experts, dense feed-forwards.
-        attention: the products of queries, keys and values.
+        attention: the products of queries, keys and values, and an indexer's before them.
         experts: the grouped products of the routed experts.
         other: everything else, bound by memory.
     """
@@ -262,6 +262,14 @@ class CostModel:
             2 * step.num_tokens * keys * shape.core_dim,
             self.hardware.flops(16) * self.efficiency.attention,
             readings * shape.kv_cache.read_bytes(step.mean_keys),
+        )
+        attention += sum(
+            self._operator(
+                step.num_tokens * scoring.operations,
+                self.hardware.flops(bits) * self.efficiency.attention,
+                readings * scoring.num_bytes,
+            )
+            for bits, scoring in shape.kv_cache.scoring(step.mean_keys).items()
         )
         other_bytes = (
             self.efficiency.other_passes * step.num_tokens * shape.hidden_size * OTHER_BYTES

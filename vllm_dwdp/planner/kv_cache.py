@@ -17,14 +17,14 @@ from vllm_dwdp.planner.cache_parts import (
     INDEX_GROUP,
     INDEX_SCALE_BYTES,
     CachePart,
-    index_bytes,
+    Scoring,
     packed,
 )
 from vllm_dwdp.planner.checkpoint import ConfigFields
+from vllm_dwdp.planner.indexers import Indexer, indexer_of
 from vllm_dwdp.planner.layer_kinds import LayerKind, layer_kinds, narrow_size
 from vllm_dwdp.planner.states import layer_state
 
-BF16_BYTES = 2
 KV_HEADS = ("num_key_value_heads", "num_attention_groups")
 KV_FIELDS = {
     LayerKind.FULL: (("num_global_key_value_heads",), ("global_head_dim",), ()),
@@ -91,9 +91,20 @@ class KvCache:
         return sum(part.keys_seen(mean_keys) for part in self.parts) / self.num_layers
 
     def read_bytes(self, mean_keys: float) -> float:
-        """Return what a query reads in a layer, in the mean; a state is written back too."""
+        """Return what attention reads for a query in a layer, in the mean; a state is written too."""
         keys = sum(part.read_bytes(mean_keys, self.kv_bits) for part in self.parts)
         return (keys + 2 * self.state_bytes) / self.num_layers
+
+    def scoring(self, mean_keys: float) -> dict[int, Scoring]:
+        """Return what indexers do for a query in a layer, in the mean, by the bits of their products."""
+        by_bits: dict[int, list[Scoring]] = {}
+        for part in self.parts:
+            if part.index_dim:
+                by_bits.setdefault(part.index_bits, []).append(part.scoring(mean_keys))
+        return {
+            bits: Scoring(*(sum(column) / self.num_layers for column in zip(*found, strict=True)))
+            for bits, found in by_bits.items()
+        }
 
 
 def kv_cache(
@@ -136,42 +147,41 @@ def _layer_parts(
     if kind is LayerKind.STATE:
         yield CachePart(state=layer_state(fields))
         return
+    indexer = indexer_of(fields, layer, num_layers)
+    most_seen = indexer.most_seen if indexer else 0
     if fields.config.get("kv_lora_rank") is not None:
-        yield _latent(fields, kv_bits, num_gpus)
+        elements, window = _latent(fields, kv_bits, num_gpus, is_sparse=indexer is not None), 0
     else:
+        elements = _elements(fields, kind, layer, num_layers, num_gpus)
         window = narrow_size(fields, kind)
-        yield CachePart(
-            elements=_elements(fields, kind, layer, num_layers, num_gpus),
-            window=window,
-            is_chunk=kind is LayerKind.CHUNK and bool(window),
-        )
-    if size := num_gpus * _index_bytes(fields, layer, num_layers):
-        yield from _index(fields, size, num_gpus)
-
-
-def _latent(fields: ConfigFields, kv_bits: float, num_gpus: int) -> CachePart:
-    """Return what a layer of latent attention keeps, of which each GPU of a rank has all."""
-    size, rotary = fields.first("kv_lora_rank"), fields.first("qk_rope_head_dim", low=0)
-    elements, most_seen = size + rotary, 0
-    if fields.config.get("index_head_dim") is not None:
-        scales = size // INDEX_GROUP * INDEX_SCALE_BYTES
-        elements = packed(size, rotary, scales, kv_bits)
-        most_seen = fields.first("index_topk", default=0)
-    return CachePart(
-        elements=num_gpus * elements * fields.attentions_per_layer, most_seen=most_seen
+    yield CachePart(
+        elements=elements,
+        window=window,
+        is_chunk=kind is LayerKind.CHUNK and bool(window),
+        most_seen=most_seen,
     )
+    if indexer and indexer.key_bytes:
+        yield from _index(indexer, num_gpus)
 
 
-def _index(fields: ConfigFields, key_bytes: int, num_gpus: int) -> Iterator[CachePart]:
-    """Yield the keys of a sparse indexer: of each token, or of pools of several (GLM-5.3-Flash).
+def _latent(fields: ConfigFields, kv_bits: float, num_gpus: int, *, is_sparse: bool) -> int:
+    """Count what a layer of latent attention keeps of a token; each GPU of a rank has all of it."""
+    size, rotary = fields.first("kv_lora_rank"), fields.first("qk_rope_head_dim", low=0)
+    scales = size // INDEX_GROUP * INDEX_SCALE_BYTES
+    elements = packed(size, rotary, scales, kv_bits) if is_sparse else size + rotary
+    return num_gpus * elements * fields.attentions_per_layer
 
-    Until a pool is full, a key and a gate of each of its tokens wait in bf16.
-    """
-    pool = fields.first("index_kpool", default=1, low=1)
-    yield CachePart(own_bytes=key_bytes, tokens_per_entry=pool)
-    if pool > 1:
-        waiting = 2 * BF16_BYTES * fields.first("index_head_dim")
-        yield CachePart(own_bytes=num_gpus * waiting, window=pool)
+
+def _index(indexer: Indexer, num_gpus: int) -> Iterator[CachePart]:
+    """Yield the keys of an indexer, which each GPU of a rank has, and the tokens of an open pool."""
+    yield CachePart(
+        own_bytes=num_gpus * indexer.key_bytes,
+        tokens_per_entry=indexer.tokens_per_key,
+        index_dim=num_gpus * indexer.dim,
+        index_bits=indexer.bits,
+    )
+    if indexer.waiting_bytes:
+        yield CachePart(own_bytes=num_gpus * indexer.waiting_bytes, window=indexer.tokens_per_key)
 
 
 def _elements(
@@ -203,20 +213,3 @@ def _own_fields(fields: ConfigFields, layer: int, num_layers: int) -> ConfigFiel
     width = len(str(num_layers - 1))
     own = listed.get(f"{layer:0{width}}") or listed.get(str(layer)) or {}
     return ConfigFields(fields.config | own) if isinstance(own, dict) else fields
-
-
-def _index_bytes(fields: ConfigFields, layer: int, num_layers: int) -> int:
-    """Count what a sparse indexer keeps of a token (DeepSeek-V3.2); layers may share one (GLM-5).
-
-    MiniMax-M3's keys are in bf16, in the layers that its config lists.
-    """
-    sparse = fields.config.get("sparse_attention_config")
-    if isinstance(sparse, dict):
-        inner = ConfigFields(sparse)
-        listed = inner.per_layer("sparse_attention_freq", num_layers)
-        return BF16_BYTES * inner.first("sparse_index_dim") if listed and listed[layer] else 0
-    size = fields.first("index_head_dim", default=0)
-    types = fields.per_layer("indexer_types", num_layers)
-    if not size or (types and types[layer] != "full"):
-        return 0
-    return index_bytes(size)

@@ -12,6 +12,7 @@ from vllm_dwdp.planner.adapters import NOTHING, AdapterSize, adapter_size
 from vllm_dwdp.planner.checked import shown
 from vllm_dwdp.planner.checkpoint import ConfigFields, moe_layers
 from vllm_dwdp.planner.feed_forward import feed_forwards
+from vllm_dwdp.planner.indexers import indexer_of
 from vllm_dwdp.planner.kv_cache import KV_HEADS, KvCache, kv_cache
 from vllm_dwdp.planner.layer_kinds import LayerKind, layer_kinds
 from vllm_dwdp.planner.quantisation import FORMATS, UNQUANTISED, Precision, Quantisation
@@ -241,6 +242,10 @@ def _mean_attention(fields: ConfigFields, cache: KvCache, attention_params: int)
     kinds = layer_kinds(fields, cache.num_layers)
     of_kind = {LayerKind.NONE: 0, LayerKind.STATE: 0}
     whole = sum(of_kind.get(kind, attention_params) for kind in kinds) * fields.attentions_per_layer
+    if not compressed.is_compressed(fields):
+        attending = (layer for layer, kind in enumerate(kinds) if kind not in of_kind)
+        indexers = (indexer_of(fields, layer, len(kinds)) for layer in attending)
+        whole += sum(each.params for each in indexers if each)
     return round((whole + sum(part.state.params for part in cache.parts)) / len(kinds))
 
 
@@ -273,7 +278,11 @@ def _attention(fields: ConfigFields, hidden: int, num_layers: int) -> tuple[int,
 
 
 def _mla(fields: ConfigFields, hidden: int) -> tuple[int, int]:
-    """Multi-head latent attention: parameters and core size."""
+    """Multi-head latent attention: parameters and core size.
+
+    Keys and values are made of the latent before they are attended to, where an indexer chooses them of
+    the latent itself (vLLM's sparse back ends).
+    """
     heads = fields.first("num_attention_heads")
     nope, rope = fields.first("qk_nope_head_dim"), fields.first("qk_rope_head_dim", low=0)
     value, latent = fields.first("v_head_dim"), fields.first("kv_lora_rank")
@@ -284,7 +293,9 @@ def _mla(fields: ConfigFields, hidden: int) -> tuple[int, int]:
         else hidden * heads * (nope + rope)
     )
     key_value = hidden * (latent + rope) + latent * heads * (nope + value)
-    return query + key_value + heads * value * hidden, heads * (nope + rope + value)
+    is_sparse = fields.config.get("index_head_dim") is not None
+    key, seen = (latent, latent) if is_sparse else (nope, value)
+    return query + key_value + heads * value * hidden, heads * (key + rope + seen)
 
 
 def _gqa(fields: ConfigFields, hidden: int) -> tuple[int, int]:

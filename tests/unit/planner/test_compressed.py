@@ -48,8 +48,9 @@ def test_what_a_query_sees_and_reads() -> None:
         "of the entries for 4 tokens, those that are chosen"
     )
     waiting = cache.window_bytes - 43 * 128 * PACKED
-    index = 21 * tokens / 4 * INDEX_KEY
-    assert cache.read_bytes(tokens) == (seen * PACKED + waiting + index) / 43
+    assert cache.read_bytes(tokens) == (seen * PACKED + waiting) / 43
+    entries = 21 * tokens / 4
+    assert cache.scoring(tokens) == {8: (entries * 2 * 64 * 128 / 43, entries * INDEX_KEY / 43)}
     short = 43 * 64 + 21 * 64 / 4 + 20 * 64 / 128
     assert cache.keys_seen(64) == short / 43, "all that there are"
 

@@ -81,29 +81,10 @@ NEMOTRON_H: dict[str, Any] = {
     "conv_kernel": 4,
     "vocab_size": 512,
 }
-INDEXED = {"index_head_dim": 128, "index_n_heads": 64, "index_topk": 2048}
 
 
 def cache(config: dict[str, Any], **changes: Any) -> KvCache:
     return shape_of(config | changes).kv_cache
-
-
-def test_an_indexer_of_some_layers_keeps_keys_in_those() -> None:
-    """MiniMax-M3's, in bf16."""
-    freq = [0] * 12 + [1] * 36
-    sparse = {"sparse_attention_freq": freq, "sparse_index_dim": 128}
-    plain = cache(QWEN3_30B).token_bytes
-    assert cache(QWEN3_30B, sparse_attention_config=sparse).token_bytes == plain + 36 * 128 * 2
-
-
-def test_an_indexer_of_pools_keeps_a_key_for_each_and_the_tokens_of_the_open_one() -> None:
-    """GLM-5.3-Flash's."""
-    plain, found = cache(DEEPSEEK_R1), cache(DEEPSEEK_R1, **INDEXED, index_kpool=16)
-    assert found.token_bytes == plain.token_bytes + 61 * (128 + 4) / 16
-    assert (found.window_tokens, found.window_bytes) == (16, 61 * 16 * 2 * 128 * 2)
-    every_fourth = (["full"] + ["shared"] * 3) * 15 + ["full"]
-    shared = cache(DEEPSEEK_R1, **INDEXED, index_kpool=16, indexer_types=every_fourth)
-    assert shared.window_bytes == 16 * 16 * 2 * 128 * 2
 
 
 def test_qwen3_next_keeps_keys_and_values_in_12_of_48_layers() -> None:
@@ -154,27 +135,6 @@ def test_a_chunk_is_kept_per_sequence() -> None:
 def test_a_latent_is_one_vector() -> None:
     found = cache(DEEPSEEK_R1)
     assert found.token_bytes == 61 * (512 + 64) * 2
-
-
-def test_an_indexer_keeps_a_key_of_its_own_type() -> None:
-    """In FP8 with a scale for 128 elements, also where keys and values have another type.
-
-    A latent in FP8 is packed then: its rotary part in 16 bits, and four scales.
-    """
-    latent = cache(DEEPSEEK_R1)
-    for dtype, packed in ((None, 0), ("fp8", 64 + 4 * 4)):
-        base = shape_of(DEEPSEEK_R1, kv_dtype=dtype).kv_cache
-        found = shape_of(DEEPSEEK_R1 | INDEXED, kv_dtype=dtype).kv_cache
-        assert found.token_bytes - base.token_bytes == 61 * (132 + packed)
-    types = ["full"] + ["shared"] * 60
-    shared = cache(DEEPSEEK_R1 | INDEXED, indexer_types=types)
-    assert shared.token_bytes - latent.token_bytes == 132, "layers that share an indexer"
-
-
-def test_of_an_indexed_latent_a_query_sees_what_is_chosen_and_an_indexer_reads_all_keys() -> None:
-    found = cache(DEEPSEEK_R1 | INDEXED)
-    assert (found.keys_seen(10_000), found.keys_seen(1000)) == (2048, 1000)
-    assert found.read_bytes(10_000) == 2048 * 576 * 2 + 10_000 * 132
 
 
 def test_layers_that_share_keep_nothing() -> None:
