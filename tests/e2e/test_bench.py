@@ -12,7 +12,7 @@ import pytest
 from tests.e2e.conftest import Checkpoints
 from tests.helpers.engines import ROOT
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 
 def test_bench_measures_ranks_alone_and_beside_long_prompts(tmp_path: Path) -> None:
@@ -24,7 +24,7 @@ def test_bench_measures_ranks_alone_and_beside_long_prompts(tmp_path: Path) -> N
         ],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=560,
         check=False,
         env=os.environ | {"COLUMNS": "160"},
     )
@@ -68,7 +68,7 @@ def test_benchmark_serving_measures_two_deployments_in_turn(
         ],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=560,
         check=False,
         env=os.environ | {"COLUMNS": "200"},
     )

@@ -20,7 +20,7 @@ from vllm_dwdp.entrypoints.launch import forking
 from vllm_dwdp.entrypoints.launch.forking import Ranks, Template, forked_ranks, is_vllm_of_ours
 from vllm_dwdp.entrypoints.launch.process import ForkedProcess, Process, reap_group
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 VLLM = str(Path(sys.executable).with_name("vllm"))
 
