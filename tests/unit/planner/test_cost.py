@@ -12,14 +12,12 @@ from tests.unit.planner.models import (
     r1_on_gb200,
 )
 from vllm_dwdp.paper import DEEPSEEK_R1
-from vllm_dwdp.planner.cost import CostModel, Step
-from vllm_dwdp.planner.estimates import (
-    Decode,
-    decode_steps,
-)
+from vllm_dwdp.planner.cost import CostModel
+from vllm_dwdp.planner.estimates import Decode, decode_steps
 from vllm_dwdp.planner.hardware import DEFAULT, find_hardware
 from vllm_dwdp.planner.model_shape import shape_of
 from vllm_dwdp.planner.plan import make_plan
+from vllm_dwdp.planner.step import Step
 from vllm_dwdp.planner.traffic import Traffic
 
 

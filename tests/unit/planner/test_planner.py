@@ -18,7 +18,7 @@ from tests.unit.planner.models import (
     tokens_of,
 )
 from vllm_dwdp.paper import DEEPSEEK_R1, GPT_OSS_120B
-from vllm_dwdp.planner.cost import CostModel, Step
+from vllm_dwdp.planner.cost import CostModel
 from vllm_dwdp.planner.estimates import (
     ALWAYS,
     Part,
@@ -26,17 +26,16 @@ from vllm_dwdp.planner.estimates import (
     direct_crossover,
     direct_step,
     exposed_seconds,
-    kv_tokens,
-    memory_bytes,
     parts,
     redundancy,
-    replica_fits,
     speedups,
     synchronisation,
 )
 from vllm_dwdp.planner.hardware import DEFAULT, find_hardware
+from vllm_dwdp.planner.memory import kv_tokens, memory_bytes, replica_fits
 from vllm_dwdp.planner.model_shape import shape_of
 from vllm_dwdp.planner.plan import Figure, make_plan
+from vllm_dwdp.planner.step import Step
 from vllm_dwdp.planner.traffic import Traffic
 
 
