@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.waiting import wait_until
-from tests.unit.entrypoints.test_launch import interrupt, run, use_fakes
+from tests.unit.entrypoints.launch.fakes import interrupt, run, use_fakes
 from vllm_dwdp.entrypoints.launch import admission, launcher, pairing
 from vllm_dwdp.entrypoints.launch import plan as launch_plan
 from vllm_dwdp.entrypoints.launch.disaggregation import Disaggregation

@@ -18,7 +18,7 @@ import pytest
 from numpy import float32
 
 from tests.helpers.waiting import wait_until
-from tests.unit.entrypoints.test_relay import served
+from tests.unit.entrypoints.launch.servers import served
 from vllm_dwdp.entrypoints.launch import fronts
 from vllm_dwdp.entrypoints.launch.disaggregation import Disaggregation
 from vllm_dwdp.entrypoints.launch.door import DoorServer

@@ -17,7 +17,8 @@ import pytest
 from tests.e2e.conftest import Checkpoints, StockEngine
 from tests.e2e.engine_process import PROMPTS
 from tests.helpers import simulated_gpu
-from tests.multiprocess.test_tcp import enter_network_namespace, hosts, secret_file  # noqa: F401
+from tests.helpers.hosts import enter_network_namespace, hosts  # noqa: F401
+from tests.multiprocess.tcp_places import secret_file
 from vllm_dwdp.entrypoints.cli.status import find_ranks
 from vllm_dwdp.entrypoints.launch.ports import free_ports
 from vllm_dwdp.entrypoints.launch.server import SERVE, Server

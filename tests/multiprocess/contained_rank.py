@@ -9,7 +9,7 @@ import json
 import os
 import sys
 
-from tests.multiprocess.test_rendezvous import rank
+from tests.multiprocess.members import rank
 from vllm_dwdp.device.base import Handles
 from vllm_dwdp.device.host import HostDevice
 from vllm_dwdp.distributed.meeting import parse_endpoint

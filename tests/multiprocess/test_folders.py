@@ -15,12 +15,16 @@ from typing import Any
 
 import pytest
 
-from tests.multiprocess.test_rendezvous import nothing_leaks, publish, rank, run_rank  # noqa: F401
+from tests.multiprocess.members import publish, rank, run_rank
 from tests.unit.distributed.test_messages import fingerprint
 from vllm_dwdp.distributed.meeting import parse_endpoint
 from vllm_dwdp.errors import PeerMismatchError, RendezvousError
 
-pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(60)]
+pytestmark = [
+    pytest.mark.multiprocess,
+    pytest.mark.timeout(60),
+    pytest.mark.usefixtures("nothing_leaks"),
+]
 
 
 @contextmanager

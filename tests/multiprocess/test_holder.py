@@ -1,40 +1,26 @@
 """A holder beside the ranks: shards outlive all of them, and never keep a new start out."""
 
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.helpers.files import num_open_files
-from tests.multiprocess.test_rendezvous import meet_all, publish, rank
+from tests.multiprocess.members import meet_all, publish, rank
+from tests.multiprocess.pair import Pair
 from tests.unit.distributed.test_messages import fingerprint
-from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.distributed import held_shards, messages
 from vllm_dwdp.distributed.dialling import Dialler
 from vllm_dwdp.distributed.endpoint import HOLDER, Endpoint
 from vllm_dwdp.distributed.holder import GroupHolder
-from vllm_dwdp.distributed.meeting import make_abstract_endpoint, parse_endpoint
 from vllm_dwdp.distributed.membership import Membership
 from vllm_dwdp.distributed.status import query_status
-from vllm_dwdp.entrypoints.cli.status import find_ranks, needs_attention
-from vllm_dwdp.entrypoints.launch import holding as launch_holding
-from vllm_dwdp.entrypoints.launch.holding import expert_holder
 from vllm_dwdp.errors import DwdpMemoryError, PeerMismatchError, RendezvousError
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(60)]
 
 CHANGED = fingerprint(checkpoint_digest="changed")
-
-
-@pytest.fixture(params=["abstract", "unix"])
-def endpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Endpoint:
-    if request.param == "abstract":
-        return make_abstract_endpoint()
-    return parse_endpoint(f"unix://{tmp_path}/meet")
 
 
 @pytest.fixture
@@ -46,21 +32,6 @@ def holder(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> Iterator[Grou
     opened.close()
     opened.close()
     assert num_open_files() == before
-
-
-class Pair:
-    """Two ranks that have met; `end` lets both die."""
-
-    def __init__(self, endpoint: Endpoint, **options: object) -> None:
-        self.members = [rank(endpoint, number, **options) for number in range(2)]
-        self.fds = [publish(member) for member in self.members]
-        self.inodes = [os.fstat(fd).st_ino for fd in self.fds]
-        meet_all(self.members)
-
-    def end(self) -> None:
-        for member in self.members:
-            member.close()
-        messages.close_all(self.fds)
 
 
 def adopted_inode(member: Membership) -> int:
@@ -241,64 +212,6 @@ def test_a_shard_of_more_files_than_may_be_opened_is_not_held(endpoint: Endpoint
     holder.close()
 
 
-def test_launch_says_what_it_holds_and_status_shows_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(launch_holding, "LOOK_INTERVAL_S", 0.05)
-    place = f"unix://{tmp_path}/meet"
-    config = DwdpConfig(group_size=2, rendezvous=place)
-    lines: list[str] = []
-    with expert_holder(config, 1, lines.append) as holder:
-        first = Pair(parse_endpoint(place))
-        deadline = time.monotonic() + 20
-        while "of ranks [0, 1]" not in "".join(lines):
-            lines += holder.news()
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        found = find_ranks(place, secret_file=None, group_size=1, num_groups=1)
-        assert [entry["dwdp_rank"] for entry in found] == [HOLDER, 0, 1]
-        assert found[0]["state"] == "holding"
-        assert not needs_attention(found)
-        shown = subprocess.run(
-            [sys.executable, "-m", "vllm_dwdp.entrypoints.cli.main", "status", place],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-            env=os.environ | {"COLUMNS": "200"},
-        ).stdout
-        assert "the holder of group 0 keeps the experts of ranks [0, 1]" in shown
-        first.end()
-        left = find_ranks(place, secret_file=None, group_size=1, num_groups=1)
-        assert needs_attention(left), "a holder is no rank"
-    assert lines[-1] == "holder of group 0: keeps 0.00001 GiB of experts, of ranks [0, 1]"
-    assert not list((tmp_path / "meet").iterdir())
-
-
-@pytest.mark.parametrize("options", [{"mode": "replica"}, {"group_size": 1}])
-def test_nothing_is_held_of_ranks_that_share_nothing(
-    options: dict[str, object], tmp_path: Path
-) -> None:
-    config = DwdpConfig(**({"group_size": 2, "rendezvous": f"unix://{tmp_path}/meet"} | options))  # type: ignore[arg-type]
-    with expert_holder(config, 1, print):
-        assert not (tmp_path / "meet").exists()
-
-
-def test_fabric_handles_are_not_held(tmp_path: Path) -> None:
-    secret = tmp_path / "secret"
-    secret.write_text("s" * 32)
-    secret.chmod(0o600)
-    config = DwdpConfig(
-        group_size=2, rendezvous="tcp://127.0.0.1:7000", rendezvous_secret_file=str(secret)
-    )
-    lines: list[str] = []
-    with expert_holder(config, 1, lines.append) as holder:
-        assert holder.news() == []
-    assert lines == [
-        "no holder: the CUDA fabric handles that travel at tcp://127.0.0.1:7000 keep nothing alive"
-    ]
-
-
 def test_a_shard_that_is_passed_by_fabric_handles_only_is_not_held(
     endpoint: Endpoint, holder: GroupHolder
 ) -> None:
@@ -315,14 +228,3 @@ def test_a_shard_that_is_passed_by_fabric_handles_only_is_not_held(
     assert query_status(endpoint, 0, HOLDER, 5.0)["held_ranks"] == []
     for member in members:
         member.close()
-
-
-def test_holding_needs_neither_torch_nor_vllm() -> None:
-    script = (
-        "import sys, vllm_dwdp.entrypoints.launch.launcher, vllm_dwdp.entrypoints.launch.holding; "
-        "print([name for name in ('vllm', 'torch', 'numpy') if name in sys.modules])"
-    )
-    ended = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60
-    )
-    assert ended.stdout.strip() == "[]"

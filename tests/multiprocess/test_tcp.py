@@ -1,26 +1,20 @@
 """Ranks that meet over TCP: authenticated on both sides, on named addresses only."""
 
-import multiprocessing
 import os
-import shutil
 import socket
-import subprocess
-import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.multiprocess.test_rendezvous import nothing_leaks, rank  # noqa: F401
+from tests.multiprocess.members import rank
+from tests.multiprocess.tcp_places import FABRIC, base_port, meet_all, publish, secret_file
 from vllm_dwdp.distributed import messages
 from vllm_dwdp.distributed.endpoint import Endpoint
 from vllm_dwdp.distributed.meeting import parse_endpoint
-from vllm_dwdp.distributed.membership import Membership
 from vllm_dwdp.distributed.status import query_status
 from vllm_dwdp.distributed.tcp import TcpEndpoint
-from vllm_dwdp.entrypoints.launch.ports import free_ports
 from vllm_dwdp.errors import (
     DwdpConfigError,
     JoinTimeoutError,
@@ -28,52 +22,17 @@ from vllm_dwdp.errors import (
     SecretMismatchError,
 )
 
-pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(60)]
-
-FABRIC = [number.to_bytes(64, "big") for number in range(3000)]
-
-
-def secret_file(folder: Path, content: str = "0123456789abcdef") -> str:
-    path = folder / f"secret-{len(list(folder.iterdir()))}"
-    path.touch(mode=0o600)
-    path.write_text(content + "\n")
-    return str(path)
-
-
-def base_port(size: int = 4) -> int:
-    """Return a port that is free, as are those after it."""
-    while True:
-        (port,) = free_ports(1)
-        probes = []
-        try:
-            for offset in range(size):
-                probes.append(socket.create_server(("127.0.0.1", port + offset)))
-            return port
-        except OSError:
-            continue
-        finally:
-            for probe in probes:
-                probe.close()
+pytestmark = [
+    pytest.mark.multiprocess,
+    pytest.mark.timeout(60),
+    pytest.mark.usefixtures("nothing_leaks"),
+]
 
 
 @pytest.fixture
 def endpoint(tmp_path: Path) -> Endpoint:
     text = f"tcp://127.0.0.1:{base_port()}"
     return parse_endpoint(text, group_size=2, secret_file=secret_file(tmp_path))
-
-
-def publish(member: Membership, handles: list[bytes] = FABRIC) -> None:
-    member.publish([], [2**40] * len(handles), handles)
-
-
-def meet_all(members: list[Membership]) -> list[dict[int, tuple[bytes, ...]]]:
-    """All meet and become ready; the handles that each got, by rank."""
-    with ThreadPoolExecutor(len(members)) as pool:
-        met = list(pool.map(lambda member: member.meet(), members))
-        for member in members:
-            member.announce_ready(b"digest")
-        list(pool.map(lambda member: member.wait_ready(), members))
-    return [{rank: shard.fabric_handles for rank, shard in shards.items()} for shards in met]
 
 
 def test_fabric_handles_are_exchanged_and_a_rank_returns(endpoint: Endpoint) -> None:
@@ -255,92 +214,6 @@ def test_a_secret_is_needed_for_tcp_and_refused_elsewhere(tmp_path: Path) -> Non
 
 def test_the_secret_shows_nowhere(endpoint: Endpoint) -> None:
     assert "0123456789abcdef" not in repr(endpoint) + str(endpoint)
-
-
-# --- hosts that are network namespaces ------------------------------------------------------------
-
-NAMESPACES = os.geteuid() == 0 and shutil.which("ip") is not None
-
-
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True)
-
-
-@pytest.fixture
-def hosts() -> Iterator[tuple[str, str]]:
-    """Two network namespaces with a cable between them, 10.77.0.1 and 10.77.0.2."""
-    names = (f"dwdp-a{os.getpid()}", f"dwdp-b{os.getpid()}")
-    if not NAMESPACES:
-        pytest.skip("needs root and iproute2 for network namespaces")
-    made = []
-    try:
-        for name in names:
-            if subprocess.run(
-                ["ip", "netns", "add", name], capture_output=True, check=False
-            ).returncode:
-                pytest.skip("network namespaces cannot be made here")
-            made.append(name)
-        ip("link", "add", "va", "netns", names[0], "type", "veth", "peer", "vb", "netns", names[1])
-        for name, device, address in zip(
-            names, ("va", "vb"), ("10.77.0.1", "10.77.0.2"), strict=True
-        ):
-            ip("-n", name, "addr", "add", f"{address}/24", "dev", device)
-            ip("-n", name, "addr", "add", f"{address.replace('77', '78')}/24", "dev", device)
-            ip("-n", name, "link", "set", device, "up")
-            ip("-n", name, "link", "set", "lo", "up")
-        yield names
-    finally:
-        for name in made:
-            ip("netns", "delete", name)
-
-
-def in_namespace(
-    name: str, place: str, secret: str, number: int, results: "multiprocessing.Queue[object]"
-) -> None:
-    descriptor = os.open(f"/run/netns/{name}", os.O_RDONLY)
-    enter_network_namespace(descriptor)
-    member = rank(parse_endpoint(place, 2, secret), number, join_timeout_s=30.0)
-    publish(member, FABRIC[number : number + 2])
-    (met,) = meet_all([member])
-    listening = [
-        connection.laddr.ip
-        for connection in psutil.Process().net_connections("tcp")
-        if connection.status == psutil.CONN_LISTEN
-    ]
-    results.put((number, met, listening))
-    time.sleep(1.0)
-    member.close()
-
-
-def enter_network_namespace(descriptor: int) -> None:
-    import ctypes
-
-    clone_newnet = 0x40000000
-    if ctypes.CDLL(None, use_errno=True).setns(descriptor, clone_newnet):
-        raise OSError(ctypes.get_errno(), "setns")
-
-
-def test_two_hosts_meet_over_the_named_interface(hosts: tuple[str, str], tmp_path: Path) -> None:
-    secret, place = secret_file(tmp_path), "tcp://10.77.0.1,10.77.0.2:7100"
-    spawn = multiprocessing.get_context("spawn")
-    results: multiprocessing.Queue[object] = spawn.Queue()
-    ranks = [
-        spawn.Process(target=in_namespace, args=(name, place, secret, number, results))
-        for number, name in enumerate(hosts)
-    ]
-    for process in ranks:
-        process.start()
-    met = sorted(results.get(timeout=40) for _ in ranks)
-    assert met == [
-        (0, {1: tuple(FABRIC[1:3])}, ["10.77.0.1"]),
-        (1, {0: tuple(FABRIC[0:2])}, ["10.77.0.2"]),
-    ]
-    for process in ranks:
-        process.join(timeout=20)
-        assert process.exitcode == 0
-        process.close()
-    results.close()
-    results.join_thread()
 
 
 def test_bounds_of_a_message_hold_for_both_transports() -> None:

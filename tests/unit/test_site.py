@@ -164,3 +164,11 @@ def test_commands_of_the_pages_exist() -> None:
             assert importlib.util.find_spec(module), f"{page.name}: {module}"
         for file in re.findall(r"(?:python3? |pytest (?:-rP )?)([\w/]+\.py)", typed):
             assert (ROOT / file).exists(), f"{page.name}: {file}"
+
+
+def test_the_guide_names_tests_that_exist() -> None:
+    root = Path(__file__).parents[2]
+    guides = [root / "docs" / name for name in ("operations.md", "disaggregation.md")]
+    named = set(re.findall(r"`(test_\w+)`", "".join(guide.read_text() for guide in guides)))
+    assert len(named) > 10
+    assert named <= {path.stem for path in (root / "tests").rglob("test_*.py")}

@@ -26,7 +26,7 @@ class ExpertGroup:
         views: how the layers see all experts.
         forwards: counts what ran.
         weights: renews them, together with the group.
-        rejoin_seconds: how long the start took that adopted a shard; 0 if it loaded its experts.
+        rejoin_seconds: how long the start took that adopted a shard; None if it loaded its experts.
         read_bytes: of the checkpoint's large expert tensors, read for it.
         read_share: the part of them that this is.
         cost: of the start.

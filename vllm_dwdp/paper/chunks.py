@@ -10,9 +10,10 @@ as one rank's, full.
 from collections.abc import Iterator
 
 from vllm_dwdp.paper.factors import DEEPSEEK_R1, Row
-from vllm_dwdp.planner.cost import CostModel, Step
+from vllm_dwdp.planner.cost import CostModel
 from vllm_dwdp.planner.hardware import DEFAULT, Hardware
 from vllm_dwdp.planner.model_shape import shape_of
+from vllm_dwdp.planner.step import Step
 
 MI355X = Hardware(
     name="mi355x",

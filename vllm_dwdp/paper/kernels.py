@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping
 from vllm_dwdp.paper.factors import FITTED, Row, r1_model, roofline_model, row
 from vllm_dwdp.paper.saturated import Lengths, mean_step, synchronisation_seconds
 from vllm_dwdp.planner.contention import contention
-from vllm_dwdp.planner.cost import CostModel, Step
+from vllm_dwdp.planner.cost import CostModel
 from vllm_dwdp.planner.hardware import find_hardware
+from vllm_dwdp.planner.step import Step
 
 PUBLISHED_VARIATION = 0.20
 """Of the tokens of a rank's step, at which the paper states the synchronisation tax."""

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from vllm_dwdp.paper.factors import FITTED
 from vllm_dwdp.planner.contention import Pulls
-from vllm_dwdp.planner.cost import CostModel, Step
+from vllm_dwdp.planner.cost import CostModel
 from vllm_dwdp.planner.simulate import default_pulls, dwdp_step, lockstep
+from vllm_dwdp.planner.step import Step
 
 NUM_STEPS = 400
 SLICE_MIB = 2.0

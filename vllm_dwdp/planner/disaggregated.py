@@ -11,14 +11,11 @@ from dataclasses import dataclass, replace
 
 from vllm_dwdp.planner.capacity import dep_capacity, dwdp_capacity
 from vllm_dwdp.planner.checked import real, whole
-from vllm_dwdp.planner.cost import CostModel, Step
-from vllm_dwdp.planner.estimates import (
-    ROUTING_SKEW,
-    direct_step,
-    expert_parallel_kv_bytes,
-    reads_in_place,
-)
+from vllm_dwdp.planner.cost import CostModel
+from vllm_dwdp.planner.estimates import ROUTING_SKEW, direct_step, reads_in_place
+from vllm_dwdp.planner.memory import expert_parallel_kv_bytes
 from vllm_dwdp.planner.simulate import Chunk, default_pulls, dwdp_step, lockstep, step_of
+from vllm_dwdp.planner.step import Step
 from vllm_dwdp.planner.traffic import Request, poisson_traffic
 
 DECODE_GPUS = 16

@@ -27,7 +27,8 @@ from vllm_dwdp.planner.disaggregated import (
     recommended,
     requests_per_s,
 )
-from vllm_dwdp.planner.estimates import ROUTING_SKEW, expert_parallel_kv_bytes
+from vllm_dwdp.planner.estimates import ROUTING_SKEW
+from vllm_dwdp.planner.memory import expert_parallel_kv_bytes
 from vllm_dwdp.planner.plan import Figure, Plan
 from vllm_dwdp.planner.traffic import Traffic
 

@@ -9,11 +9,12 @@ from typing import Any
 from vllm_dwdp.errors import DwdpConfigError
 from vllm_dwdp.planner import compressed
 from vllm_dwdp.planner.adapters import NOTHING, AdapterSize, adapter_size
+from vllm_dwdp.planner.attention import attention_of
 from vllm_dwdp.planner.checked import shown
 from vllm_dwdp.planner.checkpoint import ConfigFields, moe_layers
 from vllm_dwdp.planner.feed_forward import feed_forwards
 from vllm_dwdp.planner.indexers import indexer_of
-from vllm_dwdp.planner.kv_cache import KV_HEADS, KvCache, kv_cache
+from vllm_dwdp.planner.kv_cache import KvCache, kv_cache
 from vllm_dwdp.planner.layer_kinds import LayerKind, layer_kinds
 from vllm_dwdp.planner.quantisation import FORMATS, UNQUANTISED, Precision, Quantisation
 from vllm_dwdp.prefetch.schedule import NUM_SLOTS
@@ -197,7 +198,7 @@ def shape_of(
     if not with_experts:
         raise DwdpConfigError(f"{fields.architecture}: config.json leaves no layer with experts.")
     sizes = feed_forwards(fields, num_layers, with_experts)
-    attention_params, core_dim = _attention(fields, hidden, num_layers)
+    attention_params, core_dim = attention_of(fields, hidden, num_layers)
     other_layers = moe_layers(fields, num_layers, 1) if fields.has_two_kinds else ()
     quantisation = Quantisation.of(config.get("quantization_config"), compressed.experts(fields))
     experts, dense = (
@@ -267,44 +268,6 @@ def _routing(fields: ConfigFields) -> tuple[int, int]:
             "experts; it must be no more than there are."
         )
     return num_experts, per_token
-
-
-def _attention(fields: ConfigFields, hidden: int, num_layers: int) -> tuple[int, int]:
-    """Return the parameters and the core size of a layer of attention."""
-    if compressed.is_compressed(fields):
-        return compressed.attention(fields, num_layers)
-    is_latent = fields.config.get("kv_lora_rank") is not None
-    return _mla(fields, hidden) if is_latent else _gqa(fields, hidden)
-
-
-def _mla(fields: ConfigFields, hidden: int) -> tuple[int, int]:
-    """Multi-head latent attention: parameters and core size.
-
-    Keys and values are made of the latent before they are attended to, where an indexer chooses them of
-    the latent itself (vLLM's sparse back ends).
-    """
-    heads = fields.first("num_attention_heads")
-    nope, rope = fields.first("qk_nope_head_dim"), fields.first("qk_rope_head_dim", low=0)
-    value, latent = fields.first("v_head_dim"), fields.first("kv_lora_rank")
-    query_rank = fields.first("q_lora_rank", default=0)
-    query = (
-        hidden * query_rank + query_rank * heads * (nope + rope)
-        if query_rank
-        else hidden * heads * (nope + rope)
-    )
-    key_value = hidden * (latent + rope) + latent * heads * (nope + value)
-    is_sparse = fields.config.get("index_head_dim") is not None
-    key, seen = (latent, latent) if is_sparse else (nope, value)
-    return query + key_value + heads * value * hidden, heads * (key + rope + seen)
-
-
-def _gqa(fields: ConfigFields, hidden: int) -> tuple[int, int]:
-    """Grouped-query attention: parameters and core size."""
-    heads = fields.first("num_attention_heads")
-    groups = fields.first(*KV_HEADS, default=heads)
-    size = fields.first("head_dim", default=max(1, hidden // heads), low=1)
-    parameters = 2 * hidden * heads * size + 2 * hidden * groups * size
-    return parameters, 2 * heads * size
 
 
 def _override(option: str, dtype: str | None) -> Precision | None:

@@ -16,16 +16,18 @@ from vllm_dwdp.planner.estimates import (
     break_even_tokens,
     decode_steps,
     direct_crossover,
-    kv_tokens,
-    memory_bytes,
-    mtp_bytes,
     parts,
     redundancy,
-    replica_fits,
-    replica_kv_bytes,
     speedups,
 )
 from vllm_dwdp.planner.kv_cache import KvCache
+from vllm_dwdp.planner.memory import (
+    kv_tokens,
+    memory_bytes,
+    mtp_bytes,
+    replica_fits,
+    replica_kv_bytes,
+)
 from vllm_dwdp.planner.traffic import Traffic
 
 DECODE_HEAVY = 4

@@ -19,7 +19,8 @@ from dataclasses import dataclass, replace
 from vllm_dwdp.errors import DwdpConfigError
 from vllm_dwdp.planner.checked import real, whole
 from vllm_dwdp.planner.contention import PullOrder, Pulls, contended_layer, finest_slices
-from vllm_dwdp.planner.cost import CostModel, Step
+from vllm_dwdp.planner.cost import CostModel
+from vllm_dwdp.planner.step import Step
 from vllm_dwdp.planner.traffic import Request
 
 SLICE_MIB = 32.0

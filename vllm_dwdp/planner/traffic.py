@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vllm_dwdp.errors import DwdpConfigError
 from vllm_dwdp.planner.checked import real, whole
-from vllm_dwdp.planner.cost import Step
+from vllm_dwdp.planner.step import Step
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,12 +7,10 @@ from typing import Any
 
 import pytest
 
-from tests.unit.compat.test_index import (  # noqa: F401 - fixtures
-    configure,
-    model,
-    nothing_stays_wrapped,
-)
+from tests.unit.compat.front_ends import configure
 from vllm_dwdp.executor import executor
+
+pytestmark = pytest.mark.usefixtures("nothing_stays_wrapped")
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +24,7 @@ def transformers_copies() -> Iterator[Any]:
 
 
 def test_a_front_end_that_trusts_remote_code(
-    model: str,  # noqa: F811
+    model: str,
     tmp_path: Path,
     transformers_copies: Any,
 ) -> None:

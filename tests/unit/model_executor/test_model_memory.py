@@ -22,7 +22,7 @@ from vllm_dwdp.layout.composite import WeightLayout
 from vllm_dwdp.layout.model import ModelLayout
 from vllm_dwdp.model_executor.composites import CompositeMapper
 from vllm_dwdp.model_executor.rings import PrefetchRings
-from vllm_dwdp.planner.estimates import memory_bytes
+from vllm_dwdp.planner.memory import memory_bytes
 
 GIB = 2**30
 GB200_FABRIC_ENTRIES = 928

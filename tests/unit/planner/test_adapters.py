@@ -7,8 +7,8 @@ import pytest
 from tests.unit.planner.models import QWEN3_30B, TRAFFIC
 from vllm_dwdp.planner.adapters import Slots
 from vllm_dwdp.planner.cost import CostModel
-from vllm_dwdp.planner.estimates import expert_parallel_kv_bytes, memory_bytes, replica_kv_bytes
 from vllm_dwdp.planner.hardware import find_hardware
+from vllm_dwdp.planner.memory import expert_parallel_kv_bytes, memory_bytes, replica_kv_bytes
 from vllm_dwdp.planner.model_shape import shape_of
 from vllm_dwdp.planner.plan import make_plan
 

@@ -96,8 +96,8 @@ def test_slices_are_what_was_asked_for_or_the_report_says_so() -> None:
 
 def test_a_later_chunk_costs_the_same_in_plan_and_in_simulate() -> None:
     """A prompt of 131,072 tokens in steps of 8,192: the mean of its steps is plan's step."""
-    from vllm_dwdp.planner.cost import Step
     from vllm_dwdp.planner.simulate import Chunk
+    from vllm_dwdp.planner.step import Step
 
     model, prompt = r1_on_gb200(efficiency=DEFAULT), Request(arrival_s=0, input_tokens=131072)
     steps = [step_of([Chunk(prompt, at, at + 8192)]) for at in range(0, 131072, 8192)]

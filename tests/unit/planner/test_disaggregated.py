@@ -10,7 +10,7 @@ import pytest
 
 from tests.unit.planner.models import QWEN3_30B, TRAFFIC, r1_on_gb200, run_plan
 from vllm_dwdp.paper import DEEPSEEK_R1
-from vllm_dwdp.planner.cost import CostModel, Exchange, Step
+from vllm_dwdp.planner.cost import CostModel, Exchange
 from vllm_dwdp.planner.disaggregated import (
     CHUNKS,
     Service,
@@ -25,6 +25,7 @@ from vllm_dwdp.planner.disaggregated_plan import DecodeServers, Feeding, plan_fe
 from vllm_dwdp.planner.estimates import direct_step
 from vllm_dwdp.planner.hardware import DEFAULT, find_hardware
 from vllm_dwdp.planner.model_shape import shape_of
+from vllm_dwdp.planner.step import Step
 
 CHAT = replace(TRAFFIC, output_tokens=1024)
 

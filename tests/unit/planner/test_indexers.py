@@ -6,10 +6,11 @@ import pytest
 
 from tests.unit.planner.models import QWEN3_30B
 from vllm_dwdp.paper import DEEPSEEK_R1
-from vllm_dwdp.planner.cost import CostModel, Step
+from vllm_dwdp.planner.cost import CostModel
 from vllm_dwdp.planner.hardware import PEAK, load_hardware
 from vllm_dwdp.planner.kv_cache import KvCache
 from vllm_dwdp.planner.model_shape import shape_of
+from vllm_dwdp.planner.step import Step
 
 INDEXED = {"index_head_dim": 128, "index_n_heads": 64, "index_topk": 2048}
 """DeepSeek-V3.2's."""

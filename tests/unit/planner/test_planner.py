@@ -1,9 +1,7 @@
 """The cost model against published figures, and the planner's answers."""
 
-import json
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,32 +15,27 @@ from tests.unit.planner.models import (
     TRAFFIC,
     break_even,
     r1_on_gb200,
-    run_plan,
     tokens_of,
 )
-from vllm_dwdp.errors import DwdpConfigError
 from vllm_dwdp.paper import DEEPSEEK_R1, GPT_OSS_120B
-from vllm_dwdp.planner.cost import CostModel, Step
+from vllm_dwdp.planner.cost import CostModel
 from vllm_dwdp.planner.estimates import (
     ALWAYS,
-    Decode,
     Part,
     break_even_tokens,
-    decode_steps,
     direct_crossover,
     direct_step,
     exposed_seconds,
-    kv_tokens,
-    memory_bytes,
     parts,
     redundancy,
-    replica_fits,
     speedups,
     synchronisation,
 )
-from vllm_dwdp.planner.hardware import DEFAULT, find_hardware, load_hardware
+from vllm_dwdp.planner.hardware import DEFAULT, find_hardware
+from vllm_dwdp.planner.memory import kv_tokens, memory_bytes, replica_fits
 from vllm_dwdp.planner.model_shape import shape_of
 from vllm_dwdp.planner.plan import Figure, make_plan
+from vllm_dwdp.planner.step import Step
 from vllm_dwdp.planner.traffic import Traffic
 
 
@@ -182,87 +175,6 @@ def test_decode_heavy_traffic_is_told_to_separate() -> None:
     assert not any("separate" in said for said in make_plan(model, TRAFFIC).advice)
 
 
-def test_what_was_calibrated_is_marked(tmp_path: Path) -> None:
-    path = tmp_path / "mine.toml"
-    peaks = (
-        "bf16_tflops=1\nfp8_tflops=2\nfp4_tflops=0\nmemory_gb=99\nmemory_gbps=900\nlink_gbps=9\n"
-    )
-    path.write_text(f"[mine]\n{peaks}[mine.efficiency]\nlink = 0.5\nbeside_copies = 0\n")
-    mine = find_hardware("mine", path)
-    assert mine.efficiency.link == 0.5
-    assert mine.efficiency.grouped_gemm == DEFAULT.grouped_gemm
-    made = make_plan(r1_on_gb200(hardware=mine, efficiency=mine.efficiency), TRAFFIC)
-    origins = {shown.quantity: shown.origin for shown in made.figures}
-    assert origins["prefetch per layer"] == "calibrated"
-    assert origins["compute per MoE layer, full step"] == "default"
-    assert origins["throughput, range"] == "part default"
-    path.write_text(f"[mine]\n{peaks}[mine.efficiency]\nspeed = 1\n")
-    with pytest.raises(DwdpConfigError, match="efficiency may have attention"):
-        find_hardware("mine", path)
-
-
-def test_this_cpu_is_in_the_table_and_measured() -> None:
-    cpu = find_hardware("epyc-2core")
-    assert cpu.source.startswith("measured: vllm-dwdp bench --calibrate")
-    assert cpu.efficiency.origin() == "calibrated"
-
-
-@pytest.mark.parametrize(
-    ("config", "dtype", "gpu", "ranks", "milliseconds"),
-    [(GLM_4_5, "fp8", "h200", 8, 75.7), (MIXTRAL_8X7B, None, "h100", 2, 45.5)],
-)
-def test_each_decoding_sequence_reads_its_own_keys(
-    config: dict[str, Any], dtype: str | None, gpu: str, ranks: int, milliseconds: float
-) -> None:
-    hardware, shape = find_hardware(gpu), shape_of(config, dtype)
-    model = CostModel(
-        shape=shape, hardware=hardware, efficiency=hardware.efficiency, group_size=ranks
-    )
-    traffic = Traffic(**(vars(TRAFFIC) | {"output_tokens": 1024}))
-    step = traffic.decode_step
-    kv_bytes = 64 * 8704 * shape.kv_bytes_per_token(8704)
-    read = kv_bytes / (hardware.memory_gbps * 1e9 * hardware.efficiency.memory)
-    steps = decode_steps(model, step)
-    assert steps[Decode.DEP] == pytest.approx(milliseconds / 1e3, rel=0.01)
-    assert all(seconds > read for seconds in steps.values())
-    assert model.step_seconds(Step.prefill(64, 17408)).attention < read / 10, "of one prompt: once"
-
-
-def test_prompts_of_several_steps_see_their_earlier_chunks() -> None:
-    model = r1_on_gb200(efficiency=DEFAULT)
-    assert Step.prefill(8192, 131072).mean_keys == 65536
-    assert break_even(model, 131072) < break_even(model, 32768) < break_even(model, 8192)
-
-
-def test_one_layer_in_16_bits_does_not_slow_the_others() -> None:
-    def experts_seconds(num_kept: int) -> float:
-        kept = [f"model.layers.{60 - layer}.mlp.experts*" for layer in range(num_kept)]
-        quantised = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": kept}
-        model = r1_on_gb200(shape=shape_of(DEEPSEEK_R1 | {"quantization_config": quantised}))
-        return model.layer(TRAFFIC.prefill_step, 256).experts
-
-    none, two, three = (experts_seconds(count) for count in (0, 2, 3))
-    assert two / none == pytest.approx(1 + 3 * 2 / 58)
-    assert three / none == pytest.approx(1 + 3 * 3 / 58)
-
-
-def test_weight_only_formats_compute_in_16_bits_and_dispatch_follows() -> None:
-    def on(gpu: str, dtype: str) -> CostModel:
-        return r1_on_gb200(hardware=find_hardware(gpu), shape=shape_of(DEEPSEEK_R1, dtype))
-
-    step = TRAFFIC.prefill_step
-    in_bf16 = on("h200", "bf16").layer(step, 256).experts
-    for dtype in ("mxfp4", "nvfp4", "int4"):
-        model = on("h200", dtype)
-        assert model.layer(step, 256).experts == pytest.approx(in_bf16)
-        assert model.dispatch_bits == 16
-        assert any("are dequantised" in said for said in make_plan(model, TRAFFIC).assumptions)
-    assert on("h200", "fp8").layer(step, 256).experts < 0.6 * in_bf16
-    assert on("h200", "fp8").dispatch_bits == 8
-    assert on("gb200", "nvfp4").dispatch_bits == 4.5
-    assert on("gb200", "int4").dispatch_bits == 16
-
-
 def on_cpu(**changes: Any) -> CostModel:
     cpu = find_hardware("epyc-2core")
     return r1_on_gb200(hardware=cpu, efficiency=cpu.efficiency, **changes)
@@ -322,93 +234,3 @@ def test_small_steps_read_in_place() -> None:
     assert direct_crossover(host) == ALWAYS, "on a host, peers' memory is memory"
     steps = {shown.quantity: shown.low for shown in make_plan(host, TRAFFIC).figures}
     assert steps["step, DWDP direct"] == pytest.approx(steps["step, full replica"], rel=0.1)
-
-
-def test_your_own_accelerator(tmp_path: Path) -> None:
-    path = tmp_path / "mine.toml"
-    path.write_text(
-        "[mine]\nbf16_tflops=1\nfp8_tflops=1\nfp4_tflops=0\nmemory_gb=8\nmemory_gbps=9\nlink_gbps=7\n"
-    )
-    assert find_hardware("MINE", path).link_gbps == 7
-    assert len(load_hardware()) >= 5
-    path.write_text("[mine]\nbf16_tflops=1\n")
-    with pytest.raises(DwdpConfigError, match="'mine' must have exactly"):
-        load_hardware(path)
-    path.write_text(path.read_text().replace("1", "-1") + "nonsense")
-    with pytest.raises(DwdpConfigError, match="--hardware"):
-        load_hardware(path)
-
-
-def test_the_command(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_R1))
-    common = ("--model", str(tmp_path), "--gpu", "gb200", "--expert-dtype", "nvfp4")
-    answer = json.loads(run_plan(*common, "--json").stdout)
-    assert {"topic", "quantity", "low", "high", "unit", "origin", "reason"} == set(
-        answer["lines"][0]
-    )
-    shown = run_plan(*common).stdout
-    assert "break-even tokens" in shown
-    assert "default" in shown
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"--gpu": "tpu"}, "--gpu 'tpu' is unknown; known are b200"),
-        ({"--model": "/nowhere"}, "--model /nowhere"),
-        ({"--expert-dtype": "int3"}, "--expert-dtype 'int3' is unknown"),
-        (
-            {"--variation": "-1"},
-            "--variation is -1.0; it must be a number of at least 0 and at most 1.",
-        ),
-        ({"--kv-dtype": "fp3"}, "--kv-dtype 'fp3' is unknown"),
-        ({"--ranks": "1"}, "--ranks is 1; it must be a whole number of at least 2."),
-        (
-            {"--experts-per-rank": "500"},
-            "--experts-per-rank is 500; it must be a whole number from 64 to 256.",
-        ),
-        (
-            {"--max-num-batched-tokens": "0"},
-            "--max-num-batched-tokens is 0; it must be a whole",
-        ),
-        ({"--batch-size": "-3"}, "--batch-size is -3; it must be a whole number of at least 1."),
-        ({"--hardware": "/nowhere.toml"}, "--hardware /nowhere.toml"),
-        ({"--png": "/nowhere/plan.png"}, "--png /nowhere/plan.png cannot be written"),
-        ({"--png": "/proc"}, "--png /proc cannot be written"),
-        ({"--input-tokens": "0"}, "--input-tokens is 0; it must be a whole number of at least 1."),
-        (
-            {"--output-tokens": "-5"},
-            "--output-tokens is -5; it must be a whole number of at least 0.",
-        ),
-    ],
-)
-def test_wrong_input_is_one_line_and_exit_2(
-    tmp_path: Path, changes: dict[str, str], message: str
-) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_R1))
-    options = {"--model": str(tmp_path), "--gpu": "gb200"} | changes
-    ended = run_plan(*(part for pair in options.items() for part in pair))
-    assert ended.returncode == 2
-    assert ended.stderr.startswith(f"vllm-dwdp: {message}")
-    assert len(ended.stderr.strip().splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"hidden_size": 0}, "hidden_size in config.json is 0; it must be a whole number of at"),
-        ({"num_experts_per_tok": 300}, "routes a token to 300 of 256 experts"),
-        ({"first_k_dense_replace": 61}, "leaves no layer with experts"),
-        ({"vocab_size": None}, "config.json has no vocab_size"),
-    ],
-)
-def test_a_config_that_cannot_be_is_refused(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(DwdpConfigError, match=message):
-        shape_of(DEEPSEEK_R1 | change)
-
-
-def test_a_dense_model_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 8, "model_type": "llama"}))
-    ended = run_plan("--model", str(tmp_path), "--gpu", "h100")
-    assert ended.returncode == 2
-    assert "has no routed experts" in ended.stderr

@@ -20,7 +20,6 @@ from vllm_dwdp.planner.contention import (
     contention,
     layer_time,
 )
-from vllm_dwdp.planner.cost import Step
 from vllm_dwdp.planner.disaggregated import Service, decode_batch, end_to_end_gain
 from vllm_dwdp.planner.hardware import DEFAULT
 from vllm_dwdp.planner.simulate import (
@@ -31,6 +30,7 @@ from vllm_dwdp.planner.simulate import (
     simulate_dwdp,
     step_of,
 )
+from vllm_dwdp.planner.step import Step
 from vllm_dwdp.planner.traffic import Request, poisson_traffic, read_trace
 
 

@@ -13,7 +13,8 @@ from vllm_dwdp.entrypoints.cli.options import Dtypes, cost_model
 from vllm_dwdp.paper import DEEPSEEK_R1
 from vllm_dwdp.planner.cost import CostModel
 from vllm_dwdp.planner.disaggregated_plan import DecodeServers, Feeding
-from vllm_dwdp.planner.estimates import memory_bytes, speedups
+from vllm_dwdp.planner.estimates import speedups
+from vllm_dwdp.planner.memory import memory_bytes
 from vllm_dwdp.planner.plan import make_plan
 from vllm_dwdp.planner.simulate import SLICE_MIB
 

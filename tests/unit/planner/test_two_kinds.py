@@ -10,8 +10,9 @@ from gpu_checks.checkpoints import make_checkpoint
 from tests.unit.planner.models import TRAFFIC
 from vllm_dwdp.planner.checkpoint import read_config
 from vllm_dwdp.planner.cost import CostModel
-from vllm_dwdp.planner.estimates import memory_bytes, redundancy
+from vllm_dwdp.planner.estimates import redundancy
 from vllm_dwdp.planner.hardware import find_hardware
+from vllm_dwdp.planner.memory import memory_bytes
 from vllm_dwdp.planner.model_shape import shape_of
 
 

@@ -163,7 +163,8 @@ def find_ranks(
 
     A holder comes before the ranks of its group; its `dwdp_rank` is `HOLDER`.
 
-    `state` is serving, starting, not answering (a process listens in its place) or dead.
+    `state` is what it says (`ExpertGroup.status`), `not answering` (a process listens in its place) or
+    `dead`.
 
     Args:
         rendezvous: where they meet.

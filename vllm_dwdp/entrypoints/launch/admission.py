@@ -91,9 +91,11 @@ class Candidate:
 
 
 class _Comparison(threading.Thread):
+    """One comparison; `error` says why the server does not fit, once the thread has ended."""
+
     def __init__(self, work: Callable[[], None]) -> None:
         super().__init__(daemon=True)
-        self.error: DwdpError | None = None
+        self.error: Exception | None = None
         self._work = work
         self.start()
 
@@ -102,6 +104,8 @@ class _Comparison(threading.Thread):
             self._work()
         except DwdpError as error:
             self.error = error
+        except Exception as error:  # a bug: what was not compared to its end must get nothing
+            self.error = DwdpError(f"comparing it failed: {type(error).__name__}: {error}")
 
 
 class Admission:

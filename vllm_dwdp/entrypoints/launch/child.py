@@ -123,7 +123,7 @@ class Child:
     def _try_to_start(self) -> None:
         if obstacle := self.obstacle():
             self._wait_for_next_start("cannot start, tries", obstacle)
-            self.is_given_up = not self._has_served and self.num_restarts >= MAX_EARLY_ENDS
+            self.is_given_up = self._ends_too_often
         else:
             self._start()
 
@@ -147,7 +147,7 @@ class Child:
             "hung and was ended, starts",
             "; ".join([f"did not serve within {self.start_timeout_s:g} s", *filter(None, known)]),
         )
-        self.is_given_up = not self._has_served and self.num_restarts >= MAX_EARLY_ENDS
+        self.is_given_up = self._ends_too_often
 
     def _note_end(self) -> None:
         """Remove what a dead child left, and start it again after a while."""
@@ -164,9 +164,11 @@ class Child:
         failure = "" if code == -signal.SIGKILL else last_error(self.tail())
         self._wait_for_next_start(f"{_ending(code)}, starts", failure, at_once=at_once)
         self._ready_since = None
-        self.is_given_up = not self._has_served and (
-            self.num_restarts >= MAX_EARLY_ENDS or (code >= 0 and not self._has_begun)
-        )
+        self.is_given_up = self._ends_too_often or (code >= 0 and not self._has_begun)
+
+    @property
+    def _ends_too_often(self) -> bool:
+        return not self._has_served and self.num_restarts >= MAX_EARLY_ENDS
 
     def _wait_for_next_start(self, state: str, failure: str, at_once: bool = False) -> None:
         wait_s = 0.0 if at_once else self._backoff_s

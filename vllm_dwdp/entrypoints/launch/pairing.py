@@ -7,6 +7,7 @@ compute every prompt itself, with the right answers, and no user would notice. W
 both answer at NIXL's side channels says why.
 """
 
+import http.client
 import json
 import time
 import urllib.error
@@ -81,7 +82,7 @@ class Server:
         except urllib.error.HTTPError as error:
             why = error.read().decode(errors="replace")[:300]
             raise DwdpConfigError(f"{self.name} answers {path} with {error.code}: {why}") from error
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise DwdpConfigError(f"{self.name} does not answer {path}: {error}") from error
 
 
@@ -143,14 +144,26 @@ def _differ(rank: Server, decode: Server, field: str, here: str, there: str) -> 
 
 
 def facts(server: Server) -> dict[str, str]:
-    """Return what must agree, as a server says it."""
-    model = json.loads(server.get("/v1/models"))["data"][0]
-    labels = server.metrics(CACHE_INFO)[0][0]
-    return {
-        "vLLM's version": json.loads(server.get("/version"))["version"],
-        "the model": model["root"],
-        "--served-model-name": model["id"],
-    } | {option: labels[label] for label, option in CACHE_FIELDS.items()}
+    """Return what must agree, as a server says it.
+
+    Raises:
+        DwdpConfigError: it does not answer, or says nothing of the kind.
+    """
+    try:
+        model = json.loads(server.get("/v1/models"))["data"][0]
+        labels = server.metrics(CACHE_INFO)[0][0]
+        return {
+            "vLLM's version": json.loads(server.get("/version"))["version"],
+            "the model": model["root"],
+            "--served-model-name": model["id"],
+        } | {option: labels[label] for label, option in CACHE_FIELDS.items()}
+    except DwdpConfigError:
+        raise
+    except (ValueError, LookupError, TypeError) as error:
+        raise DwdpConfigError(
+            f"{server.name} does not say its version, model and KV cache as vllm serve does "
+            f"({type(error).__name__}: {error}). Give the URL of a vllm serve of the ranks' version."
+        ) from error
 
 
 def _prompt(facts: dict[str, str]) -> dict[str, Any]:

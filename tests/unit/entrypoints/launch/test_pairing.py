@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from tests.unit.entrypoints.test_relay import served
+from tests.unit.entrypoints.launch.servers import healthy_server, served
 from vllm_dwdp.compat.frontend.nixl import Handshake, Question
 from vllm_dwdp.entrypoints.launch import pairing
-from vllm_dwdp.entrypoints.launch.pairing import Server, check_pair
+from vllm_dwdp.entrypoints.launch.pairing import Server, check_pair, facts
 from vllm_dwdp.errors import DwdpConfigError
 
 pytestmark = pytest.mark.timeout(60)
@@ -120,6 +120,35 @@ def test_what_differs_has_a_name(field: str, label: str) -> None:
         with pytest.raises(DwdpConfigError, match=problem):
             check_pair(*servers)
     assert not rank.asked, "nothing is computed for a server that cannot decode it"
+
+
+class _Truncated(http.server.BaseHTTPRequestHandler):
+    """Dies in the middle of every answer."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "100")
+        self.end_headers()
+        self.wfile.write(b"{")
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+def test_one_that_dies_while_it_answers() -> None:
+    with (
+        served(http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Truncated)) as url,
+        pytest.raises(DwdpConfigError, match="decode 0 .* does not answer /v1/models: Incomplete"),
+    ):
+        facts(Server("decode 0", url))
+
+
+def test_one_that_is_no_vllm() -> None:
+    with (
+        healthy_server() as port,
+        pytest.raises(DwdpConfigError, match="decode 0 .* does not say its version, model .* URL"),
+    ):
+        facts(Server("decode 0", f"http://127.0.0.1:{port}"))
 
 
 class Channels:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.waiting import wait_until
-from tests.unit.entrypoints.test_pairing import Fake
-from tests.unit.entrypoints.test_relay import served
+from tests.unit.entrypoints.launch.servers import served
+from tests.unit.entrypoints.launch.test_pairing import Fake
 from vllm_dwdp.entrypoints.launch import relay
 from vllm_dwdp.entrypoints.launch.ports import free_ports
 

@@ -1,7 +1,6 @@
 """What a disaggregated launch runs, and what it refuses before anything starts."""
 
 import json
-import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -9,17 +8,16 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from tests.unit.entrypoints.test_launch import healthy_server, plan
+from tests.unit.entrypoints.launch.fakes import plan
+from tests.unit.entrypoints.launch.servers import healthy_server
 from vllm_dwdp.entrypoints.cli import launch as cli_launch
 from vllm_dwdp.entrypoints.cli.main import app
 from vllm_dwdp.entrypoints.doctor.gpus import one_gpu_each
 from vllm_dwdp.entrypoints.launch import disaggregation as disagg
-from vllm_dwdp.entrypoints.launch import launcher, roster
+from vllm_dwdp.entrypoints.launch import launcher
 from vllm_dwdp.entrypoints.launch.cores import BIND_ENV, cores_for_each
 from vllm_dwdp.entrypoints.launch.disaggregation import Disaggregation
 from vllm_dwdp.entrypoints.launch.plan import api_key
-from vllm_dwdp.entrypoints.launch.ports import free_ports_in_a_row
-from vllm_dwdp.entrypoints.launch.roster import Entry
 from vllm_dwdp.errors import DwdpConfigError
 
 FACTS: dict[str, Any] = {
@@ -178,11 +176,6 @@ def test_cores_are_named_for_decode_servers_too() -> None:
         cores_for_each(2, {BIND_ENV: "0|1"}, [1])
 
 
-def test_ports_in_a_row() -> None:
-    first = free_ports_in_a_row(3)
-    assert free_ports_in_a_row(1, {first}) != first
-
-
 def test_nixl_that_is_missing_or_broken_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -286,19 +279,3 @@ def test_the_key_that_servers_want_to_see() -> None:
     assert api_key(["--api_key=k"], {}) == "k"
     assert api_key([], {"VLLM_API_KEY": "e"}) == "e"
     assert api_key([], {}) == ""
-
-
-def test_the_roster_is_that_of_a_living_launch(tmp_path: Path) -> None:
-    meeting = f"unix://{tmp_path}"
-    entry = Entry(role="decode", index=0, url="http://h:1", pid=None, state="serving")
-    assert roster.read_roster(meeting) == []
-    with roster.roster(meeting) as written:
-        written.write([entry])
-        assert roster.read_roster(meeting) == [entry]
-        file = tmp_path / roster.NAME
-        file.write_text(file.read_text().replace(f'"pid": {os.getpid()}', '"pid": 0'))
-        assert roster.read_roster(meeting) == [], "of a launch that was killed"
-    assert not list(tmp_path.iterdir())
-    with roster.roster("tcp://h:1") as written:
-        written.write([entry])
-    assert roster.read_roster("tcp://h:1") == []

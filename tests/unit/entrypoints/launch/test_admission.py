@@ -68,7 +68,7 @@ class Servers:
         self.serving[index] = after
 
 
-def fails(error: DwdpConfigError) -> Callable[[], None]:
+def fails(error: Exception) -> Callable[[], None]:
     def fail() -> None:
         raise error
 
@@ -132,6 +132,15 @@ def test_what_only_happened_is_tried_again(tmp_path: Path, monkeypatch: pytest.M
     assert servers.news_once(REFUSED) == ["decode 0: gets no requests: rank 0 does not answer"]
     servers.outcome[0] = lambda: None
     assert servers.news_once(ADMITTED) == ["decode 0: fits the ranks, and gets requests"]
+
+
+def test_one_whose_comparison_broke_gets_nothing(tmp_path: Path) -> None:
+    """Whatever it broke of: only what was compared to its end is admitted."""
+    servers = Servers(tmp_path, 1)
+    servers.outcome[0] = fails(KeyError("data"))
+    servers.restart()
+    (line,) = servers.news_once(REFUSED)
+    assert line == "decode 0: gets no requests: comparing it failed: KeyError: 'data'"
 
 
 def test_nobody_says_anything(tmp_path: Path) -> None:
