@@ -33,6 +33,7 @@ from vllm_dwdp.entrypoints.launch import plan as launch_plan
 from vllm_dwdp.entrypoints.launch.asking import join_obstacle, rank_progress
 from vllm_dwdp.entrypoints.launch.child import Child
 from vllm_dwdp.entrypoints.launch.disaggregation import Disaggregation
+from vllm_dwdp.entrypoints.launch.environment import check_environment
 from vllm_dwdp.entrypoints.launch.plan import ROUTER, LaunchPlan, find_program, split_arguments
 from vllm_dwdp.entrypoints.launch.ports import free_ports
 from vllm_dwdp.entrypoints.launch.process import ENDING_SIGNALS, ending_with
@@ -606,6 +607,15 @@ def test_a_server_without_middleware_is_refused_before_anything_starts(
         run(fakes, tmp_path, lambda line, lines: interrupt())
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "0")
     run(fakes, tmp_path, lambda line, lines: interrupt())
+
+
+def test_a_choice_of_plugins_without_this_one_is_refused_before_anything_starts() -> None:
+    """Without the plugin vLLM says of its backend: not enough values to unpack."""
+    for allowed, added in (("other", "other,dwdp"), ("", "dwdp")):
+        with pytest.raises(DwdpConfigError, match=f"VLLM_PLUGINS={allowed} keeps .* =?.*={added}$"):
+            check_environment({"VLLM_PLUGINS": allowed})
+    check_environment({"VLLM_PLUGINS": "other,dwdp"})
+    check_environment({})
 
 
 def test_a_router_that_cannot_start_ends_everything(fakes: LaunchPlan, tmp_path: Path) -> None:
