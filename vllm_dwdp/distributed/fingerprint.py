@@ -16,6 +16,8 @@ WHOLE_BYTES = 16 * 2**30
 DIGEST_CHARACTERS = 19
 """So much of a digest is shown, with the word before it that says what was digested."""
 PIECE_BYTES = 16 * 2**20
+UNKNOWN = "unknown"
+"""The digest of what cannot be compared."""
 SENT = "update "
 """How a digest begins of weights that came from a trainer, and are no checkpoint."""
 MAX_HEADER_BYTES = 100 * 10**6  # as the safetensors format has it
@@ -55,11 +57,17 @@ class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
         return None if self.checkpoint_digest.startswith(SENT) else self.model
 
     def differences(self, other: "Fingerprint") -> dict[str, tuple[object, object]]:
-        """Fields that differ, as (ours, theirs). The path of the model may differ."""
+        """Fields that differ, as (ours, theirs).
+
+        Where equal content came from may differ: its path or name, and the name of its revision.
+        """
+        fields = [name for name in self.__struct_fields__ if name != "model"]
+        if self.checkpoint_digest == other.checkpoint_digest != UNKNOWN:
+            fields.remove("revision")
         return {
             name: (getattr(self, name), getattr(other, name))
-            for name in self.__struct_fields__
-            if name != "model" and getattr(self, name) != getattr(other, name)
+            for name in fields
+            if getattr(self, name) != getattr(other, name)
         }
 
 

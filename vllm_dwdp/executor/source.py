@@ -10,15 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_dwdp.distributed.fingerprint import DIGEST_CHARACTERS, Fingerprint, checkpoint_digest
+from vllm_dwdp.distributed.fingerprint import (
+    DIGEST_CHARACTERS,
+    UNKNOWN,
+    Fingerprint,
+    checkpoint_digest,
+)
 from vllm_dwdp.logger import init_logger
 
 logger = init_logger(__name__)
 
 COMMIT = "commit "
 """How the digest begins of a name on a hub."""
-UNKNOWN = "unknown"
-"""The digest of what cannot be compared."""
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 
 
@@ -67,9 +70,21 @@ def take_over(vllm_config: Any, served: Fingerprint) -> Source | None:
             model.model,
             digest[:DIGEST_CHARACTERS],
         )
-    revision = None if served.revision == str(None) else served.revision
-    model.model, model.revision, model.model_weights = served.model, commit or revision, ""
+    model.model, model.model_weights = served.model, ""
+    model.revision = commit or _revision(served)
     return Source(model=served.model, revision=served.revision, checkpoint_digest=digest)
+
+
+def follow_revision(vllm_config: Any, served: Fingerprint) -> None:
+    """Once the weights are loaded, let a reload read what it reads on every other rank.
+
+    A commit that `take_over` asked for was for this start; the revision may have a newer one.
+    """
+    vllm_config.model_config.revision = _revision(served)
+
+
+def _revision(served: Fingerprint) -> str | None:
+    return None if served.revision == str(None) else served.revision
 
 
 def _obstacle(served: Fingerprint) -> str:

@@ -20,7 +20,7 @@ from vllm_dwdp.distributed.launch import Seat
 from vllm_dwdp.distributed.membership import Membership
 from vllm_dwdp.errors import DwdpUnsupportedError
 from vllm_dwdp.executor.identity import open_membership
-from vllm_dwdp.executor.source import reloaded_source
+from vllm_dwdp.executor.source import follow_revision, reloaded_source
 from vllm_dwdp.logger import init_logger
 from vllm_dwdp.model_executor.costs import ServedModel
 from vllm_dwdp.model_executor.group import ExpertGroup
@@ -70,6 +70,7 @@ class DwdpWorker:
             return self.model_runner.get_model()  # type: ignore[attr-defined]
 
         self.expert_group = join_group(seat, self.open_membership, load, self._served())
+        follow_revision(self.vllm_config, self.expert_group.membership.fingerprint)  # type: ignore[attr-defined]
 
     def _served(self) -> ServedModel:
         vllm_config = self.vllm_config  # type: ignore[attr-defined]
