@@ -157,21 +157,39 @@ def _shared_spans(path: Path) -> Iterator[tuple[int, int]]:
 
     Nothing of a file that is no such file: vLLM's loader says what is wrong with it.
     """
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 0 < length <= MAX_HEADER_BYTES:
-            return
-        text = file.read(length)
-    try:
-        tensors = _headers.decode(text)
-    except msgspec.DecodeError:
+    header = _header(path)
+    if header is None:
         return
-    data = 8 + length
+    data, tensors = header
     yield 0, data
     for name, tensor in sorted(tensors.items()):
         if ".experts." not in name and tensor.data_offsets is not None:
             start, stop = tensor.data_offsets
             yield data + start, data + stop
+
+
+def declared_bytes(path: Path) -> int | None:
+    """Return how long a safetensors file is by its own header; None if it has none."""
+    header = _header(path)
+    if header is None:
+        return None
+    data, tensors = header
+    return data + max(
+        (each.data_offsets[1] for each in tensors.values() if each.data_offsets), default=0
+    )
+
+
+def _header(path: Path) -> tuple[int, dict[str, _Tensor]] | None:
+    """Return where the data of a safetensors file begins, and its tensors; None if it is none."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= MAX_HEADER_BYTES:
+            return None
+        text = file.read(length)
+    try:
+        return 8 + length, _headers.decode(text)
+    except msgspec.DecodeError:
+        return None
 
 
 def _cut(start: int, stop: int) -> Iterator[tuple[int, int]]:

@@ -22,7 +22,8 @@ logger = init_logger(__name__)
 
 COMMIT = "commit "
 """How the digest begins of a name on a hub."""
-_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+"""Files of a checkpoint folder, in the order in which vLLM prefers them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ def _revision(served: Fingerprint) -> str | None:
 def _obstacle(served: Fingerprint) -> str:
     """Return why the checkpoint at the place that a peer names is not the peer's; empty if it is."""
     try:
-        files = _weight_files(Path(served.model))
+        files = weight_files(Path(served.model))
         digest = checkpoint_digest(files) if files else UNKNOWN
     except OSError as error:
         return f"it cannot be read here: {error}"
@@ -122,7 +123,7 @@ def _digest(vllm_config: Any, commit: Callable[[], str | None]) -> str:
     model = vllm_config.model_config
     if vllm_config.load_config.load_format == "dummy":
         return f"dummy-{model.seed}"
-    files = _weight_files(Path(model.model))
+    files = weight_files(Path(model.model))
     if files:
         return checkpoint_digest(files)
     found = commit()
@@ -136,11 +137,11 @@ def _digest(vllm_config: Any, commit: Callable[[], str | None]) -> str:
     return UNKNOWN
 
 
-def _weight_files(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
     """Return the files of a checkpoint folder in the format that vLLM prefers; or `path` itself."""
     if path.is_file():
         return [path]
-    listed = (sorted(path.glob(pattern)) for pattern in _WEIGHT_FILES)
+    listed = (sorted(path.glob(pattern)) for pattern in WEIGHT_FILES)
     return next(filter(None, listed), [])
 
 
