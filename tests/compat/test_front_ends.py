@@ -253,7 +253,7 @@ def test_the_middleware_that_is_given_last_is_asked_first() -> None:
 def test_another_server_is_chosen_by_this_variable() -> None:
     from vllm import envs
 
-    from vllm_dwdp.entrypoints.launch.plan import RUST_FRONT_END
+    from vllm_dwdp.entrypoints.launch.environment import RUST_FRONT_END
 
     assert RUST_FRONT_END in envs.environment_variables
 

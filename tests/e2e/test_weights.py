@@ -186,7 +186,11 @@ def test_experts_in_simulated_device_memory(
 
 
 def test_a_rank_that_fails_leaves_the_group_refusing_until_an_update_succeeds(
-    old: str, new: str, tokens: dict[str, list[list[int]]], tmp_path: Path
+    checkpoints: Checkpoints,
+    old: str,
+    new: str,
+    tokens: dict[str, list[list[int]]],
+    tmp_path: Path,
 ) -> None:
     fails = {"kill": WRITE, "with": "RuntimeError", "on": 1}
     alone = reload(new) | {"ranks": [0]}
@@ -201,6 +205,12 @@ def test_a_rank_that_fails_leaves_the_group_refusing_until_an_update_succeeds(
     }
     cases = [
         case("direct-fails", old, reload(new) | fails, reload(new)),
+        case(
+            "prefetch-shape",
+            old,
+            reload("/nowhere"),
+            reload(checkpoints("qwen3_moe", 7, hidden_size=64)),
+        ),
         case("prefetch-in-place", old, by_hand, unequal, reload(new), **TRANSFER),
         case("direct-alone", old, alone, join_timeout_s=3),
     ]
@@ -215,6 +225,16 @@ def test_a_rank_that_fails_leaves_the_group_refusing_until_an_update_succeeds(
         assert failed["resume"] == failed["refused"], "after a pause the engine stays paused"
         assert failed["status"]["state"] == "refusing"
         assert repaired["tokens"] == tokens[new], repaired
+    mistyped = [rank["updates"][0]["error"] for rank in found["prefetch-shape"]]
+    assert "was not begun: there is no /nowhere on this host" in str(mistyped), mistyped
+    for rank in found["prefetch-shape"]:
+        mistyped, misshapen = rank["updates"]
+        assert "this rank goes on with the weights that it has" in mistyped["error"], mistyped
+        assert mistyped["tokens"] == tokens[old] and mistyped["status"]["state"] == "serving"
+        assert misshapen["status"]["state"] == "refusing"
+        assert (
+            "AssertionError (the tensor that came last is lm_head.weight)" in misshapen["refused"]
+        )
     for rank in found["prefetch-in-place"]:
         failed, mixture, repaired = rank["updates"]
         assert "no weights came by way of the model's load_weights" in failed["error"]

@@ -70,13 +70,13 @@ def test_a_mismatch_is_refused_on_both_sides_with_the_fields(endpoint: Endpoint)
     fd = publish(first)
     texts = []
     with pytest.raises(PeerMismatchError) as caught:
-        rank(endpoint, 1, fingerprint=fingerprint(dtype="fp16", revision="b"))
+        rank(endpoint, 1, fingerprint=fingerprint(dtype="fp16", quantization="fp8"))
     texts.append(str(caught.value))
     with pytest.raises(PeerMismatchError) as caught:
         first.meet()
     texts.append(str(caught.value))
     for text in texts:
-        assert "revision is" in text
+        assert "quantization is" in text
         assert "dtype is" in text
         assert "config_digest" not in text
     first.close()

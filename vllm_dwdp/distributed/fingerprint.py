@@ -16,6 +16,8 @@ WHOLE_BYTES = 16 * 2**30
 DIGEST_CHARACTERS = 19
 """So much of a digest is shown, with the word before it that says what was digested."""
 PIECE_BYTES = 16 * 2**20
+UNKNOWN = "unknown"
+"""The digest of what cannot be compared."""
 SENT = "update "
 """How a digest begins of weights that came from a trainer, and are no checkpoint."""
 MAX_HEADER_BYTES = 100 * 10**6  # as the safetensors format has it
@@ -55,11 +57,17 @@ class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
         return None if self.checkpoint_digest.startswith(SENT) else self.model
 
     def differences(self, other: "Fingerprint") -> dict[str, tuple[object, object]]:
-        """Fields that differ, as (ours, theirs). The path of the model may differ."""
+        """Fields that differ, as (ours, theirs).
+
+        Where equal content came from may differ: its path or name, and the name of its revision.
+        """
+        fields = [name for name in self.__struct_fields__ if name != "model"]
+        if self.checkpoint_digest == other.checkpoint_digest != UNKNOWN:
+            fields.remove("revision")
         return {
             name: (getattr(self, name), getattr(other, name))
-            for name in self.__struct_fields__
-            if name != "model" and getattr(self, name) != getattr(other, name)
+            for name in fields
+            if getattr(self, name) != getattr(other, name)
         }
 
 
@@ -149,21 +157,39 @@ def _shared_spans(path: Path) -> Iterator[tuple[int, int]]:
 
     Nothing of a file that is no such file: vLLM's loader says what is wrong with it.
     """
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 0 < length <= MAX_HEADER_BYTES:
-            return
-        text = file.read(length)
-    try:
-        tensors = _headers.decode(text)
-    except msgspec.DecodeError:
+    header = _header(path)
+    if header is None:
         return
-    data = 8 + length
+    data, tensors = header
     yield 0, data
     for name, tensor in sorted(tensors.items()):
         if ".experts." not in name and tensor.data_offsets is not None:
             start, stop = tensor.data_offsets
             yield data + start, data + stop
+
+
+def declared_bytes(path: Path) -> int | None:
+    """Return how long a safetensors file is by its own header; None if it has none."""
+    header = _header(path)
+    if header is None:
+        return None
+    data, tensors = header
+    return data + max(
+        (each.data_offsets[1] for each in tensors.values() if each.data_offsets), default=0
+    )
+
+
+def _header(path: Path) -> tuple[int, dict[str, _Tensor]] | None:
+    """Return where the data of a safetensors file begins, and its tensors; None if it is none."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= MAX_HEADER_BYTES:
+            return None
+        text = file.read(length)
+    try:
+        return 8 + length, _headers.decode(text)
+    except msgspec.DecodeError:
+        return None
 
 
 def _cut(start: int, stop: int) -> Iterator[tuple[int, int]]:

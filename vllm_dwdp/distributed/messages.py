@@ -119,6 +119,8 @@ class Identity(msgspec.Struct, frozen=True, tag=True):
 class Step(IntEnum):
     """How far a rank is with new weights (`weight_agreement`)."""
 
+    UNABLE = -1
+    """All ranks had paused, and one of them cannot take the new weights; none wrote."""
     WITHDRAWN = 0
     """It has given up before any rank wrote."""
     PAUSED = 1
@@ -136,7 +138,8 @@ class Step(IntEnum):
 class Progress(msgspec.Struct, frozen=True, tag=True):
     """How far we are with new weights, in our start of number `started`.
 
-    `proof` is a digest of the weights and their layout, once they are written; `generation` and `digest`
+    `proof` is a digest of the weights and their layout, once they are written; of a rank that is unable,
+    the starts of all ranks that had paused. `generation` and `digest`
     are those of our shard, once it is whole. `failure` is why it cannot become whole any more.
     """
 

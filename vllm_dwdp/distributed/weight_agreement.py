@@ -7,15 +7,16 @@
 
 No rank writes before all have said LOCKED, so no peer reads an expert while it changes. No rank goes
 on before the memory of all is whole and was written from the same weights. A rank that is only PAUSED
-may give up, for none can have written then; from LOCKED on, a rank that cannot go on refuses to serve,
-because memory that it reads may be old and new in parts.
+may give up, for none can have written then; so it looks then whether it can read the new weights. From
+LOCKED on, a rank that cannot go on refuses to serve, because memory that it reads may be old and new
+in parts.
 
 Every wait has a deadline, and ends at once if a peer died, started anew, or failed. Runs in the thread
 of the rank's worker, between forwards. `GroupState` answers the peers meanwhile.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import msgspec
 
@@ -76,8 +77,12 @@ class WeightAgreement:
         """Why this rank must not serve; empty if it may."""
         return self._state.progress().failure
 
-    def lock(self) -> None:
+    def lock(self, check: Callable[[], None] = lambda: None) -> None:
         """Return once every rank of the group has paused for the same update; this one must have.
+
+        Args:
+            check: called when all have paused and none can write yet; raises if this rank cannot take
+                new weights.
 
         Raises:
             WeightUpdateError: one has not. The sentence says whether this rank may go on as it was.
@@ -88,13 +93,15 @@ class WeightAgreement:
         self._go_to(before.update + 1, Step.PAUSED)
         try:
             self._wait(Step.PAUSED, "pause for new weights")
+            self._check(check)
             self._go_to(self.update, Step.LOCKED)
             self._wait(Step.LOCKED, "lock their experts")
         except _NothingWritten as error:
-            self._go_to(self.update, Step.WITHDRAWN, failure=before.failure)
+            step = Step.UNABLE if error.starts else Step.WITHDRAWN
+            self._go_to(self.update, step, proof=error.starts, failure=before.failure)
             advice = GOES_ON if not before.failure else REPAIR
             raise WeightUpdateError(
-                f"the update of the weights was not begun: {error}. {advice}"
+                f"the update of the weights was not begun: {str(error).rstrip(' .')}. {advice}"
             ) from None
         except BaseException as error:
             self.fail(error)
@@ -148,9 +155,16 @@ class WeightAgreement:
         # Proof, digest and generation stay: a peer may ask for them only now.
         self._state.set_progress(msgspec.structs.replace(self._state.progress(), step=Step.DONE))
 
-    def fail(self, error: BaseException) -> None:
-        """Refuse to serve until a later update or a new start, and tell every peer that asks."""
-        said = (str(error) or type(error).__name__)[:MAX_REASON].removesuffix(REPAIR).rstrip(" .")
+    def fail(self, error: BaseException, last: str = "") -> None:
+        """Refuse to serve until a later update or a new start, and tell every peer that asks.
+
+        Args:
+            last: name of the tensor that came last; shown of an error that says nothing itself.
+        """
+        wordless = type(error).__name__ + (
+            f" (the tensor that came last is {last})" if last else ""
+        )
+        said = (str(error) or wordless)[:MAX_REASON].removesuffix(REPAIR).rstrip(" .")
         reason = (
             f"the update of the weights failed on rank {self._dialler.dwdp_rank}: {said}. {REPAIR}"
         )
@@ -222,6 +236,20 @@ class WeightAgreement:
             self._status.doing = "has new weights"
         return reached
 
+    def _check(self, check: Callable[[], None]) -> None:
+        """Call `check` once all have paused.
+
+        Raises:
+            _NothingWritten: it failed.
+        """
+        try:
+            check()
+        except Exception as error:
+            started = (self._dialler.generation, *self._starts.values())
+            raise _NothingWritten(
+                str(error) or type(error).__name__, b"".join(map(_start, started))
+            ) from error
+
     def _hear(self, rank: int, step: Step) -> messages.Progress | None:
         """Return what a peer says if it has come as far as `step`, else None.
 
@@ -236,6 +264,9 @@ class WeightAgreement:
             raise self._missed(step, f"{name} is dead")
         if self._starts.setdefault(rank, peer.started) != peer.started:
             raise self._missed(step, f"{name} has restarted meanwhile")
+        knows_us = peer.update == self.update and _start(self._dialler.generation) in peer.proof
+        if peer.step == Step.UNABLE and knows_us:
+            raise _NothingWritten(f"{name} cannot take them", peer.proof)
         is_under_way = Step.PAUSED <= peer.step <= Step.WHOLE and not peer.failure
         if step is Step.PAUSED and (late := peer.update - self.update + (not is_under_way)) > 0:
             # It has counted updates that this rank has not seen, or not begun.
@@ -253,4 +284,17 @@ class WeightAgreement:
 
 
 class _NothingWritten(WeightUpdateError):
-    """The update ends before any rank can have written."""
+    """The update ends before any rank can have written.
+
+    Args:
+        starts: of all ranks, if they had all paused and one of them cannot take the new weights. Then it
+            ends for all of them, also for one that has not seen yet that all had.
+    """
+
+    def __init__(self, text: str, starts: bytes = b"") -> None:
+        super().__init__(text)
+        self.starts = starts
+
+
+def _start(generation: int) -> bytes:
+    return generation.to_bytes(8, "little")

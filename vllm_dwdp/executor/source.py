@@ -10,16 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_dwdp.distributed.fingerprint import DIGEST_CHARACTERS, Fingerprint, checkpoint_digest
+from vllm_dwdp.distributed.fingerprint import (
+    DIGEST_CHARACTERS,
+    UNKNOWN,
+    Fingerprint,
+    checkpoint_digest,
+)
 from vllm_dwdp.logger import init_logger
 
 logger = init_logger(__name__)
 
 COMMIT = "commit "
 """How the digest begins of a name on a hub."""
-UNKNOWN = "unknown"
-"""The digest of what cannot be compared."""
-_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+"""Files of a checkpoint folder, in the order in which vLLM prefers them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,15 +71,27 @@ def take_over(vllm_config: Any, served: Fingerprint) -> Source | None:
             model.model,
             digest[:DIGEST_CHARACTERS],
         )
-    revision = None if served.revision == str(None) else served.revision
-    model.model, model.revision, model.model_weights = served.model, commit or revision, ""
+    model.model, model.model_weights = served.model, ""
+    model.revision = commit or _revision(served)
     return Source(model=served.model, revision=served.revision, checkpoint_digest=digest)
+
+
+def follow_revision(vllm_config: Any, served: Fingerprint) -> None:
+    """Once the weights are loaded, let a reload read what it reads on every other rank.
+
+    A commit that `take_over` asked for was for this start; the revision may have a newer one.
+    """
+    vllm_config.model_config.revision = _revision(served)
+
+
+def _revision(served: Fingerprint) -> str | None:
+    return None if served.revision == str(None) else served.revision
 
 
 def _obstacle(served: Fingerprint) -> str:
     """Return why the checkpoint at the place that a peer names is not the peer's; empty if it is."""
     try:
-        files = _weight_files(Path(served.model))
+        files = weight_files(Path(served.model))
         digest = checkpoint_digest(files) if files else UNKNOWN
     except OSError as error:
         return f"it cannot be read here: {error}"
@@ -107,7 +123,7 @@ def _digest(vllm_config: Any, commit: Callable[[], str | None]) -> str:
     model = vllm_config.model_config
     if vllm_config.load_config.load_format == "dummy":
         return f"dummy-{model.seed}"
-    files = _weight_files(Path(model.model))
+    files = weight_files(Path(model.model))
     if files:
         return checkpoint_digest(files)
     found = commit()
@@ -121,11 +137,11 @@ def _digest(vllm_config: Any, commit: Callable[[], str | None]) -> str:
     return UNKNOWN
 
 
-def _weight_files(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
     """Return the files of a checkpoint folder in the format that vLLM prefers; or `path` itself."""
     if path.is_file():
         return [path]
-    listed = (sorted(path.glob(pattern)) for pattern in _WEIGHT_FILES)
+    listed = (sorted(path.glob(pattern)) for pattern in WEIGHT_FILES)
     return next(filter(None, listed), [])
 
 

@@ -20,7 +20,8 @@ from vllm_dwdp.distributed.launch import Seat
 from vllm_dwdp.distributed.membership import Membership
 from vllm_dwdp.errors import DwdpUnsupportedError
 from vllm_dwdp.executor.identity import open_membership
-from vllm_dwdp.executor.source import reloaded_source
+from vllm_dwdp.executor.readable import check_readable
+from vllm_dwdp.executor.source import follow_revision, reloaded_source
 from vllm_dwdp.logger import init_logger
 from vllm_dwdp.model_executor.costs import ServedModel
 from vllm_dwdp.model_executor.group import ExpertGroup
@@ -70,6 +71,7 @@ class DwdpWorker:
             return self.model_runner.get_model()  # type: ignore[attr-defined]
 
         self.expert_group = join_group(seat, self.open_membership, load, self._served())
+        follow_revision(self.vllm_config, self.expert_group.membership.fingerprint)  # type: ignore[attr-defined]
 
     def _served(self) -> ServedModel:
         vllm_config = self.vllm_config  # type: ignore[attr-defined]
@@ -146,7 +148,9 @@ class DwdpWorker:
                 "has them."
             )
         from_checkpoint = weights_iterator is None
-        self._begin_update(self.get_model(), from_checkpoint=from_checkpoint)  # type: ignore[attr-defined]
+        model = self.get_model()  # type: ignore[attr-defined]
+        check = partial(check_readable, self.vllm_config, model, weights_path)  # type: ignore[attr-defined]
+        self._begin_update(model, check if from_checkpoint else None)
         with self._failing_group(group):
             super().reload_weights(*given)  # type: ignore[misc]
         group.weights.finish(self._fingerprint if from_checkpoint else None)
@@ -186,7 +190,7 @@ class DwdpWorker:
         if group is None or model is None or self.weight_transfer_engine is None:  # type: ignore[attr-defined]
             start()  # no experts are shared, or vLLM says what is missing
             return
-        self._begin_update(model, from_checkpoint=False)
+        self._begin_update(model)
         with self._failing_group(group):
             start()
 
@@ -202,14 +206,21 @@ class DwdpWorker:
         if self.expert_group is not None:
             self.expert_group.weights.finish()
 
-    def _begin_update(self, model: torch.nn.Module, *, from_checkpoint: bool) -> None:
+    def _begin_update(
+        self, model: torch.nn.Module, check: Callable[[], None] | None = None
+    ) -> None:
+        """Pause with the group; `check` is of a checkpoint, and None for weights that are none."""
         assert self.expert_group is not None
         building = partial(
             reloading.building,
             self.vllm_config,  # type: ignore[attr-defined]
             self.device,  # type: ignore[attr-defined]
         )
-        self.expert_group.weights.begin(model, building, from_checkpoint=from_checkpoint)
+        weights = self.expert_group.weights
+        if check is None:
+            weights.begin(model, building, from_checkpoint=False)
+        else:
+            weights.begin(model, building, from_checkpoint=True, check=check)
 
     @contextmanager
     def _failing_group(self, group: ExpertGroup | None) -> Iterator[None]:

@@ -23,6 +23,11 @@ class Arrivals:
         self.digests: dict[str, bytes] = {}
         self._before = before
 
+    @property
+    def last(self) -> str:
+        """Name of the tensor that came last; empty if none has."""
+        return next(reversed(self.digests), "")
+
     def note(self, name: str, tensor: torch.Tensor) -> None:
         """Note a tensor that came: its name, type, shape and bytes."""
         if not self._before:

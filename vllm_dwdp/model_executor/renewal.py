@@ -89,12 +89,14 @@ class WeightRenewal:
         building: Callable[[], AbstractContextManager[None]],
         *,
         from_checkpoint: bool,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         """Pause together with the group, and let `model` take new weights, as vLLM reloads them.
 
         Args:
             building: in which vLLM builds and processes layers.
             from_checkpoint: whether `finish` says what the weights are; else what comes is digested.
+            check: raises if this rank cannot take them; then all go on with the weights that they have.
 
         Raises:
             WeightUpdateError: not all ranks came; the sentence says whether this one goes on.
@@ -107,7 +109,7 @@ class WeightRenewal:
         self._device.synchronize()
         if self._views.rings is not None:
             self._views.rings.synchronize()
-        self._membership.weights.lock()
+        self._membership.weights.lock(check)
         try:
             with ExitStack() as undo:
                 mapping = self._shard.memory.map_writable()
@@ -171,9 +173,10 @@ class WeightRenewal:
 
     def fail(self, error: BaseException) -> None:
         """Refuse to serve, and put vLLM's layers back."""
-        self._membership.weights.fail(error)
-        logger.error("DWDP: %s", self.refusal)
         begun, self._begun = self._begun, None
+        last = "" if begun is None else begun[2].last
+        self._membership.weights.fail(error, last)
+        logger.error("DWDP: %s", self.refusal)
         if begun is not None:
             begun[-1].close()
 

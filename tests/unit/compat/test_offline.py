@@ -19,7 +19,8 @@ from vllm_dwdp.compat.frontend import offline
 from vllm_dwdp.compat.frontend.interruptible import aborted_if_cut_short
 from vllm_dwdp.compat.frontend.interrupts import blocked_interrupts, uninterrupted
 from vllm_dwdp.compat.frontend.offline import RankClient
-from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.entrypoints.llm import LLM
+from vllm_dwdp.errors import DwdpError, DwdpUnsupportedError
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -254,3 +255,14 @@ def test_a_process_that_is_started_with_interrupts_blocked_never_gets_one() -> N
     finally:
         deaf.terminate()
     assert deaf.wait(timeout=10) == -signal.SIGTERM
+
+
+def test_ranks_that_would_all_run_in_this_process_are_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Stock vLLM's engine in this process would wait for the others before it makes its client."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    with pytest.raises(
+        DwdpUnsupportedError, match="data_parallel_size=2 needs one process per rank"
+    ):
+        LLM("model", data_parallel_size=2)

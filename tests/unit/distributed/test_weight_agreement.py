@@ -65,7 +65,7 @@ class Group:
         self.serving.discard(number)
         try:
             fails("pause")
-            weights.lock()
+            weights.lock(lambda: fails("check"))
         except WeightUpdateError:
             if not weights.refusal:
                 self.serving.add(number)
@@ -265,6 +265,22 @@ def test_a_rank_that_gives_up_after_others_saw_it_pause_serves_on_and_so_do_they
         for other in others:
             with pytest.raises(WeightUpdateError, match="not begun: rank 1 of group 0 withdrew"):
                 other.result(timeout=TIMEOUT_S)
+        assert ranks.serving == {0, 1, 2} and not ranks.wrote
+        assert not any(rank.weights.refusal for rank in ranks.ranks)
+        assert ranks.update_all() == [None] * NUM_RANKS
+
+
+def test_a_rank_that_cannot_read_the_new_weights_costs_nobody_the_old_ones() -> None:
+    with group() as ranks:
+
+        def fail(step: str) -> None:
+            if step == "check":
+                raise OSError("no such checkpoint")
+
+        errors = ranks.update_all(rank1=lambda: ranks.update(1, fails=fail))
+        assert "was not begun: no such checkpoint. Nothing was written" in str(errors[1])
+        for number in (0, 2):
+            assert "cannot take them. Nothing was written" in str(errors[number])
         assert ranks.serving == {0, 1, 2} and not ranks.wrote
         assert not any(rank.weights.refusal for rank in ranks.ranks)
         assert ranks.update_all() == [None] * NUM_RANKS

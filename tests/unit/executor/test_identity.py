@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.distributed.fingerprint import Fingerprint
@@ -58,6 +59,14 @@ def test_other_weights_or_another_config_are_not(name: str, tmp_path: Path) -> N
     assert set(first.differences(other)) == {"checkpoint_digest"}
     config = fingerprint_of(str(tmp_path / "a"), hidden_size=16)
     assert set(first.differences(config)) == {"config_digest"}
+
+
+def test_equal_content_may_have_another_revision_and_what_cannot_be_compared_may_not() -> None:
+    """As where the group has reloaded a path, and a rank starts with `--revision` and a copy."""
+    named = replace(fingerprint_of("org/model", commit="1a"), revision="v1")
+    assert named.differences(replace(named, revision="None", model="/copy")) == {}
+    unknown = replace(named, checkpoint_digest="unknown")
+    assert set(unknown.differences(replace(unknown, revision="v2"))) == {"revision"}
 
 
 def test_only_workers_of_one_tensor_rank_have_the_same() -> None:

@@ -11,7 +11,13 @@ from tests.unit.distributed.test_messages import fingerprint
 from tests.unit.executor.test_identity import folder_with
 from vllm_dwdp.distributed.fingerprint import Fingerprint
 from vllm_dwdp.executor import source
-from vllm_dwdp.executor.source import Source, first_source, reloaded_source, take_over
+from vllm_dwdp.executor.source import (
+    Source,
+    first_source,
+    follow_revision,
+    reloaded_source,
+    take_over,
+)
 
 
 def config_of(model: str, load_format: str = "auto", cache: Path | None = None) -> Any:
@@ -110,10 +116,14 @@ def test_of_a_name_on_a_hub_that_commit_is_read_that_the_group_has(tmp_path: Pat
     assert found == Source(
         model="org/second", revision="None", checkpoint_digest=f"commit {commit}"
     )
-    served = fingerprint(model="org/second", checkpoint_digest=found.checkpoint_digest)
+    served = fingerprint(
+        model="org/second", revision="None", checkpoint_digest=found.checkpoint_digest
+    )
     returning = config_of("org/first")
     assert take_over(returning, served) == found
     assert read_from(returning) == ("org/second", commit, "")
+    follow_revision(returning, served)
+    assert read_from(returning) == ("org/second", None, ""), "a reload reads what the others read"
     elsewhere = config_of("org/second", cache=tmp_path / "empty")
     assert reloaded_source(elsewhere).checkpoint_digest == "unknown"
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from vllm_dwdp.errors import DwdpConfigError
+from vllm_dwdp.errors import DwdpConfigError, DwdpUnsupportedError
 
 BACKEND = "dwdp"
 EXECUTOR_CLS = {
@@ -50,8 +50,19 @@ _offline_size: int | None = None
 
 @contextmanager
 def offline_data_parallel(size: int) -> Iterator[None]:
-    """While active, configs are made for `size` ranks driven by one offline `LLM`."""
+    """While active, configs are made for `size` ranks driven by one offline `LLM`.
+
+    Raises:
+        DwdpUnsupportedError: engines run in this process, where there is room for one rank only.
+    """
+    from vllm import envs
+
     global _offline_size
+    if not envs.VLLM_ENABLE_V1_MULTIPROCESSING:
+        raise DwdpUnsupportedError(
+            "VLLM_ENABLE_V1_MULTIPROCESSING=0 runs the engine in this process, and "
+            f"data_parallel_size={size} needs one process per rank. Unset it."
+        )
     assert _offline_size is None
     _offline_size = size
     try:

@@ -21,7 +21,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.loggers import StatLoggerManager
 
 from vllm_dwdp.compat.frontend.interrupts import uninterrupted
-from vllm_dwdp.errors import DwdpError, DwdpUnsupportedError
+from vllm_dwdp.errors import DwdpError
 
 LIVENESS_INTERVAL_S = 1.0
 NAME_TIMEOUT_S = 20.0
@@ -221,11 +221,7 @@ def rank_client() -> Iterator[None]:
         log_stats: bool,
         renderer: Any = None,
     ) -> EngineCoreClient:
-        if not multiprocess_mode or asyncio_mode:
-            raise DwdpUnsupportedError(
-                "VLLM_ENABLE_V1_MULTIPROCESSING=0 runs the engine in this process, and "
-                "data_parallel_size > 1 needs one process per rank. Unset it."
-            )
+        assert multiprocess_mode and not asyncio_mode
         clients.append(RankClient(vllm_config, executor_class, log_stats, renderer=renderer))
         return clients[-1]
 

@@ -8,6 +8,7 @@ Private names used: `reload.layerwise.get_layerwise_info`, `LayerReloadingInfo.l
 `.kernel_tensors`, `_place_kernel_tensors`, `EngineCore.resume_scheduler`.
 """
 
+import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,35 @@ from typing import Any
 
 import torch
 
+from vllm_dwdp.errors import DwdpUnsupportedError
+
 NamedTensor = tuple[str, torch.Tensor]
+
+
+def check_loader(vllm_config: Any) -> None:
+    """Check that vLLM can reload in the load format of this rank.
+
+    Raises:
+        DwdpUnsupportedError: it cannot.
+    """
+    from vllm.model_executor.model_loader import get_model_loader
+
+    if not hasattr(get_model_loader(vllm_config.load_config), "get_all_weights"):
+        raise DwdpUnsupportedError(
+            f"vLLM cannot reload weights with --load-format {vllm_config.load_config.load_format}"
+        )
+
+
+def download(vllm_config: Any, model: Any, path: str | None) -> None:
+    """Get the weights of a name on a hub, as a reload from `path` would; None is for the last name."""
+    from vllm.model_executor.model_loader import get_model_loader
+
+    if getattr(model, "allow_patterns_overrides", None) is not None:
+        return  # only a reload itself knows which files it wants
+    config = copy.copy(vllm_config.model_config)
+    if path is not None:
+        config.model, config.model_weights, config.revision = path, "", None
+    get_model_loader(vllm_config.load_config).download_model(config)
 
 
 @contextmanager

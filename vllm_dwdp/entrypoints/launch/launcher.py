@@ -27,6 +27,7 @@ from vllm_dwdp.entrypoints.launch.cores import cores_for_each, physical_cores
 from vllm_dwdp.entrypoints.launch.deadlines import default_start_timeout_s, shutdown_timeout_s
 from vllm_dwdp.entrypoints.launch.deployment import Deployment
 from vllm_dwdp.entrypoints.launch.disaggregation import check_nixl, devices_of
+from vllm_dwdp.entrypoints.launch.environment import check_environment
 from vllm_dwdp.entrypoints.launch.forking import forked_ranks, is_vllm_of_ours
 from vllm_dwdp.entrypoints.launch.fronts import (
     admission_file,
@@ -41,7 +42,6 @@ from vllm_dwdp.entrypoints.launch.holding import ExpertHolder, expert_holder
 from vllm_dwdp.entrypoints.launch.plan import (
     ROUTER,
     LaunchPlan,
-    check_environment,
     find_program,
 )
 from vllm_dwdp.entrypoints.launch.ports import check_bindable, port_obstacle

@@ -23,8 +23,6 @@ from vllm_dwdp.errors import DwdpConfigError
 
 ROUTER = "vllm-router"
 
-RUST_FRONT_END = "VLLM_USE_RUST_FRONTEND"
-
 _CONFIG = "--additional-config"
 _ONLY_HTTP = "the router reaches the ranks by HTTP on their ports; leave it out"
 _REFUSED = {
@@ -230,19 +228,6 @@ def find_program(name: str) -> str:
             f"Install {package} with pip into the environment of vllm-dwdp."
         )
     return found
-
-
-def check_environment(environment: Mapping[str, str]) -> None:
-    """Refuse settings of vLLM's that the ranks of a launch could not be asked with.
-
-    Raises:
-        DwdpConfigError: another HTTP server than vLLM's own in Python was chosen.
-    """
-    if environment.get(RUST_FRONT_END, "0") not in ("", "0"):
-        raise DwdpConfigError(
-            f"{RUST_FRONT_END}={environment[RUST_FRONT_END]} cannot be used with launch: that server "
-            "has no middleware, by which a rank tells the router's requests apart. Unset it."
-        )
 
 
 def api_key(arguments: Sequence[str], environment: Mapping[str, str]) -> str:

@@ -10,6 +10,7 @@ import pytest
 
 from tests.unit.entrypoints.launch.fakes import interrupt, plan, run
 from vllm_dwdp.entrypoints.launch import launcher as launch
+from vllm_dwdp.entrypoints.launch.environment import check_environment
 from vllm_dwdp.entrypoints.launch.plan import LaunchPlan, find_program
 from vllm_dwdp.errors import DwdpConfigError
 
@@ -45,6 +46,15 @@ def test_a_server_without_middleware_is_refused_before_anything_starts(
         run(fakes, tmp_path, lambda line, lines: interrupt())
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "0")
     run(fakes, tmp_path, lambda line, lines: interrupt())
+
+
+def test_a_choice_of_plugins_without_this_one_is_refused_before_anything_starts() -> None:
+    """Without the plugin vLLM says of its backend: not enough values to unpack."""
+    for allowed, added in (("other", "other,dwdp"), ("", "dwdp")):
+        with pytest.raises(DwdpConfigError, match=f"VLLM_PLUGINS={allowed} keeps .*={added}$"):
+            check_environment({"VLLM_PLUGINS": allowed})
+    check_environment({"VLLM_PLUGINS": "other,dwdp"})
+    check_environment({})
 
 
 def test_a_port_that_is_taken_is_refused_before_anything_starts(
