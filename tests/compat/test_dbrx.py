@@ -1,17 +1,22 @@
 """DBRX: its own loader of whole tensors of experts, and their number, which vLLM does not find."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from vllm_dwdp.compat.frontend.expert_count import counted_in_parts
+from vllm_dwdp.errors import WeightUpdateError
 from vllm_dwdp.layout.placement import ExpertRange
+from vllm_dwdp.model_executor.incoming import _check_complete
 from vllm_dwdp.model_executor.raw_parameters import LoadsRawParameters, RawParameters
 
 pytestmark = pytest.mark.compat
 
 NUM_EXPERTS, INTERMEDIATE, HIDDEN = 5, 48, 64
+PARAMETERS = {"w1": "w13_weight", "v1": "w13_weight", "w2": "w2_weight"}
+"""Where the parts of a checkpoint's experts go."""
 
 
 def test_its_experts_are_in_a_part_of_the_config() -> None:
@@ -28,11 +33,9 @@ def test_its_experts_are_in_a_part_of_the_config() -> None:
     assert convertor.get_num_experts() == 0
 
 
-@pytest.mark.parametrize("resident", [ExpertRange(0, 3), ExpertRange(3, 5)])
-def test_its_loader_gets_the_rows_of_resident_experts(
-    resident: ExpertRange, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The checkpoint has `[num_experts * intermediate_size, hidden_size]`, of `w1`, `v1` and `w2`."""
+@pytest.fixture
+def stock(monkeypatch: pytest.MonkeyPatch) -> type[torch.nn.Module]:
+    """DBRX' layer with its loader, its parameters and nothing else."""
     from vllm.model_executor.models import dbrx
 
     monkeypatch.setattr(dbrx, "get_tensor_model_parallel_rank", lambda: 0)
@@ -49,21 +52,49 @@ def test_its_loader_gets_the_rows_of_resident_experts(
         def __new__(cls) -> "Stock":
             return object.__new__(cls)
 
-    class Ours(LoadsRawParameters, Stock):
-        pass
+    return Stock
 
-    stock, ours = Stock(), Ours()
-    ours.raw = RawParameters(ours, NUM_EXPERTS, resident)
+
+def sharded(stock: type[torch.nn.Module], resident: ExpertRange) -> Any:
+    layer: Any = type("Ours", (LoadsRawParameters, stock), {})()
+    layer.raw = RawParameters(layer, NUM_EXPERTS, resident)
+    return layer
+
+
+def load(layer: Any, *parts: str) -> None:
+    """Load `[num_experts * intermediate_size, hidden_size]` of each, as the model's loader does."""
+    for part in parts:
+        name = PARAMETERS[part]
+        layer.weight_loader(getattr(layer, name), weight_of(part), f"mlp.{part}", f"experts.{name}")
+
+
+def weight_of(part: str) -> torch.Tensor:
     shape = NUM_EXPERTS * INTERMEDIATE, HIDDEN
-    weights = torch.arange(3.0 * math.prod(shape)).view(3, *shape)
-    for weight, part, name in zip(
-        weights, ("w1", "v1", "w2"), ("w13_weight", "w13_weight", "w2_weight"), strict=True
-    ):
-        for layer in (stock, ours):
-            layer.weight_loader(getattr(layer, name), weight, f"mlp.{part}", f"experts.{name}")
+    return torch.arange(math.prod(shape)).view(shape) + 0.25 * list(PARAMETERS).index(part)
+
+
+@pytest.mark.parametrize("resident", [ExpertRange(0, 3), ExpertRange(3, 5)])
+def test_its_loader_gets_the_rows_of_resident_experts(
+    stock: type[torch.nn.Module], resident: ExpertRange
+) -> None:
+    whole, ours = stock(), sharded(stock, resident)
+    for layer in (whole, ours):
+        load(layer, *PARAMETERS)
     ours.raw.check_complete("experts")
-    rows = slice(resident.start, resident.stop)
-    for name in ("w13_weight", "w2_weight"):
-        assert torch.equal(getattr(ours, name), getattr(stock, name)[rows]), name
-    assert ours.raw.read_bytes == weights.nbytes // NUM_EXPERTS * len(resident)
-    assert ours.raw.checkpoint_bytes == weights.nbytes
+    for name in PARAMETERS.values():
+        rows = getattr(whole, name)[resident.start : resident.stop]
+        assert torch.equal(getattr(ours, name), rows), name
+    num_bytes = sum(weight_of(part).nbytes for part in PARAMETERS)
+    assert ours.raw.read_bytes == num_bytes // NUM_EXPERTS * len(resident)
+    assert ours.raw.checkpoint_bytes == num_bytes
+
+
+def test_an_update_without_one_of_its_parts_is_refused(stock: type[torch.nn.Module]) -> None:
+    """Two of them share a parameter, of which half would be whatever its memory held."""
+    before, came = (sharded(stock, ExpertRange(0, 3)) for _ in range(2))
+    load(before, *PARAMETERS)
+    load(came, "w1", "w2")
+    with pytest.raises(WeightUpdateError, match=r"but no w13_weight \(mlp.v1\)"):
+        _check_complete("experts", came.raw, before.raw)
+    load(came, "v1")
+    _check_complete("experts", came.raw, before.raw)
