@@ -102,8 +102,22 @@ def _save_llama4_processor(folder: Path) -> None:
     _write_processor(folder, [*LLAMA4_TOKENS.values(), *separators], files)
 
 
+def _say_how_to_denoise(folder: Path) -> None:
+    """Write a generation_config.json with which a canvas takes a few steps."""
+    content = {
+        "max_denoising_steps": 4,
+        "stability_threshold": 1,
+        "confidence_threshold": 0.005,
+        "t_min": 0.4,
+        "t_max": 0.8,
+        "sampler_config": {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": 0.1},
+    }
+    (folder / "generation_config.json").write_text(json.dumps(content))
+
+
 PROCESSORS: dict[str, Callable[[Path], None]] = {
     "aria": _save_aria_processor,
+    "diffusion_gemma": _say_how_to_denoise,
     "qwen3_vl_moe": _save_qwen_vl_processor,
     "qwen3_5_moe": _save_qwen_vl_processor,
     "qwen3_vl_moe_saved": _save_qwen_vl_processor,
@@ -111,7 +125,7 @@ PROCESSORS: dict[str, Callable[[Path], None]] = {
     "qwen3_omni_moe": _save_omni_processor,
     "llama4": _save_llama4_processor,
 }
-"""What writes the processor of a family whose checkpoints are asked with images."""
+"""What writes files of a family beside its weights: processors of pictures, and how to generate."""
 
 
 def _save_joint_head(folder: Path, dice: torch.Generator) -> None:

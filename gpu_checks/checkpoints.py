@@ -51,7 +51,7 @@ def _mixtral(num_experts: int) -> transformers.PretrainedConfig:
 
 
 def _dbrx(num_experts: int) -> transformers.PretrainedConfig:
-    """vLLM does not count its experts: to test the refusal."""
+    """vLLM does not count its experts, which are in a part of the config."""
     return transformers.DbrxConfig(
         d_model=160,
         n_heads=5,

@@ -7,9 +7,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from gpu_checks.families import (
     DERIVED,
+    EXPERTS,
     FAMILIES,
+    HEADS,
     QWEN3_5_TEXT,
     QWEN3_VL_TEXT,
+    SLIDING_THEN_FULL,
     Builder,
 )
 
@@ -20,6 +23,15 @@ VISION = {
     "num_heads": 2,
     "out_hidden_size": 128,
     "num_position_embeddings": 64,
+}
+GEMMA4_VISION = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "position_embedding_size": 64,
 }
 IMAGE_TOKEN, IMAGE_TOKEN_ID = "<|img|>", 494
 """The first token that is free in the checkpoints' vocabulary."""
@@ -104,20 +116,33 @@ def _gemma4_multimodal(num_experts: int) -> transformers.PretrainedConfig:
     """Return a vision tower and the text model."""
     return transformers.Gemma4Config(
         text_config=FAMILIES["gemma4"](num_experts).to_dict(),
-        vision_config={
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-            "head_dim": 32,
-            "position_embedding_size": 64,
-        },
+        vision_config=GEMMA4_VISION,
         audio_config=None,
         dtype="bfloat16",
         tie_word_embeddings=True,
         **dict.fromkeys(("image_token_id", "boi_token_id", "eoi_token_id"), IMAGE_TOKEN_ID),
         **dict.fromkeys(("video_token_id", "audio_token_id", "boa_token_id"), IMAGE_TOKEN_ID),
+    )
+
+
+def _diffusion_gemma(num_experts: int) -> transformers.PretrainedConfig:
+    """Return Gemma-4's parts, whose text model makes `canvas_length` tokens of noise at a time."""
+    return transformers.DiffusionGemmaConfig(
+        text_config=HEADS
+        | EXPERTS
+        | {
+            "num_experts": num_experts,
+            "top_k_experts": 2,
+            "layer_types": SLIDING_THEN_FULL,
+            "sliding_window": 64,
+            "tie_word_embeddings": True,
+            "per_layer_config": {},
+        },
+        vision_config=GEMMA4_VISION,
+        canvas_length=16,
+        dtype="bfloat16",
+        tie_word_embeddings=True,
+        image_token_id=IMAGE_TOKEN_ID,
     )
 
 
@@ -223,6 +248,7 @@ _QWEN3_VL = _with_vision("qwen3_vl_moe", QWEN3_VL_TEXT, deepstack_visual_indexes
 """Published ones have other tensors than those that transformers saves: see `TRANSPOSED`."""
 
 MULTIMODAL: dict[str, Builder] = {
+    "diffusion_gemma": _diffusion_gemma,
     "gemma4_unified": _gemma4_unified,
     "qwen3_omni_moe": _qwen3_omni,
     "clef_omni": _clef_omni,

@@ -193,19 +193,6 @@ MULTIMODAL: dict[str, Published] = {
             "norm_std": [0.5, 0.5, 0.5],
         },
     ),
-    "diffusion_gemma": Published(
-        architecture="DiffusionGemmaForBlockDiffusion",
-        model_type="diffusion_gemma",
-        experts="num_experts",
-        fields={
-            "top_k_experts": 2,
-            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
-            "sliding_window": 64,
-            "per_layer_config": {},
-        },
-        inside="text_config",
-        has_own_configuration=False,
-    ),
     "mimo_v2_omni": Published(
         architecture="MiMoV2OmniForCausalLM",
         model_type="mimo_v2_omni",

@@ -372,8 +372,8 @@ def pool(
 def generate(engine: Any, index: int, text: Any, **options: Any) -> list[int]:
     from vllm import SamplingParams
 
-    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, **options)
-    engine.add_request(f"request-{index}", text, params)
+    greedy = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
+    engine.add_request(f"request-{index}", text, SamplingParams(**greedy | options))
     tokens: list[int] = []
     while engine.has_unfinished_requests():
         for output in engine.step():

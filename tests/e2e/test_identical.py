@@ -19,7 +19,7 @@ pytestmark = pytest.mark.e2e
 
 ON_PUSH = {"mixtral": 8, "gpt_oss": 8, "deepseek_v3": 8}
 """Families with a loader per expert, with fused tensors and biases, and with shared experts and MLA."""
-OTHERS = {name: 8 for name in ARCHITECTURES if name not in ON_PUSH | {"dbrx": 8}}  # refused
+OTHERS = {name: 8 for name in ARCHITECTURES if name not in ON_PUSH | {"dbrx": 8}}  # stock fails
 FAMILIES = [
     pytest.param(ON_PUSH, id="three-families"),
     pytest.param(OTHERS, id="other-families", marks=pytest.mark.slow),

@@ -295,8 +295,10 @@ def test_a_dense_model(tmp_path: Any) -> None:
 
 
 def test_a_model_whose_experts_vllm_does_not_count(checkpoints: Checkpoints) -> None:
-    with pytest.raises(DwdpUnsupportedError, match=r"\(DbrxForCausalLM\) has no routed experts"):
-        configure(checkpoints("dbrx"))
+    """They are counted where its config has them, and the group is checked against their number."""
+    assert configure(checkpoints("dbrx")).model_config.get_num_experts() == 8
+    with pytest.raises(DwdpConfigError, match=r"is larger than the 2 experts of a layer"):
+        configure(checkpoints("dbrx", 2), data_parallel_size=4)
 
 
 def test_the_command_ends_with_the_error_and_a_non_zero_exit(checkpoints: Checkpoints) -> None:

@@ -23,9 +23,10 @@ TITLES = {
 NOTES = {
     "model": "Checkpoints are small, with random weights. A row that ends in `... in torch` ran with "
     "that operation, which vLLM has for GPUs only, in plain torch, in stock vLLM and with DWDP alike "
-    "(`tests/helpers/missing_kernels`); what stock vLLM says without it is below. `in Triton's "
-    "interpreter`: stock vLLM has Triton kernels for it and runs on a CPU where there is a Triton, of "
-    "which PyPI has the interpreter only (`tests/helpers/triton_interpreter`)."
+    "(`tests/helpers/missing_kernels`); what stock vLLM says without it is below. `... mended`: so was "
+    "what vLLM has wrong on every device. `in Triton's interpreter`: stock vLLM has Triton kernels for "
+    "it and runs on a CPU where there is a Triton, of which PyPI has the interpreter only "
+    "(`tests/helpers/triton_interpreter`)."
 }
 FILES = {"feature": "features.md", "model": "models.md"}
 

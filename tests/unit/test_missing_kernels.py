@@ -17,6 +17,7 @@ def test_programs_find_the_plugin_and_the_names_beside_what_they_have() -> None:
     assert (found[NAMES], found["OTHER"]) == ("mamba_1,zero_experts", "1")
     assert list(PLUGINS.glob("*.dist-info/entry_points.txt"))
     assert said(("mamba_1", "zero_experts")) == "with mamba 1 and zero experts in torch"
+    assert said(("the_names_of_experts",)) == "with the names of experts mended"
 
 
 def test_a_key_of_the_delta_rule_knows_what_it_was_told_last() -> None:

@@ -107,7 +107,9 @@ class RawParameters:
         experts = (
             range(self.num_experts) if is_whole else range(expert_id or 0, (expert_id or 0) + 1)
         )
-        self._loaded.setdefault((name, str(shard_id)), set()).update(experts)
+        # A loader of its own may name the parameter again, as DBRX': the weight's name says the part.
+        part = weight_name if str(shard_id).endswith(name) else str(shard_id)
+        self._loaded.setdefault((name, part), set()).update(experts)
         if name in self.large:
             self.checkpoint_bytes += loaded_weight.nbytes // self._num_slices
             if is_whole:

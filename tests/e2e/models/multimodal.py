@@ -121,9 +121,11 @@ MULTIMODAL: dict[str, Model] = {
     "diffusion_gemma": model(
         "DiffusionGemma",
         "DiffusionGemmaForBlockDiffusion",
-        engine_args=TEXT_ONLY | NO_WEIGHTS,
+        engine_args=TEXT_ONLY,
+        asked={"drive": "tests.e2e.denoising:answer"},
         needs_torchvision=True,
         stock_error="Model Runner V1 does not support: diffusion models",
+        interpreted=True,
     ),
     "mimo_v2_omni": model(
         "MiMo-V2-Omni",

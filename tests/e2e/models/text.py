@@ -26,7 +26,12 @@ TEXT: dict[str, Model] = {
     "deepseek_v2": model("DeepSeek-V2", "DeepseekV2ForCausalLM"),
     "deepseek_v3": model("DeepSeek-V3, R1", "DeepseekV3ForCausalLM"),
     "kimi_k2": model("Kimi-K2", "DeepseekV3ForCausalLM"),
-    "dbrx": model("DBRX", "DbrxForCausalLM", stock_error="experts.w13_weight"),
+    "dbrx": model(
+        "DBRX",
+        "DbrxForCausalLM",
+        stock_error="experts.w13_weight",
+        stand_ins=("the_names_of_experts",),
+    ),
     "afmoe": model("Trinity (AFMoE)", "AfmoeForCausalLM"),
     "axk1": model("A.X-K1", "AXK1ForCausalLM"),
     "cohere2_moe": model("Command-A MoE", "Cohere2MoeForCausalLM", window_added=1),

@@ -1,9 +1,9 @@
 """Operations that vLLM has for GPUs only, in torch, so that the models that need one run on a CPU.
 
 Each of `STAND_INS` puts its sentences in the place of one operation, in stock engines and in
-ours alike; layers, loaders, routing modules and schedulers stay vLLM's. `environment` names those that
-a program and every process of its engines shall have: a vLLM plugin in `kernel_plugins/` calls
-`install` there.
+ours alike; layers, loaders, routing modules and schedulers stay vLLM's. `FAULTS` are vLLM's own on
+every device, which are mended likewise. `environment` names those that a program and every process
+of its engines shall have: a vLLM plugin in `kernel_plugins/` calls `install` there.
 """
 
 import functools
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tests.helpers.missing_kernels.delta import bounded_delta_attention, delta_attention
 from tests.helpers.missing_kernels.experts import experts_without_a_gate
+from tests.helpers.missing_kernels.faults import the_names_of_experts
 from tests.helpers.missing_kernels.latents import blocks_of_latents, caches_of_latents
 from tests.helpers.missing_kernels.plans import plans_of_all_layers
 from tests.helpers.missing_kernels.pools import pools_of_keys
@@ -30,7 +31,8 @@ PLUGINS = Path(__file__).parent.with_name("kernel_plugins")
 NAMES = "DWDP_TEST_STAND_INS"
 """The environment variable that lists stand-ins, with commas between them."""
 
-STAND_INS: dict[str, Callable[[], None]] = {
+FAULTS: dict[str, Callable[[], None]] = {each.__name__: each for each in (the_names_of_experts,)}
+STAND_INS: dict[str, Callable[[], None]] = FAULTS | {
     each.__name__: each
     for each in (
         routing_by_sigmoid,
@@ -64,7 +66,12 @@ def environment(names: tuple[str, ...], others: Mapping[str, str]) -> dict[str, 
 
 def said(names: tuple[str, ...]) -> str:
     """Return what a row of a table says of a model that ran with them."""
-    return f"with {' and '.join(names)} in torch".replace("_", " ")
+    kinds = {
+        "in torch": [name for name in names if name not in FAULTS],
+        "mended": [name for name in names if name in FAULTS],
+    }
+    parts = [f"{' and '.join(each)} {how}" for how, each in kinds.items() if each]
+    return f"with {', '.join(parts)}".replace("_", " ")
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from typing import Any
 
 from vllm_dwdp.compat.frontend import own_engines, startup, stat_logger
 from vllm_dwdp.compat.frontend.backend import BACKEND, WORKER_CLS, executor_cls, offline_size
+from vllm_dwdp.compat.frontend.expert_count import counted_in_parts
 from vllm_dwdp.compat.frontend.host_memory import check_kv_caches
 from vllm_dwdp.compat.frontend.model_refusals import refuse_unsupported_model
 from vllm_dwdp.compat.frontend.ranks import (
@@ -99,14 +100,15 @@ def _build(args: Any, config: DwdpConfig, device: str, build_stock: Callable[[],
     compiled graph may stay, or every rank and every start would compile again.
     """
     hashed = {BACKEND: {"mode": config.mode if config.shares_experts else "replica"}}
-    with replaced(
+    ours = replaced(
         args,
         distributed_executor_backend=executor_cls(
             config.executor, args.distributed_executor_backend, args.tensor_parallel_size
         ),
         worker_cls=WORKER_CLS[device],
         additional_config=dict(args.additional_config or {}) | hashed,
-    ):
+    )
+    with ours, counted_in_parts():
         return build_stock()
 
 

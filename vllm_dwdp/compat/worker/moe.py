@@ -18,10 +18,11 @@ from vllm_dwdp.errors import DwdpUnsupportedError
 def wrappable_classes() -> tuple[type, ...]:
     """Routed-experts classes that load through `weight_loader`, so that they can shard."""
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    from vllm.model_executor.models.dbrx import DbrxExperts
     from vllm.model_executor.models.gpt_oss import GptOssRoutedExperts
     from vllm.model_executor.models.transformers.moe import TransformersRoutedExperts
 
-    return (RoutedExperts, GptOssRoutedExperts, TransformersRoutedExperts)
+    return (RoutedExperts, DbrxExperts, GptOssRoutedExperts, TransformersRoutedExperts)
 
 
 @contextmanager
