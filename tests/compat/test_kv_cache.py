@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.unit.planner.test_kv_cache import INDEXED, KIMI_LINEAR, NEMOTRON_H, QWEN3_NEXT
+from tests.unit.planner.test_indexers import INDEXED
+from tests.unit.planner.test_kv_cache import KIMI_LINEAR, NEMOTRON_H, QWEN3_NEXT
 from vllm_dwdp.paper import DEEPSEEK_R1
 from vllm_dwdp.planner.checkpoint import ConfigFields
 from vllm_dwdp.planner.model_shape import shape_of

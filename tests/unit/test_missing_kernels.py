@@ -7,8 +7,7 @@ from tests.helpers.missing_kernels.chosen_tokens import attend as attend_to
 from tests.helpers.missing_kernels.chosen_tokens import best, packed, unpacked
 from tests.helpers.missing_kernels.delta import attend
 from tests.helpers.missing_kernels.pools import rotated, tokens_of
-from vllm_dwdp.planner.checkpoint import ConfigFields
-from vllm_dwdp.planner.kv_cache import _index_bytes
+from vllm_dwdp.planner.cache_parts import index_bytes
 
 
 def test_programs_find_the_plugin_and_the_names_beside_what_they_have() -> None:
@@ -43,7 +42,7 @@ def test_with_a_bound_a_state_forgets_no_more_than_it_says() -> None:
 def test_an_indexed_key_has_the_bytes_that_the_planner_counts() -> None:
     keys = torch.randn(7, 128) * torch.logspace(-3, 3, 7)[:, None]
     rows = packed(keys)
-    counted = _index_bytes(ConfigFields({"index_head_dim": 128}), 0, 1)
+    counted = index_bytes(128)
     assert (rows.dtype, rows.shape) == (torch.uint8, (7, counted))
     largest = keys.abs().amax(-1, keepdim=True)
     assert ((unpacked(rows, 128) - keys).abs() <= largest / 16).all()

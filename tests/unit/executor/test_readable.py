@@ -45,6 +45,9 @@ def test_a_checkpoint_that_is_whole_passes(whole: Path, monkeypatch: pytest.Monk
     check(str(whole / "model-1.safetensors"))
     monkeypatch.chdir(whole.parent)
     check(whole.name)
+    other = {"weight_map": {"w1": "consolidated-1.safetensors"}}
+    (whole / "consolidated.safetensors.index.json").write_text(json.dumps(other))
+    check(str(whole))  # a download of one format only, with all small files
     save_file({}, whole / "empty.safetensors")
     (whole / "checkpoint-7").mkdir()
     (whole / "checkpoint-7" / "model.safetensors").touch()  # which a trainer writes beside
