@@ -232,6 +232,7 @@ DENSE_ATTENTION: dict[str, Published] = {
         model_type="longcat_flash",
         experts="n_routed_experts",
         fields=LONGCAT | {"ngram_vocab_size_ratio": 4, "emb_split_num": 2, "emb_neighbor_num": 3},
+        tensors=own_names.longcat_ngram,
         has_own_configuration=False,
         without=WITHOUT_LONGCAT,
     ),

@@ -40,6 +40,21 @@ def longcat(config: Fields) -> Shapes:
     return model(config, layer)
 
 
+def longcat_ngram(config: Fields) -> Shapes:
+    """Add the tables of the last two, three, ... tokens together, each two rows longer than the last."""
+    hidden, rows = config["hidden_size"], config["ngram_vocab_size_ratio"] * config["vocab_size"]
+    count = config["emb_split_num"] * (config["emb_neighbor_num"] - 1)
+    tables = {
+        f"model.ngram_embeddings.{kind}.{number}.weight": shape
+        for number in range(count)
+        for kind, shape in {
+            "embedders": (rows + 2 * number + 1, hidden // count),
+            "post_projs": (hidden, hidden // count),
+        }.items()
+    }
+    return longcat(config) | tables
+
+
 def step3(config: Fields, attending: Callable[[str], Shapes], **biases: int) -> Shapes:
     count = config["moe_num_experts"]
     with_experts = [int(number) for number in config["moe_layers_enum"].split(",")]

@@ -1,11 +1,13 @@
 """The stand-ins for kernels that vLLM lacks on CPUs: how they are named, and the rules of some."""
 
+import pytest
 import torch
 
 from tests.helpers.missing_kernels import NAMES, PLUGINS, environment, said
 from tests.helpers.missing_kernels.chosen_tokens import attend as attend_to
 from tests.helpers.missing_kernels.chosen_tokens import best, packed, unpacked
 from tests.helpers.missing_kernels.delta import attend
+from tests.helpers.missing_kernels.ngrams import ids_of_ngrams
 from tests.helpers.missing_kernels.pools import rotated, tokens_of
 from vllm_dwdp.planner.cache_parts import index_bytes
 
@@ -85,3 +87,25 @@ def test_a_rotation_keeps_products() -> None:
     q, k = torch.randn(2, 3, 128)
     assert torch.allclose(rotated(q) @ rotated(k).T, q @ k.T, atol=1e-4)
     assert not torch.allclose(rotated(q), q)
+
+
+def test_ids_of_ngrams_end_at_the_start_of_a_request_and_at_a_negative_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two requests of a vocabulary of 10, with one table of pairs and one of triples."""
+    from vllm import _custom_ops
+
+    monkeypatch.setattr(_custom_ops, "ngram_compute_n_gram_ids", None)
+    ids_of_ngrams()
+    powers = torch.tensor([[[1, 10, 100]], [[1, 10, 100]]])
+    sizes, first_rows = torch.tensor([[101], [103]]), torch.tensor([0, 101, 204])
+    tokens = torch.tensor([[-1, -1, 3, 4, 5], [7, 8, 9, -2, 6]])
+    ids = torch.empty(6, 2, dtype=torch.int32)
+    _custom_ops.ngram_compute_n_gram_ids(
+        *(3, 1, powers, sizes, first_rows, torch.tensor([0, 3, 6]), tokens),
+        *(torch.tensor([0, 1]), torch.tensor([2, 2]), ids),
+    )
+    pairs = [3, 4 + 30, 5 + 40, 9 + 80, 0, 6]
+    triples = [3, 4 + 30, (5 + 40 + 300) % 103, (9 + 80 + 700) % 103, 0, 6]
+    assert ids[:, 0].tolist() == pairs
+    assert (ids[:, 1] - 101).tolist() == triples

@@ -201,8 +201,9 @@ TEXT: dict[str, Model] = {
     "longcat_flash_ngram": model(
         "LongCat-Flash-Lite",
         "LongcatFlashNgramForCausalLM",
-        engine_args=NO_WEIGHTS,
         stock_error="requires the V2 model runner",
+        stand_ins=("zero_experts", "ids_of_ngrams"),
+        interpreted=True,
     ),
     "glm5_next_text": model(
         "GLM-5.3-Flash, text",

@@ -15,6 +15,7 @@ from tests.helpers.missing_kernels.delta import bounded_delta_attention, delta_a
 from tests.helpers.missing_kernels.experts import experts_without_a_gate
 from tests.helpers.missing_kernels.faults import the_names_of_experts
 from tests.helpers.missing_kernels.latents import blocks_of_latents, caches_of_latents
+from tests.helpers.missing_kernels.ngrams import ids_of_ngrams
 from tests.helpers.missing_kernels.plans import plans_of_all_layers
 from tests.helpers.missing_kernels.pools import pools_of_keys
 from tests.helpers.missing_kernels.rotary import the_rotary_embedding
@@ -49,6 +50,7 @@ STAND_INS: dict[str, Callable[[], None]] = FAULTS | {
         pools_of_keys,
         the_rotary_embedding,
         plans_of_all_layers,
+        ids_of_ngrams,
     )
 }
 
