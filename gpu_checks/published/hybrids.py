@@ -61,6 +61,7 @@ HYBRIDS: dict[str, Published] = {
             "moe_shared_expert_intermediate_size": 96,
             "rope_interleave": True,
         },
+        tensors=layouts.bailing,
     ),
     "qwen4_exp_text": Published(
         architecture="Qwen4ExpForCausalLM",

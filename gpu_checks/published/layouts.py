@@ -43,6 +43,8 @@ def bailing_attention(prefix: str, config: Fields, number: int) -> Shapes:
     period = config.get("layer_group_size")
     if not period:
         return packed_attention(prefix, config, "query_key_value", "dense") | inner_norms
+    if kernel := config.get("short_conv_kernel_size"):
+        return bailing_3_attention(prefix, config, kernel, is_latent=(number + 1) % period == 0)
     if (number + 1) % period == 0:
         latent = latent_attention(prefix, config)
         return latent | {f"{prefix}.dense.weight": latent.pop(f"{prefix}.o_proj.weight")}
@@ -50,6 +52,21 @@ def bailing_attention(prefix: str, config: Fields, number: int) -> Shapes:
     gate = weights(prefix, g_proj=(whole, hidden), g_norm=(whole,))
     linear = config | {"num_key_value_heads": config["num_attention_heads"]}
     return packed_attention(prefix, linear, "query_key_value", "dense") | gate | inner_norms
+
+
+def bailing_3_attention(prefix: str, config: Fields, kernel: int, *, is_latent: bool) -> Shapes:
+    if is_latent:
+        latent = latent_attention(prefix, config)
+        return latent | {f"{prefix}.dense.weight": latent.pop(f"{prefix}.o_proj.weight")}
+    heads, size, hidden = (
+        config[name] for name in ("num_attention_heads", "head_dim", "hidden_size")
+    )
+    whole = heads * size
+    convolutions = {f"{name}_conv1d": (whole, 1, kernel) for name in "qkv"}
+    projections = {f"{name}_proj": (whole, hidden) for name in "qkvfg"}
+    ends = {"b_proj": (heads, hidden), "o_norm": (size,), "o_proj": (hidden, whole)}
+    decays: Shapes = {f"{prefix}.A_log": (heads,), f"{prefix}.dt_bias": (whole,)}
+    return weights(prefix, **convolutions, **projections, **ends) | decays
 
 
 def deepseek(config: Fields) -> Shapes:

@@ -195,8 +195,9 @@ TEXT: dict[str, Model] = {
     "bailing_moe_v3": model(
         "Ling-3, hybrid",
         "BailingMoeV3ForCausalLM",
-        engine_args=TRUSTED | NO_WEIGHTS | UNCACHED,
+        engine_args=TRUSTED | UNCACHED,
         stock_error="is not supported by attention backend(s): CPU_MLA",
+        stand_ins=("delta_attention_of_ready_gates", "blocks_of_latents"),
     ),
     "longcat_flash_ngram": model(
         "LongCat-Flash-Lite",

@@ -11,7 +11,11 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from tests.helpers.missing_kernels.delta import bounded_delta_attention, delta_attention
+from tests.helpers.missing_kernels.delta import (
+    bounded_delta_attention,
+    delta_attention,
+    delta_attention_of_ready_gates,
+)
 from tests.helpers.missing_kernels.experts import experts_without_a_gate
 from tests.helpers.missing_kernels.faults import the_names_of_experts
 from tests.helpers.missing_kernels.latents import blocks_of_latents, caches_of_latents
@@ -44,6 +48,7 @@ STAND_INS: dict[str, Callable[[], None]] = FAULTS | {
         linear_attention,
         delta_attention,
         bounded_delta_attention,
+        delta_attention_of_ready_gates,
         blocks_of_latents,
         caches_of_latents,
         sparse_attention,

@@ -98,6 +98,54 @@ def bounded_delta_attention() -> None:
     norm.forward_cpu = norm.forward_native
 
 
+def delta_attention_of_ready_gates() -> None:
+    """Attend as `bounded_delta_attention`, where layers compute the gates before (Ling-3)."""
+    from vllm.model_executor.models import bailing_moe_v3
+    from vllm.third_party.flash_linear_attention.ops.kda import FusedRMSNormGated
+
+    def gate(
+        raw_g: torch.Tensor,
+        A_log: torch.Tensor,
+        size: int,
+        *,
+        g_bias: torch.Tensor,
+        lower_bound: float | None,
+    ) -> torch.Tensor:
+        return log_kept(raw_g.unflatten(-1, (-1, size)), A_log.flatten(), g_bias, lower_bound)
+
+    def of_sequences(
+        *,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        g: torch.Tensor,
+        beta: torch.Tensor,
+        initial_state: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        **others: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out, states = torch.empty_like(v), torch.empty_like(initial_state)
+        for number, (start, stop) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+            tokens = [each[0, start:stop] for each in (q, k, v, g, beta)]
+            seen, states[number] = recur(*tokens, initial_state[number].float())
+            out[0, start:stop] = seen.to(out.dtype)
+        return out, states
+
+    def of_tokens(
+        *, initial_state: torch.Tensor, ssm_state_indices: torch.Tensor, **others: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        slots = ssm_state_indices[: len(others["cu_seqlens"]) - 1]
+        seen, initial_state[slots] = of_sequences(initial_state=initial_state[slots], **others)
+        return seen, initial_state
+
+    layer: Any = bailing_moe_v3
+    layer.fused_kda_gate = gate
+    layer.chunk_kda = of_sequences
+    layer.fused_recurrent_kda = of_tokens
+    norm: Any = FusedRMSNormGated
+    norm.forward_cpu = norm.forward_native
+
+
 def of_prompts(
     *,
     q: torch.Tensor,
@@ -151,14 +199,32 @@ def attend(
     Args:
         lower_bound: of the logarithm of what is kept; None if there is none.
     """
-    q, k = (torch.nn.functional.normalize(each.float(), dim=-1) for each in (q, k))
+    return recur(
+        q, k, v, log_kept(raw_g, A_log, bias, lower_bound), raw_beta.float().sigmoid(), state
+    )
+
+
+def log_kept(
+    raw_g: torch.Tensor, A_log: torch.Tensor, bias: torch.Tensor, lower_bound: float | None
+) -> torch.Tensor:
+    """Return the logarithm of what each element of `[tokens, heads, size]` keeps of the state."""
     gate, factor = raw_g.float() + bias.view(raw_g.shape[1:]), A_log.exp()[:, None]
     if lower_bound is None:
-        kept = (-factor * torch.nn.functional.softplus(gate)).exp()
-    else:
-        kept = (lower_bound * (factor * gate).sigmoid()).exp()
-    beta = raw_beta.float().sigmoid()
-    seen = []
+        return -factor * torch.nn.functional.softplus(gate)
+    return lower_bound * (factor * gate).sigmoid()
+
+
+def recur(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    state: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `attend` does, with ready gates."""
+    q, k = (torch.nn.functional.normalize(each.float(), dim=-1) for each in (q, k))
+    kept, seen = g.exp(), []
     for token in range(q.shape[0]):
         state = state * kept[token, :, :, None]
         known = (state * k[token, :, :, None]).sum(1)
