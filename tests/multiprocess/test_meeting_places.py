@@ -1,5 +1,6 @@
 """Places where no rank can meet another, and are refused."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,16 @@ def test_a_folder_that_others_can_enter_is_refused(tmp_path: Path) -> None:
     folder.mkdir()
     folder.chmod(0o755)
     with pytest.raises(RendezvousError, match=r"mode 0755; .* chmod 700"):
+        rank(parse_endpoint(f"unix://{folder}"), 0)
+
+
+def test_a_folder_of_another_user_is_refused_with_that_user(tmp_path: Path) -> None:
+    """Root makes one; to anybody else the root folder is one."""
+    folder, uid = (tmp_path / "theirs", 65534) if os.geteuid() == 0 else (Path("/"), 0)
+    if uid:
+        folder.mkdir(mode=0o700)
+        os.chown(folder, uid, -1)
+    with pytest.raises(RendezvousError, match=rf"\. Start this rank as uid {uid}, or choose"):
         rank(parse_endpoint(f"unix://{folder}"), 0)
 
 

@@ -222,13 +222,15 @@ class UnixEndpoint(_LocalEndpoint):
                 f"the dwdp rendezvous folder {folder} cannot be made: {error}. Choose a writable "
                 "folder."
             ) from error
-        if info.st_uid != os.geteuid() or stat.S_IMODE(info.st_mode) & 0o077:
-            raise RendezvousError(
-                f"the dwdp rendezvous folder {folder} belongs to uid {info.st_uid} with mode "
-                f"{stat.S_IMODE(info.st_mode):04o}; it must belong to uid {os.geteuid()} with mode "
-                f"0700, because any user who can enter it can join the group. Run chmod 700 {folder}, "
-                "or choose another one."
-            )
+        ours, mode = info.st_uid == os.geteuid(), stat.S_IMODE(info.st_mode)
+        if ours and not mode & 0o077:
+            return
+        fix = f"Run chmod 700 {folder}" if ours else f"Start this rank as uid {info.st_uid}"
+        raise RendezvousError(
+            f"the dwdp rendezvous folder {folder} belongs to uid {info.st_uid} with mode {mode:04o}; "
+            f"it must belong to uid {os.geteuid()} with mode 0700, because any user who can enter it "
+            f"can join the group. {fix}, or choose another one."
+        )
 
 
 class _NamedSocket(socket.socket):

@@ -157,6 +157,18 @@ def test_a_models_name_is_printed_as_it_is(tmp_path: Path) -> None:
     assert "[/x]" in ended.stdout
 
 
+def test_status_tells_a_folder_without_ranks_from_one_that_it_may_not_read(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    for place in ("empty", "absent"):
+        ended = run("status", f"unix://{tmp_path}/{place}")
+        assert (ended.returncode, "no rank meets at" in ended.stdout) == (1, True)
+    ended = run("status", f"unix://{tmp_path}/file")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert f"{tmp_path}/file cannot be listed: Not a directory. Ask as the user" in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize("port", ["0", "65536"])
 def test_launch_refuses_what_is_no_port(port: str) -> None:
     ended = run("launch", "m", "--port", port)

@@ -1,5 +1,6 @@
 """`vllm-dwdp status`: the ranks that meet somewhere, as they describe themselves."""
 
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -78,6 +79,8 @@ def status(
         show(f"ranks at {rendezvous}", _HEADINGS, [_row(entry) for entry in ranks])
         for entry in ranks:
             say(*_sentences(entry))
+        if not ranks:
+            say(f"no rank meets at {rendezvous}, as this host sees it")
         if servers:
             show(
                 f"servers of the launch at {rendezvous}",
@@ -173,7 +176,7 @@ def find_ranks(
         num_groups: as `group_size`.
 
     Raises:
-        DwdpConfigError: no rank can be found there, or the secret cannot be used.
+        DwdpConfigError: ranks there cannot be listed, or the secret cannot be used.
     """
     endpoint = parse_endpoint(rendezvous, group_size, secret_file)
     if isinstance(endpoint, UnixEndpoint):
@@ -189,8 +192,21 @@ def find_ranks(
 
 
 def _listed(folder: Path) -> list[tuple[int, int]]:
-    """List group and rank of every socket in the folder; `HOLDER` for a group's holder."""
-    matches = [_SOCKET.fullmatch(path.name) for path in folder.glob("g*.sock")]
+    """List group and rank of every socket in the folder; `HOLDER` for a group's holder.
+
+    Raises:
+        DwdpConfigError: the folder is there, and may not be read.
+    """
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise DwdpConfigError(
+            f"ranks that meet in {folder} cannot be listed: {error.strerror}. Ask as the user whose "
+            "ranks they are, or as root, and give the folder that they were given."
+        ) from error
+    matches = map(_SOCKET.fullmatch, names)
     return [(int(match[1]), int(match[2] or HOLDER)) for match in matches if match is not None]
 
 

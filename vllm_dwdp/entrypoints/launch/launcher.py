@@ -13,7 +13,6 @@ import contextlib
 import os
 import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from pathlib import Path
 from vllm_dwdp.config import DwdpConfig
 from vllm_dwdp.entrypoints.doctor.gpus import count_gpus, one_gpu_each
 from vllm_dwdp.entrypoints.doctor.queues import check_queues, free_bytes
+from vllm_dwdp.entrypoints.files import make_folder, make_temporary_folder
 from vllm_dwdp.entrypoints.launch.asking import join_obstacle, rank_progress
 from vllm_dwdp.entrypoints.launch.child import Child
 from vllm_dwdp.entrypoints.launch.cores import cores_for_each, physical_cores
@@ -75,7 +75,7 @@ def launch(plan: LaunchPlan, logs: Path, report: Callable[[str], None]) -> None:
     config = DwdpConfig.from_options(plan.dwdp_options, plan.num_ranks)
     num_gpus = count_gpus()
     places = _places(plan, num_gpus)
-    logs.mkdir(parents=True, exist_ok=True)
+    make_folder("--logs", logs)
     deployment = _deployment(plan, config, logs, places)
     ranks, workers = deployment.ranks, plan.tensor_parallel_size
     groups = plan.num_ranks // config.group_size * workers if plan.holds_experts else 0
@@ -291,7 +291,7 @@ def _until_interrupted() -> Iterator[list[int]]:
 @contextlib.contextmanager
 def meeting_folder() -> Iterator[str]:
     """Yield a rendezvous for one launch, removed at its end."""
-    folder = tempfile.mkdtemp(prefix="vllm-dwdp-")
+    folder = make_temporary_folder()
     try:
         yield f"unix://{folder}"
     finally:

@@ -13,10 +13,10 @@ import psutil
 import pytest
 
 from tests.unit.entrypoints.launch.fakes import interrupt, kill_named, run
-from vllm_dwdp.entrypoints.launch import child
+from vllm_dwdp.entrypoints.launch import child, launcher
 from vllm_dwdp.entrypoints.launch.plan import LaunchPlan
 from vllm_dwdp.entrypoints.launch.ports import free_ports
-from vllm_dwdp.errors import DwdpError
+from vllm_dwdp.errors import DwdpConfigError, DwdpError
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -73,6 +73,20 @@ def test_wrong_settings_are_told_at_once(fakes: LaunchPlan, tmp_path: Path) -> N
     with pytest.raises(DwdpError, match="rank 1 ended before it ever served: vllm serve: error"):
         run(fakes, tmp_path, lambda line, lines: None)
     assert (tmp_path / "logs" / "rank1.log").read_text().count("no such option") == 1
+
+
+def test_folders_that_cannot_be_written_are_told_at_once(
+    fakes: LaunchPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "logs").touch()
+    with pytest.raises(DwdpConfigError, match=r"--logs \S+/logs cannot be written \(File exists\)"):
+        run(fakes, tmp_path, lambda line, lines: None)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "absent"))
+    with (
+        pytest.raises(DwdpConfigError, match="set TMPDIR to one that can"),
+        launcher.meeting_folder(),
+    ):
+        pass
 
 
 def test_a_start_that_fails_three_times_is_given_up(fakes: LaunchPlan, tmp_path: Path) -> None:
