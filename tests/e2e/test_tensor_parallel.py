@@ -247,3 +247,29 @@ def test_a_killed_worker_takes_its_rank_along_which_returns_with_both(
             client.join(timeout=60)
     for rank, client in clients.items():
         assert not client.failures and not client.num_different, (rank, client.failures)
+
+
+@pytest.mark.feature("reload_weights")
+def test_a_rank_of_which_one_worker_has_other_weights_serves_none(
+    checkpoints: Checkpoints, model: str, tmp_path: Path
+) -> None:
+    """Once no worker can read, once one cannot read, once one cannot write: no rank mixes slices."""
+    new = checkpoints("qwen3_moe", NUM_EXPERTS, seed=1, **SHAPE)
+    updates = [
+        {"calls": [["reload_weights", {"weights_path": path}]]} for path in ("/nowhere", *[new] * 3)
+    ]
+    case = TENSOR | {"name": "partly", "model": model, "num_ranks": 2, "updates": updates}
+    case |= {"dwdp": {"mode": "prefetch"}, "prepare": "tests.helpers.failing_worker:fail"}
+    ranks = run_cases(tmp_path, "partly", [case])["partly"]
+    for rank in ranks:
+        nowhere, unread, unwritten, whole = rank["updates"]
+        assert "there is no /nowhere" in nowhere["error"] or "cannot take" in nowhere["error"]
+        assert nowhere["tokens"] == rank["tokens"], "all have their old slices"
+        for partly in (unread, unwritten):
+            assert "refuses to serve" in partly["error"], partly
+            assert "refuses to serve" in partly["refused"] and not partly["tokens"], partly
+        assert (whole["error"], whole["refused"]) == ("", "")
+        assert whole["tokens"] == ranks[0]["updates"][-1]["tokens"] != rank["tokens"]
+        statuses = [worker["status"] for worker in rank["workers"]]
+        assert {status["state"] for status in statuses} == {"serving"}
+        assert {status["weights"]["checkpoint"] for status in statuses} == {new}

@@ -164,7 +164,8 @@ class WeightAgreement:
         wordless = type(error).__name__ + (
             f" (the tensor that came last is {last})" if last else ""
         )
-        said = (str(error) or wordless)[:MAX_REASON].removesuffix(REPAIR).rstrip(" .")
+        said = (str(error) or wordless).removesuffix(REPAIR).removesuffix(GOES_ON)
+        said = said[:MAX_REASON].rstrip(" .")
         reason = (
             f"the update of the weights failed on rank {self._dialler.dwdp_rank}: {said}. {REPAIR}"
         )

@@ -22,6 +22,9 @@ from vllm_dwdp.logger import init_logger
 
 logger = init_logger(__name__)
 
+UPDATES = ("reload_weights", "start_weight_update", "update_weights", "finish_weight_update")
+"""What workers of a rank do together or not at all: a forward needs the slices of all of them."""
+
 
 class RankExecutor(Hooked):
     """Runs one rank's workers; knows nothing of the other ranks."""
@@ -89,3 +92,14 @@ class DwdpMultiprocExecutor(RankExecutor, HookedMultiprocExecutor):
     def confined(self, cores: Sequence[Sequence[int]]) -> AbstractContextManager[None]:
         """Bind this thread while it starts a worker, which inherits the cores."""
         return cpu.confined_workers()
+
+    def explained(self, method: str | Callable[..., Any], errors: Sequence[str]) -> str:
+        """Return what to say of a call that failed; no worker serves if one has other weights.
+
+        The workers of one tensor rank agree on new weights, and know nothing of the other workers.
+        """
+        said = super().explained(method, errors)
+        if method not in UPDATES or (all(errors) and not any(self.collective_rpc("refusal"))):
+            return said
+        refusals: list[str] = self.collective_rpc("refuse", args=(said,))
+        return refusals[0]

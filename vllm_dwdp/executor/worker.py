@@ -18,7 +18,7 @@ from vllm_dwdp.device.base import Device
 from vllm_dwdp.distributed.fingerprint import Fingerprint
 from vllm_dwdp.distributed.launch import Seat
 from vllm_dwdp.distributed.membership import Membership
-from vllm_dwdp.errors import DwdpUnsupportedError
+from vllm_dwdp.errors import DwdpUnsupportedError, WeightUpdateError
 from vllm_dwdp.executor.identity import open_membership
 from vllm_dwdp.executor.readable import check_readable
 from vllm_dwdp.executor.source import follow_revision, reloaded_source
@@ -123,6 +123,23 @@ class DwdpWorker:
         """
         if self.expert_group is not None:
             self.expert_group.weights.check()
+
+    def refusal(self) -> str:
+        """Return why this worker must not serve; empty if it may."""
+        return "" if self.expert_group is None else self.expert_group.weights.refusal
+
+    def refuse(self, reason: str) -> str:
+        """Serve no more, until new weights come: an update failed on some worker of this rank.
+
+        Returns:
+            Why this worker does not serve.
+        """
+        if self.expert_group is None:
+            return reason
+        weights = self.expert_group.weights
+        if not weights.refusal:
+            weights.fail(WeightUpdateError(f"not all workers of it took them: {reason}"))
+        return weights.refusal
 
     def reload_weights(
         self,
