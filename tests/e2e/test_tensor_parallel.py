@@ -255,9 +255,10 @@ def test_a_rank_of_which_one_worker_has_other_weights_serves_none(
 ) -> None:
     """Once no worker can read, once one cannot read, once one cannot write: no rank mixes slices."""
     new = checkpoints("qwen3_moe", NUM_EXPERTS, seed=1, **SHAPE)
-    updates = [
-        {"calls": [["reload_weights", {"weights_path": path}]]} for path in ("/nowhere", *[new] * 3)
-    ]
+    for name in ("unread", "unwritten"):
+        (tmp_path / name).symlink_to(new)
+    paths = ["/nowhere", str(tmp_path / "unread"), str(tmp_path / "unwritten"), new]
+    updates = [{"calls": [["reload_weights", {"weights_path": path}]]} for path in paths]
     case = TENSOR | {"name": "partly", "model": model, "num_ranks": 2, "updates": updates}
     case |= {"dwdp": {"mode": "prefetch"}, "prepare": "tests.helpers.failing_worker:fail"}
     ranks = run_cases(tmp_path, "partly", [case])["partly"]

@@ -1,6 +1,7 @@
-"""One worker of a rank that cannot take new weights twice, while the others of the rank can."""
+"""One worker of a rank that cannot take new weights, while the others of the rank can."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 from vllm_dwdp.executor import worker
@@ -8,18 +9,18 @@ from vllm_dwdp.model_executor.incoming import ModelUpdate
 
 
 def fail() -> None:
-    """Let tensor rank 1 of rank 0 fail to read in the second update, and to write in the third."""
-    stock_check, stock_finish, num_updates = worker.check_readable, ModelUpdate.finish, 0
+    """Let tensor rank 1 of rank 0 fail to read what is called `unread`, and to write `unwritten`."""
+    stock_check, stock_finish, place = worker.check_readable, ModelUpdate.finish, ""
 
-    def check(*args: Any) -> None:
-        nonlocal num_updates
-        num_updates += 1
-        if is_here() and num_updates == 2:
+    def check(vllm_config: Any, model: Any, path: str) -> None:
+        nonlocal place
+        place = Path(path).name
+        if is_here() and place == "unread":
             raise OSError("this worker cannot read")
-        stock_check(*args)
+        stock_check(vllm_config, model, path)
 
     def finish(self: ModelUpdate) -> None:
-        if is_here() and num_updates == 3:
+        if is_here() and place == "unwritten":
             raise OSError("this worker cannot write")
         stock_finish(self)
 
