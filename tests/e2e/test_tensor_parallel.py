@@ -268,6 +268,7 @@ def test_a_rank_of_which_one_worker_has_other_weights_serves_none(
         assert nowhere["tokens"] == rank["tokens"], "all have their old slices"
         for partly in (unread, unwritten):
             assert "refuses to serve" in partly["error"], partly
+            assert "goes on with" not in partly["error"], partly
             assert "refuses to serve" in partly["refused"] and not partly["tokens"], partly
         assert (whole["error"], whole["refused"]) == ("", "")
         assert whole["tokens"] == ranks[0]["updates"][-1]["tokens"] != rank["tokens"]

@@ -113,24 +113,6 @@ def delta_attention_of_ready_gates() -> None:
     ) -> torch.Tensor:
         return log_kept(raw_g.unflatten(-1, (-1, size)), A_log.flatten(), g_bias, lower_bound)
 
-    def of_sequences(
-        *,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        g: torch.Tensor,
-        beta: torch.Tensor,
-        initial_state: torch.Tensor,
-        cu_seqlens: torch.Tensor,
-        **others: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        out, states = torch.empty_like(v), torch.empty_like(initial_state)
-        for number, (start, stop) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
-            tokens = [each[0, start:stop] for each in (q, k, v, g, beta)]
-            seen, states[number] = recur(*tokens, initial_state[number].float())
-            out[0, start:stop] = seen.to(out.dtype)
-        return out, states
-
     def of_tokens(
         *, initial_state: torch.Tensor, ssm_state_indices: torch.Tensor, **others: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -166,12 +148,31 @@ def of_prompts(
     Args:
         beta, raw_beta: the same, as Kimi and GLM call it.
     """
+    raw_beta = raw_beta if beta is None else beta
+    assert raw_beta is not None
+    gates = {
+        "g": log_kept(raw_g[0], A_log.flatten(), g_bias, lower_bound).unsqueeze(0),
+        "beta": raw_beta.float().sigmoid(),
+    }
+    return of_sequences(q=q, k=k, v=v, **gates, initial_state=initial_state, cu_seqlens=cu_seqlens)
+
+
+def of_sequences(
+    *,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    initial_state: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    **others: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `of_prompts` does, with ready gates."""
     out, states = torch.empty_like(v), torch.empty_like(initial_state)
-    given = q, k, v, raw_g, raw_beta if beta is None else beta
     for number, (start, stop) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
-        tokens = [each[0, start:stop] for each in given]
-        state = initial_state[number].float()
-        seen, states[number] = attend(*tokens, A_log.flatten(), g_bias, state, lower_bound)
+        tokens = [each[0, start:stop] for each in (q, k, v, g, beta)]
+        seen, states[number] = recur(*tokens, initial_state[number].float())
         out[0, start:stop] = seen.to(out.dtype)
     return out, states
 
